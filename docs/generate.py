@@ -1,0 +1,86 @@
+"""Write the parts of the documentation that are facts of the code: `python docs/generate.py`. A test runs it."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from mindprint.config import Config
+
+HEADER = """# Configuration
+
+One YAML file, `mindprint.yaml`. Every setting has a default; an unknown one is refused with the nearest known name, a
+setting given twice is a mistake, and `3e-4` is a number. `key=value` on the command line overrides the file:
+`mindprint train my-voice backend.type=mlx sft.learning_rate=1e-4`. Paths start at the folder of the file.
+
+`backend: mlx` is short for `backend: {type: mlx}`; leaving `backend` out, or null, means `auto`: the best installed
+backend for this hardware, said aloud with the reason. A stage may name its own: `sft: {backend: torch}`.
+
+<!-- Generated from mindprint.config by docs/generate.py; do not edit. -->
+"""
+
+
+def configuration() -> str:
+    """The configuration reference, Markdown."""
+    sections = [HEADER]
+    top = []
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            sections.append(f"\n## {name}\n\n{field.annotation.__doc__}\n\n{_table(field.annotation)}")
+        else:
+            top.append((name, field))
+    rows = "".join(_row(name, field) for name, field in top)
+    return "".join(sections) + f"\n## Top level\n\n{_TABLE_HEAD}{rows}"
+
+
+_TABLE_HEAD = "| setting | type | default | meaning |\n|---|---|---|---|\n"
+
+
+def _table(section: type[BaseModel]) -> str:
+    return _TABLE_HEAD + "".join(_row(name, field) for name, field in section.model_fields.items())
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    default = "required" if field.is_required() else _shown(field.default)
+    return f"| `{name}` | {_type(field.annotation)} | {default} | {field.description or ''} |\n"
+
+
+def _shown(value: object) -> str:
+    text = (
+        {None: "null", True: "true", False: "false"}.get(value)
+        if value is None or value is True or value is False
+        else None
+    )
+    return f"`{text or value}`"
+
+
+def _type(annotation: object) -> str:
+    return " or ".join(dict.fromkeys(_names(annotation)))
+
+
+def _names(annotation: object) -> Iterator[str]:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        yield from _names(typing.get_args(annotation)[0])
+    elif origin in (typing.Union, types.UnionType):
+        for part in typing.get_args(annotation):
+            yield from _names(part)
+    elif origin is typing.Literal:
+        yield ", ".join(f"`{value}`" for value in typing.get_args(annotation))
+    elif origin is list:
+        yield f"list of {_type(typing.get_args(annotation)[0])}"
+    elif annotation is type(None):
+        yield "null"
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield "backend section"
+    else:
+        yield {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}[annotation.__name__]  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "configuration.md").write_text(configuration(), encoding="utf-8")

@@ -1,0 +1,128 @@
+"""The whole of Mindprint in a few minutes: one voice, trained on each installed backend by the same commands.
+
+    python examples/demo.py [--backends torch,mlx] [--folder DIR]
+
+Makes the sample project, trains SFT then DPO, measures the voice on held-out text, shows answers before and after, and
+lays the backends' loss curves over each other. Exits 1 if a figure that the README promises does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+ACCURACY = (
+    0.90  # of held-out pairs, the share whose implicit DPO reward is higher for the voice (TRL's rewards/accuracies)
+)
+PERPLEXITY = 0.5  # of held-out answers in the voice, after over before
+CURVES = {"sft": 1e-5, "dpo": 1e-3}  # times (1 + loss), over the first 100 steps of a stage
+CURVES_TO_THE_END = 1e-3
+SECONDS = 300
+
+
+def main() -> int:
+    options = arguments()
+    started = time.perf_counter()
+    project = Path(options.folder or tempfile.mkdtemp(prefix="mindprint-demo-")) / "my-voice"
+    mindprint("init", str(project))
+    prompts = questions(project / "data" / "heldout.jsonl")
+    measured = {name: one_backend(project, name, prompts) for name in options.backends}
+    results = [check for name, facts in measured.items() for check in voice_checks(name, facts)]
+    runs = [project / "runs" / name for name in options.backends]
+    for other in runs[1:]:
+        results += curve_checks(runs[0], other)
+    seconds = time.perf_counter() - started
+    results.append((f"all of it in under {SECONDS} s", f"{seconds:.0f} s", seconds < SECONDS))
+    print("\nWhat must hold")
+    for what, figure, holds in results:
+        print(f"  {'ok    ' if holds else 'FAILED'}  {what}: {figure}")
+    return 0 if all(holds for _, _, holds in results) else 1
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    installed = sorted((point.name for point in entry_points(group="mindprint.backends")), reverse=True)
+    parser.add_argument("--backends", type=lambda text: text.split(","), default=installed)
+    parser.add_argument("--folder", help="where to work; a new temporary folder otherwise")
+    return parser.parse_args()
+
+
+def mindprint(*words: str, as_json: bool = False) -> Any:
+    """Run a command as a user would; its messages go to the screen."""
+    print(f"\n$ mindprint {' '.join(words)}", flush=True)
+    command = [sys.executable, "-m", "mindprint", *words, *(["--json"] if as_json else [])]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE if as_json else None, text=True)
+    if done.returncode:
+        sys.exit(f"mindprint {words[0]} failed with exit code {done.returncode}")
+    return json.loads(done.stdout) if as_json else None
+
+
+def questions(file: Path, count: int = 3) -> list[str]:
+    """Held-out questions of different topics."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    first_of_topic = {row["topic"]: row["prompt"] for row in reversed(rows)}
+    return list(first_of_topic.values())[-count:]
+
+
+def one_backend(project: Path, name: str, prompts: list[str]) -> dict[str, Any]:
+    """Train, measure and ask, on one backend."""
+    run = str(project / "runs" / name)
+    mindprint("train", str(project), f"backend.type={name}", "backend.dtype=float32", "--run", run)
+    facts: dict[str, Any] = mindprint("eval", run, as_json=True)
+    show_voice(name, facts["overall"])
+    asked = [word for prompt in prompts for word in ("--prompt", prompt)]
+    for answer in mindprint("generate", run, *asked, as_json=True)["prompts"]:
+        print(f"\n  {answer['prompt']}\n    before: {answer['base']}\n    after:  {answer['adapter']}")
+    return facts
+
+
+def show_voice(name: str, overall: dict[str, Any]) -> None:
+    print(f"\n  {name}, {overall['pairs']} held-out pairs, never trained on             before     after")
+    rows = {
+        "prefers_chosen": "finds the voice more likely than the plain answer",
+        "perplexity": "perplexity of the voice",
+    }
+    for key, what in rows.items():
+        print(f"    {what:50s} {overall['base'][key]:9.3f} {overall['adapter'][key]:9.3f}")
+    what = "training raised the voice more than the plain answer"
+    print(f"    {what:50s} {'':9s} {overall['reward_accuracy']:9.3f}")
+
+
+def voice_checks(name: str, facts: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    base, tuned = facts["overall"]["base"], facts["overall"]["adapter"]
+    accuracy, ratio = facts["overall"]["reward_accuracy"], tuned["perplexity"] / base["perplexity"]
+    return [
+        (f"{name}: held-out preference accuracy at least {ACCURACY}", f"{accuracy:.3f}", accuracy >= ACCURACY),
+        (f"{name}: held-out perplexity at most {PERPLEXITY} of what it was", f"{ratio:.3f}", ratio <= PERPLEXITY),
+    ]
+
+
+def curve_checks(first: Path, second: Path) -> list[tuple[str, str, bool]]:
+    """The greatest deviation of two runs' losses as a multiple of 1 + loss, by stage, over all topics in order."""
+    names = f"{first.name} and {second.name}"
+    checks = []
+    for stage, tolerance in CURVES.items():
+        mine, theirs = (losses(run, stage) for run in (first, second))
+        deviations = [abs(a - b) / (1 + abs(a)) for a, b in zip(mine, theirs, strict=True)]
+        for steps, limit, when in ((100, tolerance, "in its first 100 steps"), (None, CURVES_TO_THE_END, "to the end")):
+            worst = max(deviations[:steps])
+            what = f"{names}: {stage} losses differ by at most {limit:g} · (1 + loss) {when}"
+            checks.append((what, f"{worst:.1e}", worst <= limit))
+    return checks
+
+
+def losses(run: Path, stage: str) -> list[float]:
+    """The losses of a stage's steps, topic after topic."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line["loss"] for line in lines if line["stage"] == stage]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Every check of the repository, one session each; plain `nox` runs all of them but `bench` and `soak`.
+
+Sessions install built wheels, never the source tree in place. Those that need both frameworks share one environment.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4"
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "core", "torch", "mlx", "types", "parity", "docs", "demo", "wheels"]
+
+# CPU builds of PyTorch are published for some Pythons only; 3.11 where there is one, else whatever runs nox.
+PYTHON = "3.11" if shutil.which("python3.11") else f"{sys.version_info.major}.{sys.version_info.minor}"
+BOTH = Path(__file__).parent / ".nox" / "both"
+CONSTRAINTS = "constraints.txt"
+PACKAGES = ("core", "torch", "mlx")
+TESTS = ("pytest", "pytest-timeout")
+
+
+def install(session: nox.Session, packages: tuple[str, ...], *tools: str) -> None:
+    """Install distributions of this repository from wheels built now, and tools, at the tested versions."""
+    paths = [f"packages/mindprint-{name}" for name in packages]
+    session.install("-q", "-c", CONSTRAINTS, *tools, *paths)
+
+
+def forbid(session: nox.Session, *modules: str) -> None:
+    """Stop if a module that this session must do without is there."""
+    code = "import importlib.util as u, sys; sys.exit(', '.join(m for m in sys.argv[1:] if u.find_spec(m)) or 0)"
+    session.run("python", "-c", code, *modules, silent=True)
+
+
+@nox.session(python=PYTHON)
+def lint(session: nox.Session) -> None:
+    """Style: ruff's checks and its formatter."""
+    session.install("-q", "-c", CONSTRAINTS, "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(python=PYTHON)
+def core(session: nox.Session) -> None:
+    """Core's tests, where neither torch nor mlx is installed."""
+    install(session, ("core",), *TESTS)
+    forbid(session, "torch", "mlx")
+    session.run("pytest", "packages/mindprint-core/tests", *session.posargs)
+
+
+@nox.session(python=PYTHON)
+def torch(session: nox.Session) -> None:
+    """The PyTorch backend's tests, where mlx is not installed."""
+    install(session, ("core", "torch"), *TESTS)
+    forbid(session, "mlx")
+    session.run("pytest", "packages/mindprint-torch/tests", *session.posargs)
+
+
+@nox.session(python=PYTHON)
+def mlx(session: nox.Session) -> None:
+    """The MLX backend's tests, where torch is not installed."""
+    install(session, ("core", "mlx"), *TESTS)
+    forbid(session, "torch")
+    session.run("pytest", "packages/mindprint-mlx/tests", *session.posargs)
+
+
+@nox.session(python=PYTHON, default=False)
+def both(session: nox.Session) -> None:
+    """The environment that the sessions below share: both backends, and what tests them."""
+    install(session, PACKAGES, *TESTS, "mypy", "types-PyYAML")
+
+
+def run_in_both(session: nox.Session, command: str, *words: str, env: dict[str, str] | None = None) -> None:
+    """Run a command of the shared environment."""
+    folder = BOTH / ("Scripts" if os.name == "nt" else "bin")
+    path = os.pathsep.join([str(folder), os.environ.get("PATH", "")])
+    session.run(str(folder / command), *words, external=True, env={"PATH": path, **(env or {})})
+
+
+@nox.session(python=False, requires=["both"])
+def types(session: nox.Session) -> None:
+    """mypy, strict, on every distribution."""
+    for name in PACKAGES:
+        run_in_both(session, "mypy", f"packages/mindprint-{name}/src")
+
+
+@nox.session(python=False, requires=["both"])
+def parity(session: nox.Session) -> None:
+    """What needs both backends: the same numbers, TRL and PEFT as witnesses, whole runs from the command line."""
+    run_in_both(session, "pytest", "tests", "--ignore=tests/docs", *session.posargs)
+
+
+@nox.session(python=False, requires=["both"])
+def docs(session: nox.Session) -> None:
+    """Documentation that cannot drift: links, settings, commands and code blocks are tested."""
+    run_in_both(session, "pytest", "tests/docs", *session.posargs)
+
+
+@nox.session(python=False, requires=["both"])
+def demo(session: nox.Session) -> None:
+    """Train the embedded example on both backends and show what changed."""
+    run_in_both(session, "python", "examples/demo.py", *session.posargs)
+
+
+@nox.session(python=PYTHON)
+def wheels(session: nox.Session) -> None:
+    """Build every wheel, check its metadata, and run the demo from the wheels, away from the source tree."""
+    session.install("-q", "-c", CONSTRAINTS, "build", "twine")
+    dist = Path(session.create_tmp()).resolve() / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    for name in PACKAGES:
+        session.run("python", "-m", "build", "--outdir", str(dist), f"packages/mindprint-{name}", silent=True)
+    built = sorted(str(path) for path in dist.iterdir())
+    session.run("twine", "check", "--strict", *built)
+    wheel = next(path for path in built if Path(path).name.startswith("mindprint_core") and path.endswith(".whl"))
+    constraints, script = Path(CONSTRAINTS).resolve(), Path("examples/demo.py").resolve()
+    session.install("-q", "-c", str(constraints), "--find-links", str(dist), f"{wheel}[all]")
+    with session.chdir(dist):
+        session.run("python", str(script), *session.posargs)
+
+
+@nox.session(python=False, requires=["both"])
+def soak(session: nox.Session) -> None:
+    """kill -9 at twenty random moments of each stage on each backend, and resume."""
+    env = {"MINDPRINT_KILLS": "20"}
+    run_in_both(session, "pytest", "-s", "tests/integration/test_kill.py", *session.posargs, env=env)
+
+
+@nox.session(python=False, requires=["both"])
+def bench(session: nox.Session) -> None:
+    """Measure what the documentation states; prints, and asserts nothing that a noisy machine could turn."""
+    for script in sorted(Path("benchmarks").glob("*.py")):
+        run_in_both(session, "python", str(script), *session.posargs)

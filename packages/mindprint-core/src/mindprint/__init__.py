@@ -1,0 +1,76 @@
+"""Mindprint: teach a language model one person's voice, with the same numbers on every backend.
+
+The names below are the public interface; each is imported when it is first used, so that `import mindprint` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "AdapterState": "contract",
+    "Backend": "backend",
+    "Config": "config",
+    "LoraConfig": "contract",
+    "MindprintError": "errors",
+    "ModelSpec": "contract",
+    "PreferenceLoss": "losses",
+    "RunResult": "training.results",
+    "Sampling": "contract",
+    "StageResult": "training.results",
+    "TokenBatch": "contract",
+    "TrainingState": "contract",
+    "Update": "contract",
+    "hookimpl": "hookspecs",
+    "load_backend": "backend",
+    "load_config": "config",
+    "train": "training.run",
+}
+
+__all__ = [
+    "AdapterState",
+    "Backend",
+    "Config",
+    "LoraConfig",
+    "MindprintError",
+    "ModelSpec",
+    "PreferenceLoss",
+    "RunResult",
+    "Sampling",
+    "StageResult",
+    "TokenBatch",
+    "TrainingState",
+    "Update",
+    "__version__",
+    "hookimpl",
+    "load_backend",
+    "load_config",
+    "train",
+]
+
+if TYPE_CHECKING:
+    from mindprint.backend import Backend, load_backend
+    from mindprint.config import Config, load_config
+    from mindprint.contract import (
+        AdapterState,
+        LoraConfig,
+        ModelSpec,
+        Sampling,
+        TokenBatch,
+        TrainingState,
+        Update,
+    )
+    from mindprint.errors import MindprintError
+    from mindprint.hookspecs import hookimpl
+    from mindprint.losses import PreferenceLoss
+    from mindprint.training.results import RunResult, StageResult
+    from mindprint.training.run import train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'mindprint' has no attribute {name!r}")
+    return getattr(import_module(f"mindprint.{_EXPORTS[name]}"), name)

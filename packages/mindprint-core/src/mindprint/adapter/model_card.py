@@ -1,0 +1,43 @@
+"""The final adapter folder: the PEFT files and the card that says what they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mindprint import __version__, atomic
+from mindprint.adapter.peft_format import write_adapter
+from mindprint.config import Config
+from mindprint.contract import AdapterState
+from mindprint.models import ModelFolder
+
+
+def write_final_adapter(folder: Path, adapter: AdapterState, model: ModelFolder, config: Config) -> None:
+    """Write `RUN/adapter/`, whole or not at all."""
+    with atomic.new_folder(folder) as aside:
+        write_adapter(aside, adapter, model.name, model.revision)
+        (aside / "README.md").write_text(model_card(adapter, model, config), encoding="utf-8")
+
+
+def model_card(adapter: AdapterState, model: ModelFolder, config: Config) -> str:
+    """A model card in the Hub's format: front matter, what it is, how to load it."""
+    lora = adapter.config
+    stages = [name.upper() for name, stage in (("sft", config.sft), ("dpo", config.dpo)) if stage.enabled]
+    base = "" if model.name.startswith("builtin:") or Path(model.name).exists() else f"base_model: {model.name}\n"
+    return f"""---
+{base}library_name: peft
+tags: [lora, mindprint]
+---
+
+# A voice for {model.name}
+
+A LoRA adapter trained by Mindprint {__version__} with {" then ".join(stages)}: rank {lora.r}, alpha {lora.alpha:g},
+{len(lora.target_modules)} modules, {adapter.elements:,} elements in float32.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{model.name}")
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+"""

@@ -1,0 +1,69 @@
+"""Which sites of a base get LoRA: decided here, from names, the same on every backend."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from mindprint.contract import AdapterSite
+from mindprint.errors import AdapterError
+
+ALL_LINEAR = "all-linear"
+
+LM_HEADS = ("lm_head", "embed_out", "output")
+"""Last name components of output projections, as transformers names them."""
+
+_ROUTER = re.compile(r"(^|\.)(router(\..*)?|(mlp|block_sparse_moe|feed_forward|moe)\.gate|shared_expert_gate)$")
+_STACKED_EXPERTS = re.compile(r"\.experts(\.|$)")
+
+
+def resolve_targets(sites: Sequence[AdapterSite], wanted: str | Sequence[str]) -> tuple[str, ...]:
+    """The full site names that `adapter.target_modules` means on this base, layer by layer, then by name.
+
+    The order does not depend on the backend that listed the sites, so neither do the files.
+
+    `all-linear`: attention, dense-MLP and shared-expert linears; never a router, the LM head or stacked experts. A list
+    names sites in full or by their endings (`q_proj`, `mlp.down_proj`); each name must match something.
+    Raises `AdapterError` otherwise.
+    """
+    if wanted == ALL_LINEAR:
+        chosen = [site.name for site in sites if _is_plain_linear(site)]
+        if not chosen:
+            raise AdapterError("adapter.target_modules: all-linear matches nothing: this base has no linear layer")
+        return _in_order(chosen)
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    if not names:
+        raise AdapterError("adapter.target_modules is empty; name modules, or write all-linear")
+    for name in names:
+        _require_match(name, sites)
+    return _in_order([site.name for site in sites if any(_matches(site.name, name) for name in names)])
+
+
+def _in_order(names: Sequence[str]) -> tuple[str, ...]:
+    """Sorted with numbers as numbers: layer 2 before layer 10."""
+    return tuple(
+        sorted(names, key=lambda name: [part.zfill(8) if part.isdigit() else part for part in name.split(".")])
+    )
+
+
+def _is_plain_linear(site: AdapterSite) -> bool:
+    return (
+        site.kind == "linear"
+        and site.name.rpartition(".")[2] not in LM_HEADS
+        and not _ROUTER.search(site.name)
+        and not _STACKED_EXPERTS.search(site.name)
+    )
+
+
+def _matches(site: str, name: str) -> bool:
+    return site == name or site.endswith("." + name)
+
+
+def _require_match(name: str, sites: Sequence[AdapterSite]) -> None:
+    if any(_matches(site.name, name) for site in sites):
+        return
+    endings = sorted({site.name.rpartition(".")[2] for site in sites})
+    nearest = difflib.get_close_matches(name, endings, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"this base has: {', '.join(endings)}"
+    raise AdapterError(f"adapter.target_modules: no module of this base is called {name!r}; {hint}")

@@ -1,0 +1,156 @@
+"""The command line: one module a command, imported when its command is invoked."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import click
+
+from mindprint import __version__
+from mindprint.cli.output import PROGRAM, Failure, json_only
+from mindprint.errors import MindprintError
+
+COMMANDS = {
+    "init": "Make a project: configuration, sample data, and a README of what goes where.",
+    "train": "Train SFT, then DPO, topic by topic, and write one adapter.",
+    "generate": "Answer prompts without and with the adapter.",
+    "eval": "Measure the voice on held-out pairs, before and after training.",
+    "plugins": "List the installed plugins; --check says what is usable here.",
+    "doctor": "Check versions, devices, and that training really trains here.",
+}
+"""The commands that ship with core, with their line of help: listing them imports none of them."""
+
+THIRD_PARTY = "mindprint.commands"
+"""Entry points of this group add commands: `name = module:command`, the object a `click.Command`."""
+
+DEBUG = "MINDPRINT_DEBUG"
+"""Set to 1 in the environment, this shows the traceback of every error."""
+
+WRONG_INPUT = 2
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+class Commands(click.Group):
+    """Loads a command when it is invoked, and lists all of them without loading any."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return [*COMMANDS, *sorted(_third_party().keys() - COMMANDS)]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:  # noqa: ARG002
+        if name in COMMANDS:
+            command: click.Command = import_module(f"mindprint.cli.{name}").command
+            return command
+        points = _third_party().get(name)
+        return _load(points) if points else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        plugins = {name: f"from {_origin(points[0])}" for name, points in _third_party().items()}
+        rows = [(name, COMMANDS.get(name) or plugins[name]) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")
+def group() -> None:
+    """Teach a language model one person's voice, with the same numbers on every backend."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 1 a check failed, 2 the input is wrong, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    with json_only(enabled="--json" in arguments) as failed:
+        try:
+            code = _run(arguments)
+            sys.stdout.flush()
+        except Exception as error:
+            failure = _failure(error)
+            if failure is None or os.environ.get(DEBUG) == "1":
+                raise
+            _drain()
+            failed(failure)
+            return failure.exit_code
+        except KeyboardInterrupt:
+            failed(Failure("Interrupted", "interrupted", INTERRUPTED))
+            return INTERRUPTED
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    """Invoke a command; what it returns is its exit code, if that is a number."""
+    try:
+        with group.make_context(PROGRAM, arguments) as context:
+            result = group.invoke(context)
+    except click.exceptions.Exit as ended:  # --help and --version
+        return ended.exit_code
+    return result if isinstance(result, int) else 0
+
+
+def _failure(error: Exception) -> Failure | None:
+    """What the user is told of an expected error; None for one that is a mistake of ours."""
+    kind = type(error).__name__
+    if isinstance(error, MindprintError):
+        return Failure(kind, str(error), error.exit_code)
+    if isinstance(error, click.ClickException):
+        return Failure(kind, error.format_message(), WRONG_INPUT)
+    if isinstance(error, click.Abort):
+        return Failure("Interrupted", "interrupted", INTERRUPTED)
+    if isinstance(error, BrokenPipeError):
+        return Failure(kind, "", BROKEN_PIPE)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return Failure(kind, f"{where}{error.strerror or error}", WRONG_INPUT)
+    return None
+
+
+def _drain() -> None:
+    """Output that can no longer be written (a closed pipe, a full disk) must not fail again when Python exits."""
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is None:
+            continue
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+# --- commands of other distributions ---------------------------------------------------------------------------------
+
+
+def _third_party() -> dict[str, list[EntryPoint]]:
+    """Every claim to a command's name, from metadata alone."""
+    claims: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=THIRD_PARTY):
+        claims.setdefault(point.name, []).append(point)
+    return claims
+
+
+def _load(points: Sequence[EntryPoint]) -> click.Command:
+    point = points[0]
+    if len(points) > 1:
+        claimants = " and ".join(_origin(claim) for claim in points)
+        raise MindprintError(f"command {point.name!r} is claimed by {claimants}; uninstall one of them")
+    try:
+        loaded: Any = point.load()
+    except Exception as error:
+        raise MindprintError(
+            f"command {point.name!r} ({_origin(point)}) failed to import: {type(error).__name__}: {error}; "
+            "reinstall or uninstall its distribution"
+        ) from error
+    if not isinstance(loaded, click.Command):
+        raise MindprintError(
+            f"command {point.name!r} ({_origin(point)}): {point.value} is a {type(loaded).__name__}, no click.Command"
+        )
+    return loaded
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value

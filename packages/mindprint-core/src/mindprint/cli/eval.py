@@ -1,0 +1,95 @@
+"""`mindprint eval`: the voice on held-out pairs, before and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from mindprint.cli.generate import backend_section, where
+from mindprint.cli.output import emit, json_option, notice, say, table
+from mindprint.config import ConfigFile, DataConfig, make_config
+from mindprint.data.render import PreferenceExample, render_preferences
+from mindprint.data.rows import PreferenceRow
+from mindprint.data.tokenizer import Tokenizer
+from mindprint.errors import DataError
+from mindprint.inference import Located, locate_adapter, open_adapter, read_heldout
+from mindprint.voice.evaluation import Evaluation, Measured, evaluate_heldout
+
+HEADER = ("topic", "pairs", "prefers chosen", "a token", "margin", "perplexity", "reward accuracy")
+
+
+@click.command("eval", short_help="Measure the voice.")
+@click.argument("path", type=click.Path(path_type=Path), default=".")
+@click.option("--heldout", type=click.Path(path_type=Path), help="Pairs to measure with; default: the project's.")
+@click.option("--backend", help="auto, torch, mlx, ...; default: the run's.")
+@click.option("--device", help="auto, cpu, cuda, mps, metal; default: the run's.")
+@click.option("--model", help="Where the base model is, if not where the run or the adapter says.")
+@json_option
+def command(
+    *, path: Path, heldout: Path | None, backend: str | None, device: str | None, model: str | None, as_json: bool
+) -> None:
+    """Measure the voice on held-out pairs, before and after training.
+
+    PATH is a project (its newest complete run), the folder of a run, or that of an adapter.
+
+    `prefers chosen` is the share of pairs whose chosen answer is the more probable as a whole, `a token` on the mean of
+    its tokens; margins are log p(chosen) - log p(rejected) in nats, perplexity is that of the chosen answers. `reward
+    accuracy` is the share of pairs in which training raised the chosen answer more than the rejected one.
+    """
+    file = _heldout_config(locate_adapter(path), heldout)
+    rows = read_heldout(file).heldout
+    if not rows:
+        raise DataError(
+            f"{path}: has no held-out pairs to measure with; add heldout.jsonl (rows with prompt, chosen, rejected "
+            "that are in no training file) to the data folder, or name a file with --heldout"
+        )
+    with open_adapter(path, backend_section(backend, device), model=model, notice=notice) as opened:
+        examples = _rendered(rows, opened.tokenizer, file.config.data)
+        evaluation = evaluate_heldout(opened.backend, opened.model, examples, opened.tokenizer.pad_id)
+        facts = where(opened)
+    if as_json:
+        emit({**facts, **asdict(evaluation)})
+    else:
+        _show(evaluation)
+
+
+def _heldout_config(located: Located, heldout: Path | None) -> ConfigFile:
+    file = located.config or make_config({"data": {"path": None}})
+    if heldout is None:
+        return file
+    data = file.config.data.model_copy(update={"heldout": [str(heldout.resolve())]})
+    return ConfigFile(file.config.model_copy(update={"data": data}), file.folder, str(heldout))
+
+
+def _rendered(rows: Sequence[PreferenceRow], tokenizer: Tokenizer, data: DataConfig) -> Sequence[PreferenceExample]:
+    rendered = render_preferences(rows, tokenizer, data)
+    for note in rendered.notes:
+        notice(note)
+    return rendered.examples
+
+
+def _show(evaluation: Evaluation) -> None:
+    rows = [_row(topic, measured) for topic, measured in evaluation.topics.items()]
+    say(table(HEADER, [*rows, _row("all", evaluation.overall)], numbers=range(1, len(HEADER))))
+    if evaluation.overall.few:
+        notice(f"{_few(evaluation.overall.pairs)}: read these figures as hints", warning=True)
+
+
+def _few(pairs: int) -> str:
+    return f"only {pairs} held-out pairs, so that one of them moves an accuracy by {1 / pairs:.0%}"
+
+
+def _row(topic: str, measured: Measured) -> tuple[str, ...]:
+    base, adapter = measured.base, measured.adapter
+    return (
+        topic,
+        str(measured.pairs),
+        f"{base.prefers_chosen:.0%} → {adapter.prefers_chosen:.0%}",
+        f"{base.prefers_chosen_per_token:.0%} → {adapter.prefers_chosen_per_token:.0%}",
+        f"{base.margin:+.1f} → {adapter.margin:+.1f}",
+        f"{base.perplexity:.1f} → {adapter.perplexity:.1f}",
+        f"{measured.reward_accuracy:.0%}",
+    )

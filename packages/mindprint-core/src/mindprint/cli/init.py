@@ -1,0 +1,160 @@
+"""`mindprint init`: a project to start from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from importlib.resources import files
+from pathlib import Path
+
+import click
+
+from mindprint import atomic
+from mindprint.cli.output import emit, json_option, say
+from mindprint.errors import RunError
+
+SAMPLE_FILES = ("sft.jsonl", "preferences.jsonl", "heldout.jsonl")
+STAGED = ".mindprint-init"
+
+TINY = "builtin:tiny"
+
+RATES = {
+    True: {"sft_rate": "2e-4", "dpo_rate": "2e-5", "dpo_steps": "15"},
+    False: {"sft_rate": "3e-4", "dpo_rate": "5e-6", "dpo_steps": "100"},
+}
+"""What suits the embedded model of 3 million parameters, and what suits one of billions."""
+
+CONFIG = """\
+# What `mindprint train` does. Settings can be given on its command line too: sft.learning_rate=1e-4.
+# Paths are relative to this file. docs/configuration.md lists all settings with their defaults.
+
+model:
+  name: {model}  # a model on the Hugging Face hub, a folder, or builtin:tiny
+
+backend:
+  type: {backend}  # auto, torch, mlx: nothing else has to change
+  device: auto
+  dtype: auto
+
+data:
+  path: data  # sft.jsonl, preferences.jsonl and heldout.jsonl
+  max_length: {max_length}  # in tokens; what is longer is cut at its end, and counted
+
+adapter:
+  r: 8
+  alpha: 16
+  target_modules: all-linear
+
+sft:  # first: imitate the voice
+  epochs_per_topic: 3
+  learning_rate: {sft_rate}
+  batch_size: 4
+
+dpo:  # then: prefer it to the plain answer
+  steps_per_topic: {dpo_steps}
+  learning_rate: {dpo_rate}
+  batch_size: 4
+  beta: 0.1
+  loss: sigmoid
+
+checkpoints:
+  every: 50  # optimizer steps
+  keep: 2
+
+seed: 0
+"""
+
+README = """\
+# {name}
+
+A voice for `{model}`, trained with Mindprint.
+
+| what | where |
+|---|---|
+| settings | `mindprint.yaml` |
+| texts to imitate | `data/sft.jsonl`: a JSON object a line, with `prompt` and `completion` (or `messages`) |
+| pairs to prefer by | `data/preferences.jsonl`: `prompt`, `chosen` (the voice), `rejected` (not the voice) |
+| pairs to measure with | `data/heldout.jsonl`: the same, never trained on |
+| results | `runs/run-001/adapter/`: a PEFT adapter; beside it `metrics.jsonl`, checkpoints and the settings used |
+
+`topic` in a row groups rows; training goes topic by topic, and every topic needs rows in both files. The texts that
+are here now are a sample: one old ferrywoman's voice. Replace them with your own.
+
+    mindprint train {path}
+    mindprint generate {path} --prompt "{prompt}"
+    mindprint eval {path}
+    mindprint train {path} backend.type=mlx     # the same on another framework
+"""
+
+
+@click.command("init", short_help="Make a project.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--model", default=TINY, show_default=True, help="Base model: a hub name, a folder, or builtin:tiny.")
+@click.option("--backend", default="auto", show_default=True, help="auto, torch, mlx, or any installed backend.")
+@json_option
+def command(*, folder: Path, model: str, backend: str, as_json: bool) -> None:
+    """Make FOLDER with a configuration, sample data, and a README of what goes where."""
+    target = folder.resolve()
+    _refuse_taken(folder)
+    path = shlex.quote(str(folder))
+    prompt = _first_prompt()
+    texts = {
+        "mindprint.yaml": config_text(_from(target, model), backend),
+        "README.md": README.format(name=target.name, model=model, path=path, prompt=prompt),
+    }
+    _write(target, texts)
+    steps = [f"mindprint train {path}", f"mindprint generate {path} --prompt {shlex.quote(prompt)}"]
+    if as_json:
+        emit({"folder": str(target), "config": str(target / "mindprint.yaml"), "next": steps})
+        return
+    say(f"{folder}: made, with the settings in mindprint.yaml and a sample voice in data/. Next:\n")
+    for step in steps:
+        say(f"  {step}")
+
+
+def config_text(model: str, backend: str = "auto") -> str:
+    """mindprint.yaml with the settings that suit `model`."""
+    tiny = model == TINY
+    return CONFIG.format(
+        model=json.dumps(model, ensure_ascii=False) if model != TINY else TINY,
+        backend=json.dumps(backend) if backend != "auto" else backend,
+        max_length=256 if tiny else 1024,
+        **RATES[tiny],
+    )
+
+
+def _from(folder: Path, model: str) -> str:
+    """A model folder as the new configuration must name it; hub names and built-in models as they are."""
+    return os.path.relpath(Path(model).resolve(), folder) if Path(model).expanduser().is_dir() else model
+
+
+def _refuse_taken(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        raise RunError(f"{folder}: exists already and is not empty; name a new folder")
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: is a file; name a new folder")
+
+
+def _write(target: Path, texts: dict[str, str]) -> None:
+    """Fill `target` whole or not at all. An empty folder stays the same folder: someone may stand in it."""
+    existed = target.is_dir()
+    with atomic.new_folder(target / STAGED if existed else target) as aside:
+        (aside / "data").mkdir()
+        for name in SAMPLE_FILES:
+            (aside / "data" / name).write_bytes(_sample(name))
+        for name, text in texts.items():
+            (aside / name).write_text(text, encoding="utf-8")
+    if existed:
+        for path in (target / STAGED).iterdir():
+            path.rename(target / path.name)
+        (target / STAGED).rmdir()
+
+
+def _sample(name: str) -> bytes:
+    return files("mindprint").joinpath("resources", "curriculum", name).read_bytes()
+
+
+def _first_prompt() -> str:
+    prompt: str = json.loads(_sample("heldout.jsonl").splitlines()[0])["prompt"]
+    return prompt

@@ -1,0 +1,118 @@
+"""`mindprint plugins`: what is installed, from metadata alone; with `--check`, what of it works here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mindprint.cli.output import emit, json_option, say, table
+from mindprint.plugins import BACKENDS, GROUPS, Plugin, installed, load_backend_plugin
+
+if TYPE_CHECKING:
+    from mindprint.contract import BackendInfo
+
+HEADER = ("kind", "name", "distribution", "version", "module")
+
+
+@click.command("plugins", short_help="List plugins.")
+@click.option("--check", is_flag=True, help="Import each plugin and say what it can do here, or why not.")
+@json_option
+def command(*, check: bool, as_json: bool) -> int:
+    """List the installed plugins. Without --check nothing of them is imported."""
+    plugins = [plugin for group in GROUPS for plugin in installed(group)]
+    checks = {plugin: _checked(plugin) for plugin in plugins} if check else {}
+    ok = all(found["ok"] for found in checks.values())
+    if as_json:
+        entries = [_described(plugin) | ({"check": checks[plugin]} if check else {}) for plugin in plugins]
+        emit({"plugins": entries} | ({"ok": ok} if check else {}))
+    else:
+        _show(plugins, checks)
+    return 0 if ok else 1
+
+
+def device_lines(info: BackendInfo) -> list[str]:
+    """What a backend says of its devices, a line each."""
+    width = max((len(device.name) for device in info.devices), default=0)
+    lines = []
+    for device in info.devices:
+        dtypes = ", ".join(name + (" (auto)" if name == device.default_dtype else "") for name in device.dtypes)
+        state = f"usable: {dtypes}" if device.usable else f"not usable: {device.reason}"
+        detail = f" [{device.detail}]" if device.detail else ""
+        lines.append(f"{device.name.ljust(width)}  {state}{detail}")
+    return lines
+
+
+def info_values(info: BackendInfo) -> dict[str, Any]:
+    """A backend's facts as JSON has them."""
+    devices = [{**asdict(device), "usable": device.usable} for device in info.devices]
+    return {
+        "devices": devices,
+        "capabilities": sorted(info.capabilities),
+        "libraries": dict(info.libraries),
+        "notes": list(info.notes),
+    }
+
+
+def _described(plugin: Plugin) -> dict[str, Any]:
+    return {
+        "name": plugin.name,
+        "kind": _kind(plugin),
+        "distribution": plugin.distribution,
+        "version": plugin.version,
+        "module": plugin.module,
+    }
+
+
+def _kind(plugin: Plugin) -> str:
+    return plugin.group.rpartition(".")[2].removesuffix("s")
+
+
+def _checked(plugin: Plugin) -> dict[str, Any]:
+    """What importing the plugin brings. Whatever a plugin raises is a finding about it, not an error of ours."""
+    try:
+        return {"ok": True, "cause": None, **(_backend(plugin) if plugin.group == BACKENDS else _imported(plugin))}
+    except Exception as error:  # noqa: BLE001 (a broken plugin is what is looked for)
+        kind = "" if type(error).__module__.startswith("mindprint.") else f"{type(error).__name__}: "
+        return {"ok": False, "cause": f"{kind}{error}"}
+
+
+def _backend(plugin: Plugin) -> dict[str, Any]:
+    from mindprint.backend import load_backend  # noqa: PLC0415 (listing needs none of it)
+
+    info = load_backend(plugin.name).info
+    _, module = load_backend_plugin(plugin.name)
+    return {"hook_apis": list(module.MINDPRINT_HOOK_APIS), "lines": device_lines(info), **info_values(info)}
+
+
+def _imported(plugin: Plugin) -> dict[str, Any]:
+    module, _, attribute = plugin.module.partition(":")
+    loaded: object = import_module(module)
+    for name in filter(None, attribute.split(".")):
+        loaded = getattr(loaded, name)
+    return {}
+
+
+def _show(plugins: list[Plugin], checks: Mapping[Plugin, dict[str, Any]]) -> None:
+    if not plugins:
+        say('no plugin is installed; a backend is needed: pip install "mindprint-core[torch]" or "mindprint-core[mlx]"')
+        return
+    say(table(HEADER, [(_kind(p), p.name, p.distribution, p.version, p.module) for p in plugins]))
+    for plugin, found in checks.items():
+        say(f"\n{_kind(plugin)} {plugin.name}: {'works' if found['ok'] else found['cause']}")
+        for line in _details(found):
+            say(f"  {line}")
+
+
+def _details(found: Mapping[str, Any]) -> list[str]:
+    if "devices" not in found:
+        return []
+    apis = ", ".join(str(api) for api in found["hook_apis"])
+    return [
+        *found["lines"],
+        f"hook API {apis}; can also: {', '.join(found['capabilities']) or 'nothing'}",
+        *(f"note: {note}" for note in found["notes"]),
+    ]

@@ -1,0 +1,137 @@
+"""A run as it goes, from its events: a bar on a terminal, plain lines elsewhere, both on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import monotonic
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from mindprint.cli.output import PROGRAM, tell
+from mindprint.events import (
+    Event,
+    Notice,
+    RunStarted,
+    StageFinished,
+    StageStarted,
+    StepDone,
+)
+
+SECONDS_BETWEEN_LINES = 10.0
+"""How often a plain line is written while a stage goes on."""
+
+TOPIC_WIDTH = 28
+
+OnEvent = Callable[[Event], None]
+
+
+@contextmanager
+def progress(console: Console | None = None) -> Iterator[OnEvent]:
+    """Show a run while the block lasts; yields what takes its events."""
+    console = console or Console(stderr=True)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield Lines()
+        return
+    with Bar(console) as bar:
+        yield bar
+
+
+class Lines:
+    """A line when a stage begins and ends, and every ten seconds between."""
+
+    def __init__(self, write: Callable[[str], None] = tell, clock: Callable[[], float] = monotonic) -> None:
+        self._write = write
+        self._clock = clock
+        self._last = clock()
+        self._total = 0
+        self._stage_steps = 0
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case RunStarted():
+                self._total = event.total_steps
+                self._line(_started(event))
+            case Notice():
+                self._write(_noticed(event))
+            case StageStarted():
+                self._stage_steps = event.steps
+                self._line(f"{event.topic} {event.stage}: {_steps(event)} on {event.backend}")
+            case StepDone() if self._clock() - self._last >= SECONDS_BETWEEN_LINES:
+                self._line(f"{event.topic} {event.stage}: {self._position(event)}, loss {event.loss:.4f}")
+            case StageFinished():
+                self._line(f"{event.topic} {event.stage}: done{_losses(event)}, {event.seconds:.1f} s")
+
+    def _position(self, event: StepDone) -> str:
+        return f"step {event.stage_step}/{self._stage_steps} ({event.step}/{self._total} in all)"
+
+    def _line(self, text: str) -> None:
+        self._last = self._clock()
+        self._write(f"{PROGRAM}: {text}")
+
+
+class Bar:
+    """One bar over the whole run, with the stage at hand and its loss; notices scroll by above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}", markup=False),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            expand=True,
+        )
+        self._task = self._bar.add_task("loading the model", total=None, loss="", visible=False)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case RunStarted():
+                self._print(f"{PROGRAM}: {_started(event)}")
+                self._bar.update(self._task, total=event.total_steps, completed=event.resumed_from or 0, visible=True)
+            case Notice():
+                self._print(_noticed(event), "yellow" if event.warning else "")
+            case StageStarted():
+                self._bar.update(self._task, description=f"{_short(event.topic)} {event.stage}")
+            case StepDone():
+                self._bar.update(self._task, completed=event.step, loss=f"loss {event.loss:.4f}")
+
+    def _print(self, text: str, style: str = "") -> None:
+        self._console.print(Text(text, style=style), soft_wrap=True)
+
+
+def _started(event: RunStarted) -> str:
+    resumed = f", going on after step {event.resumed_from}" if event.resumed_from is not None else ""
+    return f"run {event.run}: {event.total_steps} steps{resumed}"
+
+
+def _noticed(event: Notice) -> str:
+    return f"{PROGRAM}: {'warning: ' if event.warning else ''}{event.message}"
+
+
+def _steps(event: StageStarted) -> str:
+    return f"step {event.first_step + 1} to {event.steps}" if event.first_step else f"{event.steps} steps"
+
+
+def _losses(event: StageFinished) -> str:
+    if event.first_loss is None or event.last_loss is None:
+        return ""
+    return f", loss {event.first_loss:.4f} → {event.last_loss:.4f}"
+
+
+def _short(topic: str) -> str:
+    name = topic.rstrip("/").rpartition("/")[2]
+    return name if len(name) <= TOPIC_WIDTH else name[: TOPIC_WIDTH - 1] + "…"

@@ -1,0 +1,137 @@
+"""`mindprint train`: from a configuration to an adapter."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from mindprint.cli.output import emit, json_option, say, table
+from mindprint.cli.progress import progress
+from mindprint.config import FILE_NAME, ConfigFile, load_config
+from mindprint.errors import MindprintError
+from mindprint.inference import sample_prompt
+from mindprint.training.results import RunResult
+from mindprint.training.run import train
+from mindprint.training.run_folder import RunFolder, new_run_path, newest_run
+
+Resume = Literal["last", "latest"]
+
+LONGEST_PROMPT = 100
+
+
+class Resumable(click.Command):
+    """`--resume` takes a value only if the very next word is `latest`: `--resume my-voice` names a project."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _with_resume_value(args))
+
+
+@click.command("train", cls=Resumable, short_help="Train.")
+@click.argument("config", metavar="[CONFIG] [KEY=VALUE]...", nargs=-1)
+@click.option("--run", type=click.Path(path_type=Path), help="The run's folder; default: a new one under runs/.")
+@click.option(
+    "--resume",
+    type=click.Choice(["last", "latest"]),
+    metavar="[latest]",
+    help="Go on with the newest run (or --run) from its last checkpoint; with `latest` from the last sound one.",
+)
+@click.option("--backend", help="auto, torch, mlx, or any installed backend: short for backend.type=NAME.")
+@json_option
+def command(
+    *, config: tuple[str, ...], run: Path | None, resume: Resume | None, backend: str | None, as_json: bool
+) -> None:
+    """Train SFT, then DPO, topic by topic, and write one adapter.
+
+    CONFIG is a folder with mindprint.yaml (default: this one), a YAML file, or the folder of a run. KEY=VALUE changes
+    a setting for this run: `backend.type=mlx`, `sft.learning_rate=1e-4`.
+    """
+    path, overrides = _project_and_overrides(config)
+    if backend:
+        overrides.append(f"backend.type={backend}")
+    file, run = _named_run(path, overrides, run, resumed=resume is not None)
+    with progress() as on_event:
+        result = train(file, run=run, resume=resume or False, on_event=on_event)
+    if as_json:
+        emit(_as_json(result))
+    else:
+        _summarize(result, path, file)
+
+
+def _with_resume_value(arguments: Sequence[str]) -> list[str]:
+    result: list[str] = []
+    for argument in arguments:
+        if argument == "latest" and result and result[-1] == "--resume=last":
+            result[-1] = "--resume=latest"
+        else:
+            result.append("--resume=last" if argument == "--resume" else argument)
+    return result
+
+
+def _project_and_overrides(words: Sequence[str]) -> tuple[Path, list[str]]:
+    """The first word is the project, unless it is a setting and no such file exists."""
+    if not words or ("=" in words[0] and not Path(words[0]).exists()):
+        return Path(), list(words)
+    paths = [word for word in words[1:] if "=" not in word]
+    if paths:
+        raise click.UsageError(f"{paths[0]!r} is neither an option nor a setting: write settings as key=value")
+    return Path(words[0]), list(words[1:])
+
+
+def _named_run(
+    path: Path, overrides: Sequence[str], run: Path | None, *, resumed: bool
+) -> tuple[ConfigFile, Path | None]:
+    """The configuration, and the run's folder where one is named. A run's own folder stands for its configuration."""
+    folder = RunFolder(path)
+    if (path / FILE_NAME).exists() or not folder.holds_run:
+        return load_config(path, overrides), run
+    if run is None:
+        run = path if resumed else new_run_path(path.resolve().parent)
+    return load_config(folder.config, overrides), run
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+def _as_json(result: RunResult) -> dict[str, Any]:
+    stages = [asdict(stage) for stage in result.stages]
+    return {"run": str(result.run), "adapter": str(result.adapter), "stages": stages}
+
+
+def _summarize(result: RunResult, path: Path, file: ConfigFile) -> None:
+    rows = [
+        (s.topic, s.stage, s.backend, str(s.steps), f"{s.first_loss:.4f} → {s.last_loss:.4f}", f"{s.seconds:.1f}")
+        for s in result.stages
+    ]
+    header = ("topic", "stage", "backend", "steps", "loss", "seconds")
+    say(table(header, rows, numbers=(3, 4, 5)))
+    say(f"\nadapter: {_shown(result.adapter)}")
+    say(f"try it:  mindprint generate {_project_or_run(result, path, file)} --prompt {_prompt(file)}")
+
+
+def _project_or_run(result: RunResult, path: Path, file: ConfigFile) -> str:
+    """The project's folder if `generate` would find this run in it, else the run's."""
+    newest = newest_run(file.folder / "runs")
+    if path.is_dir() and newest is not None and newest.resolve() == result.run:
+        return shlex.quote(str(path))
+    return shlex.quote(_shown(result.run))
+
+
+def _prompt(file: ConfigFile) -> str:
+    with suppress(MindprintError):
+        prompt = sample_prompt(file)
+        if prompt and len(prompt) <= LONGEST_PROMPT and prompt.isprintable():
+            return shlex.quote(prompt)
+    return '"…"'
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it can be written here."""
+    relative = os.path.relpath(path)
+    return relative if len(relative) < len(str(path)) else str(path)

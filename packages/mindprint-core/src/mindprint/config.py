@@ -1,0 +1,365 @@
+"""The configuration: YAML for people, pydantic for the checks, one line for every mistake.
+
+Unknown keys are refused with the nearest known name, numbers written `3e-4` are numbers, and `key=value` overrides go
+through the same checks as the file. Paths are relative to the file that names them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from mindprint.contract import AdamW
+from mindprint.errors import ConfigError
+from mindprint.losses import PreferenceLoss, PreferenceLossName
+
+FILE_NAME = "mindprint.yaml"
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: strict types, no unknown keys, no changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The base model: a hub id, a folder, or `builtin:tiny`."""
+
+    name: str = Field("builtin:tiny", description="Hub id, folder (relative to this file), or `builtin:tiny`.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+
+
+class BackendConfig(Section):
+    """Where training runs. Changing `type` is all that a move to another framework needs."""
+
+    type: str = Field("auto", description="`auto`, `torch`, `mlx`, or any installed backend; `pytorch` means `torch`.")
+    device: str = Field("auto", description="`auto`, or a device of the backend: `cpu`, `cuda`, `mps`, `metal`.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Dtype of the base's weights; the adapter is float32 always."
+    )
+
+
+class DataConfig(Section):
+    """What the model is taught from."""
+
+    path: str | None = Field("data", description="Folder with the files below under their default names.")
+    sft: str | list[str] | None = Field(
+        None, description="SFT rows: files, or a dataset on the hub. Default: `sft.jsonl` in `path`."
+    )
+    preferences: str | list[str] | None = Field(
+        None, description="Preference pairs: likewise. Default: `preferences.jsonl` in `path`."
+    )
+    heldout: str | list[str] | None = Field(
+        None, description="Pairs never trained on, for `mindprint eval`. Default: `heldout.jsonl` in `path`, if there."
+    )
+    format: Literal["chat", "raw"] = Field(
+        "chat", description="`chat` uses the tokenizer's template; `raw` is plain text and end-of-sequence."
+    )
+    train_on: Literal["all", "last"] = Field(
+        "all", description="Which assistant turns of a conversation are trained: `all`, or only the `last`."
+    )
+    max_length: Positive = Field(1024, description="Longest sequence in tokens; what is longer is cut at its end.")
+
+
+class AdapterConfig(Section):
+    """The LoRA adapter (Hu et al. 2021)."""
+
+    r: Positive = Field(8, description="Rank.")
+    alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="The change is scaled by alpha / r.")
+    dropout: Fraction = Field(0.0, description="Dropout before A, in SFT only.")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="`all-linear`, or a list of module names or their endings (`q_proj`)."
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead (rank-stabilised LoRA).")
+
+
+def _backend(value: object) -> object:
+    """`backend: mlx` and `backend: null` are short for a section."""
+    if value is None:
+        return {}
+    return {"type": value} if isinstance(value, str) else value
+
+
+class StageConfig(Section):
+    """What both stages share: how long, how fast, in which batches."""
+
+    enabled: bool = Field(True, description="Whether the stage runs.")
+    epochs_per_topic: Positive | None = Field(
+        None, description="Passes over a topic's rows, or give `steps_per_topic`."
+    )
+    steps_per_topic: Positive | None = Field(None, description="Optimizer steps on each topic; or `epochs_per_topic`.")
+    learning_rate: Annotated[float, Field(gt=0)]
+    batch_size: Positive = Field(4, description="Rows (or pairs) in a micro-batch.")
+    gradient_accumulation: Positive = Field(1, description="Micro-batches in an optimizer step.")
+    schedule: Schedule = Field("constant", description="Learning rate over a stage: `constant`, `linear` or `cosine`.")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps over which the learning rate rises from 0.")
+    weight_decay: NonNegative = Field(0.0, description="AdamW's decoupled weight decay.")
+    betas: list[Fraction] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's betas.")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's epsilon.")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="Clip gradients to this global norm; null leaves them alone."
+    )
+    backend: Annotated[BackendConfig | None, BeforeValidator(lambda v: None if v is None else _backend(v))] = Field(
+        None, description="A backend for this stage alone."
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> StageConfig:
+        if self.epochs_per_topic is not None and self.steps_per_topic is not None:
+            raise ValueError("give epochs_per_topic or steps_per_topic, not both")
+        return self
+
+    @property
+    def optimizer(self) -> AdamW:
+        return AdamW((self.betas[0], self.betas[1]), self.eps, self.weight_decay)
+
+
+class SftConfig(StageConfig):
+    """Supervised fine-tuning. Default length: three epochs."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = Field(3e-4, description="AdamW's learning rate at its highest.")
+
+
+class DpoConfig(StageConfig):
+    """Preference optimization. Default length: a hundred steps."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = Field(5e-6, description="AdamW's learning rate at its highest.")
+    batch_size: Positive = Field(2, description="Pairs in a micro-batch.")
+    loss: PreferenceLossName = Field("sigmoid", description="The preference loss; names as in TRL.")
+    beta: Annotated[float, Field(gt=0)] = Field(0.1, description="Strength of the preference loss.")
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="Assumed share of flipped labels, for `sigmoid` and `robust`."
+    )
+    sft_weight: NonNegative | None = Field(
+        None, description="Weight of the chosen answers' SFT loss beside it. Default: 1 for `orpo`, else 0."
+    )
+    gamma: NonNegative = Field(0.5, description="SimPO's target margin.")
+
+    @model_validator(mode="after")
+    def _smoothing_has_meaning(self) -> DpoConfig:
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            raise ValueError(f"label_smoothing has no meaning for the loss {self.loss!r}, only for sigmoid and robust")
+        return self
+
+    def preference_loss(self) -> PreferenceLoss:
+        default = 1.0 if self.loss == "orpo" else 0.0
+        weight = default if self.sft_weight is None else self.sft_weight
+        return PreferenceLoss(self.loss, self.beta, self.label_smoothing, weight, self.gamma)
+
+
+class CheckpointConfig(Section):
+    """When the run's state is written, beside the start of each stage."""
+
+    every: Positive = Field(50, description="Optimizer steps between checkpoints.")
+    keep: Positive = Field(2, description="How many of them are kept.")
+
+
+class GenerationConfig(Section):
+    """How `generate` and `eval` let the model answer."""
+
+    max_new_tokens: Positive = Field(128, description="Longest answer in tokens.")
+    temperature: NonNegative = Field(0.0, description="0 is greedy.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling.")
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    backend: Annotated[BackendConfig, BeforeValidator(_backend)] = BackendConfig()
+    data: DataConfig = DataConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    sft: SftConfig = SftConfig()
+    dpo: DpoConfig = DpoConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    generation: GenerationConfig = GenerationConfig()
+    seed: Annotated[int, Field(ge=0, description="Order, initial adapter and dropout follow from it.")] = 0
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> Config:
+        if not (self.sft.enabled or self.dpo.enabled):
+            raise ValueError("sft.enabled and dpo.enabled are both false: there is nothing to train")
+        return self
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A configuration and the folder that its relative paths start from."""
+
+    config: Config
+    folder: Path
+    source: str = "configuration"
+    lines: Mapping[tuple[str, ...], int] = field(default_factory=dict, repr=False)
+
+    def resolve(self, path: str) -> Path:
+        """A path of the configuration, absolute."""
+        return (self.folder / Path(path).expanduser()).resolve()
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ConfigFile:
+    """Read `path` (a YAML file, or a folder with `mindprint.yaml`) and apply `key=value` overrides.
+
+    Raises `ConfigError` with one line: file, line, key, what is wrong, the nearest known name.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / FILE_NAME
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such configuration; `mindprint init FOLDER` makes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from error
+    values, lines = _parse_yaml(text, str(file))
+    config = _validate(_overridden(values, overrides), str(file), lines)
+    return ConfigFile(config, file.parent.resolve(), str(file), lines)
+
+
+def make_config(values: Mapping[str, Any], folder: Path | None = None, overrides: Sequence[str] = ()) -> ConfigFile:
+    """Check a configuration that is given as values rather than as a file."""
+    config = _validate(_overridden(dict(values), overrides), "configuration", {})
+    return ConfigFile(config, (folder or Path.cwd()).resolve())
+
+
+def merged(base: ConfigFile, values: Mapping[str, Any]) -> ConfigFile:
+    """The same configuration with `values` merged into it, section by section."""
+    result = _merge(base.config.model_dump(exclude_unset=True), values)
+    return ConfigFile(_validate(result, base.source, {}), base.folder, base.source)
+
+
+def dump_config(config: Config) -> str:
+    """YAML with every value, defaults included, that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: `3e-4` is a number, and a key given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$|[-+]?\.\d+(?:[eE][-+]?\d+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    try:
+        node = yaml.compose(text, _Loader)
+        values = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise ConfigError(f"{source}:{line} {error.problem or 'is not valid YAML'}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: is not valid YAML: {str(error).splitlines()[0]}") from error
+    if values is None:
+        return {}, {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: line 1: expected `key: value` lines, found {type(values).__name__}")
+    return values, dict(_key_lines(node))
+
+
+def _key_lines(node: yaml.Node | None, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], int]]:
+    found = []
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            found.append((here, key.start_mark.line + 1))
+            found.extend(_key_lines(value, here))
+    return found
+
+
+def _overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    result = dict(values)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"override {text!r}: expected key=value, such as backend.type=mlx")
+        try:
+            parsed = yaml.load(value, _Loader)  # noqa: S506 (a SafeLoader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {text!r}: the value is not valid YAML") from error
+        result = _with_value(result, key.strip().split("."), parsed)
+    return result
+
+
+def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(values)
+    for key, change in changes.items():
+        old = result.get(key)
+        result[key] = _merge(old, change) if isinstance(old, Mapping) and isinstance(change, Mapping) else change
+    return result
+
+
+def _with_value(values: Mapping[str, Any], path: Sequence[str], value: object) -> dict[str, Any]:
+    head, *rest = path
+    if not rest:
+        return {**values, head: value}
+    inner = values.get(head)
+    if isinstance(inner, str) and head == "backend":
+        inner = {"type": inner}
+    return {**values, head: _with_value(inner if isinstance(inner, Mapping) else {}, rest, value)}
+
+
+def _validate(values: Mapping[str, Any], source: str, lines: Mapping[tuple[str, ...], int]) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error, source, lines)) from error
+
+
+def _first_problem(error: ValidationError, source: str, lines: Mapping[tuple[str, ...], int]) -> str:
+    problems = error.errors(include_url=False)
+    problem = problems[0]
+    # A union (`str | list[str]`) reports its branches as parts of the location: keep the keys that a person wrote.
+    path = tuple(str(part) for part in problem["loc"] if not str(part).startswith(("list[", "constrained", "str")))
+    line = next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), None)
+    where = f"{source}: line {line}" if line else source
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{where}: {'.'.join(path) or 'configuration'}: {_explained(dict(problem), path)}{more}"
+
+
+def _explained(problem: dict[str, Any], path: tuple[str, ...]) -> str:
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known here: {', '.join(known)}"
+        return f"unknown key; {hint}"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{message}, found {problem['input']!r}"
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for name in path:
+        annotation = section.model_fields[name].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)

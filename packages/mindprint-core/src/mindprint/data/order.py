@@ -1,0 +1,71 @@
+"""Which rows are seen when, as a pure function of seed, topic, stage and step.
+
+Counter-based generators keyed by what the draw is for: nothing carries state from one draw to the next, so a run
+resumes from a cursor alone and every backend sees the same order. Only Philox's raw stream is used, which NumPy keeps
+stable across versions and platforms (NEP 19), not `Generator`'s methods, which it does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def random_bits(count: int, seed: int, *labels: str | int) -> NDArray[np.uint64]:
+    """`count` uniform 64-bit words for one purpose, which `labels` name."""
+    key = hashlib.blake2b(json.dumps([seed, *labels]).encode(), digest_size=16).digest()
+    return np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count)
+
+
+def permutation(count: int, seed: int, *labels: str | int) -> NDArray[np.int64]:
+    """A uniform permutation of `range(count)`."""
+    return np.argsort(random_bits(count, seed, *labels), kind="stable")
+
+
+def uniform(shape: tuple[int, ...], seed: int, *labels: str | int) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1) with 53 random bits."""
+    bits = random_bits(int(np.prod(shape)), seed, *labels)
+    return ((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(shape)
+
+
+@dataclass(frozen=True)
+class StageOrder:
+    """The order of one stage of one topic: seeded epochs over `rows`, cut into micro-batches and optimizer steps.
+
+    Neither a micro-batch nor an optimizer step reaches across the end of an epoch: the last of an epoch may be smaller.
+    Exactly one of `epochs` and `steps` is given.
+    """
+
+    rows: int
+    batch_size: int
+    gradient_accumulation: int
+    seed: int
+    topic: str
+    stage: str
+    epochs: int | None = None
+    steps: int | None = None
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        micro_batches = -(-self.rows // self.batch_size)
+        return -(-micro_batches // self.gradient_accumulation)
+
+    @cached_property
+    def total_steps(self) -> int:
+        return self.steps if self.steps is not None else (self.epochs or 0) * self.steps_per_epoch
+
+    def micro_batches(self, step: int) -> tuple[tuple[int, ...], ...]:
+        """The row indices of each micro-batch of optimizer step `step` (from 0)."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = self._epoch(epoch)
+        per_step = self.batch_size * self.gradient_accumulation
+        mine = order[within * per_step : (within + 1) * per_step]
+        return tuple(mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size))
+
+    def _epoch(self, epoch: int) -> tuple[int, ...]:
+        return tuple(permutation(self.rows, self.seed, "order", self.topic, self.stage, epoch).tolist())

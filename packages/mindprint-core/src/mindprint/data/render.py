@@ -1,0 +1,321 @@
+"""Rows → token ids with masks: the one place that decides what is trained and what is context.
+
+The completion is what the template adds to the rendered prompt, its end-of-turn token included. Where the prompt's
+tokens are no prefix of the whole, the common prefix decides, exactly as in TRL 1.16 (`SFTTrainer` and `DPOTrainer`,
+`_prepare_dataset`); so does truncation, which keeps the start.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Generic, Literal, TypeVar
+
+import numpy as np
+
+from mindprint.config import DataConfig
+from mindprint.contract import Bool, Int32
+from mindprint.data.rows import Message, Messages, Origin, PreferenceRow, SftRow, Text, as_messages
+from mindprint.data.tokenizer import Tokenizer
+from mindprint.errors import DataError
+
+CHUNK = 1024
+"""Rows rendered at a time: enough for the tokenizer's threads, little in memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class SftExample:
+    """`tokens` int32 `[T]`, `loss_mask` bool `[T]`: True where a token is trained, never on the first one."""
+
+    topic: str
+    tokens: Int32
+    loss_mask: Bool
+    origin: Origin
+
+
+@dataclass(frozen=True, eq=False)
+class PreferenceExample:
+    """`prompt` int32 `[P]`, `chosen` int32 `[C]`, `rejected` int32 `[C]`, none of them empty."""
+
+    topic: str
+    prompt: Int32
+    chosen: Int32
+    rejected: Int32
+    origin: Origin
+
+
+Example = TypeVar("Example", SftExample, PreferenceExample)
+
+
+@dataclass(frozen=True)
+class Rendered(Generic[Example]):
+    """Examples in the order of their rows.
+
+    `cut` counts rows whose end was cut at `max_length`, `left_out` rows whose prompt leaves no room for an answer.
+    """
+
+    examples: tuple[Example, ...]
+    cut: int = 0
+    left_out: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def render_sft(rows: Sequence[SftRow], tokenizer: Tokenizer, data: DataConfig) -> Rendered[SftExample]:
+    """Tokens and masks of SFT rows. A conversation whose template rewrites its history becomes one example a turn.
+
+    Raises `DataError` where the template refuses a row, a completion renders to nothing, or a topic loses every row.
+    """
+    tally = _Tally()
+    examples: list[SftExample] = []
+    for chunk in _chunks(rows):
+        raw = data.format == "raw"
+        parts = _raw_sequences(chunk, tokenizer, tally) if raw else _chat_sequences(chunk, tokenizer, data, tally)
+        for row, sequences in zip(chunk, parts, strict=True):
+            examples.extend(_sft_examples(row, sequences, data.max_length, tally))
+    return _rendered(rows, examples, tally, tokenizer, data)
+
+
+def render_preferences(
+    rows: Sequence[PreferenceRow], tokenizer: Tokenizer, data: DataConfig
+) -> Rendered[PreferenceExample]:
+    """Tokens of preference pairs, as `DPOTrainer` makes them. Raises `DataError` as `render_sft` does."""
+    tally = _Tally()
+    examples: list[PreferenceExample] = []
+    for chunk in _chunks(rows):
+        parts = _raw_pairs(chunk, tokenizer) if data.format == "raw" else _chat_pairs(chunk, tokenizer)
+        for row, (prompt, chosen, rejected) in zip(chunk, parts, strict=True):
+            examples.extend(_pair_example(row, prompt, chosen, rejected, data.max_length, tally))
+    return _rendered(rows, examples, tally, tokenizer, data)
+
+
+def render_prompt(prompt: Text, tokenizer: Tokenizer, data_format: Literal["chat", "raw"] = "chat") -> Int32:
+    """What a model is given to continue: a conversation up to the assistant's turn, or plain text. int32 `[P]`."""
+    if data_format == "raw":
+        if not isinstance(prompt, str):
+            raise DataError("messages need data.format=chat; data.format is raw, which takes strings")
+        ids = tokenizer.encode(prompt)
+        return np.array(ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids, dtype=np.int32)
+    return np.array(tokenizer.render(as_messages(prompt, "user"), generation_prompt=True), dtype=np.int32)
+
+
+def common_prefix(first: Int32, second: Int32) -> int:
+    """How many tokens two sequences begin with alike."""
+    length = min(len(first), len(second))
+    differ = first[:length] != second[:length]
+    return int(differ.argmax()) if differ.any() else length
+
+
+# --- SFT -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """Tokens, and the spans `(start, end)` of them that are trained."""
+
+    tokens: Int32
+    spans: tuple[tuple[int, int], ...]
+
+
+@dataclass
+class _Tally:
+    cut: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    split: int = 0
+    diverging: int = 0
+    same: int = 0
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One assistant turn: the prompt before it, and the conversation up to its end."""
+
+    prompt: Int32
+    upto: Int32
+
+    def sequence(self, origin: Origin) -> _Sequence:
+        start = common_prefix(self.prompt, self.upto)
+        if start >= len(self.upto):
+            raise DataError(f"{origin}: the completion renders to nothing: the template leaves it out")
+        return _Sequence(self.upto, ((start, len(self.upto)),))
+
+
+def _chat_sequences(
+    rows: Sequence[SftRow], tokenizer: Tokenizer, data: DataConfig, tally: _Tally
+) -> Iterator[list[_Sequence]]:
+    ends = [_trained_turns(row, data) for row in rows]
+    origins = [row.origin for row, turns in zip(rows, ends, strict=True) for _ in turns]
+    prompts = [row.messages[:end] for row, turns in zip(rows, ends, strict=True) for end in turns]
+    wholes = [row.messages[: end + 1] for row, turns in zip(rows, ends, strict=True) for end in turns]
+    rendered = map(
+        _Turn,
+        _render(prompts, origins, tokenizer, generation_prompt=True),
+        _render(wholes, origins, tokenizer, generation_prompt=False),
+    )
+    for row, turns in zip(rows, ends, strict=True):
+        yield _conversation(row, [next(rendered) for _ in turns], tally)
+
+
+def _trained_turns(row: SftRow, data: DataConfig) -> list[int]:
+    """The indices of the assistant's messages to train: those with something before them, and after the prompt."""
+    messages, first = row.messages, max(1, len(row.prompt_messages))
+    turns = [index for index in range(first, len(messages)) if messages[index].role == "assistant"]
+    return turns[-1:] if data.train_on == "last" else turns
+
+
+def _conversation(row: SftRow, turns: list[_Turn], tally: _Tally) -> list[_Sequence]:
+    """One sequence with a span a turn, or, where an earlier rendering is no prefix of the last, one a turn."""
+    sequences = [turn.sequence(row.origin) for turn in turns]
+    tally.diverging += any(s.spans[0][0] < len(turn.prompt) for s, turn in zip(sequences, turns, strict=True))
+    whole = turns[-1].upto
+    if any(common_prefix(turn.upto, whole) < len(turn.upto) for turn in turns):
+        tally.split += 1
+        return sequences
+    return [_Sequence(whole, tuple(sequence.spans[0] for sequence in sequences))]
+
+
+def _raw_sequences(rows: Sequence[SftRow], tokenizer: Tokenizer, tally: _Tally) -> Iterator[list[_Sequence]]:
+    """Plain text and end-of-sequence; a prompt, where there is one, is context."""
+    prompts = tokenizer.encode_all([_plain(row.prompt) if row.prompt else "" for row in rows])
+    wholes = tokenizer.encode_all([_plain(row.prompt or "") + _ended(row.completion, tokenizer) for row in rows])
+    for row, prompt, whole in zip(rows, prompts, wholes, strict=True):
+        text = [_Sequence(whole, ((0, len(whole)),))]
+        yield _conversation(row, [_Turn(prompt, whole)], tally) if row.prompt else text
+
+
+def _sft_examples(row: SftRow, sequences: list[_Sequence], max_length: int, tally: _Tally) -> Iterator[SftExample]:
+    """A row's sequences, cut at `max_length`. A row of which nothing trained is left counts as left out."""
+    kept = [sequence for sequence in sequences if _has_room(sequence, max_length)]
+    tally.left_out[row.topic] += not kept
+    tally.cut += bool(kept) and (len(kept) < len(sequences) or any(len(s.tokens) > max_length for s in kept))
+    for sequence in kept:
+        tokens = sequence.tokens[:max_length]
+        yield SftExample(row.topic, tokens, _mask(sequence, len(tokens)), row.origin)
+
+
+def _has_room(sequence: _Sequence, max_length: int) -> bool:
+    """Whether a trained token stays; the first token of a sequence is predicted by nothing and never is one."""
+    return any(max(start, 1) < min(end, max_length) for start, end in sequence.spans)
+
+
+def _mask(sequence: _Sequence, length: int) -> Bool:
+    mask = np.zeros(length, dtype=np.bool_)
+    for start, end in sequence.spans:
+        mask[start:end] = True
+    mask[:1] = False
+    return mask
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+_Parts = tuple[Int32, Int32, Int32]
+
+
+def _chat_pairs(rows: Sequence[PreferenceRow], tokenizer: Tokenizer) -> Iterator[_Parts]:
+    origins = [row.origin for row in rows]
+    prompts = [row.prompt_messages for row in rows]
+    chosen = [row.prompt_messages + row.chosen_messages for row in rows]
+    rejected = [row.prompt_messages + row.rejected_messages for row in rows]
+    return zip(
+        _render(prompts, origins, tokenizer, generation_prompt=True),
+        _render(chosen, origins, tokenizer, generation_prompt=False),
+        _render(rejected, origins, tokenizer, generation_prompt=False),
+        strict=True,
+    )
+
+
+def _raw_pairs(rows: Sequence[PreferenceRow], tokenizer: Tokenizer) -> Iterator[_Parts]:
+    return zip(
+        tokenizer.encode_all([_plain(row.prompt) for row in rows]),
+        tokenizer.encode_all([_plain(row.prompt) + _ended(row.chosen, tokenizer) for row in rows]),
+        tokenizer.encode_all([_plain(row.prompt) + _ended(row.rejected, tokenizer) for row in rows]),
+        strict=True,
+    )
+
+
+def _pair_example(
+    row: PreferenceRow, prompt: Int32, chosen: Int32, rejected: Int32, max_length: int, tally: _Tally
+) -> Iterator[PreferenceExample]:
+    """The pair after the common prefix of all three; left out, as in TRL, where that fills `max_length`."""
+    start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
+    _check_pair(row, start, chosen, rejected)
+    tally.diverging += start < len(prompt)
+    tally.same += np.array_equal(chosen, rejected)
+    if start >= max_length:
+        tally.left_out[row.topic] += 1
+        return
+    tally.cut += max(len(chosen), len(rejected)) > max_length
+    yield PreferenceExample(row.topic, prompt[:start], chosen[start:max_length], rejected[start:max_length], row.origin)
+
+
+def _check_pair(row: PreferenceRow, start: int, chosen: Int32, rejected: Int32) -> None:
+    if not start:
+        raise DataError(f"{row.origin}: prompt and answers share no token: end the prompt where a word ends")
+    for name, tokens in (("chosen", chosen), ("rejected", rejected)):
+        if len(tokens) == start:
+            raise DataError(f"{row.origin}: `{name}` renders to nothing: the template leaves it out")
+
+
+# --- both ------------------------------------------------------------------------------------------------------------
+
+_Row = TypeVar("_Row", SftRow, PreferenceRow)
+
+
+def _chunks(rows: Sequence[_Row]) -> Iterator[Sequence[_Row]]:
+    return (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
+
+
+def _render(
+    conversations: Sequence[Messages], origins: Sequence[Origin], tokenizer: Tokenizer, *, generation_prompt: bool
+) -> list[Int32]:
+    """Many at once; only when the template refuses one is it looked for, so that the error names its row."""
+    try:
+        return tokenizer.render_all(conversations, generation_prompt=generation_prompt)
+    except DataError:
+        for messages, origin in zip(conversations, origins, strict=True):
+            _render_one(messages, origin, tokenizer, generation_prompt=generation_prompt)
+        raise
+
+
+def _render_one(messages: Sequence[Message], origin: Origin, tokenizer: Tokenizer, *, generation_prompt: bool) -> None:
+    try:
+        tokenizer.render(messages, generation_prompt=generation_prompt)
+    except DataError as error:
+        raise DataError(f"{origin}: {error}") from error
+
+
+def _plain(text: Text) -> str:
+    if not isinstance(text, str):
+        raise DataError("messages need data.format=chat; data.format is raw, which takes strings")
+    return text
+
+
+def _ended(completion: Text, tokenizer: Tokenizer) -> str:
+    """With end-of-sequence after it, unless it is there already."""
+    text = _plain(completion)
+    return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
+
+
+def _rendered(
+    rows: Sequence[_Row], examples: list[Example], tally: _Tally, tokenizer: Tokenizer, data: DataConfig
+) -> Rendered[Example]:
+    kept = {example.topic for example in examples}
+    for topic, left_out in tally.left_out.items():
+        if left_out and topic not in kept:
+            first = next(row.origin for row in rows if row.topic == topic)
+            raise DataError(
+                f"{first}: topic {topic!r} has no row left ({left_out} of {left_out}): every prompt fills "
+                f"max_length ({data.max_length} tokens): raise data.max_length, or shorten the prompts"
+            )
+    notes = tuple(chain(tokenizer.notes if data.format == "chat" else (), _notes(tally)))
+    return Rendered(tuple(examples), tally.cut, tally.left_out.total(), notes)
+
+
+def _notes(tally: _Tally) -> Iterator[str]:
+    if tally.split:
+        yield f"the chat template rewrites earlier turns: {tally.split} conversations became one example a turn"
+    if tally.diverging:
+        yield f"in {tally.diverging} rows an answer changes the prompt's own tokens: trained from where they part"
+    if tally.same:
+        yield f"in {tally.same} pairs chosen and rejected are the same: they teach nothing"

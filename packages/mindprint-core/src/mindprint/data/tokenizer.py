@@ -1,0 +1,275 @@
+"""The tokenizer of a model folder: text → ids and conversation → ids, the same on every backend.
+
+`tokenizer.json` is the truth. `AutoTokenizer` is not used for it: it imports torch where torch is installed (1.7 s, in
+an MLX run too), and for several families it rebuilds the tokenizer from parts of the file instead of reading it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mindprint.contract import Int32
+from mindprint.data.rows import Message
+from mindprint.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+"""A folder with one of these has a tokenizer."""
+
+PLAIN_TEMPLATE = (
+    "{%- if add_bos %}{{ bos_token }}{% endif %}"
+    "{%- for message in messages %}"
+    "{%- if not loop.first %}{{ '\\n\\n' }}{% endif %}"
+    "{%- if message.role != 'system' %}{{ 'User: ' if message.role == 'user' else 'Assistant: ' }}{% endif %}"
+    "{{- message.content }}"
+    "{%- if message.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+)
+"""The chat template of tokenizers that bring none: `User: …`, a blank line, `Assistant: …` and end-of-sequence.
+
+Turns are separated before each but the first, so that a rendered conversation is a prefix of every longer one. A BOS
+stands first where the tokenizer puts one before plain text.
+"""
+
+FIXED_DATES = {"%d %b %Y": "26 Jul 2024", "%d %B %Y": "26 July 2024", "%Y-%m-%d": "2024-07-26"}
+"""What `strftime_now(format)` gives in a template: the day that Llama's templates name without a clock.
+
+With the real date the same rows would be other tokens tomorrow: no resume, no cached reference, no second backend.
+"""
+
+
+class Tokenizer:
+    """A loaded tokenizer with its chat template.
+
+    `pad_id` is the pad token, or else end-of-sequence (any id would do: padding is masked). `stop_token_ids` are all
+    that end an answer: end-of-sequence, what `generation_config.json` names, and the end-of-turn token that the
+    template writes after an assistant's message. `notes` say what a user should hear.
+    """
+
+    def __init__(self, hf: TokenizersBackend, folder: Path) -> None:
+        self._hf = hf
+        self._backend = hf.backend_tokenizer
+        self._configured_eos = _eos_in(folder)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        template = _default_template(hf.chat_template)
+        self.has_template = template is not None
+        self.template = PLAIN_TEMPLATE if template is None else template
+        self.eos_id = _eos_id(hf, self._configured_eos, folder)
+        self.eos_token = str(self._backend.id_to_token(self.eos_id))
+        self.bos_id: int | None = hf.bos_token_id
+        self.pad_id: int = self.eos_id if hf.pad_token_id is None else hf.pad_token_id
+        self.vocab_size: int = len(hf)
+        self.notes = tuple(self._notes())
+
+    # --- text ---
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text as the tokenizer means it: with the BOS and EOS that it adds by itself, each once, never twice."""
+        ids: list[int] = self.encode_all([text])[0].tolist()
+        return ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[Int32]:
+        """`encode` for many texts at once."""
+        return [self._once(ids) for ids in self._ids(texts, special=True)]
+
+    def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
+        """Ids as text; special tokens are left out unless asked for."""
+        text: str = self._backend.decode([int(token) for token in ids], skip_special_tokens=not keep_special)
+        return text
+
+    # --- conversations ---
+
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> list[int]:
+        """A conversation through the chat template, with the opening of the assistant's next turn or without.
+
+        Raises `DataError` with the template's own message where it refuses the conversation (no system role, say).
+        """
+        ids: list[int] = self.render_all([messages], generation_prompt=generation_prompt)[0].tolist()
+        return ids
+
+    def render_all(self, conversations: Sequence[Sequence[Message]], *, generation_prompt: bool) -> list[Int32]:
+        """`render` for many conversations at once."""
+        texts = self.render_text(conversations, generation_prompt=generation_prompt)
+        return list(self._ids(texts, special=False))
+
+    def render_text(self, conversations: Sequence[Sequence[Message]], *, generation_prompt: bool) -> list[str]:
+        """Conversations as the text that the template makes of them."""
+        from jinja2 import TemplateError  # noqa: PLC0415 (with transformers: only a command that tokenises needs it)
+        from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415
+
+        chats = [[{"role": m.role, "content": m.content} for m in messages] for messages in conversations]
+        try:
+            rendered = render_jinja_template(
+                conversations=chats,
+                chat_template=self._clockless,
+                add_generation_prompt=generation_prompt,
+                **self._variables,
+            )
+        except (TemplateError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+            raise DataError(f"the chat template refuses this conversation: {_one_line(error)}") from error
+        return list(rendered[0])  # annotated as a string, in fact texts and the spans of `{% generation %}`
+
+    # --- identity ---
+
+    @cached_property
+    def digest(self) -> str:
+        """blake2b over what turns text into ids: model, normalizer, pre-tokenizer, added tokens, BOS and EOS added.
+
+        Taken from the loaded tokenizer, without fields that are null or false: a file that another version of the
+        library wrote anew has the same digest.
+        """
+        parts = json.loads(self._backend.to_str())
+        model = dict(parts["model"])
+        if "merges" in model:
+            model["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        return _digest(
+            {
+                "model": _without_defaults(model),
+                "normalizer": _without_defaults(parts["normalizer"]),
+                "pre_tokenizer": _without_defaults(parts["pre_tokenizer"]),
+                "added_tokens": _without_defaults(sorted(parts["added_tokens"], key=lambda token: int(token["id"]))),
+                "around_text": self._backend.encode("").ids,
+            }
+        )
+
+    @cached_property
+    def template_digest(self) -> str:
+        """blake2b over the chat template's text; of `PLAIN_TEMPLATE` where the tokenizer has none."""
+        return _digest(self.template)
+
+    @cached_property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        ids = {*self._configured_eos, *self._end_of_turn()} - {self.eos_id}
+        return (self.eos_id, *sorted(ids))
+
+    # --- inside ---
+
+    def _ids(self, texts: Sequence[str], *, special: bool) -> Iterable[Int32]:
+        for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=special):
+            yield np.array(encoding.ids, dtype=np.int32)
+
+    def _once(self, ids: Int32) -> Int32:
+        """Text that begins with a written BOS, or ends with a written EOS, gets no second one."""
+        start = int(len(ids) > 1 and ids[0] == ids[1] == self.bos_id)
+        end = len(ids) - int(len(ids) > 1 and ids[-1] == ids[-2] == self.eos_id)
+        return ids[start:end]
+
+    @cached_property
+    def _variables(self) -> dict[str, Any]:
+        tokens = {name: str(token) for name, token in self._hf.special_tokens_map.items() if isinstance(token, str)}
+        adds_bos = self.bos_id is not None and self._backend.encode("a").ids[:1] == [self.bos_id]
+        return {**tokens, "eos_token": self.eos_token, **({} if self.has_template else {"add_bos": adds_bos})}
+
+    @cached_property
+    def _clockless(self) -> str:
+        """The template, its clock stopped at `FIXED_DATES`."""
+        if "strftime_now" not in self.template:
+            return self.template
+        date = f"{FIXED_DATES!r}.get(format, '26 Jul 2024')"
+        macro = "{%- macro strftime_now(format) %}{{ " + date + " }}{% endmacro %}"
+        # The empty expression keeps `trim_blocks` from eating a line break that the template begins with.
+        return macro + "{{ '' }}" + self.template
+
+    def _notes(self) -> Iterable[str]:
+        if not self.has_template:
+            yield "the tokenizer has no chat template: rows are written as `User: …` and `Assistant: …`"
+        if self._clockless is not self.template:
+            date = FIXED_DATES["%d %b %Y"]
+            yield f"the chat template writes today's date: held at {date}, so that tokens stay the same"
+
+    def _end_of_turn(self) -> set[int]:
+        """The first special token after an assistant's words, as the template writes it."""
+        words = "Tea at four."
+        chat = (Message("user", "Tea?"), Message("assistant", words))
+        try:
+            (text,) = self.render_text([chat], generation_prompt=False)
+        except DataError:
+            return set()
+        _, found, after = text.rpartition(words)
+        special = {token for token, added in self._hf.added_tokens_decoder.items() if added.special}
+        ids = self._backend.encode(after.strip(), add_special_tokens=False).ids if found else []
+        return set(ids[:1]) & special
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load the tokenizer of a model folder.
+
+    From `tokenizer.json` no torch is imported. A folder without it goes through transformers' `AutoTokenizer`, which
+    converts older formats and may import torch. Raises `ModelError` for a folder without a usable tokenizer.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(f"{folder}: has no tokenizer (tokenizer.json): copy its files into the model folder")
+    # Without torch, transformers advises to install it whenever it is imported; here that is as it should be.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        hf = _load(folder)
+    except Exception as error:  # the Rust side raises bare Exception
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {_one_line(error)}") from error
+    return Tokenizer(hf, folder)
+
+
+def _load(folder: Path) -> TokenizersBackend:
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend  # noqa: PLC0415 (0.5 s)
+
+    if (folder / "tokenizer.json").is_file():
+        loaded = TokenizersBackend.from_pretrained(folder, local_files_only=True)
+    else:
+        from transformers import AutoTokenizer  # noqa: PLC0415 (imports torch where it can)
+
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not isinstance(loaded, TokenizersBackend):
+        raise TypeError(f"{type(loaded).__name__} has no tokenizer.json and cannot be converted to one")
+    return loaded
+
+
+def _default_template(template: str | dict[str, str] | None) -> str | None:
+    """The template for plain chat, where a tokenizer brings several by name."""
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def _eos_id(hf: TokenizersBackend, configured: Sequence[int], folder: Path) -> int:
+    if hf.eos_token_id is not None:
+        return int(hf.eos_token_id)
+    if not configured:
+        raise ModelError(f"{folder}: the tokenizer has no end-of-sequence token: name it in tokenizer_config.json")
+    return configured[0]
+
+
+def _eos_in(folder: Path) -> list[int]:
+    """End-of-sequence ids that generation_config.json and config.json name."""
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        found.extend([value] if isinstance(value, int) else value or [])
+    return found
+
+
+def _digest(value: object) -> str:
+    content = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return blake2b(content.encode(), digest_size=32).hexdigest()
+
+
+def _without_defaults(value: Any) -> Any:
+    """Without keys whose value is null or false, at every depth but a vocabulary's."""
+    if isinstance(value, dict):
+        return {key: _without_defaults(item) for key, item in value.items() if item is not None and item is not False}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [_without_defaults(item) for item in value]
+    return value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,62 @@
+"""Every error Mindprint raises on purpose.
+
+One root, so that a caller can catch them all; each subclass is also the standard kind, so that code which knows
+nothing of Mindprint handles it as it would any other. The command line prints the message alone and exits with
+`exit_code`; a message therefore names the thing, where it is, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class MindprintError(Exception):
+    """Root of all deliberate errors."""
+
+    exit_code = 2
+
+
+class ConfigError(MindprintError, ValueError):
+    """The configuration is wrong: an unknown key, a wrong type, values that contradict each other."""
+
+
+class DataError(MindprintError, ValueError):
+    """Training data is missing, unreadable or unusable; the message names file and line."""
+
+
+class ModelError(MindprintError, ValueError):
+    """A model folder is incomplete, or cannot be loaded as what it says it is."""
+
+
+class AdapterError(MindprintError, ValueError):
+    """An adapter is malformed, or does not fit the model or the operation."""
+
+
+class RunError(MindprintError, RuntimeError):
+    """A run folder cannot be used: it already holds a run, cannot be written, or does not match its configuration."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint cannot be resumed from: it is damaged, or of another base, dataset or configuration."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files are not what was written."""
+
+
+class BackendError(MindprintError, RuntimeError):
+    """The chosen backend is missing, broken, of another hook API, or cannot do what was asked."""
+
+
+class ContractError(BackendError, TypeError):
+    """A backend's hook returned something that the contract does not allow; the message names hook and finding."""
+
+
+class GuardError(MindprintError, RuntimeError):
+    """Training was stopped because continuing would corrupt the result in silence."""
+
+    exit_code = 1
+
+
+class Interrupted(MindprintError):  # noqa: N818 (not a failure)
+    """The user stopped the run; a checkpoint was written, and the message says how to go on."""
+
+    exit_code = 130

@@ -1,0 +1,185 @@
+"""A trained adapter, found and opened: for answers with and without it, and for measuring what it did.
+
+with open_adapter("my-voice") as opened:
+    before = opened.answer(["Who are you?"], adapter=False)
+    after = opened.answer(["Who are you?"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Literal
+
+from mindprint import models
+from mindprint.adapter.peft_format import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from mindprint.adapter.peft_format import read_adapter
+from mindprint.backend import Backend
+from mindprint.config import FILE_NAME, BackendConfig, Config, ConfigFile, GenerationConfig, ModelConfig, load_config
+from mindprint.contract import AdapterState, LoadedModel, Sampling
+from mindprint.data.render import render_prompt
+from mindprint.data.rows import Rows, Text, read_rows, text_of
+from mindprint.data.tokenizer import Tokenizer, load_tokenizer
+from mindprint.errors import AdapterError, MindprintError, RunError
+from mindprint.training.engine import Engine, Placement, Placements
+from mindprint.training.run_folder import RunFolder, newest_run
+
+
+@dataclass(frozen=True)
+class Located:
+    """An adapter's folder, and the configuration of the run that it belongs to, if it lies in one."""
+
+    adapter: Path
+    config: ConfigFile | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said; `stop_reason` is `stop` or `length` (it was cut off at `max_new_tokens`)."""
+
+    text: str
+    stop_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class OpenedAdapter:
+    """A base with its adapter in memory, and the tokenizer to talk to it."""
+
+    located: Located
+    base: models.ModelFolder
+    tokenizer: Tokenizer
+    placement: Placement
+    model: LoadedModel
+    adapter: AdapterState
+
+    @property
+    def backend(self) -> Backend:
+        return self.placement.backend
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration; the defaults for an adapter that lies in no run."""
+        return self.located.config.config if self.located.config else Config()
+
+    def answer(
+        self,
+        prompts: Sequence[Text],
+        settings: GenerationConfig | None = None,
+        *,
+        seed: int = 0,
+        adapter: bool = True,
+    ) -> tuple[Answer, ...]:
+        """Answer each prompt, with the adapter or as the base alone. `settings` default to the run's."""
+        settings = settings or self.config.generation
+        sampling = Sampling(
+            settings.max_new_tokens, self.tokenizer.stop_token_ids, settings.temperature, settings.top_p, seed
+        )
+        rendered = [render_prompt(prompt, self.tokenizer, self.config.data.format) for prompt in prompts]
+        made = self.backend.generate(self.model, rendered, sampling, adapter=adapter)
+        return tuple(Answer(self.tokenizer.decode(one.tokens.tolist()).strip(), one.stop_reason) for one in made)
+
+
+@contextmanager
+def open_adapter(
+    path: str | PathLike[str],
+    backend: BackendConfig | None = None,
+    *,
+    model: str | None = None,
+    notice: Callable[[str], None] = lambda _: None,
+) -> Iterator[OpenedAdapter]:
+    """Load a base and its adapter while the block lasts.
+
+    `path` is a project (its newest complete run), a run, or an adapter's folder. `backend` defaults to the run's;
+    `model` names another place for the base than the run's configuration or adapter_config.json does.
+    """
+    located = locate_adapter(path)
+    adapter, named = read_adapter(located.adapter)
+    base = _base(located, model, named)
+    tokenizer = load_tokenizer(base.path)
+    section = backend or (located.config.config.backend if located.config else BackendConfig())
+    placement = Placements().resolve(section)
+    engine = Engine(base, notice)
+    try:
+        engine.load(placement)
+        engine.inject(adapter)
+        yield OpenedAdapter(located, base, tokenizer, placement, engine.model, adapter)
+    finally:
+        engine.release()
+
+
+def locate_adapter(path: str | PathLike[str]) -> Located:
+    """Find the adapter that `path` means. Raises a `MindprintError` that says what would be one."""
+    folder = Path(path)
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
+        return Located(folder, _surrounding_config(folder))
+    if (folder / FILE_NAME).is_file():
+        return _of_run(_newest_complete(folder))
+    if RunFolder(folder).holds_run:
+        return _of_run(RunFolder(folder))
+    if not folder.exists():
+        raise RunError(f"{folder}: no such folder")
+    raise AdapterError(
+        f"{folder}: is no project ({FILE_NAME}), no run (manifest.json) and no adapter ({ADAPTER_CONFIG_FILE})"
+    )
+
+
+def read_heldout(file: ConfigFile) -> Rows:
+    """The held-out rows of a configuration, without reading what its stages train on."""
+    off = {name: getattr(file.config, name).model_copy(update={"enabled": False}) for name in ("sft", "dpo")}
+    return read_rows(replace(file, config=file.config.model_copy(update=off)))
+
+
+def sample_prompt(file: ConfigFile) -> str | None:
+    """A prompt from the configuration's data to try an adapter with: held out, if there is such."""
+    held_out = read_heldout(file).heldout
+    rows = held_out or read_rows(file).preferences
+    return text_of(rows[0].prompt) if rows else None
+
+
+def _of_run(run: RunFolder) -> Located:
+    if not run.complete:
+        raise RunError(
+            f"{run.path}: is not complete; go on with: mindprint train {run.path} --resume "
+            "(or name one of its checkpoints/ instead)"
+        )
+    return Located(run.adapter, load_config(run.config))
+
+
+def _newest_complete(project: Path) -> RunFolder:
+    runs = project / "runs"
+    complete = [run for path in _entries(runs) if (run := RunFolder(path)).complete and run.holds_run]
+    if complete:
+        return max(complete, key=lambda run: run.manifest.stat().st_mtime)
+    started = newest_run(runs)
+    if started is not None:
+        return RunFolder(started)
+    raise RunError(f"{project}: has no run yet; make one: mindprint train {project}")
+
+
+def _entries(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
+def _surrounding_config(adapter: Path) -> ConfigFile | None:
+    """The configuration of the run in which an adapter lies: as its result, or as one of its checkpoints."""
+    absolute = adapter.resolve()
+    for folder in absolute.parents[:2]:
+        run = RunFolder(folder)
+        if run.holds_run and run.config.is_file():
+            return load_config(run.config)
+    return None
+
+
+def _base(located: Located, model: str | None, named: str) -> models.ModelFolder:
+    """The adapter's base: where the caller says, where the run's configuration says, or what PEFT's file names."""
+    if model is not None:
+        return models.resolve_model(ModelConfig(name=model), Path.cwd())
+    if located.config is not None:
+        return models.resolve_model(located.config.config.model, located.config.folder)
+    try:
+        return models.resolve_model(ModelConfig(name=named), located.adapter.resolve())
+    except MindprintError as error:
+        raise AdapterError(f"{located.adapter}: its base model cannot be had: {error}; name it with --model") from error

@@ -1,0 +1,271 @@
+"""Model folders: from a name in the configuration to a checked folder in Hugging Face layout, and what it holds.
+
+Nothing here loads a model. Weights are looked at through their safetensors headers, read by our own few lines: the
+format is a length, a JSON header and bytes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from mindprint.config import ModelConfig
+from mindprint.data.tokenizer import TOKENIZER_FILES
+from mindprint.errors import ModelError
+
+BUILTIN = ("tiny",)
+"""Models that come with the package, named `builtin:NAME`."""
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+NEEDED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    INDEX_FILE,
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+"""What is downloaded of a hub model: no pickles, no second copy of the weights in another format."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A complete model folder. `name` is what other tools load it by, `revision` only a hub model's."""
+
+    path: Path
+    name: str
+    revision: str | None = None
+
+
+class TensorInfo(NamedTuple):
+    """A tensor as a safetensors header has it; `start` and `end` are its bytes in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+
+def resolve_model(config: ModelConfig, folder: Path) -> ModelFolder:
+    """The checked folder of a configured model: built in, on disk (relative to `folder`), or downloaded from the hub.
+
+    Raises `ModelError` with one line for a name that leads nowhere, a failed download, or an incomplete folder.
+    """
+    if config.name.startswith("builtin:"):
+        return ModelFolder(check_model_folder(_builtin(config.name)), config.name)
+    path = (folder / Path(config.name).expanduser()).resolve()
+    if path.is_dir():
+        if config.revision is not None:
+            raise ModelError(f"{path}: is a folder, and model.revision is for models on the hub: remove it")
+        return ModelFolder(check_model_folder(path), str(path))
+    if _looks_like_path(config.name):
+        raise ModelError(f"{config.name}: {_no_folder(path)}; a hub model is written owner/name")
+    return ModelFolder(check_model_folder(_download(config.name, config.revision)), config.name, config.revision)
+
+
+def check_model_folder(folder: Path) -> Path:
+    """The folder, if config, weights and tokenizer are there and whole. Raises `ModelError` naming what is not."""
+    model_config(folder)
+    for file in weight_files(folder):
+        _tensors_of(file)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(f"{folder}: has no tokenizer (tokenizer.json): copy its files into the model folder")
+    return folder
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """config.json as values. Raises `ModelError` where it is missing, broken, or names no `model_type`."""
+    config = _json_object(folder / "config.json", "no config.json: this is not a model folder")
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{folder / 'config.json'}: has no model_type: it must say which architecture this is")
+    return config
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a model folder, by name. Raises `ModelError` saying what is missing."""
+    if (folder / SINGLE_FILE).is_file():
+        return (folder / SINGLE_FILE,)
+    if not (folder / INDEX_FILE).is_file():
+        raise ModelError(f"{folder}: {_no_weights(folder)}")
+    shards = _json_object(folder / INDEX_FILE, "").get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ModelError(f"{folder / INDEX_FILE}: has no weight_map: download the model again")
+    names = sorted(set(shards.values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"{folder}: {len(missing)} of {len(names)} weight files are missing, first {missing[0]}")
+    return tuple(folder / name for name in names)
+
+
+def tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a model folder by name, from the headers alone."""
+    return {name: info for file in weight_files(folder) for name, info in _tensors_of(file).items()}
+
+
+def quantization(folder: Path) -> str | None:
+    """How the weights are quantized, as config.json states it (`bitsandbytes`, `mlx-4bit`); None for full precision."""
+    config = model_config(folder)
+    scheme = config.get("quantization_config") or config.get("quantization")
+    if not scheme:
+        return None
+    if isinstance(scheme, dict) and "quant_method" not in scheme and "bits" in scheme:
+        return f"mlx-{scheme['bits']}bit"
+    return str(scheme.get("quant_method", "unknown")) if isinstance(scheme, dict) else str(scheme)
+
+
+# --- identity --------------------------------------------------------------------------------------------------------
+
+_VOLATILE = ("_name_or_path", "transformers_version", "architectures")
+_SAMPLE = 256
+
+
+def config_digest(folder: Path) -> str:
+    """blake2b over config.json's values, without those that say where it came from rather than what it is."""
+    config = {key: value for key, value in model_config(folder).items() if key not in _VOLATILE}
+    return blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=32).hexdigest()
+
+
+def base_digest(folder: Path) -> str:
+    """A cheap digest of a base: `config_digest`, and of every tensor name, dtype, shape and 768 bytes of its data.
+
+    The bytes are 256 at its start, middle and end; so a merged, re-quantized or otherwise rewritten base differs, and
+    the same weights in other shards do not. A change that touches none of the samples goes unseen: it is no checksum.
+    """
+    digest = blake2b(config_digest(folder).encode(), digest_size=32)
+    for name, info in sorted(tensors(folder).items()):
+        digest.update(f"{name}\0{info.dtype}\0{info.shape}\0".encode())
+        for sample in _samples(info):
+            digest.update(sample)
+    return digest.hexdigest()
+
+
+def _samples(info: TensorInfo) -> Iterator[bytes]:
+    middle = info.start + (info.end - info.start) // 2
+    with info.file.open("rb") as file:
+        for start in (info.start, middle, max(info.start, info.end - _SAMPLE)):
+            file.seek(start)
+            yield file.read(min(_SAMPLE, info.end - start))
+
+
+# --- safetensors -----------------------------------------------------------------------------------------------------
+
+
+def _tensors_of(path: Path) -> dict[str, TensorInfo]:
+    """A file's tensors, after checking that the file is as long as its header says."""
+    with path.open("rb") as file:
+        header, offset = _header(file, path)
+    found = {
+        name: TensorInfo(
+            entry["dtype"],
+            tuple(entry["shape"]),
+            path,
+            offset + entry["data_offsets"][0],
+            offset + entry["data_offsets"][1],
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+    length, expected = path.stat().st_size, max((info.end for info in found.values()), default=offset)
+    if length < expected:
+        raise ModelError(f"{path}: is truncated ({length} of {expected} bytes): download it again")
+    return found
+
+
+def _header(file: BinaryIO, path: Path) -> tuple[Mapping[str, Any], int]:
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > path.stat().st_size:
+        pointer = " but a Git LFS pointer: run `git lfs pull`" if start == b"version " else ": download it again"
+        raise ModelError(f"{path}: is no safetensors file{pointer}")
+    try:
+        header = json.loads(file.read(length))
+    except ValueError as error:
+        raise ModelError(f"{path}: has a broken safetensors header: download it again") from error
+    if not isinstance(header, dict):
+        raise ModelError(f"{path}: has a broken safetensors header: download it again")
+    return header, 8 + length
+
+
+def _json_object(path: Path, missing: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent}: {missing}") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: must hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        return (
+            f"has its weights as a pickle ({pickles[0]}), which can run code when loaded and is refused: save them as "
+            f"safetensors (transformers: model.save_pretrained(folder))"
+        )
+    if (folder / "adapter_config.json").is_file():
+        return "is an adapter, no base model: give its base as model.name"
+    return f"has no weights ({SINGLE_FILE}, or {INDEX_FILE} with its shards)"
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def _builtin(name: str) -> Path:
+    short = name.removeprefix("builtin:")
+    if short not in BUILTIN:
+        known = ", ".join(f"builtin:{known}" for known in BUILTIN)
+        raise ModelError(f"{name}: no such built-in model; known: {known}")
+    return Path(str(files("mindprint").joinpath("resources", short)))
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/") or "\\" in name
+
+
+def _no_folder(path: Path) -> str:
+    """That there is no such folder, and which one is perhaps meant."""
+    if path.is_file():
+        return "is a file, not a model folder"
+    beside = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.6)
+    return f"no such folder ({path})" + (f", did you mean {path.parent / near[0]}?" if near else "")
+
+
+def _download(name: str, revision: str | None) -> Path:
+    import huggingface_hub  # noqa: PLC0415 (0.3 s, and a local model needs none of it)
+    from huggingface_hub import errors  # noqa: PLC0415
+
+    at = f" at revision {revision}" if revision else ""
+    try:
+        path = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(NEEDED_FILES))
+    except errors.GatedRepoError as error:
+        raise ModelError(f"{name}: is gated: accept its terms on huggingface.co, then `hf auth login`") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{name}: no such model on the hub and no such folder (private ones: `hf auth login`)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"{name}: has no revision {revision!r} on the hub: correct model.revision") from error
+    except Exception as error:  # huggingface_hub, httpx and the file system each have errors of their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{name}{at}: is no folder here and cannot be downloaded from the hub: {reason}") from error
+    return Path(path)

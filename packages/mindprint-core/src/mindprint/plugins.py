@@ -1,0 +1,163 @@
+"""Finding plugins without importing them, and loading the one that was named.
+
+Listing reads installed metadata only. A backend is imported when the configuration, `--backend` or auto-selection
+names it, into a `PluginManager` of its own: exactly that backend's plugin, plus observers. So a `firstresult` hook has
+one possible answer, and a broken plugin that nobody chose cannot break anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+
+import pluggy
+
+from mindprint import hookspecs
+from mindprint.errors import BackendError
+from mindprint.hookspecs import SUPPORTED_HOOK_APIS
+
+BACKENDS = "mindprint.backends"
+SCORERS = "mindprint.scorers"
+TRACKERS = "mindprint.trackers"
+COMMANDS = "mindprint.commands"
+GROUPS = (BACKENDS, SCORERS, TRACKERS, COMMANDS)
+
+ALIASES = {"pytorch": "torch"}
+"""Other names that a configuration may use for a backend."""
+
+KNOWN_DISTRIBUTIONS = {"torch": "mindprint-core[torch]", "mlx": "mindprint-core[mlx]"}
+"""What to install for a backend that is ours and missing."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A plugin as its distribution's metadata states it; nothing is imported."""
+
+    group: str
+    name: str
+    module: str
+    distribution: str
+    version: str
+
+
+def installed(group: str) -> tuple[Plugin, ...]:
+    """The installed plugins of one entry-point group, sorted by name."""
+    found = {_plugin(group, point) for point in entry_points(group=group)}
+    return tuple(sorted(found, key=lambda plugin: (plugin.name, plugin.distribution)))
+
+
+def canonical_name(name: str) -> str:
+    """The entry-point name for what a user wrote (`pytorch` is `torch`)."""
+    return ALIASES.get(name.lower(), name.lower())
+
+
+def find_backend(name: str) -> Plugin:
+    """The installed backend called `name`.
+
+    Raises `BackendError` if there is none (with the command that installs it) or if two distributions claim the name.
+    """
+    plugins = installed(BACKENDS)
+    matches = [plugin for plugin in plugins if plugin.name == canonical_name(name)]
+    if not matches:
+        have = ", ".join(plugin.name for plugin in plugins) or "none"
+        requirement = KNOWN_DISTRIBUTIONS.get(canonical_name(name))
+        remedy = (
+            f'install it: pip install "{requirement}"'
+            if requirement
+            else "install the distribution that provides it, or choose one that is installed"
+        )
+        raise BackendError(f"backend {name!r} is not installed (installed: {have}); {remedy}")
+    if len(matches) > 1:
+        claimants = " and ".join(f"{plugin.distribution} {plugin.version}" for plugin in matches)
+        raise BackendError(f"backend {name!r} is claimed by {claimants}; uninstall one of them")
+    return matches[0]
+
+
+def load_module(plugin: Plugin) -> ModuleType:
+    """Import a plugin's module. Raises `BackendError` naming distribution, version, cause and remedy."""
+    try:
+        return importlib.import_module(plugin.module)
+    except (Exception, SystemExit) as error:
+        raise BackendError(
+            f"{_described(plugin)} failed to import: {type(error).__name__}: {error}; "
+            f"reinstall it (pip install --force-reinstall {plugin.distribution}) or choose another backend"
+        ) from error
+
+
+@cache
+def load_backend_plugin(name: str) -> tuple[Plugin, ModuleType]:
+    """Import the backend called `name` and check that it speaks a hook API that this core drives."""
+    plugin = find_backend(name)
+    module = load_module(plugin)
+    apis = getattr(module, "MINDPRINT_HOOK_APIS", None)
+    if not isinstance(apis, tuple) or not all(isinstance(api, int) for api in apis):
+        raise BackendError(
+            f"{_described(plugin)} does not state its hook API: its module needs MINDPRINT_HOOK_APIS = "
+            f"({SUPPORTED_HOOK_APIS[-1]},)"
+        )
+    if not set(apis) & set(SUPPORTED_HOOK_APIS):
+        newer = min(apis) > max(SUPPORTED_HOOK_APIS)
+        upgrade = "mindprint-core" if newer else plugin.distribution
+        raise BackendError(
+            f"{_described(plugin)} supports hook API {_numbers(apis)}, this mindprint-core drives "
+            f"{_numbers(SUPPORTED_HOOK_APIS)}; pip install --upgrade {upgrade}"
+        )
+    return plugin, module
+
+
+def plugin_manager(plugin: Plugin, module: ModuleType, observers: Iterable[object] = ()) -> pluggy.PluginManager:
+    """A manager with one backend and its observers. Raises `BackendError` for hooks that do not fit the contract."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    try:
+        manager.register(module, name=plugin.name)
+        for observer in observers:
+            manager.register(observer)
+        manager.check_pending()
+    except (pluggy.PluginValidationError, ValueError) as error:
+        raise BackendError(f"{_described(plugin)} does not fit the hook contract: {error}") from error
+    missing = [hook for hook in backend_hooks() if not getattr(manager.hook, hook).get_hookimpls()]
+    if missing:
+        raise BackendError(f"{_described(plugin)} does not implement {', '.join(missing)}")
+    return manager
+
+
+def observer_hooks(observers: Iterable[object]) -> pluggy.HookRelay:
+    """The hooks of observers alone, for what happens outside any backend."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    for observer in observers:
+        manager.register(observer)
+    manager.check_pending()
+    return manager.hook
+
+
+@cache
+def backend_hooks() -> tuple[str, ...]:
+    """The hooks that every backend implements: the `firstresult` ones."""
+    names = []
+    for name, function in inspect.getmembers(hookspecs, inspect.isfunction):
+        options = getattr(function, f"{hookspecs.PROJECT}_spec", None)
+        if options and options["firstresult"]:
+            names.append(name)
+    return tuple(sorted(names))
+
+
+def _plugin(group: str, point: EntryPoint) -> Plugin:
+    distribution = point.dist
+    name = distribution.name if distribution else "unknown distribution"
+    version = distribution.version if distribution else "?"
+    return Plugin(group, point.name, point.value, name, version)
+
+
+def _described(plugin: Plugin) -> str:
+    return f"backend {plugin.name!r} ({plugin.distribution} {plugin.version})"
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return ", ".join(str(value) for value in sorted(values))

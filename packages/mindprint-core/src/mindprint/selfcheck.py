@@ -1,0 +1,139 @@
+"""A backend, tried on a small model: does training on it really train, and nothing else than the adapter?
+
+What each check would have found: an optimizer that updates nothing, a compiled step that keeps the adapter it was
+compiled with, a frozen base that moves, a forward pass of training that differs from that of evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from time import perf_counter
+
+import numpy as np
+
+from mindprint.adapter.initial import initial_adapter
+from mindprint.adapter.targets import resolve_targets
+from mindprint.backend import Backend
+from mindprint.config import DataConfig
+from mindprint.contract import AdapterState, LoadedModel, LoraConfig, StepMetrics, TokenBatch, Update
+from mindprint.data.collate import sft_batch
+from mindprint.data.render import render_sft
+from mindprint.data.rows import Origin, SftRow
+from mindprint.data.tokenizer import load_tokenizer
+from mindprint.errors import MindprintError
+from mindprint.losses import sft_loss
+from mindprint.models import ModelFolder
+from mindprint.training.engine import Engine, Placement
+from mindprint.training.guards import LOG_PROB_NOISE
+
+STEPS = 5
+ROWS = 4
+LEARNING_RATE = 1e-3
+MAX_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: of what, which, whether it passed, and the figures."""
+
+    name: str
+    ok: bool
+    detail: str
+    subject: str = ""
+
+
+def guarded(subject: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """The findings of `check` about `subject`; what it raises is one more, failed."""
+    try:
+        for finding in check():
+            yield replace(finding, subject=subject)
+    except Exception as error:  # noqa: BLE001 (whatever a broken backend raises is what is looked for)
+        kind = "" if isinstance(error, MindprintError) else f"{type(error).__name__}: "
+        yield Finding("works", ok=False, detail=" ".join(f"{kind}{error}".split()), subject=subject)
+
+
+def check_training(placement: Placement, model: ModelFolder) -> Iterator[Finding]:
+    """Take a few SFT steps on one batch and look at everything they should and should not have changed."""
+    batch = _batch(model)
+    engine = Engine(model)
+    try:
+        engine.load(placement)
+        untouched = engine.backend.log_probs(engine.model, batch, adapter=False)
+        before = _inject(engine)
+        trace = _train(engine.backend, engine.model, batch)
+        yield from _findings(trace, before, engine.backend.save(engine.model).adapter, placement)
+        digest_error = _raised(engine.check_base)
+        yield Finding("base", ok=digest_error is None, detail=digest_error or "its weights are as they were")
+        moved = _greatest(engine.backend.log_probs(engine.model, batch, adapter=False) - untouched)
+        yield Finding(
+            "adapter off", ok=moved <= _noise(placement), detail=f"log-probs within {moved:.1g} of the base's"
+        )
+    finally:
+        engine.release()
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What the steps reported, the loss that evaluation computed before each, and the seconds of the last."""
+
+    metrics: tuple[StepMetrics, ...]
+    evaluated: tuple[float, ...]
+    seconds: float
+
+
+def _batch(model: ModelFolder) -> TokenBatch:
+    lines = files("mindprint").joinpath("resources", "curriculum", "sft.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines[:ROWS]]
+    rows = [SftRow("sample", r["prompt"], r["completion"], Origin("sft.jsonl", n)) for n, r in enumerate(records, 1)]
+    tokenizer = load_tokenizer(model.path)
+    return sft_batch(render_sft(rows, tokenizer, DataConfig(max_length=MAX_LENGTH)).examples, tokenizer.pad_id)
+
+
+def _inject(engine: Engine) -> AdapterState:
+    sites = engine.backend.adapter_sites(engine.model)
+    adapter = initial_adapter(sites, LoraConfig(8, 16.0, resolve_targets(sites, "all-linear")), seed=0)
+    engine.inject(adapter)
+    return adapter
+
+
+def _train(backend: Backend, model: LoadedModel, batch: TokenBatch) -> _Trace:
+    update = Update(LEARNING_RATE, batch.loss_tokens)
+    metrics, evaluated, seconds = [], [], 0.0
+    for step in range(STEPS):
+        evaluated.append(sft_loss(backend.log_probs(model, batch), batch.loss_mask))
+        started = perf_counter()
+        metrics.append(backend.sft_step(model, [batch], replace(update, seed=step)))
+        seconds = perf_counter() - started
+    return _Trace(tuple(metrics), tuple(evaluated), seconds)
+
+
+def _findings(trace: _Trace, before: AdapterState, after: AdapterState, placement: Placement) -> Iterator[Finding]:
+    norm = trace.metrics[0].grad_norm
+    yield Finding("gradient", ok=math.isfinite(norm) and norm > 0, detail=f"norm {norm:.4g} at the first step")
+    change = max(_greatest(after.tensors[site].b - pair.b) for site, pair in before.tensors.items())
+    yield Finding("adapter", ok=change > 0, detail=f"changed by up to {change:.2g} in {STEPS} steps")
+    first, last = trace.metrics[0].loss, trace.metrics[-1].loss
+    yield Finding("loss", ok=last < first, detail=f"{first:.4f} → {last:.4f}, {trace.seconds * 1000:.0f} ms a step")
+    apart = max(abs(m.loss - e) for m, e in zip(trace.metrics, trace.evaluated, strict=True))
+    detail = f"training and evaluation within {apart:.1g} nats a token at every step"
+    yield Finding("same numbers", ok=apart <= _noise(placement), detail=detail)
+
+
+def _noise(placement: Placement) -> float:
+    return LOG_PROB_NOISE[placement.dtype]
+
+
+def _greatest(values: np.ndarray) -> float:
+    return float(np.abs(values).max(initial=0.0))
+
+
+def _raised(check: Callable[[], None]) -> str | None:
+    try:
+        check()
+    except MindprintError as error:
+        return str(error)
+    return None

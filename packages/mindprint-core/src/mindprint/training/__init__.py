@@ -1,0 +1,1 @@
+"""The loop, its stages, and what keeps a run honest."""

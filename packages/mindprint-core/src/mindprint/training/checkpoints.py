@@ -1,0 +1,188 @@
+"""Checkpoints: everything a run continues from, in files that any backend can take over.
+
+A checkpoint is a folder named by the number of optimizer steps before it. It holds the adapter as PEFT writes it,
+AdamW's moments under the same tensor names, and `cursor.json`: where the run stands, what it belongs to, and a digest
+of each other file. Folders appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from mindprint import atomic
+from mindprint.adapter.peft_format import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    from_tensors,
+    read_adapter,
+    to_tensors,
+    write_adapter,
+)
+from mindprint.contract import LoraFactors, TrainingState
+from mindprint.errors import AdapterError, CheckpointError, DamagedCheckpointError
+
+CURSOR_FILE = "cursor.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+FORMAT = 1
+
+_FIRST, _SECOND = "exp_avg.", "exp_avg_sq."
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a run stands: `step` optimizer steps in all, `stage_step` of them in stage `stage_index` of the plan.
+
+    `stage_index` one past the last stage means that the run is complete. `backend` wrote the checkpoint, in
+    `environment`: the versions and thread counts on which bit-for-bit resume depends.
+    """
+
+    step: int
+    stage_index: int
+    stage_step: int
+    backend: str
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read back."""
+
+    folder: Path
+    cursor: Cursor
+    state: TrainingState
+
+
+def checkpoint_name(step: int) -> str:
+    return f"{step:06d}"
+
+
+def write_checkpoint(
+    parent: Path, state: TrainingState, cursor: Cursor, identity: Mapping[str, str], base_model: str
+) -> Path:
+    """Write a checkpoint under `parent`; `identity` names by digest what it belongs to."""
+    folder = parent / checkpoint_name(cursor.step)
+    with atomic.new_folder(folder) as aside:
+        write_adapter(aside, state.adapter, base_model)
+        _write_optimizer(aside / OPTIMIZER_FILE, state)
+        files = {name: _file_digest(aside / name) for name in (CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE)}
+        content = {"format": FORMAT, "cursor": asdict(cursor), "identity": dict(identity), "files": files}
+        (aside / CURSOR_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def read_checkpoint(folder: Path, identity: Mapping[str, str]) -> Checkpoint:
+    """Read a checkpoint and check it part by part.
+
+    Raises `DamagedCheckpointError` naming the part that is truncated, edited or missing, and `CheckpointError` naming
+    what it was made from if that is not what `identity` says.
+    """
+    content = _read_cursor(folder / CURSOR_FILE)
+    for name, digest in content["files"].items():
+        _check_file(folder / name, digest)
+    for part, digest in identity.items():
+        if content["identity"].get(part) != digest:
+            raise CheckpointError(
+                f"{folder}: was made with another {part} than this configuration has; "
+                "resume with the configuration of that run (its config.yaml), or start a new run"
+            )
+    try:
+        adapter, _ = read_adapter(folder)
+        state = _read_optimizer(folder / OPTIMIZER_FILE, TrainingState(adapter))
+    except (AdapterError, SafetensorError, KeyError, ValueError) as error:
+        raise DamagedCheckpointError(f"{folder}: {error}") from error
+    return Checkpoint(folder, Cursor(**content["cursor"]), state)
+
+
+def list_checkpoints(parent: Path) -> list[Path]:
+    """The checkpoint folders under `parent`, oldest first; what was left half-written is not one."""
+    if not parent.is_dir():
+        return []
+    return sorted(path for path in parent.iterdir() if path.is_dir() and path.name.isdigit())
+
+
+def newest_checkpoint(parent: Path, identity: Mapping[str, str], *, whole: bool) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint to resume from, and what was passed over to find it.
+
+    With `whole` False the newest, which must be sound. With `whole` True the newest that is sound. Either way one that
+    is of another base, dataset or configuration is refused.
+    """
+    folders = list_checkpoints(parent)
+    passed_over: list[str] = []
+    for folder in reversed(folders):
+        try:
+            return read_checkpoint(folder, identity), passed_over
+        except DamagedCheckpointError as error:
+            if not whole:
+                raise CheckpointError(f"{error} (`--resume latest` takes the newest sound checkpoint)") from error
+            passed_over.append(str(error))
+    if passed_over:
+        raise CheckpointError(f"{parent}: no checkpoint is sound; {passed_over[0]}")
+    raise CheckpointError(f"{parent}: holds no checkpoint to resume from; start a new run")
+
+
+def prune_checkpoints(parent: Path, keep: int, stage_starts: Sequence[int]) -> None:
+    """Delete all but the newest `keep` checkpoints and those at the start of a stage."""
+    periodic = [path for path in list_checkpoints(parent) if int(path.name) not in stage_starts]
+    for folder in periodic[:-keep]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_optimizer(file: Path, state: TrainingState) -> None:
+    tensors = to_tensors(state.first_moments, _FIRST) | to_tensors(state.second_moments, _SECOND)
+    metadata = {"optimizer_steps": str(state.optimizer_steps)}
+    if state.loss_scale is not None:
+        metadata["loss_scale"] = repr(state.loss_scale)
+    file.write_bytes(save(tensors, metadata=metadata))
+
+
+def _read_optimizer(file: Path, start: TrainingState) -> TrainingState:
+    with safe_open(file, framework="numpy") as opened:
+        metadata = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    sites = start.adapter.config.target_modules
+    moments: tuple[Mapping[str, LoraFactors], ...] = ({}, {})
+    if tensors:
+        moments = tuple(from_tensors(tensors, sites, prefix) for prefix in (_FIRST, _SECOND))
+    scale = metadata.get("loss_scale")
+    steps = int(metadata["optimizer_steps"])
+    return TrainingState(start.adapter, moments[0], moments[1], steps, None if scale is None else float(scale))
+
+
+def _read_cursor(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise CheckpointError(
+                f"{file}: is in checkpoint format {content['format']}, this Mindprint reads format {FORMAT}"
+            )
+        Cursor(**content["cursor"])
+        content["identity"].items()
+        content["files"].items()
+    except FileNotFoundError:
+        raise DamagedCheckpointError(f"{file}: is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{file}: is truncated or edited ({error})") from error
+    return dict(content)
+
+
+def _check_file(file: Path, digest: str) -> None:
+    try:
+        found = _file_digest(file)
+    except OSError as error:
+        raise DamagedCheckpointError(f"{file}: is missing or unreadable ({error.strerror})") from error
+    if found != digest:
+        raise DamagedCheckpointError(f"{file}: is truncated or edited: its digest is not the one in {CURSOR_FILE}")
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

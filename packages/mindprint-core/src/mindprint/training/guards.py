@@ -1,0 +1,116 @@
+"""Checks that stop a run before it corrupts its result in silence. Cheap, and on by default.
+
+Each failure is a `GuardError` that says what was seen, what it means and where to look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mindprint.backend import is_finite
+from mindprint.contract import AdapterFacts, AdapterState, Dtype, PreferenceBatch, StepMetrics, Update
+from mindprint.errors import GuardError
+from mindprint.losses import NUMPY, PairLogProbs, PreferenceLoss
+
+LOG_PROB_NOISE: dict[Dtype, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+"""Nats a token by which two evaluations of the same model may differ (batch shape, kernels), by the base's dtype."""
+
+LOSS_TOLERANCE = 1e-4
+"""Relative to 1 + loss: how far a backend's float32 loss may lie from core's, computed from its log-probs."""
+
+
+def check_injection(adapter: AdapterState, facts: AdapterFacts) -> None:
+    """The adapter is where the configuration says, and nothing else is trainable."""
+    if set(facts.sites) != set(adapter.config.target_modules):
+        wrong = sorted(set(facts.sites) ^ set(adapter.config.target_modules))
+        raise GuardError(f"the backend adapted other modules than the configuration names: {', '.join(wrong[:5])}")
+    if facts.trainable_elements != adapter.elements:
+        raise GuardError(
+            f"the backend would train {facts.trainable_elements:,} elements, the configuration implies "
+            f"{adapter.elements:,}: something other than the adapter is trainable, or part of it is not"
+        )
+
+
+def check_step(metrics: StepMetrics, rows: Sequence[object]) -> None:
+    """Loss and gradient are finite; `rows` says where the step's data came from."""
+    if metrics.skipped or is_finite(metrics):
+        return
+    named = ", ".join(str(row) for row in rows[:8])
+    raise GuardError(
+        f"loss {metrics.loss} and gradient norm {metrics.grad_norm} are not finite; the batch was {named}. "
+        "The last checkpoint stands; lower the learning rate, or look at these rows"
+    )
+
+
+def check_first_update(before: AdapterState, after: AdapterState, metrics: StepMetrics) -> None:
+    """The first update with a learning rate above 0 had a gradient and changed the adapter."""
+    if metrics.grad_norm == 0.0:
+        raise GuardError("the first gradient is exactly zero: the loss does not depend on the adapter")
+    unchanged = all(
+        np.array_equal(pair.a, after.tensors[site].a) and np.array_equal(pair.b, after.tensors[site].b)
+        for site, pair in before.tensors.items()
+    )
+    if unchanged:
+        raise GuardError("the first update left the adapter as it was, though its gradient is not zero")
+
+
+def check_base(before: str, after: str) -> None:
+    """The base's weights are what they were."""
+    if before != after:
+        raise GuardError("the base model's weights changed during training; its adapter would not fit the real base")
+
+
+def check_first_preference_step(
+    batches: Sequence[PreferenceBatch], metrics: StepMetrics, loss: PreferenceLoss, dtype: Dtype
+) -> None:
+    """At the first step of a stage policy and reference are one model: every log-ratio is 0, the loss its value there.
+
+    Raises `GuardError`: the reference is not the adapter that this stage started from.
+    """
+    if loss.reference_free:
+        return
+    pairs = pair_log_probs(batches, metrics)
+    for policy, reference, tokens in (
+        (pairs.policy_chosen, pairs.reference_chosen, pairs.chosen_tokens),
+        (pairs.policy_rejected, pairs.reference_rejected, pairs.rejected_tokens),
+    ):
+        excess = np.abs(policy - reference) / tokens
+        if excess.max() > LOG_PROB_NOISE[dtype]:
+            raise GuardError(
+                f"at the first preference step policy and reference differ by {excess.max():.2g} nats a token "
+                f"(noise in {dtype}: {LOG_PROB_NOISE[dtype]:g}): "
+                "the reference is not the adapter this stage starts from"
+            )
+
+
+def check_preference_loss(
+    batches: Sequence[PreferenceBatch], metrics: StepMetrics, loss: PreferenceLoss, update: Update
+) -> None:
+    """The backend's loss is core's loss of the backend's own log-probs."""
+    pairs = pair_log_probs(batches, metrics)
+    expected = float(loss.total(NUMPY, pairs, pair_count=update.pairs, chosen_token_count=update.tokens))
+    if not abs(metrics.loss - expected) <= LOSS_TOLERANCE * (1 + abs(expected)):
+        raise GuardError(
+            f"the backend's {loss.name} loss is {metrics.loss:.6f}, its own log-probs give {expected:.6f}: "
+            "it trains another objective than the configuration names"
+        )
+
+
+def pair_log_probs(batches: Sequence[PreferenceBatch], metrics: StepMetrics) -> PairLogProbs:
+    """A preference step's log-probs and reference as one set of float64 arrays `[pairs]`; absent references are 0."""
+    chosen = np.asarray(metrics.chosen_log_probs, np.float64)
+    rejected = np.asarray(metrics.rejected_log_probs, np.float64)
+    return PairLogProbs(
+        chosen,
+        rejected,
+        np.concatenate([_or_zeros(batch.reference_chosen, batch.pairs) for batch in batches]),
+        np.concatenate([_or_zeros(batch.reference_rejected, batch.pairs) for batch in batches]),
+        np.concatenate([batch.chosen_lengths for batch in batches]),
+        np.concatenate([batch.rejected_lengths for batch in batches]),
+    )
+
+
+def _or_zeros(values: np.ndarray | None, pairs: int) -> np.ndarray:
+    return np.zeros(pairs) if values is None else values.astype(np.float64)

@@ -1,0 +1,94 @@
+"""The loop over one stage's optimizer steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from types import FrameType
+
+from mindprint.events import StepDone
+from mindprint.training import guards
+from mindprint.training.engine import Engine
+from mindprint.training.stages import Stage, StepOutcome
+
+
+def run_stage(
+    engine: Engine,
+    stage: Stage,
+    first_step: int,
+    on_step: Callable[[StepDone], None],
+    save: Callable[[int], None],
+    save_every: int,
+    stop_requested: Callable[[], bool],
+) -> bool:
+    """Take the steps from `first_step` (from 0) to the end of the stage; False if it was asked to stop before that.
+
+    `save(steps_done)` is called every `save_every` steps of the run, and when the stage stops early; not at its end.
+    """
+    plan = stage.plan
+    unproven = first_step == 0
+    for step in range(first_step, plan.steps):
+        before = engine.backend.save(engine.model).adapter if unproven else None
+        started = perf_counter()
+        outcome = stage.take_step(engine, step)
+        seconds = perf_counter() - started
+        guards.check_step(outcome.metrics, outcome.origins)
+        if before is not None and plan.learning_rate(step) > 0 and not outcome.metrics.skipped:
+            guards.check_first_update(before, engine.backend.save(engine.model).adapter, outcome.metrics)
+            unproven = False
+        on_step(_event(engine, stage, step, outcome, seconds))
+        done = step + 1
+        if done == plan.steps:
+            break
+        stopping = stop_requested()
+        if stopping or (plan.first_step + done) % save_every == 0:
+            save(done)
+        if stopping:
+            return False
+    return True
+
+
+def _event(engine: Engine, stage: Stage, step: int, outcome: StepOutcome, seconds: float) -> StepDone:
+    plan, metrics, rewards = stage.plan, outcome.metrics, outcome.rewards
+    return StepDone(
+        topic=plan.topic,
+        stage=plan.stage,
+        backend=engine.backend.name,
+        step=plan.first_step + step + 1,
+        stage_step=step + 1,
+        loss=metrics.loss,
+        learning_rate=plan.learning_rate(step),
+        grad_norm=metrics.grad_norm,
+        tokens=outcome.tokens,
+        seconds=round(seconds, 6),
+        skipped=metrics.skipped,
+        loss_scale=metrics.loss_scale,
+        reward_chosen=rewards.chosen if rewards else None,
+        reward_rejected=rewards.rejected if rewards else None,
+        reward_margin=rewards.margin if rewards else None,
+        reward_accuracy=rewards.accuracy if rewards else None,
+    )
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C (or SIGTERM) into a request that the loop sees after its step; a second ends at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    received: list[int] = []
+
+    def remember(number: int, _frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,67 @@
+"""What a run will do, decided before it does anything: a flat list of stages, topic by topic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mindprint.config import BackendConfig, Config, DpoConfig, SftConfig
+from mindprint.data.order import StageOrder
+from mindprint.events import StageName
+from mindprint.schedule import learning_rate
+
+DEFAULT_SFT_EPOCHS = 3
+DEFAULT_DPO_STEPS = 100
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of one topic. `first_step` is how many optimizer steps of the run come before it."""
+
+    index: int
+    topic: str
+    stage: StageName
+    settings: SftConfig | DpoConfig
+    backend: BackendConfig
+    order: StageOrder
+    first_step: int
+
+    @property
+    def steps(self) -> int:
+        return self.order.total_steps
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of the stage's step `step`, from 0."""
+        chosen = self.settings
+        return learning_rate(chosen.schedule, step, self.steps, chosen.learning_rate, chosen.warmup_steps)
+
+
+def plan_run(config: Config, sft_rows: Mapping[str, int], pairs: Mapping[str, int]) -> tuple[StagePlan, ...]:
+    """SFT, then DPO, for each topic in the order given. The mappings count the rows of each topic."""
+    plans: list[StagePlan] = []
+    for topic in dict.fromkeys([*sft_rows, *pairs]):
+        stages: tuple[tuple[StageName, SftConfig | DpoConfig, int], ...] = (
+            ("sft", config.sft, sft_rows.get(topic, 0)),
+            ("dpo", config.dpo, pairs.get(topic, 0)),
+        )
+        for stage, settings, rows in stages:
+            if settings.enabled and rows:
+                first_step = plans[-1].first_step + plans[-1].steps if plans else 0
+                order = _order(config, settings, topic, stage, rows)
+                backend = settings.backend or config.backend
+                plans.append(StagePlan(len(plans), topic, stage, settings, backend, order, first_step))
+    return tuple(plans)
+
+
+def total_steps(plans: Sequence[StagePlan]) -> int:
+    """Optimizer steps of the whole run."""
+    return sum(plan.steps for plan in plans)
+
+
+def _order(config: Config, settings: SftConfig | DpoConfig, topic: str, stage: StageName, rows: int) -> StageOrder:
+    epochs, steps = settings.epochs_per_topic, settings.steps_per_topic
+    if epochs is None and steps is None:
+        epochs, steps = (DEFAULT_SFT_EPOCHS, None) if stage == "sft" else (None, DEFAULT_DPO_STEPS)
+    return StageOrder(
+        rows, settings.batch_size, settings.gradient_accumulation, config.seed, topic, stage, epochs=epochs, steps=steps
+    )

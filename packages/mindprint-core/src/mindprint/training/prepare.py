@@ -1,0 +1,95 @@
+"""Everything that can be wrong with a run's input, read and checked before any model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mindprint import models
+from mindprint.config import Config, ConfigFile
+from mindprint.data.render import PreferenceExample, Rendered, SftExample, render_preferences, render_sft
+from mindprint.data.rows import check_topics, read_rows
+from mindprint.data.tokenizer import Tokenizer, load_tokenizer
+from mindprint.events import Notice
+from mindprint.training.plan import StagePlan, plan_run
+from mindprint.training.reference import rows_digest
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs, read and checked before any model is loaded."""
+
+    config_file: ConfigFile
+    model: models.ModelFolder
+    tokenizer: Tokenizer
+    sft: Mapping[str, tuple[SftExample, ...]]
+    preferences: Mapping[str, tuple[PreferenceExample, ...]]
+    plans: tuple[StagePlan, ...]
+    identity: Mapping[str, str]
+    notes: tuple[Notice, ...]
+
+    @property
+    def config(self) -> Config:
+        return self.config_file.config
+
+
+def prepare(file: ConfigFile) -> Prepared:
+    """Read model folder, tokenizer and data, and plan the stages. Raises a `MindprintError` for what is wrong."""
+    config = file.config
+    model = models.resolve_model(config.model, file.folder)
+    rows = read_rows(file)
+    check_topics(rows, config)
+    tokenizer = load_tokenizer(model.path)
+    sft = render_sft(rows.sft if config.sft.enabled else (), tokenizer, config.data)
+    preferences = render_preferences(rows.preferences if config.dpo.enabled else (), tokenizer, config.data)
+    by_topic = _by_topic(sft.examples), _by_topic(preferences.examples)
+    plans = plan_run(config, *({topic: len(rows) for topic, rows in stage.items()} for stage in by_topic))
+    identity = _identity(config, model, tokenizer, sft.examples, preferences.examples)
+    notes = dict.fromkeys([*tokenizer.notes, *sft.notes, *preferences.notes, *_cuts(config, sft, preferences)])
+    return Prepared(file, model, tokenizer, *by_topic, plans, identity, tuple(Notice(note) for note in notes))
+
+
+def _cuts(config: Config, *rendered: Rendered[Any]) -> Iterator[str]:
+    """What `data.max_length` did to the rows, in words."""
+    limit = f"data.max_length = {config.data.max_length}"
+    if cut := sum(part.cut for part in rendered):
+        yield f"rows longer than {limit} tokens, cut at their end: {cut}"
+    if left_out := sum(part.left_out for part in rendered):
+        yield f"rows left out because their prompt alone fills {limit} tokens: {left_out}"
+
+
+def _by_topic(examples: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
+    topics: dict[str, list[Any]] = {}
+    for example in examples:
+        topics.setdefault(example.topic, []).append(example)
+    return {topic: tuple(rows) for topic, rows in topics.items()}
+
+
+def _identity(
+    config: Config,
+    model: models.ModelFolder,
+    tokenizer: Tokenizer,
+    sft: Sequence[SftExample],
+    preferences: Sequence[PreferenceExample],
+) -> dict[str, str]:
+    """What a checkpoint belongs to, each part by digest; a run goes on only with the same."""
+    rows = hashlib.blake2b(digest_size=16)
+    for example in sft:
+        rows.update(example.topic.encode() + example.tokens.tobytes() + example.loss_mask.tobytes())
+    rows.update(rows_digest(preferences).encode())
+    stages = {name: getattr(config, name).model_dump(exclude={"backend"}) for name in ("sft", "dpo")}
+    return {
+        "base model": models.base_digest(model.path),
+        "tokenizer": tokenizer.digest,
+        "chat template": tokenizer.template_digest,
+        "dataset": rows.hexdigest(),
+        "adapter configuration": _digest(config.adapter.model_dump()),
+        "training configuration": _digest({**stages, "seed": config.seed}),
+    }
+
+
+def _digest(value: object) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()

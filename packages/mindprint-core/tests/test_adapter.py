@@ -1,0 +1,126 @@
+"""Where LoRA goes, how it starts, and how it lies in files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mindprint.adapter.initial import initial_adapter
+from mindprint.adapter.peft_format import adapter_digest, read_adapter, write_adapter
+from mindprint.adapter.targets import resolve_targets
+from mindprint.contract import AdapterSite, AdapterState, LoraConfig, LoraFactors
+from mindprint.errors import AdapterError
+
+SITES = [
+    AdapterSite("model.embed_tokens", "embedding", 100, 8),
+    AdapterSite("model.layers.0.self_attn.q_proj", "linear", 8, 8),
+    AdapterSite("model.layers.0.self_attn.o_proj", "linear", 8, 8),
+    AdapterSite("model.layers.0.mlp.gate_proj", "linear", 8, 16),
+    AdapterSite("model.layers.1.mlp.gate", "linear", 8, 4),
+    AdapterSite("model.layers.1.mlp.shared_expert_gate", "linear", 8, 1),
+    AdapterSite("model.layers.1.mlp.shared_expert.down_proj", "linear", 16, 8),
+    AdapterSite("model.layers.1.mlp.experts", "experts", 8, 16, 4),
+    AdapterSite("model.layers.1.mlp.experts.0.up_proj", "linear", 8, 16),
+    AdapterSite("model.layers.2.block_sparse_moe.gate", "linear", 8, 4),
+    AdapterSite("lm_head", "linear", 8, 100),
+]
+
+
+def config(*targets: str, r: int = 4, alpha: float = 8.0) -> LoraConfig:
+    return LoraConfig(r, alpha, targets)
+
+
+def test_all_linear_takes_no_router_no_head_no_experts() -> None:
+    assert resolve_targets(SITES, "all-linear") == (
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.mlp.shared_expert.down_proj",
+    )
+
+
+def test_names_match_in_full_or_by_their_ending_at_a_dot() -> None:
+    assert resolve_targets(SITES, ["self_attn.q_proj", "o_proj"]) == (
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.0.self_attn.q_proj",
+    )
+    assert resolve_targets(SITES, ["lm_head"]) == ("lm_head",)
+
+
+def test_the_order_is_not_the_backends() -> None:
+    sites = [AdapterSite(f"model.layers.{layer}.q_proj", "linear", 8, 8) for layer in range(12)]
+    names = resolve_targets(sites, "all-linear")
+    assert names == tuple(site.name for site in sites) == resolve_targets(sites[::-1], "all-linear")
+
+
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+    with pytest.raises(AdapterError, match="no module of this base is called 'q_porj'; did you mean 'q_proj'"):
+        resolve_targets(SITES, ["o_proj", "q_porj"])
+
+
+def test_the_initial_adapter_changes_nothing_and_has_pefts_distribution() -> None:
+    site = AdapterSite("layer", "linear", 400, 30)
+    adapter = initial_adapter([site], config("layer", r=64), seed=5)
+    a, b = adapter.tensors["layer"]
+    assert (a.shape, a.dtype, b.shape) == ((64, 400), np.float32, (30, 64))
+    assert not b.any()
+    bound = 1 / 20  # 1 / sqrt(400)
+    assert np.abs(a).max() <= bound
+    assert a.std() == pytest.approx(bound / np.sqrt(3), rel=0.02)
+
+
+def test_initial_values_follow_from_seed_and_name_alone() -> None:
+    first = initial_adapter(SITES, config(SITES[1].name, SITES[2].name), seed=1)
+    other = initial_adapter(SITES, config(SITES[2].name), seed=1)
+    assert np.array_equal(first.tensors[SITES[2].name].a, other.tensors[SITES[2].name].a)
+    assert not np.array_equal(first.tensors[SITES[1].name].a, first.tensors[SITES[2].name].a)
+
+
+def test_scale() -> None:
+    assert config("x").scale("x") == 2.0
+    assert LoraConfig(4, 8.0, ("x",), use_rslora=True).scale("x") == 4.0
+    assert LoraConfig(4, 8.0, ("x",), rank_pattern={"x": 2}, alpha_pattern={"x": 3.0}).scale("x") == 1.5
+
+
+def test_files_round_trip_and_say_everything(tmp_path: Path) -> None:
+    adapter = _adapter()
+    write_adapter(tmp_path, adapter, "org/base", "main")
+    read, base = read_adapter(tmp_path)
+    assert base == "org/base"
+    assert read.config == adapter.config
+    assert adapter_digest(read) == adapter_digest(adapter)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["m.q"]
+    assert (written["r"], written["lora_alpha"], written["revision"]) == (2, 8, "main")
+
+
+def test_the_digest_sees_values_and_scale() -> None:
+    adapter = _adapter()
+    a, b = adapter.tensors["m.q"]
+    nudged = AdapterState(adapter.config, {"m.q": LoraFactors(a, np.nextafter(b, np.float32(9)))})
+    rescaled = AdapterState(LoraConfig(2, 9.0, ("m.q",)), adapter.tensors)
+    assert len({adapter_digest(adapter), adapter_digest(nudged), adapter_digest(rescaled)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json: no such file"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors: no such file"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read as JSON"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "r is missing"),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"garbage"), "adapter_model.safetensors"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, break_it: object, words: str) -> None:
+    write_adapter(tmp_path, _adapter(), "org/base")
+    break_it(tmp_path)  # type: ignore[operator]
+    with pytest.raises(AdapterError, match=words):
+        read_adapter(tmp_path)
+
+
+def _adapter() -> AdapterState:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 3)).astype(np.float32), rng.normal(size=(5, 2)).astype(np.float32)
+    return AdapterState(LoraConfig(2, 8.0, ("m.q",)), {"m.q": LoraFactors(a, b)})

@@ -1,0 +1,160 @@
+"""A backend's answers are checked, and the best backend is chosen, by rules that a test can read."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mindprint import backend as backends
+from mindprint.backend import Backend, choose_backend
+from mindprint.contract import (
+    BackendInfo,
+    DeviceInfo,
+    LoadedModel,
+    PreferenceBatch,
+    Sampling,
+    StepMetrics,
+    TokenBatch,
+    Update,
+)
+from mindprint.errors import BackendError, ContractError
+from mindprint.losses import PreferenceLoss
+from mindprint.plugins import Plugin
+
+MODEL = LoadedModel(object(), "cpu", "float32", 1, 10)
+IDS, LENGTHS = np.ones((2, 3), np.int32), np.full(2, 3, np.int32)
+BATCH = TokenBatch(IDS, LENGTHS, np.array([[False, True, True]] * 2))
+PAIRS = PreferenceBatch(IDS, LENGTHS, IDS, LENGTHS, IDS, LENGTHS)
+CPU = DeviceInfo("cpu", None)
+
+
+def make(*devices: DeviceInfo, name: str = "acme", **hooks: Any) -> Backend:
+    answers = {f"mindprint_{hook}": partial(always, answer) for hook, answer in hooks.items()}
+    info = BackendInfo(name, devices or (CPU,))
+    plugin = Plugin("mindprint.backends", name, "module", "acme-backend", "3.1")
+    return Backend(plugin, SimpleNamespace(mindprint_backend_info=lambda: info, **answers))
+
+
+def always(answer: object, **_: object) -> object:
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (np.zeros((2, 3)), r"mindprint_log_probs returned log-probs as float64\[2, 3\], .* asks for float32\[2, 3\]"),
+        (np.zeros((2, 2), np.float32), r"returned log-probs as float32\[2, 2\]"),
+        ([[0.0] * 3] * 2, "returned log-probs as a list"),
+        (np.full((2, 3), np.nan, np.float32), "returned log-probs that are not finite"),
+    ],
+)
+def test_log_probs_of_the_wrong_kind(answer: object, words: str) -> None:
+    with pytest.raises(ContractError, match=f"backend 'acme': .*{words}"):
+        make(log_probs=answer).log_probs(MODEL, BATCH)
+
+
+def test_a_preference_step_must_answer_for_every_pair() -> None:
+    short = StepMetrics(0.7, 1.0, chosen_log_probs=np.zeros(1, np.float32), rejected_log_probs=np.zeros(2, np.float32))
+    with pytest.raises(ContractError, match=r"mindprint_dpo_step returned chosen_log_probs as float32\[1\]"):
+        make(dpo_step=short).dpo_step(MODEL, [PAIRS], PreferenceLoss(), Update(1e-3, 6, 2))
+
+
+def test_a_step_must_return_metrics() -> None:
+    with pytest.raises(ContractError, match="mindprint_sft_step returned dict, the contract asks for StepMetrics"):
+        make(sft_step={"loss": 1.0}).sft_step(MODEL, [BATCH], Update(1e-3, 4))
+
+
+def test_every_prompt_gets_an_answer() -> None:
+    with pytest.raises(ContractError, match="mindprint_generate answered 0 of 1 prompts"):
+        make(generate=[]).generate(MODEL, [IDS[0]], Sampling(5, (1,)))
+
+
+def test_a_device_that_is_not_there_gets_its_reason() -> None:
+    backend = make(DeviceInfo("cuda", "no NVIDIA driver"), CPU)
+    assert backend.device("auto").name == "cpu"
+    with pytest.raises(BackendError, match=r"cannot use device 'cuda' here: no NVIDIA driver \(usable: cpu\)"):
+        backend.device("cuda")
+    with pytest.raises(BackendError, match=r"knows no device 'tpu' \(usable here: cpu\)"):
+        backend.device("tpu")
+
+
+def test_a_dtype_that_does_not_train_there() -> None:
+    backend = make()
+    assert backend.dtype(CPU, "auto") == "float32"
+    with pytest.raises(BackendError, match=r"does not train in float16 on cpu \(it can: float32\)"):
+        backend.dtype(CPU, "float16")
+
+
+def test_mps_is_never_chosen_unasked() -> None:
+    backend = make(DeviceInfo("mps", None), CPU)
+    assert backend.device("auto").name == "cpu"
+    assert backend.device("mps").name == "mps"
+
+
+CUDA, METAL, MPS = (DeviceInfo(name, None) for name in ("cuda", "metal", "mps"))
+NO_CUDA = DeviceInfo("cuda", "no NVIDIA driver")
+
+
+@pytest.mark.parametrize(
+    ("system", "devices", "chosen", "loaded"),
+    [
+        ("Linux", {"mlx": (CPU,), "torch": (NO_CUDA, CPU)}, "torch", ["torch", "mlx"]),
+        ("Linux", {"mlx": (CPU,), "torch": (CUDA, CPU)}, "torch", ["torch"]),
+        ("Linux", {"mlx": (CUDA, CPU), "torch": (NO_CUDA, CPU)}, "mlx", ["torch", "mlx"]),
+        ("Darwin", {"mlx": (METAL, CPU), "torch": (MPS, CPU)}, "mlx", ["mlx"]),
+        ("Darwin", {"mlx": (CPU,), "torch": (MPS, CPU)}, "mlx", ["mlx", "torch"]),
+        ("Linux", {"acme": (CUDA,), "torch": (CPU,)}, "acme", ["torch", "acme"]),
+        ("Linux", {"mlx": (CPU,)}, "mlx", []),
+    ],
+)
+def test_the_best_backend_for_the_hardware(
+    monkeypatch: pytest.MonkeyPatch,
+    system: str,
+    devices: dict[str, tuple[DeviceInfo, ...]],
+    chosen: str,
+    loaded: list[str],
+) -> None:
+    """An accelerator first, else the platform's own; and no framework is loaded that need not be asked."""
+    asked = pretend(monkeypatch, system, devices)
+    choice = choose_backend(asked)
+    assert choice.name == chosen
+    assert choice.reason
+    assert asked.names == loaded
+
+
+def test_a_broken_candidate_is_left_out_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "Linux", {"torch": (), "mlx": (CPU,)})
+
+    def load(name: str) -> Backend:
+        if name == "torch":
+            raise BackendError("backend 'torch' failed to import")
+        return make(CPU, name=name)
+
+    choice = choose_backend(load)
+    assert choice.name == "mlx"
+    assert "left out: backend 'torch' failed to import" in choice.reason
+
+
+def test_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "Linux", {})
+    with pytest.raises(BackendError, match=r'no backend is installed; pip install "mindprint-core\[torch\]"'):
+        choose_backend()
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, system: str, devices: dict[str, tuple[DeviceInfo, ...]]) -> Any:
+    class Asked:
+        def __init__(self) -> None:
+            self.names: list[str] = []
+
+        def __call__(self, name: str) -> Backend:
+            self.names.append(name)
+            return make(*devices[name], name=name)
+
+    plugins = tuple(Plugin("mindprint.backends", name, "", "", "") for name in sorted(devices))
+    monkeypatch.setattr(backends, "installed", lambda group: plugins)
+    monkeypatch.setattr(backends.platform, "system", lambda: system)
+    return Asked()

@@ -1,0 +1,301 @@
+"""A whole backend in NumPy, for core's own tests: every hook, honestly, on a model small enough to read.
+
+The model predicts the next token from the present one and the mean of all so far, through one hidden layer:
+`x = e[t] + mean(e[..t])`, `h = x + down(tanh(up(x)))`, `logits = h @ head.T`. LoRA goes on `up` and `down`; the
+gradients are written out by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from mindprint.contract import (
+    AdapterFacts,
+    AdapterSite,
+    AdapterState,
+    BackendInfo,
+    DeviceInfo,
+    Float32,
+    Generation,
+    Int32,
+    LoadedModel,
+    LoraFactors,
+    ModelSpec,
+    PreferenceBatch,
+    Sampling,
+    StepMetrics,
+    TokenBatch,
+    TrainingState,
+    Update,
+)
+from mindprint.errors import AdapterError, ModelError
+from mindprint.hookspecs import hookimpl
+from mindprint.losses import NUMPY, PairLogProbs, PreferenceLoss
+
+MINDPRINT_HOOK_APIS = (1,)
+
+EMBEDDING, UP, DOWN, HEAD = "embed_tokens", "layers.0.up_proj", "layers.0.down_proj", "lm_head"
+
+Array = NDArray[np.float64]
+Factors = dict[str, LoraFactors]
+
+
+@dataclass
+class ToyModel:
+    """The handle. Weights are `[out, in]` float32; the adapter and its moments stay float32, computing is float64."""
+
+    weights: dict[str, Float32]
+    adapter: AdapterState | None = None
+    first: Factors = field(default_factory=dict)
+    second: Factors = field(default_factory=dict)
+    steps: int = 0
+
+
+@hookimpl
+def mindprint_backend_info() -> BackendInfo:
+    cpu = DeviceInfo("cpu", None, "NumPy")
+    return BackendInfo("toy", (cpu,), frozenset({"sampling"}), {"numpy": np.__version__}, ("a toy, for tests",))
+
+
+@hookimpl
+def mindprint_load_model(spec: ModelSpec) -> LoadedModel:
+    kind = json.loads((Path(spec.path) / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind != "toy":
+        raise ModelError(f"{spec.path}: backend 'toy' computes only models of type 'toy', this is {kind!r}")
+    weights = load_file(Path(spec.path) / "model.safetensors")
+    elements = sum(values.size for values in weights.values())
+    return LoadedModel(ToyModel(weights), spec.device, spec.dtype, elements, len(weights[HEAD]))
+
+
+@hookimpl
+def mindprint_release(model: ToyModel) -> bool:
+    model.weights.clear()
+    return True
+
+
+@hookimpl
+def mindprint_adapter_sites(model: ToyModel) -> Sequence[AdapterSite]:
+    return [AdapterSite(name, "linear", *model.weights[name].shape[::-1]) for name in (UP, DOWN, HEAD)]
+
+
+@hookimpl
+def mindprint_base_digest(model: ToyModel) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(model.weights):
+        digest.update(name.encode() + model.weights[name].tobytes())
+    return digest.hexdigest()
+
+
+@hookimpl
+def mindprint_inject_adapter(model: ToyModel, adapter: AdapterState) -> AdapterFacts:
+    if model.adapter is not None:
+        raise AdapterError("the model has an adapter already")
+    for site, (a, b) in adapter.tensors.items():
+        if site not in (UP, DOWN) or (len(b), a.shape[1]) != model.weights[site].shape:
+            raise AdapterError(f"site {site!r} does not exist, cannot be adapted, or has another shape")
+    if adapter.config.dropout:
+        raise AdapterError("backend 'toy' has no dropout: set adapter.dropout=0")
+    model.adapter = adapter
+    return AdapterFacts(tuple(adapter.tensors), adapter.elements)
+
+
+@hookimpl
+def mindprint_sft_step(model: ToyModel, batches: Sequence[TokenBatch], update: Update) -> StepMetrics:
+    loss, gradients = 0.0, _zeros(model)
+    for batch in batches:
+        pass_ = _Pass(model, batch.tokens, adapter=True)
+        loss -= float(pass_.picked[batch.loss_mask].sum()) / update.tokens
+        pass_.add_gradients(gradients, batch.loss_mask / -update.tokens)
+    return StepMetrics(loss, _apply(model, gradients, update))
+
+
+@hookimpl
+def mindprint_dpo_step(
+    model: ToyModel, batches: Sequence[PreferenceBatch], loss: PreferenceLoss, update: Update
+) -> StepMetrics:
+    total, gradients, chosen, rejected = 0.0, _zeros(model), [], []
+    for batch in batches:
+        passes, sums, masks = [], [], []
+        for answers, lengths in ((batch.chosen, batch.chosen_lengths), (batch.rejected, batch.rejected_lengths)):
+            tokens, mask = _joined(batch.prompt, batch.prompt_lengths, answers, lengths)
+            passes.append(_Pass(model, tokens, adapter=True))
+            masks.append(mask)
+            sums.append((passes[-1].picked * mask).sum(axis=1))
+        value, slopes = _preference(loss, batch, sums, update)
+        total += value
+        for pass_, mask, slope in zip(passes, masks, slopes, strict=True):
+            pass_.add_gradients(gradients, mask * slope[:, None])
+        chosen.append(sums[0])
+        rejected.append(sums[1])
+    norm = _apply(model, gradients, update)
+    sides = [np.concatenate(side).astype(np.float32) for side in (chosen, rejected)]
+    return StepMetrics(total, norm, chosen_log_probs=sides[0], rejected_log_probs=sides[1])
+
+
+@hookimpl
+def mindprint_log_probs(model: ToyModel, batch: TokenBatch, adapter: bool) -> Float32:
+    return np.where(batch.loss_mask, _Pass(model, batch.tokens, adapter=adapter).picked, 0).astype(np.float32)
+
+
+@hookimpl
+def mindprint_generate(
+    model: ToyModel, prompts: Sequence[Int32], sampling: Sampling, adapter: bool
+) -> Sequence[Generation]:
+    return [_generate(model, prompt, sampling, adapter=adapter) for prompt in prompts]
+
+
+@hookimpl
+def mindprint_save(model: ToyModel) -> TrainingState:
+    assert model.adapter is not None
+    return TrainingState(model.adapter, dict(model.first), dict(model.second), model.steps)
+
+
+@hookimpl
+def mindprint_restore(model: ToyModel, state: TrainingState) -> bool:
+    model.adapter = state.adapter
+    model.first, model.second = dict(state.first_moments), dict(state.second_moments)
+    model.steps = state.optimizer_steps if state.first_moments else 0
+    return True
+
+
+# --- forward and backward --------------------------------------------------------------------------------------------
+
+
+class _Pass:
+    """One forward pass over `tokens` [rows, T], with what its backward pass needs."""
+
+    def __init__(self, model: ToyModel, tokens: Int32, *, adapter: bool) -> None:
+        self.model, self.tokens, self.adapted = model, tokens, adapter and model.adapter is not None
+        seen = model.weights[EMBEDDING][tokens].astype(np.float64)
+        self.x = seen + np.cumsum(seen, axis=1) / np.arange(1, tokens.shape[1] + 1)[:, None]
+        self.z = np.tanh(self.x @ self._weight(UP).T)
+        logits = (self.x + self.z @ self._weight(DOWN).T) @ model.weights[HEAD].T.astype(np.float64)
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        self.log_probs: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+        """Of the next token, `[rows, T, vocabulary]`."""
+        self.picked: Array = np.zeros(tokens.shape)
+        """Of the tokens themselves, `[rows, T]`; nothing predicts the first."""
+        self.picked[:, 1:] = np.take_along_axis(self.log_probs[:, :-1], tokens[:, 1:, None], axis=2)[..., 0]
+
+    def add_gradients(self, gradients: dict[str, list[Array]], slopes: Array) -> None:
+        """Add to `gradients` for a loss whose derivative by `picked` is `slopes` [rows, T]."""
+        by_logits = -np.exp(self.log_probs) * np.pad(slopes[:, 1:], ((0, 0), (0, 1)))[..., None]
+        index = np.indices(self.tokens[:, 1:].shape)
+        by_logits[index[0], index[1], self.tokens[:, 1:]] += slopes[:, 1:]
+        by_hidden = by_logits @ self.model.weights[HEAD]
+        by_inner = (by_hidden @ self._weight(DOWN)) * (1 - self.z**2)
+        self._add(gradients, DOWN, self.z, by_hidden)
+        self._add(gradients, UP, self.x, by_inner)
+
+    def _weight(self, site: str) -> Array:
+        weight = self.model.weights[site].astype(np.float64)
+        adapter = self.model.adapter if self.adapted else None
+        if adapter is None or site not in adapter.tensors:
+            return weight
+        a, b = adapter.tensors[site]
+        return weight + adapter.config.scale(site) * (b.astype(np.float64) @ a)
+
+    def _add(self, gradients: dict[str, list[Array]], site: str, inputs: Array, by_output: Array) -> None:
+        if self.model.adapter is None or site not in gradients:
+            return
+        a, b = self.model.adapter.tensors[site]
+        by_weight = self.model.adapter.config.scale(site) * np.einsum("rto,rti->oi", by_output, inputs)
+        gradients[site][0] += b.T @ by_weight
+        gradients[site][1] += by_weight @ a.T
+
+
+def _joined(prompts: Int32, prompt_lengths: Int32, answers: Int32, lengths: Int32) -> tuple[Int32, NDArray[np.bool_]]:
+    tokens = np.zeros((len(prompts), int((prompt_lengths + lengths).max())), np.int32)
+    mask = np.zeros(tokens.shape, np.bool_)
+    for row, (p, n) in enumerate(zip(prompt_lengths, lengths, strict=True)):
+        tokens[row, : p + n] = [*prompts[row, :p], *answers[row, :n]]
+        mask[row, p : p + n] = True
+    return tokens, mask
+
+
+def _generate(model: ToyModel, prompt: Int32, sampling: Sampling, *, adapter: bool) -> Generation:
+    tokens, random = prompt.tolist(), np.random.default_rng([sampling.seed, *prompt.tolist()])
+    for _ in range(sampling.max_new_tokens):
+        last = _Pass(model, np.array([tokens], np.int32), adapter=adapter).log_probs[0, -1]
+        token = _draw(last, sampling, random)
+        if token in sampling.stop_token_ids:
+            return Generation(np.array(tokens[len(prompt) :], np.int32), "stop")
+        tokens.append(token)
+    return Generation(np.array(tokens[len(prompt) :], np.int32), "length")
+
+
+def _draw(log_probs: Array, sampling: Sampling, random: np.random.Generator) -> int:
+    if not sampling.temperature:
+        return int(log_probs.argmax())
+    weights = np.exp((log_probs - log_probs.max()) / sampling.temperature)
+    order = np.argsort(-weights, kind="stable")
+    before = np.cumsum(weights[order]) / weights.sum() - weights[order] / weights.sum()
+    kept = order[before < sampling.top_p]
+    return int(random.choice(kept, p=weights[kept] / weights[kept].sum()))
+
+
+# --- the update ------------------------------------------------------------------------------------------------------
+
+
+def _zeros(model: ToyModel) -> dict[str, list[Array]]:
+    assert model.adapter is not None, "no adapter was injected"
+    return {site: [np.zeros(part.shape) for part in pair] for site, pair in model.adapter.tensors.items()}
+
+
+def _apply(model: ToyModel, gradients: dict[str, list[Array]], update: Update) -> float:
+    """Clip, then AdamW as `torch.optim.AdamW`. Returns the norm before clipping."""
+    assert model.adapter is not None
+    norm = float(np.sqrt(sum((part**2).sum() for pair in gradients.values() for part in pair)))
+    factor = 1.0 if update.max_grad_norm is None else min(1.0, update.max_grad_norm / (norm + 1e-6))
+    model.steps += 1
+    tensors: Factors = {}
+    for site, pair in model.adapter.tensors.items():
+        moments = model.first.get(site, _like(pair)), model.second.get(site, _like(pair))
+        parts = zip(pair, (part * factor for part in gradients[site]), *moments, strict=True)
+        new = [_adamw(*part, update, model.steps) for part in parts]
+        tensors[site], model.first[site], model.second[site] = (LoraFactors(*side) for side in zip(*new, strict=True))
+    model.adapter = AdapterState(model.adapter.config, tensors)
+    return norm
+
+
+def _like(pair: LoraFactors) -> LoraFactors:
+    return LoraFactors(np.zeros_like(pair.a), np.zeros_like(pair.b))
+
+
+def _adamw(
+    value: Float32, gradient: Array, first: Float32, second: Float32, update: Update, step: int
+) -> tuple[Float32, Float32, Float32]:
+    settings, rate = update.optimizer, update.learning_rate
+    (one, two), decay = settings.betas, settings.weight_decay
+    mean = one * first.astype(np.float64) + (1 - one) * gradient
+    square = two * second.astype(np.float64) + (1 - two) * gradient**2
+    change = (mean / (1 - one**step)) / (np.sqrt(square / (1 - two**step)) + settings.eps)
+    moved = value.astype(np.float64) * (1 - rate * decay) - rate * change
+    return moved.astype(np.float32), mean.astype(np.float32), square.astype(np.float32)
+
+
+def _preference(loss: PreferenceLoss, batch: PreferenceBatch, sums: list[Array], update: Update) -> tuple[float, Array]:
+    """The loss, and its derivatives by the chosen and the rejected log-probs, `[2, pairs]`.
+
+    A pair's loss depends on nothing but its own two sums, so central differences over them cost four evaluations
+    and are exact to about 1e-8: far below the float32 of the adapter.
+    """
+
+    def per_pair(chosen: Array, rejected: Array) -> Array:
+        reference = batch.reference_chosen, batch.reference_rejected
+        pairs = PairLogProbs(chosen, rejected, *reference, batch.chosen_lengths, batch.rejected_lengths)
+        values = loss.per_pair(NUMPY, pairs) / update.pairs
+        return np.asarray(values - loss.sft_weight * chosen / update.tokens, np.float64)
+
+    (chosen, rejected), h = sums, 1e-4
+    by_chosen = (per_pair(chosen + h, rejected) - per_pair(chosen - h, rejected)) / (2 * h)
+    by_rejected = (per_pair(chosen, rejected + h) - per_pair(chosen, rejected - h)) / (2 * h)
+    return float(per_pair(chosen, rejected).sum()), np.stack([by_chosen, by_rejected])

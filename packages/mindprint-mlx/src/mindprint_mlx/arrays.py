@@ -1,0 +1,54 @@
+"""MLX arrays as core's losses and contract see them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from mlx.utils import tree_flatten
+
+from mindprint.contract import Float32
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+class Namespace:
+    """`mindprint.losses.ArrayNamespace` over `mx.array`."""
+
+    def log_sigmoid(self, x: Any) -> Any:
+        return -mx.logaddexp(mx.zeros_like(x), -x)
+
+    def sigmoid(self, x: Any) -> Any:
+        return mx.sigmoid(x)
+
+    def relu(self, x: Any) -> Any:
+        return nn.relu(x)
+
+    def exp(self, x: Any) -> Any:
+        return mx.exp(x)
+
+    def log1p(self, x: Any) -> Any:
+        return mx.log1p(x)
+
+    def sum(self, x: Any) -> Any:
+        return mx.sum(x)
+
+
+NAMESPACE = Namespace()
+
+
+def parameters_of(module: nn.Module) -> list[tuple[str, mx.array]]:
+    """The parameters of a module and of all under it, by path, in the module's order."""
+    return list(tree_flatten(module.parameters()))  # type: ignore[arg-type]  # pairs, as long as no mapping is given
+
+
+def scalar(value: mx.array) -> float:
+    """The number in an array of one; waits until it is computed."""
+    return float(value.item())  # type: ignore[arg-type]  # complex numbers do not occur
+
+
+def to_numpy(values: mx.array) -> Float32:
+    """A float32 copy in NumPy's memory, row by row."""
+    return np.array(values.astype(mx.float32), dtype=np.float32, order="C")

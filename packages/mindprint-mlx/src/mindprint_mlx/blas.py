@@ -1,0 +1,78 @@
+"""What MLX multiplies matrices with: the library on Linux CPUs, and the precision on accelerators.
+
+The Linux CPU wheel of MLX is linked against the reference BLAS, plain loops that use a small part of the machine. A
+faster library that is loaded first, with its symbols global, is the one that the dynamic linker then binds. So this
+runs before the first import of mlx, and imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+TF32 = "MLX_ENABLE_TF32"
+"""MLX's switch for reduced-precision float32 products on GPUs; MLX reads it once, and its own default is on."""
+
+INSTALL = "install OpenBLAS (Debian: libopenblas0-pthread) or MKL (pip install mkl)"
+
+
+@dataclass(frozen=True)
+class Blas:
+    """What matrix products run on: a name with version and threads, and a line for the user if it is not a fast one."""
+
+    name: str
+    note: str | None = None
+
+
+@cache
+def prepare() -> Blas:
+    """Load a fast BLAS on Linux, once a process, and turn reduced-precision float32 off unless the user chose."""
+    os.environ.setdefault(TF32, "0")
+    if platform.system() != "Linux":
+        return Blas("Accelerate" if platform.system() == "Darwin" else "unknown")
+    if "mlx.core" in sys.modules:
+        return Blas("unknown", f"mlx was imported before mindprint_mlx, too early to give it a fast BLAS ({INSTALL})")
+    return next(filter(None, (_load(library, describe) for library, describe in _candidates())), _REFERENCE)
+
+
+def precision_note() -> str | None:
+    """A line for the user when float32 products are not float32: parity with other backends is then lost."""
+    if os.environ.get(TF32, "0") == "0":
+        return None
+    return f"{TF32}={os.environ[TF32]}: float32 matrix products on a GPU may run in reduced precision"
+
+
+_REFERENCE = Blas("reference BLAS", f"no fast BLAS was found, matrix products are many times slower: {INSTALL}")
+
+
+def _load(library: str, describe: Callable[[ctypes.CDLL], str]) -> Blas | None:
+    try:
+        loaded = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return None
+    return Blas(describe(loaded))
+
+
+def _candidates() -> tuple[tuple[str, Callable[[ctypes.CDLL], str]], ...]:
+    wheel = Path(sys.prefix) / "lib"
+    mkl = [str(path) for path in sorted(wheel.glob("libmkl_rt.so.*"))]
+    return (("libopenblas.so.0", _openblas), *((path, _mkl) for path in [*mkl, "libmkl_rt.so.2"]))
+
+
+def _openblas(library: ctypes.CDLL) -> str:
+    library.openblas_get_config.restype = ctypes.c_char_p
+    version = library.openblas_get_config().decode().split()[1]
+    return f"OpenBLAS {version}, {library.openblas_get_num_threads()} threads"
+
+
+def _mkl(library: ctypes.CDLL) -> str:
+    buffer = ctypes.create_string_buffer(200)
+    library.mkl_get_version_string(buffer, len(buffer))
+    version = next((word for word in buffer.value.decode().split() if word[:1].isdigit()), "")
+    return f"MKL {version}, {library.mkl_get_max_threads()} threads"

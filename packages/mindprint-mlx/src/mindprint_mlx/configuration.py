@@ -1,0 +1,316 @@
+"""What a config.json means to transformers: absent fields, other names, rotary embeddings and windows of every layer.
+
+transformers' own configuration classes would say, but importing them imports torch. `transformers_facts.json` holds
+what they say about every family that mlx-lm has too; `scripts/write_transformers_facts.py` wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from mindprint.errors import ModelError
+
+ROPE_FIELDS = frozenset(
+    {
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "rope_local_base_freq",
+        "rotary_emb_base",
+        "partial_rotary_factor",
+        "rotary_pct",
+        "original_max_position_embeddings",
+    }
+)
+"""What `rope_by_layer` reads: never taken from the configuration by any other way."""
+
+WINDOW_FIELDS = frozenset(
+    {
+        "layer_types",
+        "sliding_window",
+        "use_sliding_window",
+        "max_window_layers",
+        "sliding_window_pattern",
+        "_sliding_window_pattern",
+    }
+)
+"""What `window_by_layer` reads: never taken from the configuration by any other way."""
+
+ALWAYS_MEANT = frozenset({"model_type", "quantization", "quantization_config", "text_config", "vision_config"})
+"""Fields that mean something in any family, whether or not its own class names them."""
+
+VALUES_RENAMED = (("gemma", "hidden_act", "gelu", "gelu_pytorch_tanh"),)
+"""Family, field, the value that old configurations state, and what they mean by it."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One family's entry of `transformers_facts.json`."""
+
+    defaults: Fields = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+    rope_theta: Any = None
+    rope_parameters: Fields | None = None
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A config.json as transformers reads it. `fields` has the defaults filled in, under the class's own names.
+
+    `rope` and `windows` have an entry a layer: the parameters of its rotary embedding, if it has one, and how many
+    tokens it looks back, None for all. `aliases` are other names that the class accepts, and the fields that they mean.
+    """
+
+    model_type: str
+    fields: Fields
+    rope: tuple[Fields | None, ...]
+    windows: tuple[int | None, ...]
+    aliases: Mapping[str, str]
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.fields.get("head_dim") or self.fields["hidden_size"] // self.fields["num_attention_heads"])
+
+
+def interpret(config: Fields) -> Configuration:
+    """Read a config.json as transformers does. Raises `ModelError` for what cannot be told from it."""
+    model_type = str(config["model_type"])
+    facts = _all_facts().get(model_type, Facts())
+    fields = _completed(model_type, config, facts)
+    layers = fields.get("num_hidden_layers")
+    if not isinstance(layers, int):
+        raise ModelError(f"{model_type}: config.json does not say num_hidden_layers")
+    types = _layer_types(model_type, fields, layers)
+    windows = tuple(fields["sliding_window"] if kind == SLIDING else None for kind in types)
+    rope = _rope_by_layer(model_type, config, fields, types, facts)
+    return Configuration(model_type, fields, rope, windows, facts.aliases)
+
+
+@cache
+def _all_facts() -> Mapping[str, Facts]:
+    return {name: Facts(**entry) for name, entry in _facts_file()["families"].items()}
+
+
+@cache
+def _facts_file() -> dict[str, Any]:
+    text = files("mindprint_mlx").joinpath("transformers_facts.json").read_text(encoding="utf-8")
+    content: dict[str, Any] = json.loads(text)
+    return content
+
+
+def _completed(model_type: str, config: Fields, facts: Facts) -> dict[str, Any]:
+    """Defaults under what is stated, without what transformers ignores; every field under its class's own name."""
+    stated = {name: value for name, value in config.items() if not _is_ignored(name, config, facts)}
+    stated = {name: value for name, value in stated.items() if name not in facts.aliases}
+    stated |= {facts.aliases[name]: value for name, value in config.items() if name in facts.aliases}
+    defaults = {facts.aliases.get(name, name): value for name, value in facts.defaults.items()}
+    fields = defaults | {name: _current(model_type, name, value) for name, value in stated.items()}
+    if fields.get("num_key_value_heads") is None and "num_attention_heads" in fields:
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
+    return fields
+
+
+def _current(model_type: str, name: str, value: Any) -> Any:
+    """What transformers takes a value to be that means something else than it says."""
+    for meant_in, field_name, old, new in VALUES_RENAMED:
+        if (model_type, name, value) == (meant_in, field_name, old):
+            return new
+    return value
+
+
+def _is_ignored(name: str, config: Fields, facts: Facts) -> bool:
+    """Whether transformers does nothing with a field: neither its class nor the family's code knows it.
+
+    Only of a file that no newer transformers wrote, which may know more fields.
+    """
+    if not facts.defaults or name in facts.defaults.keys() | facts.aliases.keys() | set(facts.aliases.values()):
+        return False
+    if name in facts.optional or name in ROPE_FIELDS | WINDOW_FIELDS or name in ALWAYS_MEANT:
+        return False
+    written_by = re.match(r"(\d+)\.(\d+)", str(config.get("transformers_version", "")))
+    known = re.match(r"(\d+)\.(\d+)", _facts_file()["transformers"])
+    assert known is not None
+    return written_by is not None and tuple(map(int, written_by.groups())) <= tuple(map(int, known.groups()))
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+
+def _everywhere(fields: Fields, _: int) -> bool:
+    return bool(fields.get("sliding_window"))
+
+
+def _if_used(fields: Fields, _: int) -> bool:
+    return bool(fields.get("use_sliding_window") and fields.get("sliding_window"))
+
+
+def _upper_layers(fields: Fields, layer: int) -> bool:
+    return _if_used(fields, layer) and layer >= fields["max_window_layers"]
+
+
+def _lower_alternating(fields: Fields, layer: int) -> bool:
+    return _if_used(fields, layer) and (layer + 1) % 2 != 0 and layer < fields["max_window_layers"]
+
+
+def _all_but_each(period: int) -> Callable[[Fields, int], bool]:
+    def rule(fields: Fields, layer: int) -> bool:
+        stated = fields.get("_sliding_window_pattern") or fields.get("sliding_window_pattern")
+        return (layer + 1) % (stated if isinstance(stated, int) else period) != 0
+
+    return rule
+
+
+def _without_rope(fields: Fields, layer: int) -> bool:
+    return _if_used(fields, layer) and not _smollm3_rope(fields, layer)
+
+
+SLIDING_LAYERS: Mapping[str, Callable[[Fields, int], bool]] = {
+    "mistral": _everywhere,
+    "mixtral": _everywhere,
+    "phi3": _everywhere,
+    "starcoder2": _everywhere,
+    "qwen2": _upper_layers,
+    "qwen3": _upper_layers,
+    "qwen2_moe": _lower_alternating,
+    "qwen3_moe": _if_used,
+    "gemma2": _all_but_each(2),
+    "gemma3_text": _all_but_each(6),
+    "exaone4": _all_but_each(4),
+    "cohere2": _all_but_each(4),
+    "olmo3": _all_but_each(4),
+    "smollm3": _without_rope,
+}
+"""Which layers slide where a configuration has no `layer_types`: from each configuration class's `__post_init__`."""
+
+LAYER_TYPES_IGNORED = ("mistral", "mixtral", "phi3", "starcoder2", "qwen3_moe", "llama")
+"""Families whose transformers class does not read `layer_types`."""
+
+
+def _layer_types(model_type: str, fields: Fields, layers: int) -> tuple[str, ...]:
+    stated = fields.get("layer_types")
+    if stated and model_type not in LAYER_TYPES_IGNORED:
+        return _stated_layer_types(model_type, fields, layers)
+    rule = SLIDING_LAYERS.get(model_type)
+    if rule is not None:
+        return tuple(SLIDING if rule(fields, layer) else FULL for layer in range(layers))
+    if model_type != "llama" and fields.get("sliding_window") and fields.get("use_sliding_window") is not False:
+        raise ModelError(f"{model_type}: sliding_window is {fields['sliding_window']}, but not in which layers")
+    return (FULL,) * layers
+
+
+def _stated_layer_types(model_type: str, fields: Fields, layers: int) -> tuple[str, ...]:
+    types = tuple(fields["layer_types"])
+    if odd := sorted(set(types) - {FULL, SLIDING}):
+        raise ModelError(f"{model_type}: layers of type {odd[0]} are not supported on MLX")
+    if len(types) != layers:
+        raise ModelError(f"{model_type}: layer_types names {len(types)} of {layers} layers")
+    if fields.get("use_sliding_window") is False:
+        return (FULL,) * layers
+    if SLIDING in types and not fields.get("sliding_window"):
+        raise ModelError(f"{model_type}: layers slide, but config.json does not say sliding_window")
+    return types
+
+
+# --- rotary embeddings -----------------------------------------------------------------------------------------------
+
+
+def _smollm3_rope(fields: Fields, layer: int) -> bool:
+    stated = fields.get("no_rope_layers")
+    return bool(stated[layer] if stated else (layer + 1) % fields["no_rope_layer_interval"] != 0)
+
+
+ROPE_LAYERS: Mapping[str, Callable[[Fields, int, str], bool]] = {
+    "smollm3": lambda fields, layer, _: _smollm3_rope(fields, layer),
+    "exaone4": lambda fields, _, kind: fields.get("sliding_window") is None or kind == SLIDING,
+    "cohere2": lambda _fields, _layer, kind: kind == SLIDING,
+}
+"""Families in which some layers have no rotary embedding, and which have."""
+
+ROPE_NAMES: Mapping[str, Mapping[str, str]] = {
+    "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+}
+"""Other names of rope fields in old configurations."""
+
+ROPE_TYPES_RENAMED = {
+    "phi3": {"su": "longrope", "yarn": "longrope"},
+    "hunyuan_v1_dense": {"dynamic": "ntk_alpha"},
+}
+"""What transformers takes a stated `rope_type` to be."""
+
+LOCAL_BASE = {"gemma3_text": "rope_local_base_freq"}
+"""The field that old configurations keep the base of sliding layers in."""
+
+
+def _rope_by_layer(
+    model_type: str, config: Fields, fields: Fields, types: tuple[str, ...], facts: Facts
+) -> tuple[Fields | None, ...]:
+    by_type = _rope_by_type(model_type, config, fields, facts)
+    rotates = ROPE_LAYERS.get(model_type, lambda *_: True)
+    return tuple(
+        by_type.get(kind, by_type.get("")) if rotates(fields, layer, kind) else None for layer, kind in enumerate(types)
+    )
+
+
+def _rope_by_type(model_type: str, config: Fields, fields: Fields, facts: Facts) -> dict[str, Fields]:
+    """Complete parameters by layer type, or under "" for all; empty for a family without rotary embedding."""
+    names = ROPE_NAMES.get(model_type, {})
+    stated = config.get("rope_scaling") or config.get("rope_parameters") or _default_scaling(facts)
+    theta = config.get(names.get("rope_theta", "rope_theta"))
+    partial = config.get(names.get("partial_rotary_factor", "partial_rotary_factor"))
+    if not stated and theta is None and facts.rope_parameters is None:
+        return {}
+    nested = {kind: dict(value or {}) for kind, value in stated.items() if kind in (FULL, SLIDING)}
+    if not nested and isinstance(facts.rope_theta, dict):
+        nested = {FULL: dict(stated), SLIDING: {}}
+    thetas = _default_thetas(model_type, config, theta, facts)
+    default = facts.rope_parameters or {}
+    result = {}
+    for kind, parameters in (nested or {"": dict(stated)}).items():
+        fallback = default.get(kind) or default
+        parameters.setdefault("rope_theta", thetas[kind])
+        parameters.setdefault(
+            "partial_rotary_factor", fallback.get("partial_rotary_factor") if partial is None else partial
+        )
+        result[kind] = _standardized(model_type, parameters, fields)
+    return result
+
+
+def _default_scaling(facts: Facts) -> Fields:
+    """The parameters of a family that scales where its configuration does not say so; no `rope_theta` changes them."""
+    default = facts.rope_parameters or {}
+    return default if default.get("rope_type", "default") != "default" else {}
+
+
+def _default_thetas(model_type: str, config: Fields, theta: Any, facts: Facts) -> dict[str, Any]:
+    """The base to use where the rope parameters state none, by layer type."""
+    default = facts.rope_theta
+    by_name = default if isinstance(default, dict) else {"global": default, "local": default}
+    local = config.get(LOCAL_BASE[model_type]) if model_type in LOCAL_BASE else theta
+    everywhere = by_name["global"] if theta is None else theta
+    return {"": everywhere, FULL: everywhere, SLIDING: by_name["local"] if local is None else local}
+
+
+def _standardized(model_type: str, parameters: dict[str, Any], fields: Fields) -> Fields:
+    """One `rope_type`, its old spelling gone, and the length that long-context types scale from."""
+    kind = parameters.pop("rope_type", None) or parameters.get("type") or "default"
+    parameters.pop("type", None)
+    kind = ROPE_TYPES_RENAMED.get(model_type, {}).get(kind, kind)
+    if kind in ("llama3", "yarn", "longrope"):
+        length = fields.get("original_max_position_embeddings")
+        if length is None:
+            length = parameters.get("original_max_position_embeddings") or fields.get("max_position_embeddings")
+        parameters["original_max_position_embeddings"] = length
+    if parameters["partial_rotary_factor"] is None:
+        parameters["partial_rotary_factor"] = 1.0
+    return {"rope_type": kind, **parameters}

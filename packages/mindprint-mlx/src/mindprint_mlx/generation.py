@@ -1,0 +1,122 @@
+"""Continuing prompts: greedy, or sampled reproducibly.
+
+What a prompt gets must not depend on its neighbours, not even where two tokens are equally likely to the last bit. So
+each prompt is read alone; then rows go on together, always as many, with keys and values in arrays whose length is a
+function of the prompt alone. The arithmetic of a row is then the same in any company. Where a class cannot do that
+(recurrent layers, caches of its own), every prompt runs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from mindprint.contract import Generation, Int32, Sampling
+from mindprint_mlx.arrays import to_numpy
+from mindprint_mlx.model import Handle
+from mindprint_mlx.rows import ROWS, row_caches
+
+GRAIN = 256
+"""Keys and values of rows that go on together are kept in arrays of a multiple of so many positions."""
+
+Choice = Callable[[NDArray[np.float64]], int]
+"""From the logits of the next token, float64 `[vocabulary]`, to its id."""
+
+
+@dataclass
+class Row:
+    """One prompt and what it has got so far. `choose` is None for greedy decoding."""
+
+    prompt: Int32
+    choose: Choice | None
+    tokens: list[int] = field(default_factory=list)
+    stopped: bool = False
+
+    def take(self, token: int, sampling: Sampling) -> None:
+        """Go on with a token, or stop at it."""
+        if self.stopped or len(self.tokens) == sampling.max_new_tokens:
+            return
+        if token in sampling.stop_token_ids:
+            self.stopped = True
+        else:
+            self.tokens.append(token)
+
+    def is_done(self, sampling: Sampling) -> bool:
+        return self.stopped or len(self.tokens) == sampling.max_new_tokens
+
+    def answer(self) -> Generation:
+        return Generation(np.array(self.tokens, np.int32), "stop" if self.stopped else "length")
+
+
+def generate(handle: Handle, prompts: Sequence[Int32], sampling: Sampling, *, adapter: bool) -> tuple[Generation, ...]:
+    """Continue each prompt (int32 `[P]`), in order, by the base alone or with its adapter."""
+    rows = [Row(prompt, _sampler(sampling, prompt) if sampling.temperature > 0 else None) for prompt in prompts]
+    with handle.in_use(adapter=adapter):
+        for group in _groups(rows, sampling) if handle.continues_rows else [[row] for row in rows]:
+            _continue(handle, group, sampling)
+    return tuple(row.answer() for row in rows)
+
+
+def _groups(rows: Sequence[Row], sampling: Sampling) -> list[list[Row]]:
+    """Rows that go on together: of the same number of positions, `ROWS` at most."""
+    by_length: dict[int, list[Row]] = {}
+    for row in rows:
+        by_length.setdefault(_positions(row, sampling), []).append(row)
+    return [group[at : at + ROWS] for group in by_length.values() for at in range(0, len(group), ROWS)]
+
+
+def _positions(row: Row, sampling: Sampling) -> int:
+    return -(-(len(row.prompt) + sampling.max_new_tokens) // GRAIN) * GRAIN
+
+
+def _continue(handle: Handle, rows: Sequence[Row], sampling: Sampling) -> None:
+    if sampling.max_new_tokens == 0:
+        return
+    caches = []
+    for row in rows:
+        caches.append(handle.new_cache())
+        _take(handle.module(mx.array(row.prompt)[None], cache=caches[-1])[:, -1], [row], sampling)
+    cache: list[Any] = row_caches(caches, _positions(rows[0], sampling)) if handle.continues_rows else caches[0]
+    while not all(row.is_done(sampling) for row in rows):
+        last = [row.tokens[-1] if row.tokens else 0 for row in rows]
+        filled = last + [0] * (ROWS - len(rows)) if handle.continues_rows else last
+        _take(handle.module(mx.array(filled)[:, None], cache=cache)[:, -1], rows, sampling)
+
+
+def _take(logits: mx.array, rows: Sequence[Row], sampling: Sampling) -> None:
+    """Choose the next token of each row from logits `[rows, vocabulary]`."""
+    if sampling.temperature == 0:
+        tokens = np.array(mx.argmax(logits, axis=-1)).tolist()
+    else:
+        values = to_numpy(logits).astype(np.float64)
+        tokens = [row.choose(scores) for row, scores in zip(rows, values, strict=False) if row.choose]
+    for row, token in zip(rows, tokens, strict=False):
+        row.take(token, sampling)
+
+
+def _sampler(sampling: Sampling, prompt: Int32) -> Choice:
+    """Draws by numbers that come from the seed and the prompt itself: the same in any company and in any place."""
+    seeds = np.random.SeedSequence([sampling.seed, *map(int, prompt)])
+    generator = np.random.Generator(np.random.Philox(seeds))
+    return lambda logits: draw(logits, sampling.temperature, sampling.top_p, generator.random())
+
+
+def draw(logits: NDArray[np.float64], temperature: float, top_p: float, uniform: float) -> int:
+    """The token that a number in [0, 1) stands for, likely tokens first.
+
+    Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751): the fewest likely tokens that together reach `top_p`.
+    """
+    scaled = (logits - logits.max()) / temperature
+    order = np.argsort(-scaled, kind="stable")
+    probabilities = np.exp(scaled[order]) / np.exp(scaled).sum()
+    before = np.cumsum(probabilities) - probabilities
+    kept = before < top_p
+    kept[0] = True
+    reached = np.cumsum(np.where(kept, probabilities, 0.0))
+    index = np.searchsorted(reached, uniform * reached[-1], side="right")
+    return int(order[min(int(index), len(order) - 1)])

@@ -1,0 +1,260 @@
+"""A base model in memory: from a folder in Hugging Face layout to a handle.
+
+mlx-lm's own loader is not used. It drops what a configuration says and its class does not read, defaults what it does
+not find, and imports torch on the way; see `architectures.py`. Loading here is strict: every tensor of the checkpoint
+is used, and every parameter of the model comes from it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from mindprint.contract import LoadedModel, LoraConfig, ModelSpec
+from mindprint.errors import ModelError
+from mindprint_mlx import architectures, devices
+from mindprint_mlx.arrays import DTYPES, parameters_of
+from mindprint_mlx.head import Head
+from mindprint_mlx.imports import mlx_lm_module
+from mindprint_mlx.optimizer import INITIAL_LOSS_SCALE, Moments
+from mindprint_mlx.rows import can_continue_rows
+
+IGNORED_TENSORS = ("rotary_emb.inv_freq", ".masked_bias", ".attention.bias", ".attn.bias")
+"""Ends of the names of buffers that old checkpoints carry and no model needs."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site is in the MLX module tree: an attribute of a parent module, and the base layer that is there."""
+
+    site: str
+    parent: nn.Module
+    attribute: str
+    layer: nn.Module
+
+    def put(self, layer: nn.Module) -> None:
+        setattr(self.parent, self.attribute, layer)
+
+
+@dataclass
+class Adapter:
+    """An injected adapter: its configuration, the layers that apply it, and its values.
+
+    `factors` holds `<site>.a` `[in, r]` and `<site>.b` `[r, out]`, float32, in the layout of mlx-lm's layers.
+    """
+
+    config: LoraConfig
+    places: tuple[Place, ...]
+    layers: Mapping[str, nn.Module]
+    factors: dict[str, mx.array]
+    moments: Moments = field(default_factory=Moments)
+
+
+@dataclass
+class Handle:
+    """What `LoadedModel.handle` is: everything about one model, so that two in one process share nothing."""
+
+    module: nn.Module
+    head: Head
+    places: tuple[Place, ...]
+    device: mx.Device
+    loss_scale: float | None
+    slides: bool
+    continues_rows: bool = False
+    adapter: Adapter | None = None
+
+    def new_cache(self) -> list[Any]:
+        """An empty cache a layer for generating; one that forgets nothing where windows are ours."""
+        caches = mlx_lm_module("models.cache")
+        if self.slides:
+            return [caches.KVCache() for _ in self.module.layers]
+        return list(caches.make_prompt_cache(self.module))
+
+    @contextmanager
+    def in_use(self, *, adapter: bool = True) -> Iterator[None]:
+        """Compute on this model's device, and without its adapter if `adapter` is False."""
+        hidden = self.adapter.layers if self.adapter and not adapter else {}
+        places = [place for place in self.places if place.site in hidden]
+        with mx.stream(self.device):
+            try:
+                for place in places:
+                    place.put(place.layer)
+                yield
+            finally:
+                for place in places:
+                    place.put(hidden[place.site])
+
+
+def load(spec: ModelSpec) -> LoadedModel:
+    """Load a base: frozen, in evaluation mode, weights in `spec.dtype`.
+
+    Raises `ModelError` for a folder that is incomplete, weights that do not fit, quantization, and every configuration
+    that mlx-lm's class would compute otherwise than transformers does.
+    """
+    folder = Path(spec.path)
+    config = read_config(folder)
+    _refuse_quantized(spec, config)
+    architecture = architectures.architecture(config)
+    with mx.stream(devices.device(spec.device)):
+        module = _built(architecture, folder)
+        names = _load_weights(module, _read_weights(folder), DTYPES[spec.dtype], folder)
+        slides = architectures.complete(architecture, module)
+        module.eval()
+        head = Head.of(module)
+    handle = Handle(
+        module=module,
+        head=head,
+        places=tuple(_places(module, names)),
+        device=devices.device(spec.device),
+        loss_scale=INITIAL_LOSS_SCALE if spec.dtype == "float16" else None,
+        slides=slides,
+    )
+    with handle.in_use():
+        handle.continues_rows = can_continue_rows(module, handle.new_cache())
+    elements = sum(values.size for _, values in parameters_of(module))
+    return LoadedModel(handle, spec.device, spec.dtype, elements, head.vocab_size, architecture.notes)
+
+
+def release(handle: Handle) -> bool:
+    """Drop every array that the handle holds and return MLX's cached buffers."""
+    handle.adapter = None
+    handle.places = ()
+    handle.module = nn.Module()
+    handle.head = Head(handle.module, 0)
+    gc.collect()
+    mx.clear_cache()
+    return True
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json. Raises `ModelError` if there is none, or none that says what the model is."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: no config.json; a model folder in Hugging Face layout is needed") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{path}: does not name a model_type")
+    return config
+
+
+def _refuse_quantized(spec: ModelSpec, config: Mapping[str, Any]) -> None:
+    scheme = spec.quantization or config.get("quantization") or config.get("quantization_config")
+    if scheme:
+        raise ModelError(
+            f"{spec.path}: the base is quantized ({scheme}); training needs a full-precision base, "
+            "take the model that this one was quantized from"
+        )
+
+
+def _built(architecture: architectures.Architecture, folder: Path) -> nn.Module:
+    try:
+        module: nn.Module = architecture.model_class(architecture.arguments)
+    except Exception as error:  # what a class raises when its arguments do not fit is up to it
+        raise ModelError(f"{folder}: mlx-lm cannot build this model from its config.json ({error})") from error
+    return module
+
+
+def _read_weights(folder: Path) -> dict[str, mx.array]:
+    """All tensors of the folder's safetensors files, not read from disk yet."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(
+            {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        )
+    else:
+        shards = sorted(folder.glob("model*.safetensors"))
+    if not shards:
+        raise ModelError(f"{folder}: no weights (model.safetensors); other formats are not read")
+    weights: dict[str, mx.array] = {}
+    for shard in shards:
+        weights |= _read_shard(shard)
+    return {name: values for name, values in weights.items() if not name.endswith(IGNORED_TENSORS)}
+
+
+def _read_shard(shard: Path) -> dict[str, mx.array]:
+    try:
+        return dict(mx.load(str(shard)))  # type: ignore[arg-type]  # of safetensors it is a mapping
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ModelError(f"{shard}: cannot be read as safetensors ({error})") from error
+
+
+def _load_weights(module: nn.Module, weights: Mapping[str, mx.array], dtype: mx.Dtype, folder: Path) -> dict[str, str]:
+    """Put the checkpoint into the module; returns the transformers name of every parameter that has one.
+
+    A class may rename, join or drop tensors (`sanitize`). What it only renames is the same object afterwards: that is
+    how names are mapped, for any family. What it joins has no single name in transformers.
+    """
+    sanitized = module.sanitize(dict(weights)) if hasattr(module, "sanitize") else dict(weights)
+    _check_complete(module, weights, sanitized, folder)
+    original = {id(values): name for name, values in weights.items()}
+    names = {name: original[id(values)] for name, values in sanitized.items() if id(values) in original}
+    cast = [(name, values.astype(dtype)) for name, values in sanitized.items()]
+    module.load_weights(cast, strict=True)
+    mx.eval(module.parameters())
+    return names
+
+
+def _check_complete(
+    module: nn.Module, weights: Mapping[str, mx.array], sanitized: Mapping[str, mx.array], folder: Path
+) -> None:
+    expected = dict(parameters_of(module))
+    if missing := sorted(expected.keys() - sanitized.keys()):
+        raise ModelError(f"{folder}: the weights lack {_listed(missing)}, which mlx-lm's class needs")
+    if unexpected := sorted(sanitized.keys() - expected.keys()):
+        raise ModelError(f"{folder}: mlx-lm's class has no place for {_listed(unexpected)}")
+    wrong = [name for name, values in expected.items() if values.shape != sanitized[name].shape]
+    if wrong:
+        name = wrong[0]
+        raise ModelError(
+            f"{folder}: {name} is {list(sanitized[name].shape)}, its config.json implies {list(expected[name].shape)}"
+        )
+    if integers := sorted(name for name, values in sanitized.items() if not mx.issubdtype(values.dtype, mx.floating)):
+        raise ModelError(f"{folder}: {_listed(integers)} holds no floating-point numbers; quantized weights?")
+    _check_dropped(weights, sanitized, folder)
+
+
+def _check_dropped(weights: Mapping[str, mx.array], sanitized: Mapping[str, mx.array], folder: Path) -> None:
+    """Refuse a checkpoint part of which the class throws away, except a head that is the tied embedding over again."""
+    lost = sum(values.size for values in weights.values()) - sum(values.size for values in sanitized.values())
+    kept = {id(values) for values in sanitized.values()}
+    head = weights.get("lm_head.weight")
+    if head is not None and id(head) not in kept:
+        table = weights.get("model.embed_tokens.weight")
+        if table is None or table.shape != head.shape or not mx.array_equal(table, head).item():
+            raise ModelError(f"{folder}: the config ties the LM head to the embedding, but lm_head.weight differs")
+        lost -= head.size
+    if lost:
+        names = sorted(name for name, values in weights.items() if id(values) not in kept)
+        raise ModelError(f"{folder}: mlx-lm's class drops {lost} elements of the checkpoint (among {_listed(names)})")
+
+
+def _places(module: nn.Module, names: Mapping[str, str]) -> Iterator[Place]:
+    """Every linear layer and embedding whose weight transformers knows under one name, in the model's order."""
+    modules: dict[str, nn.Module] = dict(module.named_modules())
+    for parameter, _ in parameters_of(module):
+        path = parameter.removesuffix(".weight")
+        name = names.get(parameter, "").removesuffix(".weight")
+        layer = modules.get(path, module)
+        if name and type(layer) in (nn.Linear, nn.Embedding) and not _is_router(name):
+            parent, _, attribute = path.rpartition(".")
+            yield Place(name, modules[parent] if parent else module, attribute, layer)
+
+
+def _is_router(name: str) -> bool:
+    """A mixture's router is a parameter of its own class in transformers, and nothing that LoRA can be put on."""
+    return name.endswith((".mlp.gate", ".block_sparse_moe.gate", ".router"))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,75 @@
+"""AdamW and gradient clipping as PyTorch computes them, over flat mappings of arrays.
+
+MLX's own AdamW is not used: it leaves the moments' bias in by default and orders its operations otherwise, so that its
+numbers drift from PyTorch's. Here each operation is PyTorch's, in its order, and the bias corrections are Python's
+float64, as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import sqrt
+
+import mlx.core as mx
+
+from mindprint.contract import AdamW
+
+Arrays = Mapping[str, mx.array]
+
+INITIAL_LOSS_SCALE = 2.0**16
+LOSS_SCALE_GROWTH_STEPS = 2000
+
+
+@dataclass(frozen=True)
+class Moments:
+    """AdamW's state: first and second moments by parameter name, empty before the first update, and their count."""
+
+    first: Arrays = field(default_factory=dict)
+    second: Arrays = field(default_factory=dict)
+    steps: int = 0
+
+
+def adamw(
+    parameters: Arrays, gradients: Arrays, moments: Moments, learning_rate: float, options: AdamW
+) -> tuple[dict[str, mx.array], Moments]:
+    """One update, as `torch.optim.AdamW` (`_single_tensor_adam` with decoupled decay): new parameters, new moments."""
+    steps = moments.steps + 1
+    beta1, beta2 = options.betas
+    step_size = learning_rate / (1 - beta1**steps)
+    correction = sqrt(1 - beta2**steps)
+    updated, first, second = {}, {}, {}
+    for name, gradient in gradients.items():
+        m = moments.first.get(name, mx.zeros_like(gradient))
+        v = moments.second.get(name, mx.zeros_like(gradient))
+        first[name] = m = m + (1 - beta1) * (gradient - m)
+        second[name] = v = beta2 * v + (1 - beta2) * (gradient * gradient)
+        decayed = parameters[name] * (1 - learning_rate * options.weight_decay)
+        updated[name] = decayed - step_size * (m / (mx.sqrt(v) / correction + options.eps))
+    return updated, Moments(first, second, steps)
+
+
+def global_norm(gradients: Arrays) -> mx.array:
+    """The 2-norm of all gradients together: of the norms of each, as `torch.nn.utils.clip_grad_norm_` takes it."""
+    if not gradients:
+        return mx.array(0.0)
+    return mx.linalg.norm(mx.stack([mx.linalg.norm(gradient) for gradient in gradients.values()]))
+
+
+def clipped(gradients: Arrays, norm: mx.array, maximum: float | None) -> dict[str, mx.array]:
+    """Gradients whose global norm is at most `maximum`: times `max / (norm + 1e-6)`, at most 1, as PyTorch does."""
+    if maximum is None:
+        return dict(gradients)
+    factor = mx.minimum(maximum / (norm + 1e-6), 1.0)
+    return {name: gradient * factor for name, gradient in gradients.items()}
+
+
+def next_loss_scale(scale: float, steps: int, *, skipped: bool) -> float:
+    """The loss scale (Micikevicius et al. 2018, arXiv 1710.03740) after a step, of which `steps` have been applied.
+
+    It halves when scaled float16 gradients overflow and doubles at every 2,000th applied update: counted by updates,
+    not since the last overflow as `torch.amp.GradScaler` does, so that a resumed run needs no further counter.
+    """
+    if skipped:
+        return max(scale / 2, 1.0)
+    return scale if steps % LOSS_SCALE_GROWTH_STEPS else scale * 2

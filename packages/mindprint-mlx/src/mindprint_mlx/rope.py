@@ -1,0 +1,171 @@
+"""Rotary position embeddings as transformers computes them, put into whatever class mlx-lm built.
+
+mlx-lm reads the base from where it was years ago and has a scheme of its own for every scaling. So its modules are only
+asked how they pair dimensions (`traditional`); frequencies come from here, from the same formulas as in transformers'
+`modeling_rope_utils.py`, in float32 as there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+
+from mindprint.contract import Float32
+from mindprint.errors import ModelError
+
+Parameters = Mapping[str, Any]
+
+KNOWN = frozenset(
+    {
+        "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "factor",
+        "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor",
+        "truncate", "short_factor", "long_factor", "alpha",
+    }
+)  # fmt: skip
+"""The parameters that some type takes; one that is not known may change what is computed, and is refused."""
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """Inverse frequencies, float32 `[dims / 2]`, and the factor of sine and cosine.
+
+    From `limit` tokens on, `long` takes the place of `inverse` (longrope only).
+    """
+
+    inverse: Float32
+    factor: float = 1.0
+    long: Float32 | None = None
+    limit: int | None = None
+
+
+class Rope(nn.Module):
+    """Rotates the first `dims` of each head's dimensions. `traditional` pairs neighbours, otherwise halves."""
+
+    def __init__(self, frequencies: Frequencies, *, traditional: bool) -> None:
+        super().__init__()
+        self.dims = 2 * len(frequencies.inverse)
+        self._traditional = traditional
+        self._factor = frequencies.factor
+        self._limit = frequencies.limit
+        self._wavelengths = mx.array(1 / frequencies.inverse)
+        self._long = None if frequencies.long is None else mx.array(1 / frequencies.long)
+
+    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
+        if self._factor != 1.0:
+            rotated = x[..., : self.dims] * self._factor
+            x = mx.concatenate([rotated.astype(x.dtype), x[..., self.dims :]], axis=-1)
+        return mx.fast.rope(
+            x,
+            self.dims,
+            traditional=self._traditional,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=self._long if self._is_long(x, offset) else self._wavelengths,
+        )
+
+    def _is_long(self, x: mx.array, offset: int) -> bool:
+        return self._limit is not None and x.shape[-2] + offset > self._limit
+
+
+def frequencies(parameters: Parameters, head_dim: int, max_positions: int | None) -> Frequencies:
+    """What transformers computes for these parameters. Raises `ModelError` for a type it has and this does not."""
+    if odd := sorted(name for name, value in parameters.items() if name not in KNOWN and value is not None):
+        raise ModelError(f"rope_parameters say {odd[0]} = {parameters[odd[0]]!r}, which is not supported on MLX")
+    compute = _TYPES.get(parameters["rope_type"])
+    if compute is None:
+        raise ModelError(f"rope type {parameters['rope_type']!r} is not supported on MLX (it has {', '.join(_TYPES)})")
+    try:
+        return compute(parameters, _unscaled(parameters, head_dim), max_positions)
+    except KeyError as error:
+        raise ModelError(f"rope type {parameters['rope_type']!r} needs {error} in rope_parameters") from None
+
+
+def _unscaled(parameters: Parameters, head_dim: int) -> Float32:
+    dims = int(head_dim * parameters["partial_rotary_factor"])
+    exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
+    return (1 / np.float32(parameters["rope_theta"]) ** exponents).astype(np.float32)
+
+
+def _default(_: Parameters, inverse: Float32, __: int | None) -> Frequencies:
+    return Frequencies(inverse)
+
+
+def _linear(parameters: Parameters, inverse: Float32, _: int | None) -> Frequencies:
+    """Position interpolation, Chen et al. 2023 (arXiv 2306.15595)."""
+    return Frequencies(inverse / np.float32(parameters["factor"]))
+
+
+def _llama3(parameters: Parameters, inverse: Float32, _: int | None) -> Frequencies:
+    """Llama 3.1's own: long wavelengths divided, short ones kept, a ramp between."""
+    factor, low, high = parameters["factor"], parameters["low_freq_factor"], parameters["high_freq_factor"]
+    turns = parameters["original_max_position_embeddings"] * inverse.astype(np.float64) / (2 * math.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return Frequencies((inverse * (kept + (1 - kept) / factor)).astype(np.float32))
+
+
+def _yarn(parameters: Parameters, inverse: Float32, max_positions: int | None) -> Frequencies:
+    """YaRN, Peng et al. 2023 (arXiv 2309.00071)."""
+    length = parameters["original_max_position_embeddings"]
+    factor = parameters.get("factor") or (max_positions or length) / length
+    low, high = _yarn_range(parameters, 2 * len(inverse), length)
+    ramp = np.clip((np.arange(len(inverse)) - low) / ((high - low) or 0.001), 0, 1)
+    return Frequencies(
+        (inverse / factor * ramp + inverse * (1 - ramp)).astype(np.float32), _yarn_factor(parameters, factor)
+    )
+
+
+def _yarn_range(parameters: Parameters, dims: int, length: int) -> tuple[float, float]:
+    def dimension(rotations: float) -> float:
+        return dims * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(parameters["rope_theta"]))
+
+    low, high = dimension(parameters.get("beta_fast") or 32), dimension(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    return max(low, 0), min(high, dims - 1)
+
+
+def _yarn_factor(parameters: Parameters, factor: float) -> float:
+    def scale(weight: float = 1.0) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if parameters.get("attention_factor") is not None:
+        return float(parameters["attention_factor"])
+    numerator, denominator = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    return scale(numerator) / scale(denominator) if numerator and denominator else scale()
+
+
+def _longrope(parameters: Parameters, inverse: Float32, max_positions: int | None) -> Frequencies:
+    """LongRoPE, Ding et al. 2024 (arXiv 2402.13753): one set of factors up to the original length, one beyond."""
+    length = parameters["original_max_position_embeddings"]
+    ratio = parameters.get("factor") or (max_positions or length) / length
+    factor = parameters.get("attention_factor")
+    if factor is None:
+        factor = 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(length))
+    short, long = (np.asarray(parameters[name], np.float32) for name in ("short_factor", "long_factor"))
+    if short.shape != inverse.shape or long.shape != inverse.shape:
+        raise ModelError(f"longrope: {short.size} and {long.size} factors for {inverse.size} frequencies")
+    return Frequencies(inverse / short, factor, inverse / long, length)
+
+
+def _ntk_alpha(parameters: Parameters, inverse: Float32, _: int | None) -> Frequencies:
+    """Hunyuan's: a base stretched once and for all by `alpha`, whatever the length."""
+    dims = 2 * len(inverse)
+    base = parameters["rope_theta"] * parameters["alpha"] ** (dims / (dims - 2))
+    return Frequencies((1 / base ** (np.arange(0, dims, 2) / dims)).astype(np.float32))
+
+
+_TYPES: Mapping[str, Callable[[Parameters, Float32, int | None], Frequencies]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "ntk_alpha": _ntk_alpha,
+}

@@ -1,0 +1,42 @@
+"""Sliding windows as transformers has them: which token sees which is decided by the configuration, not by the class.
+
+Some of mlx-lm's classes slide by a pattern of their own, some not at all. So all are built without windows, those
+layers that slide are given their masks here, and generating keeps all keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from mindprint_mlx.imports import mlx_lm_module
+from mindprint_mlx.rows import RowCache
+
+
+def windowed(window: int) -> Callable[..., Any]:
+    """What stands around an attention's call: the mask of its window, where the sequence is longer than that."""
+
+    def around(call: Callable[..., Any], x: mx.array, mask: Any = None, cache: Any = None) -> Any:
+        if _length(x, cache) > window:
+            mask = _mask(x.shape[1], window, cache)
+        return call(x, mask, cache)
+
+    return around
+
+
+def _length(x: mx.array, cache: Any) -> int:
+    """How many positions a token can see at most."""
+    if isinstance(cache, RowCache):
+        return cache.keys.shape[2]
+    return int(x.shape[1] + (0 if cache is None else cache.offset))
+
+
+def _mask(tokens: int, window: int, cache: Any) -> mx.array:
+    if isinstance(cache, RowCache):
+        return cache.make_mask(tokens, window)
+    mask: mx.array = mlx_lm_module("models.base").create_causal_mask(
+        tokens, 0 if cache is None else cache.offset, window
+    )
+    return mask

@@ -1,0 +1,135 @@
+"""Generation: greedy by definition, sampling by its own, and no prompt's answer depends on another prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_samples import VOCABULARY, linear_sites, lora
+
+from mindprint.contract import LoadedModel, Sampling
+from mindprint_mlx import adapter
+from mindprint_mlx.generation import draw, generate
+from mindprint_mlx.model import Handle
+from mindprint_mlx.rows import ROWS
+
+GREEDY = Sampling(max_new_tokens=9, stop_token_ids=())
+
+
+def prompts(count: int = 5) -> list[np.ndarray]:
+    random = np.random.default_rng(4)
+    return [random.integers(0, VOCABULARY, 2 + 3 * (index % 4)).astype(np.int32) for index in range(count)]
+
+
+def greedily(handle: Handle, prompt: np.ndarray, count: int) -> list[int]:
+    """The definition: the likeliest next token of the whole sequence, again and again, without a cache."""
+    tokens = list(map(int, prompt))
+    for _ in range(count):
+        tokens.append(int(mx.argmax(handle.module(mx.array([tokens]))[0, -1]).item()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_greedy_decoding_is_its_definition(make: Callable[..., LoadedModel], family: str, adapted: bool) -> None:
+    loaded = make(family)
+    expected = [greedily(loaded.handle, prompt, 9) for prompt in prompts()]
+    adapter.inject(loaded.handle, lora(linear_sites(loaded)))
+    if adapted:
+        expected = [greedily(loaded.handle, prompt, 9) for prompt in prompts()]
+    found = generate(loaded.handle, prompts(), GREEDY, adapter=adapted)
+    assert [answer.tokens.tolist() for answer in found] == expected
+    assert {answer.stop_reason for answer in found} == {"length"}
+    assert found[0].tokens.dtype == np.int32
+
+
+def test_it_stops_before_a_stop_token(make: Callable[..., LoadedModel]) -> None:
+    loaded = make()
+    for prompt, free in zip(prompts(), generate(loaded.handle, prompts(), GREEDY, adapter=True), strict=True):
+        stop = int(free.tokens[4])
+        first = free.tokens.tolist().index(stop)
+        (found,) = generate(loaded.handle, [prompt], Sampling(9, (stop, VOCABULARY + 5)), adapter=True)
+        assert found.tokens.tolist() == free.tokens[:first].tolist()
+        assert found.stop_reason == "stop"
+
+
+def test_nothing_may_be_asked_for(make: Callable[..., LoadedModel]) -> None:
+    (found,) = generate(make().handle, prompts(1), Sampling(0, ()), adapter=True)
+    assert (found.tokens.tolist(), found.stop_reason) == ([], "length")
+    assert generate(make().handle, [], GREEDY, adapter=True) == ()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_prompt_alone_and_among_others(make: Callable[..., LoadedModel], family: str, temperature: float) -> None:
+    handle = make(family).handle
+    sampling = Sampling(9, (), temperature=temperature, seed=3)
+    many = prompts(ROWS + 7)
+    together = generate(handle, many, sampling, adapter=True)
+    for prompt, answer in zip(many, together, strict=True):
+        assert generate(handle, [prompt], sampling, adapter=True)[0].tokens.tolist() == answer.tokens.tolist()
+    backwards = generate(handle, many[::-1], sampling, adapter=True)[::-1]
+    assert [a.tokens.tolist() for a in backwards] == [a.tokens.tolist() for a in together]
+
+
+def test_a_rows_logits_are_the_same_bits_in_any_company(
+    make: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = make().handle
+    seen: list[np.ndarray] = []
+    monkeypatch.setattr("mindprint_mlx.generation._take", _recording(seen))
+    generate(handle, prompts(5), GREEDY, adapter=True)
+    crowd = [values[1] for values in seen if len(values) == ROWS]
+    seen.clear()
+    generate(handle, prompts(5)[1:2], GREEDY, adapter=True)
+    alone = [values[0] for values in seen if len(values) == ROWS]
+    assert len(alone) == 8
+    np.testing.assert_array_equal(np.stack(alone), np.stack(crowd))
+
+
+def _recording(seen: list[np.ndarray]) -> Callable[..., None]:
+    from mindprint_mlx.generation import _take
+
+    def take(logits: mx.array, rows: object, sampling: Sampling) -> None:
+        seen.append(np.array(logits))
+        _take(logits, rows, sampling)
+
+    return take
+
+
+def test_a_class_that_cannot_continue_rows_continues_them_one_by_one(make: Callable[..., LoadedModel]) -> None:
+    handle = make().handle
+    assert handle.continues_rows
+    together = generate(handle, prompts(), GREEDY, adapter=True)
+    handle.continues_rows = False
+    alone = generate(handle, prompts(), GREEDY, adapter=True)
+    assert [a.tokens.tolist() for a in alone] == [a.tokens.tolist() for a in together]
+
+
+class TestSampling:
+    def test_it_is_reproducible_by_seed(self, make: Callable[..., LoadedModel]) -> None:
+        handle = make().handle
+
+        def sample(seed: int) -> list[list[int]]:
+            sampling = Sampling(9, (), temperature=1.0, seed=seed)
+            return [answer.tokens.tolist() for answer in generate(handle, prompts(), sampling, adapter=True)]
+
+        assert sample(1) == sample(1)
+        assert sample(1) != sample(2)
+
+    def test_draws_follow_the_tempered_distribution(self) -> None:
+        """Probabilities 0.5, 0.3, 0.2; at temperature 0.5 their squares over the sum of them: 25, 9, 4 of 38."""
+        logits = np.log(np.array([0.3, 0.5, 0.2]))
+        grid = (np.arange(10000) + 0.5) / 10000
+        plain = np.bincount([draw(logits, 1.0, 1.0, uniform) for uniform in grid], minlength=3) / 10000
+        np.testing.assert_allclose(plain, [0.3, 0.5, 0.2], atol=2e-4)
+        cold = np.bincount([draw(logits, 0.5, 1.0, uniform) for uniform in grid], minlength=3) / 10000
+        np.testing.assert_allclose(cold, [9 / 38, 25 / 38, 4 / 38], atol=2e-4)
+
+    @pytest.mark.parametrize(
+        ("top_p", "kept"), [(0.5, {1}), (0.6, {0, 1}), (0.8, {0, 1}), (0.81, {0, 1, 2}), (0.0, {1})]
+    )
+    def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(self, top_p: float, kept: set[int]) -> None:
+        logits = np.log(np.array([0.3, 0.5, 0.2]))
+        found = {draw(logits, 1.0, top_p, uniform) for uniform in np.linspace(0, 0.9999, 500)}
+        assert found == kept

@@ -1,0 +1,210 @@
+"""Attaching LoRA through PEFT, and the factors that it trains."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from mindprint.contract import AdapterFacts, AdapterSite, AdapterState, Float32, LoraConfig, LoraFactors
+from mindprint.errors import AdapterError
+from mindprint_torch.model import TorchModel
+from mindprint_torch.optimizer import INITIAL_LOSS_SCALE, Optimizer
+
+NAME = "default"
+HOLDER = "network"
+
+
+@dataclass
+class Adapter:
+    """The injected adapter: PEFT's layer of each site, in the order of `config.target_modules`, and its optimizer."""
+
+    config: LoraConfig
+    layers: Mapping[str, LoraLayer]
+    optimizer: Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.optimizer = Optimizer(self.parameters)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """A and B of each site in turn."""
+        return [factor for layer in self.layers.values() for factor in layer_factors(layer)]
+
+    @property
+    def dropouts(self) -> list[nn.Module]:
+        return [layer.lora_dropout[NAME] for layer in self.layers.values()]
+
+
+def inject(model: TorchModel, adapter: AdapterState) -> AdapterFacts:
+    """Attach `adapter` to exactly its target modules, with its values, float32 and trainable.
+
+    Raises `AdapterError` if the model has an adapter, or the adapter does not fit the model.
+    """
+    if model.adapter is not None:
+        raise AdapterError("the model has an adapter already; load the base again to inject another one")
+    sites = {site.name: site for site in model.sites}
+    for name in adapter.config.target_modules:
+        _check_fits(name, sites.get(name), adapter)
+    # PEFT draws initial values; they are overwritten, and the caller's random numbers must not move for them.
+    with torch.random.fork_rng(devices=[]):
+        _inject_empty(model, adapter.config)
+    layers = _attached(model, adapter.config)
+    for layer in layers.values():
+        _to_float32(layer)
+    write_factors(layers, adapter.tensors)
+    model.network.eval()
+    model.adapter = Adapter(adapter.config, layers)
+    model.adapter.optimizer.loss_scale = initial_loss_scale(model)
+    trainable = sum(parameter.numel() for parameter in model.network.parameters() if parameter.requires_grad)
+    return AdapterFacts(tuple(layers), trainable)
+
+
+def initial_loss_scale(model: TorchModel) -> float | None:
+    return INITIAL_LOSS_SCALE if model.dtype == "float16" else None
+
+
+def require_adapter(model: TorchModel) -> Adapter:
+    """The model's adapter. Raises `AdapterError` if it has none."""
+    if model.adapter is None:
+        raise AdapterError("the model has no adapter; inject one first")
+    return model.adapter
+
+
+def layer_factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """The parameters A `[r, in]` and B `[out, r]` of one site."""
+    if NAME in layer.lora_embedding_A:
+        return layer.lora_embedding_A[NAME], layer.lora_embedding_B[NAME]
+    a: Any = layer.lora_A[NAME]
+    b: Any = layer.lora_B[NAME]
+    return a.weight, b.weight
+
+
+def read_factors(adapter: Adapter) -> dict[str, LoraFactors]:
+    """Copies of all factors, float32."""
+    return {name: LoraFactors(*map(to_numpy, layer_factors(layer))) for name, layer in adapter.layers.items()}
+
+
+@torch.no_grad()
+def write_factors(layers: Mapping[str, LoraLayer], tensors: Mapping[str, LoraFactors]) -> None:
+    for name, layer in layers.items():
+        for parameter, values in zip(layer_factors(layer), tensors[name], strict=True):
+            parameter.copy_(to_torch(values))
+
+
+def to_numpy(tensor: Tensor) -> Float32:
+    return np.array(tensor.detach().cpu().numpy(), dtype=np.float32, copy=True)
+
+
+def to_torch(values: Float32) -> Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.float32, copy=True))
+
+
+@contextmanager
+def adapter_enabled(model: TorchModel, *, enabled: bool) -> Iterator[None]:
+    """Within this context the adapter answers, or the base alone."""
+    if enabled or model.adapter is None:
+        yield
+        return
+    layers = model.adapter.layers.values()
+    for layer in layers:
+        layer.enable_adapters(enabled=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(enabled=True)
+
+
+@contextmanager
+def dropout(model: TorchModel, *, seed: int, micro_batch: int) -> Iterator[None]:
+    """Within this context the adapter's dropout is on, its masks drawn from (seed, micro-batch) alone."""
+    adapter = require_adapter(model)
+    if not adapter.config.dropout:
+        yield
+        return
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(_mixed(seed, micro_batch))
+        for module in adapter.dropouts:
+            module.train()
+        try:
+            yield
+        finally:
+            for module in adapter.dropouts:
+                module.eval()
+
+
+def _mixed(seed: int, micro_batch: int) -> int:
+    return int(np.random.SeedSequence([seed, micro_batch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _check_fits(name: str, site: AdapterSite | None, adapter: AdapterState) -> None:
+    if site is None:
+        raise AdapterError(f"the model has no module {name!r} that can take LoRA")
+    if name not in adapter.tensors:
+        raise AdapterError(f"the adapter has no tensors for {name!r}")
+    rank = adapter.config.rank(name)
+    expected = ((rank, site.in_features), (site.out_features, rank))
+    found = tuple(np.shape(values) for values in adapter.tensors[name])
+    if found != expected:
+        raise AdapterError(f"the adapter's factors of {name!r} are {found}, the model needs {expected}")
+
+
+def _inject_empty(model: TorchModel, config: LoraConfig) -> None:
+    """Have PEFT put its layers around the targets.
+
+    PEFT sees the network as part of a plain module. If it saw a transformers model it would, for mixtures of experts,
+    take the names of dense and shared-expert layers for old names of stacked experts and adapt those instead.
+    """
+    holder = nn.ModuleDict({HOLDER: model.network})
+    try:
+        # What PEFT warns of (names, patterns, transposed layers) is checked afterwards, as an error.
+        with warnings.catch_warnings(action="ignore"):
+            peft.inject_adapter_in_model(_peft_config(config), holder, adapter_name=NAME)
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"PEFT {peft.__version__} cannot adapt this model: {error}") from error
+
+
+def _to_float32(layer: LoraLayer) -> None:
+    """PEFT makes factors in the base's dtype when it injects, and casts its input to whatever they are."""
+    for factor in layer_factors(layer):
+        factor.data = factor.data.float()
+
+
+def _peft_config(config: LoraConfig) -> peft.LoraConfig:
+    return peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        target_modules=[f"{HOLDER}.{name}" for name in config.target_modules],
+        lora_dropout=config.dropout,
+        use_rslora=config.use_rslora,
+        rank_pattern={_pattern(name): rank for name, rank in config.rank_pattern.items()},
+        alpha_pattern={_pattern(name): alpha for name, alpha in config.alpha_pattern.items()},
+        bias="none",
+    )
+
+
+def _pattern(name: str) -> str:
+    """PEFT reads keys as regular expressions that may match the end of a name; this matches it whole."""
+    return "^" + re.escape(f"{HOLDER}.{name}")
+
+
+def _attached(model: TorchModel, config: LoraConfig) -> dict[str, LoraLayer]:
+    """PEFT's layers by site, checked: PEFT matches names by their ends, and must have hit exactly the targets."""
+    found = {name: module for name, module in model.network.named_modules() if isinstance(module, LoraLayer)}
+    if set(found) != set(config.target_modules):
+        different = sorted(set(found) ^ set(config.target_modules))
+        raise AdapterError(f"PEFT adapted other modules than were named: {', '.join(different[:3])}")
+    for name, layer in found.items():
+        if layer.r[NAME] != config.rank(name) or layer.scaling[NAME] != config.scale(name):
+            raise AdapterError(f"PEFT gave {name!r} rank {layer.r[NAME]} and scale {layer.scaling[NAME]}")
+    return {name: found[name] for name in config.target_modules}

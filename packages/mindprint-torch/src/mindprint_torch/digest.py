@@ -1,0 +1,51 @@
+"""A cheap digest of weights where they lie: one pass, on their own device."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+WORDS_AT_ONCE = 1 << 20
+"""64-bit words a pass multiplies at once, which bounds its temporary memory to 8 MiB."""
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over each weight's name, shape, dtype and checksum.
+
+    The checksum is `sum((2 i + 1) * word_i)` modulo 2^64 over the weight's bytes as 64-bit words: its factors are odd,
+    hence invertible, so a change of any single word always changes it.
+    """
+    checksums = [_checksum(weight) for weight in weights.values()]
+    digest = hashlib.sha256()
+    for (name, weight), checksum in zip(weights.items(), _to_host(checksums), strict=True):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {checksum}\n".encode())
+    return digest.hexdigest()
+
+
+def _to_host(checksums: list[Tensor]) -> list[int]:
+    return torch.stack(checksums).tolist() if checksums else []
+
+
+def _checksum(weight: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=torch.int64, device=weight.device)
+    factors = torch.arange(1, 2 * WORDS_AT_ONCE, 2, dtype=torch.int64, device=weight.device)
+    for start, words in _words(weight):
+        total += (words * factors[: len(words)]).sum() + 2 * start * words.sum()
+    return total
+
+
+def _words(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The weight's bytes as int64 words, with the index of each chunk's first word; the last word is zero-filled."""
+    data = weight.detach().contiguous().view(-1).view(torch.uint8)
+    if data.data_ptr() % 8:
+        data = data.clone()
+    whole = len(data) // 8 * 8
+    for start in range(0, whole, 8 * WORDS_AT_ONCE):
+        yield start // 8, data[start : min(start + 8 * WORDS_AT_ONCE, whole)].view(torch.int64)
+    if whole < len(data):
+        last = torch.zeros(8, dtype=torch.uint8, device=data.device)
+        last[: len(data) - whole] = data[whole:]
+        yield whole // 8, last.view(torch.int64)

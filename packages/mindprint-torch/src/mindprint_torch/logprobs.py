@@ -1,0 +1,144 @@
+"""Log-probs of chosen tokens, without ever holding logits of more than a stated size.
+
+The output layer sees only the hidden states whose next token counts, a chunk at a time; log-softmax is in float32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mindprint.contract import Float32, Int32, TokenBatch
+from mindprint.layouts import Layout, sequences
+from mindprint_torch.adapter import adapter_enabled
+from mindprint_torch.head import Head
+from mindprint_torch.model import TorchModel
+
+LOGITS_BYTES = 64 << 20
+"""The most that the float32 logits of one chunk may take. A chunk holds two such arrays at a time."""
+
+FUSED_VOCABULARY_CHUNK = 32768
+"""The width of the tiles that TRL's kernel computes; its trainers use the same."""
+
+
+def log_probs(model: TorchModel, batch: TokenBatch, *, adapter: bool) -> Float32:
+    """Log-probs under the mask, float32 `[rows, T]`, 0 elsewhere."""
+    with torch.no_grad(), adapter_enabled(model, enabled=adapter):
+        return placed_log_probs(model, sequences(batch)).cpu().numpy()
+
+
+def placed_log_probs(model: TorchModel, layout: Layout) -> Tensor:
+    """The layout's answers at their places, float32 `layout.shape`, differentiable; 0 where nothing was asked."""
+    flat = torch.zeros(layout.shape[0] * layout.shape[1], dtype=torch.float32, device=model.device)
+    slots = _on(model.device, layout.slots)
+    return flat.scatter(0, slots, layout_log_probs(model, layout)).view(layout.shape)
+
+
+def layout_log_probs(model: TorchModel, layout: Layout) -> Tensor:
+    """The layout's answers in the order of its questions, float32 `[n]`, differentiable."""
+    if not len(layout.sources):
+        return torch.zeros(0, device=model.device)
+    hidden = model.head.hidden_states(_on(model.device, layout.tokens))
+    selected = hidden.flatten(0, 1).index_select(0, _on(model.device, layout.sources))
+    return head_log_probs(model.head, selected, _on(model.device, layout.targets))
+
+
+def head_log_probs(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    """`log softmax(head(hidden))[targets]`, float32 `[n]`, for hidden states `[n, hidden]` and targets `[n]`."""
+    if head.trainable:
+        return _checkpointed(head, hidden, targets)
+    if head.plain and fused_head_usable(hidden.device):
+        return fused_log_probs(head.layer, hidden, targets)
+    answers: Tensor = _FrozenHead.apply(hidden, targets, head)  # type: ignore[no-untyped-call]
+    return answers
+
+
+def fused_head_usable(device: torch.device) -> bool:
+    """Whether TRL's fused LM head runs as Triton kernels here."""
+    return device.type == "cuda" and _has_fused_head()
+
+
+def fused_log_probs(layer: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """As `head_log_probs` for an output layer alone, by TRL's fused head: `[n, vocabulary]` never exists."""
+    from trl.kernels import ChunkedLogProbFunction  # noqa: PLC0415  (imported only where it is used)
+
+    answers: tuple[Tensor, ...] = ChunkedLogProbFunction.apply(  # type: ignore[no-untyped-call]
+        hidden, layer.weight, layer.bias, targets, 1.0, FUSED_VOCABULARY_CHUNK, None, 1.0, ("log_probs",)
+    )
+    return answers[0]
+
+
+@cache
+def _has_fused_head() -> bool:
+    return importlib.util.find_spec("triton") is not None and importlib.util.find_spec("trl.kernels") is not None
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Log-probs through a head that is not trained.
+
+    Each row has one answer, so its gradient by the hidden state is known up to one factor in the forward pass: it is
+    computed there, while the chunk's logits exist, and the backward pass only multiplies. No logits are kept and none
+    are computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+        if not ctx.needs_input_grad[0]:
+            return torch.cat([_chunk_log_probs(head, *chunk) for chunk in _chunks(head, hidden, targets)])
+        done = [_with_gradient(head, *chunk) for chunk in _chunks(head, hidden, targets)]
+        answers, gradients = zip(*done, strict=True)
+        ctx.save_for_backward(torch.cat(gradients))
+        ctx.dtype = hidden.dtype
+        return torch.cat(answers)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return (gradients * outer[0][:, None]).to(ctx.dtype), None, None
+
+
+def _with_gradient(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs `[n]` and their gradients by the hidden states, float32 `[n, hidden]`."""
+    hidden = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = head(hidden)
+    all_log_probs = torch.log_softmax(logits.detach().float(), dim=-1)
+    answers = all_log_probs.gather(1, targets[:, None]).squeeze(1)
+    # The gradient by the logits, one-hot(target) - softmax, in place of the log-probs: the largest arrays here.
+    by_logits = all_log_probs.exp_().neg_()
+    by_logits.scatter_add_(1, targets[:, None], torch.ones_like(answers)[:, None])
+    scale = _gradient_scale(logits.dtype)
+    (gradient,) = torch.autograd.grad(logits, hidden, by_logits.mul_(scale).to(logits.dtype))
+    return answers, gradient.float().div_(scale)
+
+
+def _gradient_scale(dtype: torch.dtype) -> float:
+    """float16 holds nothing below 6e-8: small probabilities of a large vocabulary pass through it scaled."""
+    return 256.0 if dtype == torch.float16 else 1.0
+
+
+def _checkpointed(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    """As `head_log_probs` where the head itself is trained: logits are computed again in the backward pass."""
+    return torch.cat(
+        [checkpoint(_chunk_log_probs, head, *chunk, use_reentrant=False) for chunk in _chunks(head, hidden, targets)]
+    )
+
+
+def _chunk_log_probs(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    return torch.log_softmax(head(hidden).float(), dim=-1).gather(1, targets[:, None]).squeeze(1)
+
+
+def _chunks(head: Head, hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+    rows = max(LOGITS_BYTES // (4 * head.vocabulary), 1)
+    return list(zip(hidden.split(rows), targets.split(rows), strict=True))
+
+
+def _on(device: torch.device, values: Int32) -> Tensor:
+    """Token ids or positions on the device, int64 as torch indexes."""
+    return torch.from_numpy(values.astype(np.int64)).to(device)

@@ -1,0 +1,203 @@
+"""Loading a base through transformers, and the handle that core holds."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from mindprint.contract import AdapterSite, Dtype, LoadedModel, ModelSpec
+from mindprint.errors import ModelError
+from mindprint_torch.head import Head, embedding_layer, read_head
+from mindprint_torch.sites import list_sites
+
+if TYPE_CHECKING:
+    from mindprint_torch.adapter import Adapter
+
+TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+LOAD_FAILURES = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    SafetensorError,
+)
+"""What transformers raises for folders that it cannot load."""
+
+
+@dataclass
+class TorchModel:
+    """One loaded base and, once injected, its adapter. `base` are the base's own weights, by their names at loading."""
+
+    network: PreTrainedModel
+    head: Head
+    device: torch.device
+    dtype: Dtype
+    sites: tuple[AdapterSite, ...]
+    base: Mapping[str, Tensor]
+    adapter: Adapter | None = None
+
+
+def load_model(spec: ModelSpec) -> LoadedModel:
+    """Load the folder `spec.path` frozen, in evaluation mode. Raises `ModelError` with one line if it cannot be."""
+    config = _read_config(spec)
+    network, notes = _read_weights(spec, config)
+    network.eval().requires_grad_(False)
+    # The folder's own sampling defaults must not leak into ours.
+    network.generation_config = GenerationConfig()
+    with _naming(spec.path):
+        head = read_head(network)
+    model = TorchModel(
+        network=network,
+        head=head,
+        device=torch.device(spec.device),
+        dtype=spec.dtype,
+        sites=list_sites(network),
+        base=_weights(network),
+    )
+    vocabulary = embedding_layer(network).num_embeddings
+    return LoadedModel(model, spec.device, spec.dtype, network.num_parameters(), vocabulary, notes)
+
+
+def release(model: TorchModel) -> None:
+    """Drop everything the handle holds, and give cached device memory back."""
+    vars(model).clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def _read_config(spec: ModelSpec) -> PreTrainedConfig:
+    folder = Path(spec.path)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json there; a model folder in Hugging Face layout is needed")
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(f"{folder}: this folder holds an adapter; name the folder of its base model")
+    with _loading(spec.path):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+    scheme = spec.quantization or _quantization(config)
+    if scheme:
+        raise ModelError(f"{folder}: the base is quantized ({scheme}); training here needs the full-precision base")
+    if config.is_encoder_decoder:
+        raise ModelError(f"{folder}: {config.model_type} is an encoder-decoder; only causal models can be trained")
+    return config
+
+
+def _quantization(config: PreTrainedConfig) -> str | None:
+    settings = getattr(config, "quantization_config", None) or getattr(config, "quantization", None)
+    if not settings:
+        return None
+    fields = settings if isinstance(settings, dict) else vars(settings)
+    return str(fields.get("quant_method") or "config.json states a quantization")
+
+
+def _read_weights(spec: ModelSpec, config: PreTrainedConfig) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    attention, notes = _attention(config)
+    with _loading(spec.path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            spec.path,
+            config=config,
+            dtype=TORCH_DTYPES[spec.dtype],
+            attn_implementation=attention,
+            device_map=None if spec.device == "cpu" else {"": spec.device},
+            local_files_only=True,
+            # Mismatches come back in the report, which names the weights; by itself transformers only says "above".
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    network, report = loaded
+    _check_complete(spec.path, report)
+    unused = sorted(report["unexpected_keys"])
+    if unused:
+        notes += (f"{len(unused)} weights in the files are not part of the model: {_listed(unused)}",)
+    return network, notes
+
+
+def _attention(config: PreTrainedConfig) -> tuple[str | None, tuple[str, ...]]:
+    """The attention implementation to ask for; None lets transformers take SDPA where the architecture has it."""
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) is None:
+        return None, ()
+    return "eager", ("attention is computed eagerly: SDPA cannot cap its scores as this model's config asks",)
+
+
+def _check_complete(path: str, report: Mapping[str, Any]) -> None:
+    """transformers initialises what it misses at random, and goes on."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(f"{path}: {len(missing)} weights are missing from the files: {_listed(missing)}")
+    mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
+    if mismatched:
+        raise ModelError(
+            f"{path}: {len(mismatched)} weights have another shape than config.json: {_listed(mismatched)}"
+        )
+    if report["error_msgs"]:
+        raise ModelError(f"{path}: {_first_line(report['error_msgs'][0])}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _weights(network: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, tied ones once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        found.setdefault(id(tensor), (name, tensor.detach()))
+    return dict(found.values())
+
+
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    """Say what goes wrong in one line, and nothing else: no progress bars, no load report."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}: a file is not valid JSON: {error}") from error
+    except LOAD_FAILURES as error:
+        raise ModelError(
+            f"{path}: transformers {transformers.__version__} cannot load it: {type(error).__name__}: "
+            f"{_first_line(error)}"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Name the folder in whatever goes wrong when the loaded model first runs."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    except LOAD_FAILURES as error:
+        raise ModelError(f"{path}: the model does not run: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(message: object) -> str:
+    lines = str(message).strip().splitlines()
+    return lines[0][:300] if lines else "no reason given"

@@ -1,0 +1,107 @@
+"""AdamW, clipping and the loss scale of float16: everything between gradients and the next adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from mindprint.contract import Update
+
+INITIAL_LOSS_SCALE = 2.0**16
+LOSS_SCALE_GROWTH_STEPS = 2000
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What `Optimizer.step` did: the global gradient norm before clipping, and whether no update was applied."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class Optimizer:
+    """`torch.optim.AdamW` over the adapter's factors, all in float32, with one step count for all of them.
+
+    `loss_scale` is None unless losses are to be scaled before their backward pass (float16). It halves when scaled
+    gradients overflow and doubles at every 2000th applied update: counted by updates, not since the last overflow as
+    `torch.amp.GradScaler` does, so that a resumed run needs no further counter.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], *, loss_scale: float | None = None) -> None:
+        self.parameters = list(parameters)
+        self.loss_scale = loss_scale
+        self.steps = 0
+        self._adamw = torch.optim.AdamW(self.parameters, lr=0.0, fused=_can_fuse(self.parameters))
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.loss_scale is None else loss * self.loss_scale
+
+    def step(self, update: Update) -> Applied:
+        """Clip the accumulated gradients, apply one update, and clear them."""
+        gradients = self._take_gradients()
+        norm = get_total_norm(gradients, error_if_nonfinite=False)
+        grad_norm = float(norm)
+        skipped = self.loss_scale is not None and not torch.isfinite(norm).item()
+        if not skipped:
+            if update.max_grad_norm is not None:
+                clip_grads_with_norm_(self.parameters, update.max_grad_norm, norm)
+            self._apply(update)
+        self._adapt_loss_scale(skipped=skipped)
+        self._adamw.zero_grad(set_to_none=True)
+        return Applied(grad_norm, skipped)
+
+    def moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """First and second moment of a parameter, in its shape. Only after the first update."""
+        state = self._adamw.state[parameter]
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    def restore(self, moments: Sequence[tuple[Tensor, Tensor]], steps: int) -> None:
+        """Go on from moments, one pair a parameter in the order of `parameters`; with none, start anew."""
+        self._adamw.state.clear()
+        self._adamw.zero_grad(set_to_none=True)
+        self.steps = steps if moments else 0
+        for parameter, (first, second) in zip(self.parameters, moments, strict=False):
+            self._adamw.state[parameter] = {
+                "step": torch.tensor(float(self.steps), dtype=torch.float32, device=self._step_device(parameter)),
+                "exp_avg": first.to(parameter.device, copy=True),
+                "exp_avg_sq": second.to(parameter.device, copy=True),
+            }
+
+    def _take_gradients(self) -> list[Tensor]:
+        """All gradients, unscaled. A factor that took no part has gradient 0, as in a functional framework."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if self.loss_scale is not None:
+            for gradient in gradients:
+                gradient.div_(self.loss_scale)
+        return gradients
+
+    def _apply(self, update: Update) -> None:
+        for group in self._adamw.param_groups:
+            group["lr"] = update.learning_rate
+            group["betas"] = update.optimizer.betas
+            group["eps"] = update.optimizer.eps
+            group["weight_decay"] = update.optimizer.weight_decay
+        self._adamw.step()
+        self.steps += 1
+
+    def _adapt_loss_scale(self, *, skipped: bool) -> None:
+        if self.loss_scale is None:
+            return
+        if skipped:
+            self.loss_scale = max(self.loss_scale / 2, 1.0)
+        elif self.steps % LOSS_SCALE_GROWTH_STEPS == 0:
+            self.loss_scale *= 2
+
+    def _step_device(self, parameter: Tensor) -> torch.device:
+        return parameter.device if self._adamw.defaults["fused"] else torch.device("cpu")
+
+
+def _can_fuse(parameters: Sequence[Tensor]) -> bool:
+    return all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)

@@ -1,0 +1,119 @@
+"""The hooks, one line each. No framework is imported before a hook is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mindprint.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from mindprint.contract import (
+        AdapterFacts,
+        AdapterSite,
+        AdapterState,
+        BackendInfo,
+        Float32,
+        Generation,
+        Int32,
+        LoadedModel,
+        ModelSpec,
+        PreferenceBatch,
+        Sampling,
+        StepMetrics,
+        TokenBatch,
+        TrainingState,
+        Update,
+    )
+    from mindprint.losses import PreferenceLoss
+    from mindprint_torch.model import TorchModel
+
+MINDPRINT_HOOK_APIS = (1,)
+
+
+@hookimpl
+def mindprint_backend_info() -> BackendInfo:
+    from mindprint_torch.devices import backend_info
+
+    return backend_info()
+
+
+@hookimpl
+def mindprint_load_model(spec: ModelSpec) -> LoadedModel:
+    from mindprint_torch.model import load_model
+
+    return load_model(spec)
+
+
+@hookimpl
+def mindprint_release(model: TorchModel) -> bool:
+    from mindprint_torch.model import release
+
+    release(model)
+    return True
+
+
+@hookimpl
+def mindprint_adapter_sites(model: TorchModel) -> Sequence[AdapterSite]:
+    return model.sites
+
+
+@hookimpl
+def mindprint_base_digest(model: TorchModel) -> str:
+    from mindprint_torch.digest import weights_digest
+
+    return weights_digest(model.base)
+
+
+@hookimpl
+def mindprint_inject_adapter(model: TorchModel, adapter: AdapterState) -> AdapterFacts:
+    from mindprint_torch.adapter import inject
+
+    return inject(model, adapter)
+
+
+@hookimpl
+def mindprint_sft_step(model: TorchModel, batches: Sequence[TokenBatch], update: Update) -> StepMetrics:
+    from mindprint_torch.steps import sft_step
+
+    return sft_step(model, batches, update)
+
+
+@hookimpl
+def mindprint_dpo_step(
+    model: TorchModel, batches: Sequence[PreferenceBatch], loss: PreferenceLoss, update: Update
+) -> StepMetrics:
+    from mindprint_torch.steps import dpo_step
+
+    return dpo_step(model, batches, loss, update)
+
+
+@hookimpl
+def mindprint_log_probs(model: TorchModel, batch: TokenBatch, adapter: bool) -> Float32:
+    from mindprint_torch.logprobs import log_probs
+
+    return log_probs(model, batch, adapter=adapter)
+
+
+@hookimpl
+def mindprint_generate(
+    model: TorchModel, prompts: Sequence[Int32], sampling: Sampling, adapter: bool
+) -> Sequence[Generation]:
+    from mindprint_torch.generation import generate
+
+    return generate(model, prompts, sampling, adapter=adapter)
+
+
+@hookimpl
+def mindprint_save(model: TorchModel) -> TrainingState:
+    from mindprint_torch.state import save
+
+    return save(model)
+
+
+@hookimpl
+def mindprint_restore(model: TorchModel, state: TrainingState) -> bool:
+    from mindprint_torch.state import restore
+
+    restore(model, state)
+    return True

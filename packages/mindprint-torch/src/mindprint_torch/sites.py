@@ -1,0 +1,36 @@
+"""The places of a base that can take LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from mindprint.contract import AdapterSite
+from mindprint_torch.head import embedding_layer
+
+BYPASSED = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), "out_proj")
+"""Layers whose weight Mamba's fused kernels read directly: LoRA would do nothing there, and PEFT refuses them."""
+
+
+def list_sites(network: PreTrainedModel) -> tuple[AdapterSite, ...]:
+    """Linear layers (GPT-2's transposed ones included) and the token embedding, in the model's order.
+
+    Experts that transformers keeps as one stacked parameter are not listed: this backend does not adapt them.
+    """
+    return tuple(_sites(network))
+
+
+def _sites(network: PreTrainedModel) -> Iterator[AdapterSite]:
+    embedding, bypassed = embedding_layer(network), BYPASSED.get(network.config.model_type)
+    for name, module in network.named_modules():
+        if module is embedding and isinstance(module, nn.Embedding):
+            yield AdapterSite(name, "embedding", module.num_embeddings, module.embedding_dim)
+        elif name.rpartition(".")[2] == bypassed:
+            continue
+        elif isinstance(module, nn.Linear):
+            yield AdapterSite(name, "linear", module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            yield AdapterSite(name, "linear", module.nx, module.nf)

@@ -1,0 +1,293 @@
+"""Every architecture of the matrix computes on MLX what transformers computes, or is refused.
+
+Small models with random weights, saved by transformers with a rope base that is no library's default. The logits of
+mlx-lm's classes, loaded as `mindprint_mlx` loads them, against those of transformers; and what can take LoRA, under
+which names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("mlx.core")
+
+import mlx.core as mx  # noqa: E402
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # noqa: E402
+
+from mindprint.contract import LoadedModel, ModelSpec  # noqa: E402
+from mindprint.errors import ModelError  # noqa: E402
+from mindprint_mlx import adapter, architectures, model  # noqa: E402
+
+RELATIVE = 1e-4
+"""Greatest relative distance of logits (DESIGN.md's matrix); 1e-6 is seen."""
+
+TOKENS = 24
+
+SMALL: Mapping[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+MATRIX: Mapping[str, Mapping[str, Any]] = {
+    "apertus": {},
+    "cohere": {"logit_scale": 0.3},
+    "ernie4_5": {"head_dim": 16},
+    "exaone4": {"head_dim": 16, "sliding_window": 8},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "final_logit_softcapping": 2.0},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "hidden_size": 72},
+    "glm4": {"head_dim": 16},
+    "gpt_neox": {"intermediate_size": 256},
+    "granite": {
+        "logits_scaling": 8.0,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 6.0,
+        "residual_multiplier": 0.3,
+    },
+    "helium": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "llama": {},
+    "mistral": {"head_dim": 16, "sliding_window": 8},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "nemotron": {},
+    "olmo2": {},
+    "phi": {},
+    "phi3": {},
+    "qwen2": {},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 48},
+    "qwen3": {"head_dim": 24},
+    "qwen3_moe": {**EXPERTS, "head_dim": 16},
+    "seed_oss": {"head_dim": 16},
+    "smollm3": {},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": 8},
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model that transformers saved: where, its logits `[rows, tokens, vocabulary]`, and its linear layers."""
+
+    folder: Path
+    tokens: np.ndarray
+    logits: np.ndarray
+    linears: frozenset[str]
+
+
+def saved(folder: Path, model_type: str, base: float = 500000.0, **changes: Any) -> Reference:
+    """Save a random model of a family and compute its logits with transformers."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](**{**SMALL, **MATRIX[model_type], **changes})
+    set_rope_base(config, base)
+    reference = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            # Norms and biases too: a layer that left one out must show.
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        reference.save_pretrained(folder)
+        tokens = torch.randint(3, 131, (2, TOKENS))
+        logits = reference(tokens).logits.float().numpy()
+    linears = {name for name, module in reference.named_modules() if type(module) is torch.nn.Linear}
+    return Reference(folder, tokens.numpy(), logits, frozenset(linears))
+
+
+def set_rope_base(config: Any, base: float) -> None:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    for entry in nested or [parameters]:
+        entry["rope_theta"] = base
+
+
+def rewritten(folder: Path, change: Mapping[str, Any], remove: tuple[str, ...] = ()) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | dict(change)
+    path.write_text(json.dumps({name: value for name, value in config.items() if name not in remove}))
+
+
+def loaded(folder: Path) -> LoadedModel:
+    return model.load(ModelSpec(str(folder), "cpu", "float32"))
+
+
+def distance(reference: Reference) -> float:
+    handle = loaded(reference.folder).handle
+    with handle.in_use():
+        logits = np.array(handle.module(mx.array(reference.tokens)))
+    return float(np.linalg.norm(logits - reference.logits) / np.linalg.norm(reference.logits))
+
+
+def test_the_matrix_is_what_the_backend_says_it_is() -> None:
+    assert set(MATRIX) == architectures.COMPARED
+
+
+@pytest.mark.parametrize("base", [500000.0, 20000.0])
+@pytest.mark.parametrize("model_type", sorted(MATRIX))
+def test_logits_are_those_of_transformers(model_type: str, base: float, tmp_path: Path) -> None:
+    assert distance(saved(tmp_path, model_type, base)) < RELATIVE
+
+
+@pytest.mark.parametrize("model_type", sorted(MATRIX))
+def test_lora_attaches_to_the_same_linear_layers_under_the_same_names(model_type: str, tmp_path: Path) -> None:
+    reference = saved(tmp_path, model_type)
+    sites = {site.name for site in adapter.sites(loaded(tmp_path).handle) if site.kind == "linear"}
+    # A tied head is no layer of its own on MLX; nobody adapts it (DESIGN.md: never the LM head).
+    heads = {"lm_head", "embed_out"}
+    assert sites - heads == reference.linears - heads
+
+
+@pytest.mark.parametrize("model_type", sorted(MATRIX))
+def test_generating_with_a_cache_gives_the_logits_of_the_whole_sequence(model_type: str, tmp_path: Path) -> None:
+    reference = saved(tmp_path, model_type)
+    handle = loaded(tmp_path).handle
+    tokens = mx.array(reference.tokens[:1])
+    cache = handle.new_cache()
+    with handle.in_use():
+        logits = [handle.module(tokens[:, :10], cache=cache)[0, -1]]
+        logits += [handle.module(tokens[:, at : at + 1], cache=cache)[0, -1] for at in range(10, TOKENS)]
+    found, wanted = np.array(mx.stack(logits)), reference.logits[0, 9:]
+    assert np.linalg.norm(found - wanted) < RELATIVE * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 8.0,
+            "beta_slow": 2.0,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+@pytest.mark.parametrize("model_type", ["llama", "gemma", "qwen3"])
+def test_scaled_rotary_embeddings(model_type: str, rope: dict[str, Any], tmp_path: Path) -> None:
+    assert distance(saved(tmp_path, model_type, rope_parameters={"rope_theta": 1.0, **rope})) < RELATIVE
+
+
+@pytest.mark.parametrize("original", [16, 64], ids=["beyond", "within"])
+def test_longrope_uses_short_factors_up_to_the_original_length_and_long_ones_beyond(
+    original: int, tmp_path: Path
+) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1.0,
+        "short_factor": [1.0 + 0.1 * i for i in range(8)],
+        "long_factor": [2.0 + i for i in range(8)],
+    }
+    reference = saved(tmp_path, "phi3", rope_parameters=rope, original_max_position_embeddings=original)
+    assert distance(reference) < RELATIVE
+
+
+def test_phi3_with_partial_rotation(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1.0, "partial_rotary_factor": 0.5}
+    assert distance(saved(tmp_path, "phi3", rope_parameters=rope)) < RELATIVE
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "granite", "starcoder2", "olmo2"])
+def test_tied_and_untied_heads(model_type: str, tied: bool, tmp_path: Path) -> None:
+    assert distance(saved(tmp_path, model_type, tie_word_embeddings=tied)) < RELATIVE
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+        ("mixtral", {"sliding_window": 6}),
+        ("phi3", {"sliding_window": 6}),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 6}),
+        ("gemma2", {"layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"]}),
+        ("gemma3_text", {"layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"]}),
+    ],
+)
+def test_windows_shorter_than_the_rows(model_type: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    assert distance(saved(tmp_path, model_type, **changes)) < RELATIVE
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "silu", "relu"])
+@pytest.mark.parametrize(
+    ("model_type", "field"), [("gemma", "hidden_act"), ("starcoder2", "hidden_act"), ("phi", "hidden_act")]
+)
+def test_activations_of_the_configuration(model_type: str, field: str, activation: str, tmp_path: Path) -> None:
+    assert distance(saved(tmp_path, model_type, **{field: activation})) < RELATIVE
+
+
+def test_an_activation_that_the_class_does_not_have_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "llama", hidden_act="gelu")
+    with pytest.raises(ModelError, match="asks for gelu, mlx-lm's class has silu"):
+        loaded(tmp_path)
+
+
+class TestOldConfigurations:
+    """config.json as transformers 4 wrote it: bases and scaling at the top, most fields left out."""
+
+    def test_rope_theta_at_the_top(self, tmp_path: Path) -> None:
+        reference = saved(tmp_path, "llama")
+        absent = ("rope_parameters", "attention_bias", "mlp_bias", "head_dim", "pretraining_tp")
+        rewritten(tmp_path, {"rope_theta": 500000.0, "rope_scaling": None}, absent)
+        assert distance(reference) < RELATIVE
+
+    def test_no_rope_theta_at_all_is_transformers_default(self, tmp_path: Path) -> None:
+        reference = saved(tmp_path, "qwen2", base=10000.0)
+        rewritten(tmp_path, {}, ("rope_parameters", "layer_types"))
+        assert distance(reference) < RELATIVE
+
+    def test_scaling_at_the_top(self, tmp_path: Path) -> None:
+        reference = saved(tmp_path, "qwen2", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1.0})
+        old = {"rope_theta": 500000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+        rewritten(tmp_path, old, ("rope_parameters",))
+        assert distance(reference) < RELATIVE
+
+    def test_gemma_says_gelu_and_means_its_approximation(self, tmp_path: Path) -> None:
+        reference = saved(tmp_path, "gemma", hidden_act="gelu_pytorch_tanh")
+        rewritten(tmp_path, {"hidden_act": "gelu"})
+        assert distance(reference) < RELATIVE
+
+    def test_apertus_scales_where_nothing_is_said(self, tmp_path: Path) -> None:
+        reference = saved(tmp_path, "apertus", base=12000000.0)
+        rewritten(tmp_path, {"rope_theta": 500000.0}, ("rope_parameters",))
+        assert distance(reference) < RELATIVE
+
+    def test_gpt_neox_names(self, tmp_path: Path) -> None:
+        reference = saved(tmp_path, "gpt_neox")
+        rewritten(tmp_path, {"rotary_emb_base": 500000, "rotary_pct": 0.25}, ("rope_parameters",))
+        assert distance(reference) < RELATIVE
+
+    def test_gemma3_bases_of_local_and_global_layers(self, tmp_path: Path) -> None:
+        types = ["sliding_attention", "full_attention"] * 2
+        rope = {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 1.0},
+        }
+        reference = saved(tmp_path, "gemma3_text", layer_types=types, rope_parameters=rope)
+        old = {"rope_theta": 500000.0, "rope_local_base_freq": 500000.0, "sliding_window_pattern": 2}
+        rewritten(tmp_path, old, ("rope_parameters", "layer_types", "_sliding_window_pattern"))
+        assert distance(reference) < RELATIVE

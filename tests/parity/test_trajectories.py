@@ -1,0 +1,191 @@
+"""A hundred steps of each stage on both backends, and runs that move between them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mindprint
+from mindprint.adapter.peft_format import read_adapter
+from mindprint.contract import PreferenceBatch, StepMetrics, TokenBatch, Update
+from mindprint.errors import Interrupted
+from mindprint.events import Event, StepDone
+from mindprint.losses import PreferenceLoss
+from mindprint.training.run_folder import RunFolder
+from parity_cases import Opened, open_model, preference_batch, relative_difference, token_batch
+
+STEPS = 100
+SFT_TOLERANCE = 1e-5
+DPO_TOLERANCE = 1e-3
+RESYNCHRONISED_TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def project(qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Ragged rows, some longer than `max_length`, micro-batches of 3 in steps of 6, one topic."""
+    data = tmp_path_factory.mktemp("data")
+    rng = random.Random(5)
+    words = [
+        "the",
+        "ferry",
+        "lamp",
+        "bell",
+        "tide",
+        "rope",
+        "gull",
+        "salt",
+        "stone",
+        "wind",
+        "bread",
+        "clock",
+        "garden",
+        "bee",
+    ]
+
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choices(words, k=rng.randint(low, high)))
+
+    sft = [{"prompt": text(2, 12), "completion": text(2, 40)} for _ in range(23)]
+    pairs = [{"prompt": text(2, 12), "chosen": text(2, 30), "rejected": text(2, 30)} for _ in range(17)]
+    for name, rows in (("sft", sft), ("preferences", pairs)):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = {"steps_per_topic": STEPS, "batch_size": 3, "gradient_accumulation": 2}
+    return {
+        "model": {"name": str(qwen2)},
+        "backend": {"dtype": "float32", "device": "cpu"},
+        "data": {"path": str(data), "max_length": 120},
+        "adapter": {"r": 8, "alpha": 32.0},
+        "sft": {**stage, "learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 5},
+        "dpo": {**stage, "learning_rate": 1e-4},
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(project: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
+    """The same run, uninterrupted, on each backend."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: run(project, folder / name, backend=name) for name in ("torch", "mlx")}
+
+
+def run(
+    project: dict[str, Any], path: Path, *, stop_at: int | None = None, resume: bool = False, **changes: Any
+) -> RunFolder:
+    """Train; with `stop_at`, as if the user pressed Ctrl-C during that step."""
+    on_event = press_ctrl_c_at(stop_at) if stop_at else None
+    if stop_at:
+        with pytest.raises(Interrupted):
+            mindprint.train(project, run=path, resume=resume, on_event=on_event, **changes)
+    else:
+        mindprint.train(project, run=path, resume=resume, **changes)
+    return RunFolder(path)
+
+
+def press_ctrl_c_at(step: int) -> Callable[[Event], None]:
+    import os
+    import signal
+
+    def press(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return press
+
+
+def losses(folder: RunFolder, stage: str) -> np.ndarray:
+    return np.array([line["loss"] for line in folder.read_steps() if line["stage"] == stage])
+
+
+def check_curves(first: RunFolder, second: RunFolder) -> None:
+    for stage, tolerance in (("sft", SFT_TOLERANCE), ("dpo", DPO_TOLERANCE)):
+        mine, theirs = losses(first, stage), losses(second, stage)
+        assert len(mine) == len(theirs) == STEPS
+        assert (np.abs(mine - theirs) <= tolerance * (1 + np.abs(mine))).all(), stage
+
+
+@pytest.mark.slow
+def test_running_free(runs: dict[str, RunFolder]) -> None:
+    check_curves(runs["torch"], runs["mlx"])
+
+
+@pytest.mark.slow
+def test_something_was_learned(runs: dict[str, RunFolder]) -> None:
+    """Curves that agree because nothing happens would agree too well."""
+    for folder in runs.values():
+        assert losses(folder, "sft")[-5:].mean() < losses(folder, "sft")[:5].mean() - 0.5
+        assert losses(folder, "dpo")[0] == pytest.approx(np.log(2), abs=1e-5)
+        assert losses(folder, "dpo")[-5:].mean() < 0.55
+
+
+@pytest.mark.slow
+def test_the_adapters_are_close(runs: dict[str, RunFolder]) -> None:
+    torch, mlx = (read_adapter(folder.adapter)[0] for folder in runs.values())
+    assert torch.config == mlx.config
+    for site, factors in torch.tensors.items():
+        for mine, theirs in zip(factors, mlx.tensors[site], strict=True):
+            assert relative_difference(mine, theirs) < 1e-2, site
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [("torch", "mlx"), ("mlx", "torch")])
+def test_sft_here_dpo_there_in_one_command(
+    project: dict[str, Any], runs: dict[str, RunFolder], tmp_path: Path, first: str, second: str
+) -> None:
+    stages = {name: {**project[name], "backend": backend} for name, backend in (("sft", first), ("dpo", second))}
+    moved = run(project | stages, tmp_path / "run")
+    assert {line["stage"]: line["backend"] for line in moved.read_steps()} == {"sft": first, "dpo": second}
+    check_curves(runs[first], moved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [("torch", "mlx"), ("mlx", "torch")])
+@pytest.mark.parametrize("stop_at", [37, STEPS + 41])
+def test_stopped_in_the_middle_and_resumed_on_the_other(
+    project: dict[str, Any], runs: dict[str, RunFolder], tmp_path: Path, first: str, second: str, stop_at: int
+) -> None:
+    run(project, tmp_path / "run", stop_at=stop_at, backend=first)
+    moved = run(project, tmp_path / "run", resume=True, backend=second)
+    backends = [line["backend"] for line in moved.read_steps()]
+    assert backends == [first] * stop_at + [second] * (2 * STEPS - stop_at)
+    check_curves(runs[first], moved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+@pytest.mark.parametrize("stop_at", [37, STEPS + 41])
+def test_resume_on_the_same_backend_is_bit_for_bit(
+    project: dict[str, Any], runs: dict[str, RunFolder], tmp_path: Path, backend: str, stop_at: int
+) -> None:
+    run(project, tmp_path / "run", stop_at=stop_at, backend=backend)
+    resumed = run(project, tmp_path / "run", resume=True, backend=backend)
+    for stage in ("sft", "dpo"):
+        assert losses(resumed, stage).tolist() == losses(runs[backend], stage).tolist()
+    weights = "adapter_model.safetensors"
+    assert (resumed.adapter / weights).read_bytes() == (runs[backend].adapter / weights).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_resynchronised_before_every_step(qwen2: Path, stage: str) -> None:
+    """Both restore one state, then step: what a single step differs by, at a hundred places of a trajectory."""
+    torch, mlx = open_model("torch", qwen2), open_model("mlx", qwen2)
+    for step in range(STEPS):
+        mlx.restore(torch.save())
+        first, second = (take_step(each, stage, step) for each in (torch, mlx))
+        assert first.loss == pytest.approx(second.loss, abs=RESYNCHRONISED_TOLERANCE * (1 + first.loss)), step
+
+
+def take_step(opened: Opened, stage: str, step: int) -> StepMetrics:
+    if stage == "sft":
+        batches: list[TokenBatch] = [token_batch(2 * step), token_batch(2 * step + 1, (7, 33))]
+        update = Update(1e-3, tokens=sum(batch.loss_tokens for batch in batches))
+        return opened.backend.sft_step(opened.model, batches, update)
+    pairs: list[PreferenceBatch] = [preference_batch(2 * step), preference_batch(2 * step + 1)]
+    tokens = sum(int(batch.chosen_lengths.sum()) for batch in pairs)
+    update = Update(1e-3, tokens=tokens, pairs=sum(batch.pairs for batch in pairs))
+    return opened.backend.dpo_step(opened.model, pairs, PreferenceLoss("sigmoid"), update)

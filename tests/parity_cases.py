@@ -1,0 +1,93 @@
+"""The work that parity tests give to both backends: ragged batches, one adapter, one loss after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mindprint.adapter.initial import initial_adapter
+from mindprint.adapter.targets import resolve_targets
+from mindprint.backend import Backend, load_backend
+from mindprint.contract import (
+    AdapterState,
+    LoadedModel,
+    LoraConfig,
+    LoraFactors,
+    ModelSpec,
+    PreferenceBatch,
+    TokenBatch,
+    TrainingState,
+)
+
+VOCABULARY = 380
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A backend with a model and an adapter on it."""
+
+    backend: Backend
+    model: LoadedModel
+
+    def restore(self, state: TrainingState) -> None:
+        self.backend.restore(self.model, state)
+
+    def save(self) -> TrainingState:
+        return self.backend.save(self.model)
+
+
+def open_model(name: str, folder: Path, adapter: AdapterState | None = None) -> Opened:
+    """Load the base in float32 on the CPU and inject `adapter`, by default one that changes something."""
+    backend = load_backend(name)
+    model = backend.load_model(ModelSpec(str(folder), "cpu", "float32"))
+    if adapter is None:
+        sites = backend.adapter_sites(model)
+        lora = LoraConfig(4, 8.0, resolve_targets(sites, "all-linear"))
+        adapter = stirred(initial_adapter(sites, lora, seed=3))
+    backend.inject_adapter(model, adapter)
+    return Opened(backend, model)
+
+
+def stirred(adapter: AdapterState, seed: int = 11, size: float = 0.02) -> AdapterState:
+    """The adapter with B drawn at random, so that every factor has a gradient."""
+    rng = np.random.default_rng(seed)
+    tensors = {
+        site: LoraFactors(factors.a, rng.normal(0, size, factors.b.shape).astype(np.float32))
+        for site, factors in sorted(adapter.tensors.items())
+    }
+    return replace(adapter, tensors=tensors)
+
+
+def token_batch(seed: int, lengths: tuple[int, ...] = (23, 9, 31, 14)) -> TokenBatch:
+    """Ragged rows whose loss starts somewhere in the middle, padded with a token that also occurs in them."""
+    rng = np.random.default_rng(seed)
+    width = max(lengths)
+    tokens = np.full((len(lengths), width), 5, np.int32)
+    mask = np.zeros((len(lengths), width), bool)
+    for row, length in enumerate(lengths):
+        tokens[row, :length] = rng.integers(3, VOCABULARY, length)
+        mask[row, rng.integers(1, length - 1) : length] = True
+    return TokenBatch(tokens, np.array(lengths, np.int32), mask)
+
+
+def preference_batch(seed: int, pairs: int = 3, *, reference: bool = True) -> PreferenceBatch:
+    """Ragged pairs; the reference sums lie a few nats from what a random model gives."""
+    rng = np.random.default_rng(seed)
+    prompt, chosen, rejected = (_ragged(rng, pairs, low, high) for low, high in ((4, 12), (3, 15), (2, 9)))
+    sums = [(-5.9 * lengths + rng.normal(0, 2, pairs)).astype(np.float32) for _, lengths in (chosen, rejected)]
+    return PreferenceBatch(*prompt, *chosen, *rejected, *(sums if reference else (None, None)))
+
+
+def _ragged(rng: np.random.Generator, rows: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+    lengths = rng.integers(low, high, rows).astype(np.int32)
+    tokens = np.full((rows, lengths.max()), 7, np.int32)
+    for row, length in enumerate(lengths):
+        tokens[row, :length] = rng.integers(3, VOCABULARY, length)
+    return tokens, lengths
+
+
+def relative_difference(first: np.ndarray, second: np.ndarray) -> float:
+    """Norm of the difference over the norm of the first."""
+    return float(np.linalg.norm(first - second) / max(np.linalg.norm(first), 1e-30))
