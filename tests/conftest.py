@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import mindprint_mlx  # noqa: F401  before any test module imports mlx: it decides what MLX multiplies matrices with
+
 sys.path.insert(0, str(Path(__file__).parent))  # for random_models.py and parity_cases.py
 
 

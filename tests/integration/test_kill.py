@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import mindprint
+from mindprint.backend import load_backend
 from mindprint.training.run_folder import RunFolder
 
 KILLS = int(os.environ.get("MINDPRINT_KILLS", "3"))
@@ -62,6 +63,13 @@ def project(qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"checkpoints: {{every: {EVERY}}}\n"
     )
     return folder
+
+
+def test_processes_multiply_with_the_same_library() -> None:
+    """Bit for bit holds between this process, whatever its tests have imported, and the commands it starts."""
+    code = "from mindprint.backend import load_backend; print(load_backend('mlx').info.libraries['blas'])"
+    started = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert load_backend("mlx").info.libraries["blas"] == started.stdout.strip()
 
 
 @pytest.mark.slow

@@ -13,18 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("mlx.core")
-
-import mlx.core as mx  # noqa: E402
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # noqa: E402
-
-from mindprint.contract import LoadedModel, ModelSpec  # noqa: E402
-from mindprint.errors import ModelError  # noqa: E402
-from mindprint_mlx import adapter, architectures, model  # noqa: E402
+from mindprint.contract import LoadedModel, ModelSpec
+from mindprint.errors import ModelError
+from mindprint_mlx import adapter, architectures, model
 
 RELATIVE = 1e-4
 """Greatest relative distance of logits (DESIGN.md's matrix); 1e-6 is seen."""

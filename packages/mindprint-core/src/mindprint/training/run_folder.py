@@ -37,8 +37,8 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether a run was started here, if only just: its first file is the lock."""
-        return self._lock.exists()
+        """Whether a run was started here, if only just: its first file is the lock (which a copy may have left out)."""
+        return self._lock.exists() or self.holds_run
 
     @property
     def holds_run(self) -> bool:
