@@ -50,6 +50,10 @@ class ContractError(BackendError, TypeError):
     """A backend's hook returned something that the contract does not allow; the message names hook and finding."""
 
 
+class NotFiniteError(ContractError):
+    """A model computed log-probs that are NaN or infinite: its weights or its adapter's are, or overflow."""
+
+
 class GuardError(MindprintError, RuntimeError):
     """Training was stopped because continuing would corrupt the result in silence."""
 

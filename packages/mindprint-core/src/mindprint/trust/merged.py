@@ -1,0 +1,242 @@
+"""A merged model against base and adapter, from their files alone: is every weight W + s·B·A, and every other W?
+
+Block by block of rows, so that memory does not grow with the model. The rounding of the dtype in which the merge was
+written is known exactly, so this tells more than any probe: a merge that lost one module in a hundred is found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mindprint import models
+from mindprint.contract import AdapterState, Float32, LoraFactors
+from mindprint.tensor_files import FLOATS, TensorInfo, from_float32, to_float32
+from mindprint.trust.report import Code, Finding, listed
+
+BLOCK_ELEMENTS = 2**22
+
+EPSILON: Mapping[str, float] = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-11, "BF16": 2.0**-8}
+"""Half a unit in the last place relative to the value, at most; for float32 one, as sums are rounded on the way too."""
+
+LOOSE = 4.0
+"""How many roundings a merge may have taken that rounds the change before it adds it."""
+
+_STEP: Mapping[str, float] = {"F16": 2.0**-25}
+
+Fate = Literal["exact", "rounded", "lost", "swallowed", "scaled", "transposed", "other", "not finite"]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What became of one adapted weight: `factor` is how often the change is in it, `noise` the rest relative to it."""
+
+    fate: Fate
+    factor: float = 1.0
+    noise: float = 0.0
+
+
+@dataclass
+class _Sums:
+    """Sums over the blocks of one weight, float64: of the change that is there (x), that should be (d), or is d's
+    transpose (t), and of the weight itself (w)."""
+
+    xx: float = 0.0
+    xd: float = 0.0
+    dd: float = 0.0
+    xt: float = 0.0
+    ww: float = 0.0
+    excess: float = 0.0
+    finite: bool = True
+    touched: bool = False
+    expected: bool = False
+
+    def rest(self, factor: float, product: float) -> float:
+        """Norm of `x - factor · d`, given `x · d`."""
+        return math.sqrt(max(self.xx - 2 * factor * product + factor * factor * self.dd, 0.0))
+
+
+def merge_findings(merged: Path, base: Path, adapter: AdapterState) -> tuple[list[Finding], list[Finding]]:
+    """What is wrong with a merge, and what only the probe can settle (tensors of other names).
+
+    Raises `ModelError` for a folder that cannot be read.
+    """
+    found, wanted = models.tensors(merged), models.tensors(base)
+    adapted = {f"{site}.weight": site for site in adapter.tensors}
+    shared = sorted(found.keys() & wanted.keys())
+    fates = {
+        name: judge(found[name], wanted[name], adapter.tensors[adapted[name]], adapter.config.scale(adapted[name]))
+        for name in shared
+        if name in adapted and found[name].shape == wanted[name].shape
+    }
+    rest = [name for name in shared if name not in fates]
+    changed = tuple(name for name in rest if not _equal(found[name], wanted[name]))
+    return [*_described(fates), *_untouched(changed)], list(_names(found.keys(), wanted.keys()))
+
+
+def judge(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: float) -> Merge:
+    """What became of one weight `[out, in]` of the base in the merged model."""
+    sums = _summed(found, base, factors, scale)
+    epsilon = EPSILON[found.dtype]
+    if not sums.finite:
+        return Merge("not finite")
+    if sums.dd == 0:
+        return Merge("other" if sums.touched else "exact")
+    if not sums.touched:
+        return Merge("lost" if sums.expected else "swallowed", 0.0)
+    factor = sums.xd / sums.dd
+    noise = sums.rest(1.0, sums.xd) / math.sqrt(sums.dd)
+    if sums.excess <= 1:
+        return Merge("exact", factor, noise)
+    rounding = LOOSE * epsilon * (math.sqrt(sums.ww) + math.sqrt(sums.dd)) / math.sqrt(sums.dd)
+    uncertain = max(0.02, 4 * rounding / math.sqrt(math.prod(found.shape)))
+    if noise <= rounding and abs(factor - 1) <= uncertain:
+        return Merge("rounded", factor, noise)
+    if sums.rest(factor, sums.xd) / math.sqrt(sums.dd) <= rounding + 1e-3:
+        return Merge("scaled" if abs(factor) > uncertain else "lost", factor, noise)
+    if sums.xt and sums.rest(1.0, sums.xt) / math.sqrt(sums.dd) <= rounding + 1e-3:
+        return Merge("transposed", 1.0, noise)
+    return Merge("other", factor, noise)
+
+
+def _summed(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: float) -> _Sums:
+    sums = _Sums()
+    a, b = factors
+    square = a.shape[1] == b.shape[0]
+    with np.errstate(all="ignore"):  # what is not finite is said, not warned of
+        for start, weight, merged in _blocks(base, found):
+            rows = slice(start, start + len(weight))
+            d = np.float32(scale) * (b[rows] @ a)
+            x = merged - weight
+            sums.finite &= bool(np.isfinite(merged).all())
+            sums.touched |= bool(merged.tobytes() != _rounded(weight, found.dtype).tobytes())
+            sums.expected |= bool((_rounded(weight + d, found.dtype) != _rounded(weight, found.dtype)).any())
+            # The last term is float16's smallest step: below it, rounding is not relative.
+            bound = EPSILON[found.dtype] * np.abs(merged) + 2.0**-22 * (np.abs(weight) + np.abs(d)) + _STEP.get(found.dtype, 1e-38)
+            sums.excess = max(sums.excess, float((np.abs(x - d) / bound).max(initial=0.0)))
+            sums.xx, sums.xd, sums.dd = sums.xx + _dot(x, x), sums.xd + _dot(x, d), sums.dd + _dot(d, d)
+            sums.ww += _dot(weight, weight)
+            if square:
+                sums.xt += _dot(x, np.float32(scale) * (a[:, rows].T @ b.T))
+    return sums
+
+
+def _blocks(base: TensorInfo, found: TensorInfo) -> Iterator[tuple[int, Float32, Float32]]:
+    """Row blocks of two tensors of one shape: where each begins, and its values in both."""
+    rows, columns = found.shape[0], math.prod(found.shape[1:])
+    step = max(1, BLOCK_ELEMENTS // max(columns, 1))
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        yield start, _rows(base, start, stop, columns), _rows(found, start, stop, columns)
+
+
+def _rows(info: TensorInfo, start: int, stop: int, columns: int) -> Float32:
+    bits = FLOATS[info.dtype]
+    with info.file.open("rb") as file:
+        file.seek(info.start + start * columns * bits.itemsize)
+        values = np.fromfile(file, bits, (stop - start) * columns)
+    return to_float32(values, info.dtype).reshape(stop - start, columns)
+
+
+def _rounded(values: Float32, dtype: str) -> Float32:
+    """Values as they are after being written in `dtype`."""
+    return to_float32(from_float32(values, dtype), dtype)
+
+
+def _dot(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
+    return float(np.vdot(first.astype(np.float64), second.astype(np.float64)))
+
+
+def _equal(found: TensorInfo, base: TensorInfo) -> bool:
+    """Whether two tensors hold the same: bit for bit in one dtype, else what rounding to the other gives."""
+    if found.shape != base.shape:
+        return False
+    if found.dtype == base.dtype:
+        return _bytes_equal(found, base)
+    if found.dtype not in FLOATS or base.dtype not in FLOATS:
+        return False
+    flat = [info._replace(shape=(math.prod(info.shape), 1)) for info in (base, found)]
+    return all(np.array_equal(_rounded(weight, found.dtype), merged) for _, weight, merged in _blocks(*flat))
+
+
+def _bytes_equal(found: TensorInfo, base: TensorInfo, step: int = 2**24) -> bool:
+    size = found.end - found.start
+    if size != base.end - base.start:
+        return False
+    with found.file.open("rb") as one, base.file.open("rb") as other:
+        one.seek(found.start)
+        other.seek(base.start)
+        return all(
+            one.read(min(step, size - at)) == other.read(min(step, size - at)) for at in range(0, size, step)
+        )
+
+
+# --- in words --------------------------------------------------------------------------------------------------------
+
+
+def _described(fates: Mapping[str, Merge]) -> Iterator[Finding]:
+    by_fate: dict[Fate, list[str]] = {}
+    for name, merge in fates.items():
+        by_fate.setdefault(merge.fate, []).append(name)
+    lost = by_fate.get("lost", []) + by_fate.get("swallowed", [])
+    if lost:
+        yield _lost(tuple(lost), len(fates), swallowed="lost" not in by_fate)
+    for fate, code, words in _WORDS:
+        if names := by_fate.get(fate):
+            yield Finding(code, f"{len(names)} of {len(fates)} adapted weights {words} ({listed(names)})", sites=tuple(names))
+    if names := by_fate.get("scaled"):
+        factors = [fates[name].factor for name in names]
+        yield _scaled(names, factors, len(fates))
+    yield from _precision(fates)
+
+
+_WORDS: tuple[tuple[Fate, Code, str], ...] = (
+    ("not finite", "not_finite", "hold values that are NaN or infinite"),
+    ("transposed", "transposed", "had the transpose of the adapter's change added"),
+    ("other", "merge_differs", "are not the base's plus the adapter's change"),
+)
+
+
+def _lost(names: tuple[str, ...], total: int, *, swallowed: bool) -> Finding:
+    why = "smaller than the rounding of its dtype" if swallowed else "not in it"
+    if len(names) == total:
+        return Finding("merge_lost", f"the merged model is the base: the adapter's change is {why}", sites=names)
+    message = f"{len(names)} of {total} adapted weights are the base's: the adapter's change is {why} ({listed(names)})"
+    return Finding("partly_applied", message, sites=names)
+
+
+def _scaled(names: list[str], factors: list[float], total: int) -> Finding:
+    factor = float(np.median(factors))
+    spread = "" if max(factors) - min(factors) < 0.02 * abs(factor) else f" ({min(factors):.3g} to {max(factors):.3g})"
+    message = f"{len(names)} of {total} adapted weights have the change {factor:.4g} times{spread} ({listed(names)})"
+    return Finding("scale", message, sites=tuple(names), factor=factor)
+
+
+def _precision(fates: Mapping[str, Merge]) -> Iterator[Finding]:
+    """That rounding is a good part of what was merged, if it is."""
+    merges = [merge for merge in fates.values() if merge.fate in ("exact", "rounded")]
+    noise = float(np.median([merge.noise for merge in merges])) if merges else 0.0
+    if noise > 0.1:
+        message = f"rounding to the merged model's dtype moves a weight by {noise:.2g} times what the adapter does"
+        yield Finding("precision", message, fails=False)
+
+
+def _untouched(names: tuple[str, ...]) -> Iterator[Finding]:
+    if names:
+        message = f"{len(names)} tensors that the adapter does not touch are not the base's ({listed(names)})"
+        yield Finding("base_changed", message, sites=names)
+
+
+def _names(found: Set[str], wanted: Set[str]) -> Iterator[Finding]:
+    missing, extra = sorted(wanted - found), sorted(found - wanted)
+    if missing:
+        message = f"{len(missing)} of the base's tensors are not in the merged model ({listed(missing)})"
+        yield Finding("layers_missing", message, sites=tuple(missing))
+    elif extra:
+        yield Finding("merge_differs", f"{len(extra)} tensors are not of the base ({listed(extra)})", sites=tuple(extra))
