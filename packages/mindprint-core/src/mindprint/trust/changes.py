@@ -51,19 +51,17 @@ def changes(adapter: AdapterState) -> dict[str, Change]:
 
 
 def change(factors: LoraFactors, scale: float) -> Change:
-    """The change of one module, computed in float64 without ever forming `B · A`."""
-    a, b = (np.asarray(part, np.float64) for part in factors)
-    squared = float(((b.T @ b) * (a @ a.T)).sum())
-    traces = [scale * float((_signs(len(b), "u", n) @ b) @ (a @ _signs(a.shape[1], "v", n))) for n in range(TRACES)]
-    return Change(scale, abs(scale) * max(squared, 0.0) ** 0.5, tuple(traces))
+    """The change of one module, computed in float64 without ever forming `B · A`; of a stack, over all its experts."""
+    stacked = [part if part.ndim == 3 else part[None] for part in factors]
+    squared, traces = 0.0, np.zeros(TRACES)
+    for expert, (a, b) in enumerate(zip(*(part.astype(np.float64) for part in stacked), strict=True)):
+        squared += float(((b.T @ b) * (a @ a.T)).sum())
+        traces += [_trace(a, b, expert, number) for number in range(TRACES)]
+    return Change(scale, abs(scale) * max(squared, 0.0) ** 0.5, tuple((scale * traces).tolist()))
 
 
-def transposed(factors: LoraFactors, rank: int) -> LoraFactors | None:
-    """The factors as they were meant, if `factors` are `[in, r]` and `[r, out]`, as mlx-lm has them; else None."""
-    a, b = factors
-    if a.ndim == b.ndim == 2 and a.shape[1] == rank and b.shape[0] == rank and a.shape[0] != rank:
-        return LoraFactors(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T))
-    return None
+def _trace(a: NDArray[np.float64], b: NDArray[np.float64], expert: int, number: int) -> float:
+    return float((_signs(len(b), "u", expert, number) @ b) @ (a @ _signs(a.shape[1], "v", expert, number)))
 
 
 def reshaped(factors: LoraFactors) -> LoraFactors:

@@ -116,9 +116,7 @@ def take_fingerprint(
     measurements: tuple[Measurement, ...],
 ) -> Fingerprint:
     """Put a fingerprint together from the files as they are and from what was measured."""
-    return Fingerprint(
-        record_adapter(adapter), record_base(base), record_tokenizer(tokenizer), probe, measurements
-    )
+    return Fingerprint(record_adapter(adapter), record_base(base), record_tokenizer(tokenizer), probe, measurements)
 
 
 def record_adapter(adapter: AdapterState) -> AdapterRecord:
@@ -213,8 +211,8 @@ def _measurement(values: Mapping[str, Any]) -> Measurement:
     base, adapter = (np.array(values[name], np.float32) for name in ("base", "adapter"))
     if base.shape != adapter.shape or not (np.isfinite(base).all() and np.isfinite(adapter).all()):
         raise ValueError("a measurement's log-probs are not finite, or not as many with the adapter as without")
-    where = (values[name] for name in ("backend", "device", "dtype", "libraries"))
-    return Measurement(*where, base, adapter, Noise(**values["noise"]))
+    where = {name: values[name] for name in ("backend", "device", "dtype", "libraries")}
+    return Measurement(**where, base=base, adapter=adapter, noise=Noise(**values["noise"]))
 
 
 def _lines(value: Any, depth: int = 3, indent: str = "") -> str:

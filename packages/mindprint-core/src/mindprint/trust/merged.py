@@ -118,7 +118,11 @@ def _summed(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: fl
             sums.touched |= bool(merged.tobytes() != _rounded(weight, found.dtype).tobytes())
             sums.expected |= bool((_rounded(weight + d, found.dtype) != _rounded(weight, found.dtype)).any())
             # The last term is float16's smallest step: below it, rounding is not relative.
-            bound = EPSILON[found.dtype] * np.abs(merged) + 2.0**-22 * (np.abs(weight) + np.abs(d)) + _STEP.get(found.dtype, 1e-38)
+            bound = (
+                EPSILON[found.dtype] * np.abs(merged)
+                + 2.0**-22 * (np.abs(weight) + np.abs(d))
+                + _STEP.get(found.dtype, 1e-38)
+            )
             sums.excess = max(sums.excess, float((np.abs(x - d) / bound).max(initial=0.0)))
             sums.xx, sums.xd, sums.dd = sums.xx + _dot(x, x), sums.xd + _dot(x, d), sums.dd + _dot(d, d)
             sums.ww += _dot(weight, weight)
@@ -172,9 +176,7 @@ def _bytes_equal(found: TensorInfo, base: TensorInfo, step: int = 2**24) -> bool
     with found.file.open("rb") as one, base.file.open("rb") as other:
         one.seek(found.start)
         other.seek(base.start)
-        return all(
-            one.read(min(step, size - at)) == other.read(min(step, size - at)) for at in range(0, size, step)
-        )
+        return all(one.read(min(step, size - at)) == other.read(min(step, size - at)) for at in range(0, size, step))
 
 
 # --- in words --------------------------------------------------------------------------------------------------------
@@ -189,7 +191,9 @@ def _described(fates: Mapping[str, Merge]) -> Iterator[Finding]:
         yield _lost(tuple(lost), len(fates), swallowed="lost" not in by_fate)
     for fate, code, words in _WORDS:
         if names := by_fate.get(fate):
-            yield Finding(code, f"{len(names)} of {len(fates)} adapted weights {words} ({listed(names)})", sites=tuple(names))
+            yield Finding(
+                code, f"{len(names)} of {len(fates)} adapted weights {words} ({listed(names)})", sites=tuple(names)
+            )
     if names := by_fate.get("scaled"):
         factors = [fates[name].factor for name in names]
         yield _scaled(names, factors, len(fates))
@@ -239,4 +243,6 @@ def _names(found: Set[str], wanted: Set[str]) -> Iterator[Finding]:
         message = f"{len(missing)} of the base's tensors are not in the merged model ({listed(missing)})"
         yield Finding("layers_missing", message, sites=tuple(missing))
     elif extra:
-        yield Finding("merge_differs", f"{len(extra)} tensors are not of the base ({listed(extra)})", sites=tuple(extra))
+        yield Finding(
+            "merge_differs", f"{len(extra)} tensors are not of the base ({listed(extra)})", sites=tuple(extra)
+        )

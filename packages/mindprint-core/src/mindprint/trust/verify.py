@@ -16,10 +16,10 @@ from mindprint import models
 from mindprint.adapter.peft_format import read_adapter
 from mindprint.contract import AdapterState, Dtype, Float32, LoraFactors
 from mindprint.data.tokenizer import load_tokenizer
-from mindprint.errors import AdapterError, GuardError, MindprintError, ModelError, NotFiniteError
+from mindprint.errors import AdapterError, GuardError, MindprintError, ModelError, NotFiniteError, TransposedError
 from mindprint.tensor_files import read_float32
 from mindprint.training.engine import Engine, Placement
-from mindprint.trust.changes import ROUNDED, SAME, Change, change, changes, exchanged, reshaped, transposed
+from mindprint.trust.changes import ROUNDED, SAME, Change, change, changes, exchanged, reshaped
 from mindprint.trust.digests import Difference, WeightsDigest, computed_settings, differences, digest_weights
 from mindprint.trust.fingerprint import (
     AdapterRecord,
@@ -64,7 +64,9 @@ class _Judgement:
     def settle(self, *, same: bool) -> None:
         """The probe has spoken about what files left open."""
         for doubt in self.doubts:
-            harmless = Finding("written_otherwise", f"{doubt.message}; the probe is the same", fails=False, sites=doubt.sites)
+            harmless = Finding(
+                "written_otherwise", f"{doubt.message}; the probe is the same", fails=False, sites=doubt.sites
+            )
             self.findings.append(harmless if same else doubt)
         self.doubts.clear()
 
@@ -73,7 +75,9 @@ class _Judgement:
         name, device, dtype = placement.backend.name, placement.device, placement.dtype
         findings = tuple(sorted(self.findings, key=lambda finding: not finding.fails))
         shown = (tuple(self.checked), findings, tuple(self.comparisons), self.effect)
-        return Report(str(subject), "adapter" if kind == "adapter" else "merged model", base.name, name, device, dtype, *shown)
+        return Report(
+            str(subject), "adapter" if kind == "adapter" else "merged model", base.name, name, device, dtype, *shown
+        )
 
 
 def verify_adapter(
@@ -83,9 +87,13 @@ def verify_adapter(
 
     Raises a `MindprintError` for files that cannot be read or cannot be of this base at all.
     """
-    adapter, _ = read_adapter(folder)
     fingerprint = read_fingerprint(folder)
     judgement = _Judgement()
+    try:
+        adapter, _ = read_adapter(folder)
+    except TransposedError as error:  # readable, and decidable without looking at a value
+        judgement.findings.append(Finding("transposed", str(error)))
+        return judgement.report(folder, "adapter", base, placement)
     _judge_adapter(judgement, adapter, fingerprint)
     _judge_base(judgement, base, fingerprint)
     if fingerprint is None:
@@ -125,10 +133,6 @@ def _judge_adapter(judgement: _Judgement, adapter: AdapterState, fingerprint: Fi
         message = f"{len(bad)} of {len(adapter.tensors)} modules have values that are NaN or infinite ({listed(bad)})"
         judgement.findings.append(Finding("not_finite", message, sites=tuple(bad)))
         return
-    if turned := _transposed_sites(adapter):
-        message = f"the factors of {len(turned)} modules are stored as [in, r] and [r, out] ({listed(turned)})"
-        judgement.findings.append(Finding("transposed", message, sites=tuple(turned)))
-        return
     found = changes(adapter)
     if fingerprint is None:
         message = "no fingerprint.json: checked are its values, its fit, its strength and that it does something"
@@ -137,10 +141,6 @@ def _judge_adapter(judgement: _Judgement, adapter: AdapterState, fingerprint: Fi
         return
     judgement.checked.append("adapter digest")
     judgement.findings.extend(_against_record(adapter, found, fingerprint.adapter))
-
-
-def _transposed_sites(adapter: AdapterState) -> list[str]:
-    return [site for site, pair in adapter.tensors.items() if transposed(pair, adapter.config.rank(site)) is not None]
 
 
 def _without_effect(found: Mapping[str, Change]) -> Iterator[Finding]:
@@ -156,7 +156,11 @@ def _against_record(adapter: AdapterState, found: Mapping[str, Change], record: 
     """What became of each module's change since the fingerprint."""
     missing, extra = (tuple(sorted(a.keys() - b.keys())) for a, b in ((record.changes, found), (found, record.changes)))
     if missing:
-        yield Finding("layers_missing", f"{len(missing)} of {len(record.changes)} modules are not in the adapter ({listed(missing)})", sites=missing)
+        yield Finding(
+            "layers_missing",
+            f"{len(missing)} of {len(record.changes)} modules are not in the adapter ({listed(missing)})",
+            sites=missing,
+        )
     if extra:
         yield Finding("adapter_changed", f"{len(extra)} modules were not in the adapter ({listed(extra)})", sites=extra)
     shared = [site for site in found if site in record.changes]
@@ -166,7 +170,11 @@ def _against_record(adapter: AdapterState, found: Mapping[str, Change], record: 
         yield Finding("no_effect", "the adapter changes no weight any more: every A or B is zero", sites=idle)
         return
     if idle:
-        yield Finding("partly_applied", f"{len(idle)} of {len(found)} modules change nothing any more ({listed(idle)})", sites=idle)
+        yield Finding(
+            "partly_applied",
+            f"{len(idle)} of {len(found)} modules change nothing any more ({listed(idle)})",
+            sites=idle,
+        )
     other = [site for site in other if site not in idle]
     scaled = {site: found[site].factor(record.changes[site]) for site in other}
     scaled = {site: f for site, f in scaled.items() if found[site].distance(record.changes[site], f) <= SAME}
@@ -175,7 +183,12 @@ def _against_record(adapter: AdapterState, found: Mapping[str, Change], record: 
     other = [site for site in other if site not in scaled]
     rounded = [site for site in other if found[site].distance(record.changes[site]) <= ROUNDED]
     if rounded:
-        yield Finding("precision", f"the factors of {len(rounded)} modules were rounded to a narrower dtype", fails=False, sites=tuple(rounded))
+        yield Finding(
+            "precision",
+            f"the factors of {len(rounded)} modules were rounded to a narrower dtype",
+            fails=False,
+            sites=tuple(rounded),
+        )
     other = [site for site in other if site not in rounded]
     yield from _otherwise(adapter, found, record, other)
 
@@ -194,15 +207,25 @@ def _otherwise(
     """Modules whose change is another one: transposed, another module's, or simply other values."""
     turned = tuple(site for site in sites if _fits_reshaped(adapter, site, record.changes[site]))
     if turned:
-        yield Finding("transposed", f"the factors of {len(turned)} modules were read without transposing them ({listed(turned)})", sites=turned)
+        yield Finding(
+            "transposed",
+            f"the factors of {len(turned)} modules were read without transposing them ({listed(turned)})",
+            sites=turned,
+        )
     rest = [site for site in sites if site not in turned]
     swapped = exchanged(found, record.changes, rest)
     if swapped:
         pairs = [f"{site} has that of {other}" for site, other in swapped.items()]
-        yield Finding("sites_swapped", f"{len(swapped)} modules have another one's change ({listed(pairs)})", sites=tuple(swapped))
+        yield Finding(
+            "sites_swapped", f"{len(swapped)} modules have another one's change ({listed(pairs)})", sites=tuple(swapped)
+        )
     rest = [site for site in rest if site not in swapped]
     if rest:
-        yield Finding("adapter_changed", f"{len(rest)} of {len(found)} modules have other values than were trained ({listed(rest)})", sites=tuple(rest))
+        yield Finding(
+            "adapter_changed",
+            f"{len(rest)} of {len(found)} modules have other values than were trained ({listed(rest)})",
+            sites=tuple(rest),
+        )
 
 
 def _fits_reshaped(adapter: AdapterState, site: str, recorded: Change) -> bool:
@@ -301,7 +324,9 @@ def _judge_merge(
     findings, doubts = merge_findings(merged.path, base.path, adapter)
     judgement.findings += findings
     judgement.doubts += doubts
-    _judge_settings(judgement, differences(computed_settings(base.path), computed_settings(merged.path)), "the merged model's")
+    _judge_settings(
+        judgement, differences(computed_settings(base.path), computed_settings(merged.path)), "the merged model's"
+    )
     judgement.findings.extend(_against_tokenizer(merged, record_tokenizer(load_tokenizer(base.path))))
 
 
@@ -402,22 +427,28 @@ def _judge_probe(judgement: _Judgement, scores: _Scores, recorded: Measurement, 
 
 def _cannot_tell(effect: Effect, noise: float, reason: str) -> Finding:
     recorded = effect.recorded or 0.0
-    message = f"the adapter moves the probe by {recorded:.2g} nats a token, {reason} by {noise:.2g}: judged by the files"
+    message = (
+        f"the adapter moves the probe by {recorded:.2g} nats a token, {reason} by {noise:.2g}: judged by the files"
+    )
     return Finding("probe_cannot_tell", message, fails=False)
 
 
 def _unexplained(before: Float32, after: Float32, now: Float32, comparison: Comparison) -> Finding:
     """Files say that all is well, and the probe does not: what became of the effect."""
     wanted, found = (values.astype(np.float64) - before for values in (after, now))
-    factor = float(wanted @ found / max(wanted @ wanted, 1e-300))
-    alike = float(wanted @ found / max(np.linalg.norm(wanted) * np.linalg.norm(found), 1e-300))
+    factor = float(wanted @ found) / max(float(wanted @ wanted), 1e-300)
+    alike = float(wanted @ found) / max(float(np.linalg.norm(wanted) * np.linalg.norm(found)), 1e-300)
     how = f"log-probs differ by {comparison.mean:.2g} nats a token"
     if np.abs(found).mean() <= comparison.tolerance.mean:
         return Finding("no_effect", f"the files are right, and the backend computes the base alone: {how}")
     if alike > 0.98 and abs(factor - 1) > 0.02:
-        return Finding("scale", f"the files are right, and the effect is {factor:.3g} times as strong: {how}", factor=factor)
+        return Finding(
+            "scale", f"the files are right, and the effect is {factor:.3g} times as strong: {how}", factor=factor
+        )
     if 0 < factor < 0.98:
-        return Finding("partly_applied", f"the files are right, and {factor:.0%} of the effect is there: {how}", factor=factor)
+        return Finding(
+            "partly_applied", f"the files are right, and {factor:.0%} of the effect is there: {how}", factor=factor
+        )
     return Finding("backend_differs", f"the files are right, and this backend computes something else: {how}")
 
 
@@ -468,7 +499,9 @@ def _scored(
 def _check_vocabulary(probe: Probe, vocabulary: int, model: models.ModelFolder) -> None:
     greatest = max(int(row.max()) for row in probe.rows)
     if greatest >= vocabulary:
-        raise ModelError(f"{model.name}: has {vocabulary} tokens, the fingerprint's probe uses token {greatest}: another base")
+        raise ModelError(
+            f"{model.name}: has {vocabulary} tokens, the fingerprint's probe uses token {greatest}: another base"
+        )
 
 
 __all__ = ["MindprintError", "read_fingerprint", "verify_adapter", "verify_merged"]
