@@ -57,7 +57,13 @@ def change(factors: LoraFactors, scale: float) -> Change:
     for expert, (a, b) in enumerate(zip(*(part.astype(np.float64) for part in stacked), strict=True)):
         squared += float(((b.T @ b) * (a @ a.T)).sum())
         traces += [_trace(a, b, expert, number) for number in range(TRACES)]
-    return Change(scale, abs(scale) * max(squared, 0.0) ** 0.5, tuple((scale * traces).tolist()))
+    norm = abs(scale) * max(squared, 0.0) ** 0.5
+    return Change(scale, _rounded(norm), tuple(map(_rounded, scale * traces)))
+
+
+def _rounded(value: float) -> float:
+    """To nine digits: what float32 factors determine, and short in a file."""
+    return float(f"{value:.9g}")
 
 
 def _trace(a: NDArray[np.float64], b: NDArray[np.float64], expert: int, number: int) -> float:

@@ -102,8 +102,8 @@ def mean_effect(base: Float32, adapter: Float32) -> float:
 
 def measure(backend: Backend, model: LoadedModel, probe: Probe) -> Measurement:
     """Score the probe with the model in memory, whose adapter is injected."""
-    base = score(backend, model, probe, adapter=False)
-    adapter = score(backend, model, probe, adapter=True)
+    base = np.round(score(backend, model, probe, adapter=False), _DECIMALS)
+    adapter = np.round(score(backend, model, probe, adapter=True), _DECIMALS)
     noise = measure_noise(backend, model, probe, adapter, adapter=True)
     return Measurement(backend.name, model.device, model.dtype, dict(backend.info.libraries), base, adapter, noise)
 
