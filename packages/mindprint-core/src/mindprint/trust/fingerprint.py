@@ -1,6 +1,6 @@
 """The fingerprint: what an adapter is and does, written down where it was trained. docs/fingerprint.md has the format.
 
-Exact digests first, then the probe's log-probs with the base alone and with the adapter, and the noise of measuring them.
+Exact digests first, then the probe's log-probs with the base alone and with the adapter, and the noise of measuring.
 """
 
 from __future__ import annotations
@@ -14,21 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from mindprint import __version__, models
-from mindprint.adapter.peft_format import adapter_digest
-from mindprint.backend import Backend
-from mindprint.contract import AdapterState, Dtype, Float32, LoadedModel
-from mindprint.data.tokenizer import Tokenizer
+from mindprint import __version__
+from mindprint.contract import Dtype, Float32
 from mindprint.errors import AdapterError
-from mindprint.trust.changes import Change, changes
-from mindprint.trust.digests import PartDigest, WeightsDigest, computed_settings, digest_weights
-from mindprint.trust.probe import Noise, Probe, measure_noise, score
+from mindprint.trust.changes import Change
+from mindprint.trust.digests import PartDigest, WeightsDigest
+from mindprint.trust.probe import DECIMALS, Noise, Probe
 
 FILE_NAME = "fingerprint.json"
 FORMAT = 1
-
-_DECIMALS = 6
-"""Of log-probs in the file: a tenth of the smallest tolerance."""
 
 
 @dataclass(frozen=True)
@@ -100,41 +94,6 @@ def mean_effect(base: Float32, adapter: Float32) -> float:
     return float(np.abs(adapter.astype(np.float64) - base).mean())
 
 
-def measure(backend: Backend, model: LoadedModel, probe: Probe) -> Measurement:
-    """Score the probe with the model in memory, whose adapter is injected."""
-    base = np.round(score(backend, model, probe, adapter=False), _DECIMALS)
-    adapter = np.round(score(backend, model, probe, adapter=True), _DECIMALS)
-    noise = measure_noise(backend, model, probe, adapter, adapter=True)
-    return Measurement(backend.name, model.device, model.dtype, dict(backend.info.libraries), base, adapter, noise)
-
-
-def take_fingerprint(
-    adapter: AdapterState,
-    base: models.ModelFolder,
-    tokenizer: Tokenizer,
-    probe: Probe,
-    measurements: tuple[Measurement, ...],
-) -> Fingerprint:
-    """Put a fingerprint together from the files as they are and from what was measured."""
-    return Fingerprint(record_adapter(adapter), record_base(base), record_tokenizer(tokenizer), probe, measurements)
-
-
-def record_adapter(adapter: AdapterState) -> AdapterRecord:
-    """The exact facts of an adapter."""
-    lora = adapter.config
-    return AdapterRecord(adapter_digest(adapter), lora.r, lora.alpha, lora.use_rslora, changes(adapter))
-
-
-def record_base(base: models.ModelFolder) -> BaseRecord:
-    """The exact facts of a base, from its folder."""
-    return BaseRecord(base.name, computed_settings(base.path), digest_weights(base.path))
-
-
-def record_tokenizer(tokenizer: Tokenizer) -> TokenizerRecord:
-    """The exact facts of a tokenizer."""
-    return TokenizerRecord(tokenizer.digest, tokenizer.template_digest, tokenizer.stop_token_ids)
-
-
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
@@ -176,8 +135,8 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
 def _measurement_values(measurement: Measurement) -> dict[str, Any]:
     return {
         **asdict(measurement),
-        "base": [round(float(value), _DECIMALS) for value in measurement.base],
-        "adapter": [round(float(value), _DECIMALS) for value in measurement.adapter],
+        "base": [round(float(value), DECIMALS) for value in measurement.base],
+        "adapter": [round(float(value), DECIMALS) for value in measurement.adapter],
         "effect": measurement.effect,
     }
 

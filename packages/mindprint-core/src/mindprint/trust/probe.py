@@ -18,6 +18,7 @@ from mindprint.backend import Backend
 from mindprint.contract import Dtype, Float32, Int32, LoadedModel, TokenBatch
 from mindprint.data.collate import whole_sequences
 from mindprint.data.order import uniform
+from mindprint.data.render import PreferenceExample
 from mindprint.data.rows import Message
 from mindprint.data.tokenizer import Tokenizer
 from mindprint.errors import DataError
@@ -25,6 +26,9 @@ from mindprint.trust.report import Comparison, Tolerance
 
 LONGEST, MIDDLE, TURN = 192, 96, 24
 """Tokens of the long row, of the row of frequent ids, and of each side of a conversation."""
+
+HELDOUT_ROWS = 8
+"""At most so many held-out rows, where the configuration asks for them."""
 
 TOLERANCES: Mapping[Dtype, tuple[float, float]] = {
     "float32": (1e-5, 1e-4),
@@ -36,6 +40,9 @@ TOLERANCES: Mapping[Dtype, tuple[float, float]] = {
 float32: DESIGN's bound between torch and MLX. The others are that of rounding: a logit near 16 is known to 2^-7 in
 float16 and to 2^-4 in bfloat16, of which the mean over many tokens is about a third.
 """
+
+DECIMALS = 6
+"""Of log-probs in a fingerprint: a tenth of the smallest tolerance."""
 
 NOISE_FACTOR = 4.0
 """Where the noise measured with the fingerprint is above the table, this many times that noise is allowed."""
@@ -71,6 +78,12 @@ def synthetic_probe(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Probe:
     rows = [_drawn(LONGEST, vocabulary, "rare"), _drawn(MIDDLE, vocabulary, "frequent", skew=4.0)]
     rows += [_conversation(tokenizer, vocabulary, number) for number in range(2)]
     return Probe(tuple(row[:positions] for row in rows if len(row[:positions]) > 1 and row.max() < vocabulary))
+
+
+def heldout_probe(examples: Sequence[PreferenceExample]) -> Probe:
+    """Rows of the owner's own held-out pairs, prompt and chosen answer: whoever has the fingerprint can read them."""
+    rows = [np.concatenate([example.prompt, example.chosen])[:LONGEST] for example in examples[:HELDOUT_ROWS]]
+    return Probe(tuple(rows), "heldout")
 
 
 def score(backend: Backend, model: LoadedModel, probe: Probe, *, adapter: bool) -> Float32:

@@ -28,8 +28,8 @@ from mindprint.trust.fingerprint import (
     TokenizerRecord,
     mean_effect,
     read_fingerprint,
-    record_tokenizer,
 )
+from mindprint.trust.measurement import record_tokenizer
 from mindprint.trust.merged import merge_findings
 from mindprint.trust.probe import Noise, Probe, compared, measure_noise, score, synthetic_probe, tolerance
 from mindprint.trust.report import Comparison, Effect, Finding, Report, listed
