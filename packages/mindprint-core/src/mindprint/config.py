@@ -180,7 +180,7 @@ class FingerprintConfig(Section):
 
     probe: Literal["synthetic", "heldout"] = Field(
         "synthetic",
-        description="`synthetic`: tokens drawn from the vocabulary; `heldout`: your held-out rows, which are then in it.",
+        description="`synthetic`: tokens drawn from the vocabulary; `heldout`: your own held-out rows, readable in it.",
     )
 
 

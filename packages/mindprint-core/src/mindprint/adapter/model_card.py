@@ -46,6 +46,6 @@ base = AutoModelForCausalLM.from_pretrained("{model.name}")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
-`{FINGERPRINT_FILE}` records what it is and what it computed where it was trained; `mindprint verify path/to/this/folder`
-recomputes that anywhere.
+`{FINGERPRINT_FILE}` records what it is and what it computed where it was trained;
+`mindprint verify path/to/this/folder` recomputes that anywhere.
 """

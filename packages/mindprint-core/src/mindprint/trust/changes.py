@@ -1,13 +1,13 @@
-"""What an adapter changes, module by module, in a few numbers: enough to say what became of it, from its files alone.
+"""What an adapter changes, module by module, in a few numbers: enough to say, from files alone, what became of it.
 
-The change of a weight is `D = s · B · A`. Of each module its norm and `TRACES` numbers `uᵀ D v` are recorded, with u and v
-vectors of random signs that depend on their lengths alone. A change that is f times as strong has f times these numbers;
-any other change has others, but for chance; and two modules of one shape that were swapped have each other's.
+The change of a weight is `D = s · B · A`. Of each module its norm and `TRACES` numbers `uᵀ D v` are recorded, with u
+and v vectors of random signs that depend on their lengths alone. A change that is f times as strong has f times these
+numbers; any other change has others, but for chance; and two modules of one shape that were swapped have each other's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +76,7 @@ def reshaped(factors: LoraFactors) -> LoraFactors:
     return LoraFactors(a.reshape(a.shape[::-1]).T, b.reshape(b.shape[::-1]).T)
 
 
-def exchanged(found: Mapping[str, Change], recorded: Mapping[str, Change], sites: list[str]) -> dict[str, str]:
+def exchanged(found: Mapping[str, Change], recorded: Mapping[str, Change], sites: Sequence[str]) -> dict[str, str]:
     """For each of these sites whose change is now what another's was: that other site."""
     return {
         site: other

@@ -1,15 +1,16 @@
 """What a base is, exactly: digests of its weights part by part, and its configuration in one spelling.
 
-A base of up to `READ_WHOLE` bytes is read whole (SHA-256, 1.8 GB/s a core: two seconds for a model of 1B parameters, from
-the memory that loading just filled). Of a larger one 4 KiB are read in every MiB of every tensor, its ends included: of
-15 GB, 60 MB. So no run of more than a MiB can change unseen (a merge, a quantization, another checkpoint, a broken
-download), but a single changed number can; the fingerprint says which way was taken. The digests are of the stored bytes, by
-tensor name; how tensors lie in shards does not matter.
+A base of up to `READ_WHOLE` bytes is read whole: SHA-256 takes 1.8 GB/s a core, from the memory that loading has just
+filled. Of a larger one 4 KiB of every MiB of every tensor are read, and its end: 60 MB of 15 GB. So nothing that
+rewrites more than a MiB can go unseen (a merge, a quantization, another checkpoint, a broken download), but a single
+changed number can; the fingerprint says which of the two it is. What is digested are the stored bytes by tensor name;
+how tensors lie in shards does not matter.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,9 +36,10 @@ class PartDigest:
 
 @dataclass(frozen=True)
 class WeightsDigest:
-    """A base's weights by part, and whether every byte was read or samples."""
+    """A base's weights by part, whether every byte was read or samples, and the dtype of most tensors."""
 
     method: Method
+    dtype: str
     parts: Mapping[str, PartDigest]
 
 
@@ -52,7 +54,8 @@ def digest_weights(folder: Path, method: Method | None = None) -> WeightsDigest:
     parts: dict[str, list[str]] = {}
     for name in names:
         parts.setdefault(part_of(name), []).append(name)
-    return WeightsDigest(method, {part: _part_digest(inside, found, digests) for part, inside in parts.items()})
+    dtype = Counter(info.dtype for info in found.values()).most_common(1)[0][0]
+    return WeightsDigest(method, dtype, {part: _part_digest(inside, found, digests) for part, inside in parts.items()})
 
 
 def part_of(tensor: str) -> str:
@@ -93,14 +96,15 @@ def _stretches(size: int, method: Method) -> Iterator[tuple[int, int]]:
 ROPE = "rope"
 
 _NOT_COMPUTED = frozenset(
-    {
-        "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "initializer_range",
-        "bos_token_id", "eos_token_id", "pad_token_id", "_attn_implementation", "attn_implementation", "gradient_checkpointing",
-        "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type", "quantization",
-        "quantization_config", "pretraining_tp", "auto_map", "chunk_size_feed_forward", "is_encoder_decoder", "task_specific_params",
-        "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "embedding_dropout", "residual_dropout",
-        "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "router_aux_loss_coef", "output_router_logits",
-    }
+    (
+        "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "attention_probs_dropout_prob",
+        "attn_implementation", "attn_pdrop", "auto_map", "bos_token_id", "chunk_size_feed_forward",
+        "classifier_dropout", "dtype", "embd_pdrop", "embedding_dropout", "eos_token_id", "gradient_checkpointing",
+        "hidden_dropout", "hidden_dropout_prob", "id2label", "initializer_range", "is_encoder_decoder", "label2id",
+        "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp",
+        "problem_type", "quantization", "quantization_config", "resid_pdrop", "residual_dropout", "return_dict",
+        "router_aux_loss_coef", "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
+    )
 )  # fmt: skip
 """Settings that change nothing in what a frozen model computes; which tokens end an answer is compared apart."""
 

@@ -148,7 +148,7 @@ def _fingerprint(values: Mapping[str, Any]) -> Fingerprint:
     rows = tuple(np.array(row, np.int32) for row in probe["rows"])
     found = Fingerprint(
         AdapterRecord(**{**adapter, "changes": recorded}),
-        BaseRecord(str(base["name"]), dict(base["settings"]), WeightsDigest(base["weights"]["method"], parts)),
+        BaseRecord(str(base["name"]), dict(base["settings"]), WeightsDigest(**{**base["weights"], "parts": parts})),
         TokenizerRecord(tokenizer["digest"], tokenizer["template"], tuple(tokenizer["stop_token_ids"])),
         Probe(rows, probe["source"]),
         tuple(_measurement(one) for one in values["measurements"]),

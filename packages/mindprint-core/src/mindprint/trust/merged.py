@@ -7,10 +7,11 @@ written is known exactly, so this tells more than any probe: a merge that lost o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 from mindprint import models
 from mindprint.contract import AdapterState, Float32, LoraFactors
 from mindprint.tensor_files import FLOATS, TensorInfo, from_float32, to_float32
+from mindprint.trust.adapters import strength_finding
+from mindprint.trust.bases import Doubt
 from mindprint.trust.report import Code, Finding, listed
 
 BLOCK_ELEMENTS = 2**22
@@ -29,6 +32,7 @@ LOOSE = 4.0
 """How many roundings a merge may have taken that rounds the change before it adds it."""
 
 _STEP: Mapping[str, float] = {"F16": 2.0**-25}
+"""Half the smallest step of a dtype, below which rounding is not relative."""
 
 Fate = Literal["exact", "rounded", "lost", "swallowed", "scaled", "transposed", "other", "not finite"]
 
@@ -62,8 +66,8 @@ class _Sums:
         return math.sqrt(max(self.xx - 2 * factor * product + factor * factor * self.dd, 0.0))
 
 
-def merge_findings(merged: Path, base: Path, adapter: AdapterState) -> tuple[list[Finding], list[Finding]]:
-    """What is wrong with a merge, and what only the probe can settle (tensors of other names).
+def merge_findings(merged: Path, base: Path, adapter: AdapterState) -> Iterator[Finding | Doubt]:
+    """What is wrong with a merge; tensors under other names only the probe can judge.
 
     Raises `ModelError` for a folder that cannot be read.
     """
@@ -76,33 +80,37 @@ def merge_findings(merged: Path, base: Path, adapter: AdapterState) -> tuple[lis
         if name in adapted and found[name].shape == wanted[name].shape
     }
     rest = [name for name in shared if name not in fates]
-    changed = tuple(name for name in rest if not _equal(found[name], wanted[name]))
-    return [*_described(fates), *_untouched(changed)], list(_names(found.keys(), wanted.keys()))
+    yield from _described(fates)
+    yield from _untouched(tuple(name for name in rest if not _equal(found[name], wanted[name])))
+    yield from _names(found.keys(), wanted.keys())
 
 
 def judge(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: float) -> Merge:
     """What became of one weight `[out, in]` of the base in the merged model."""
     sums = _summed(found, base, factors, scale)
-    epsilon = EPSILON[found.dtype]
     if not sums.finite:
         return Merge("not finite")
     if sums.dd == 0:
         return Merge("other" if sums.touched else "exact")
     if not sums.touched:
         return Merge("lost" if sums.expected else "swallowed", 0.0)
-    factor = sums.xd / sums.dd
-    noise = sums.rest(1.0, sums.xd) / math.sqrt(sums.dd)
-    if sums.excess <= 1:
-        return Merge("exact", factor, noise)
-    rounding = LOOSE * epsilon * (math.sqrt(sums.ww) + math.sqrt(sums.dd)) / math.sqrt(sums.dd)
-    uncertain = max(0.02, 4 * rounding / math.sqrt(math.prod(found.shape)))
-    if noise <= rounding and abs(factor - 1) <= uncertain:
-        return Merge("rounded", factor, noise)
-    if sums.rest(factor, sums.xd) / math.sqrt(sums.dd) <= rounding + 1e-3:
-        return Merge("scaled" if abs(factor) > uncertain else "lost", factor, noise)
-    if sums.xt and sums.rest(1.0, sums.xt) / math.sqrt(sums.dd) <= rounding + 1e-3:
-        return Merge("transposed", 1.0, noise)
-    return Merge("other", factor, noise)
+    factor, size = sums.xd / sums.dd, math.sqrt(sums.dd)
+    fate = "exact" if sums.excess <= 1 else _fate(sums, EPSILON[found.dtype], math.prod(found.shape))
+    return Merge(fate, factor, sums.rest(1.0, sums.xd) / size)
+
+
+def _fate(sums: _Sums, epsilon: float, elements: int) -> Fate:
+    """What a change that is not W + s·B·A, correctly rounded, is instead."""
+    factor, size = sums.xd / sums.dd, math.sqrt(sums.dd)
+    rounding = LOOSE * epsilon * (math.sqrt(sums.ww) + size) / size
+    uncertain = max(0.02, 4 * rounding / math.sqrt(elements))
+    if sums.rest(1.0, sums.xd) <= rounding * size and abs(factor - 1) <= uncertain:
+        return "rounded"
+    if sums.rest(factor, sums.xd) <= (rounding + 1e-3) * size:
+        return "scaled" if abs(factor) > uncertain else "lost"
+    if sums.xt and sums.rest(1.0, sums.xt) <= (rounding + 1e-3) * size:
+        return "transposed"
+    return "other"
 
 
 def _summed(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: float) -> _Sums:
@@ -117,7 +125,6 @@ def _summed(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: fl
             sums.finite &= bool(np.isfinite(merged).all())
             sums.touched |= bool(merged.tobytes() != _rounded(weight, found.dtype).tobytes())
             sums.expected |= bool((_rounded(weight + d, found.dtype) != _rounded(weight, found.dtype)).any())
-            # The last term is float16's smallest step: below it, rounding is not relative.
             bound = (
                 EPSILON[found.dtype] * np.abs(merged)
                 + 2.0**-22 * (np.abs(weight) + np.abs(d))
@@ -129,6 +136,13 @@ def _summed(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: fl
             if square:
                 sums.xt += _dot(x, np.float32(scale) * (a[:, rows].T @ b.T))
     return sums
+
+
+def _bound(merged: Float32, weight: Float32, d: Float32, dtype: str) -> NDArray[Any]:
+    """By how much each element may be off: rounding to the dtype, and that of the sum in float32 before it."""
+    rounding, summing = np.float32(EPSILON[dtype]), np.float32(2.0**-22)
+    bound = rounding * np.abs(merged) + summing * (np.abs(weight) + np.abs(d))
+    return bound + np.float32(_STEP.get(dtype, 1e-38))
 
 
 def _blocks(base: TensorInfo, found: TensorInfo) -> Iterator[tuple[int, Float32, Float32]]:
@@ -195,8 +209,8 @@ def _described(fates: Mapping[str, Merge]) -> Iterator[Finding]:
                 code, f"{len(names)} of {len(fates)} adapted weights {words} ({listed(names)})", sites=tuple(names)
             )
     if names := by_fate.get("scaled"):
-        factors = [fates[name].factor for name in names]
-        yield _scaled(names, factors, len(fates))
+        factors = {name: fates[name].factor for name in names}
+        yield strength_finding(factors, len(fates), "have the change", "what it should be")
     yield from _precision(fates)
 
 
@@ -215,13 +229,6 @@ def _lost(names: tuple[str, ...], total: int, *, swallowed: bool) -> Finding:
     return Finding("partly_applied", message, sites=names)
 
 
-def _scaled(names: list[str], factors: list[float], total: int) -> Finding:
-    factor = float(np.median(factors))
-    spread = "" if max(factors) - min(factors) < 0.02 * abs(factor) else f" ({min(factors):.3g} to {max(factors):.3g})"
-    message = f"{len(names)} of {total} adapted weights have the change {factor:.4g} times{spread} ({listed(names)})"
-    return Finding("scale", message, sites=tuple(names), factor=factor)
-
-
 def _precision(fates: Mapping[str, Merge]) -> Iterator[Finding]:
     """That rounding is a good part of what was merged, if it is."""
     merges = [merge for merge in fates.values() if merge.fate in ("exact", "rounded")]
@@ -237,12 +244,12 @@ def _untouched(names: tuple[str, ...]) -> Iterator[Finding]:
         yield Finding("base_changed", message, sites=names)
 
 
-def _names(found: Set[str], wanted: Set[str]) -> Iterator[Finding]:
-    missing, extra = sorted(wanted - found), sorted(found - wanted)
+def _names(found: AbstractSet[str], wanted: AbstractSet[str]) -> Iterator[Doubt]:
+    missing, extra = tuple(sorted(wanted - found)), tuple(sorted(found - wanted))
     if missing:
         message = f"{len(missing)} of the base's tensors are not in the merged model ({listed(missing)})"
-        yield Finding("layers_missing", message, sites=tuple(missing))
+        yield Doubt(Finding("layers_missing", message, sites=missing))
     elif extra:
-        yield Finding(
-            "merge_differs", f"{len(extra)} tensors are not of the base ({listed(extra)})", sites=tuple(extra)
+        yield Doubt(
+            Finding("merge_differs", f"{len(extra)} tensors are not of the base ({listed(extra)})", sites=extra)
         )

@@ -109,6 +109,13 @@ def tolerance(dtypes: Sequence[Dtype], noise: Noise | None = None) -> Tolerance:
     return Tolerance(*widened, f"{NOISE_FACTOR:g} times the noise measured with the fingerprint")
 
 
+def widened(allowed: Tolerance, share: float, before: Float32, after: Float32) -> Tolerance:
+    """A tolerance that also lets a share of the adapter's effect differ: its factors were rounded."""
+    moved = np.abs(after.astype(np.float64) - before)
+    mean, greatest = max(allowed.mean, share * float(moved.mean())), max(allowed.greatest, share * float(moved.max()))
+    return Tolerance(mean, greatest, f"{share:.0%} of the effect: the adapter's factors were rounded")
+
+
 def compared(what: str, found: Float32, recorded: Float32, allowed: Tolerance) -> Comparison:
     """`found` against `recorded`, both `[tokens]`."""
     apart = np.abs(found.astype(np.float64) - recorded)
