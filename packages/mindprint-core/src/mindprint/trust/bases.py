@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from mindprint import models
 from mindprint.data.tokenizer import load_tokenizer
-from mindprint.trust.digests import Difference, WeightsDigest, computed_settings, differences, digest_weights
+from mindprint.tensor_files import FLOATS, read_float32
+from mindprint.trust.digests import (
+    Difference,
+    WeightsDigest,
+    computed_settings,
+    differences,
+    digest_weights,
+    part_of,
+)
 from mindprint.trust.fingerprint import BaseRecord, TokenizerRecord
 from mindprint.trust.measurement import record_tokenizer
 from mindprint.trust.report import Finding, listed
@@ -28,21 +38,22 @@ class Doubt:
 
 def base_findings(base: models.ModelFolder, recorded: BaseRecord) -> Iterator[Finding | Doubt]:
     """Weights and config.json. Raises `ModelError` for files that cannot be read."""
-    yield from _weights(digest_weights(base.path, recorded.weights.method), recorded.weights, base.name)
+    yield from _weights(digest_weights(base.path, recorded.weights.method), recorded.weights, base)
     yield from settings_findings(differences(recorded.settings, computed_settings(base.path)), "the base's")
 
 
-def _weights(found: WeightsDigest, recorded: WeightsDigest, name: str) -> Iterator[Finding | Doubt]:
+def _weights(found: WeightsDigest, recorded: WeightsDigest, base: models.ModelFolder) -> Iterator[Finding | Doubt]:
     parts = sorted(found.parts.keys() | recorded.parts.keys())
     other = [part for part in parts if found.parts.get(part) != recorded.parts.get(part)]
     changed = tuple(part for part in other if _laid_out_alike(part, found, recorded))
     if changed and len(changed) >= len(parts) / 2:
         yield Finding(
-            "wrong_base", f"{name}: these weights are not those that the adapter was trained on", sites=changed
+            "wrong_base", f"{base.name}: these weights are not those that the adapter was trained on", sites=changed
         )
     elif changed:
         message = f"{len(changed)} of the base's {len(parts)} parts have other weights ({listed(changed)})"
         yield Finding("base_changed", message, sites=changed)
+        yield from _not_finite(base, changed)
     others = tuple(part for part in other if part not in changed)
     if others and found.dtype != recorded.dtype:
         message = f"the base is stored in {found.dtype}, where the adapter was trained in {recorded.dtype}"
@@ -50,6 +61,15 @@ def _weights(found: WeightsDigest, recorded: WeightsDigest, name: str) -> Iterat
     elif others:
         message = f"{len(others)} of the base's {len(parts)} parts have tensors of other names or shapes"
         yield Doubt(Finding("wrong_base", f"{message} ({listed(others)})", sites=others))
+
+
+def _not_finite(base: models.ModelFolder, parts: Sequence[str]) -> Iterator[Finding]:
+    """Whether what changed in these parts is that they hold no numbers."""
+    inside = [(name, info) for name, info in models.tensors(base.path).items() if part_of(name) in parts]
+    bad = tuple(name for name, info in inside if info.dtype in FLOATS and not np.isfinite(read_float32(info)).all())
+    if bad:
+        message = f"{len(bad)} of the base's tensors hold values that are NaN or infinite ({listed(bad)})"
+        yield Finding("not_finite", message, sites=bad)
 
 
 def _laid_out_alike(part: str, found: WeightsDigest, recorded: WeightsDigest) -> bool:

@@ -22,11 +22,11 @@ from mindprint.training.engine import Engine, Placement
 from mindprint.trust.adapters import strength_findings, value_findings
 from mindprint.trust.bases import Doubt, base_findings, settings_findings, tokenizer_findings
 from mindprint.trust.digests import computed_settings, differences
-from mindprint.trust.fingerprint import Fingerprint, mean_effect, read_fingerprint
+from mindprint.trust.fingerprint import Fingerprint, Measurement, mean_effect, read_fingerprint
 from mindprint.trust.measurement import record_tokenizer
 from mindprint.trust.merged import merge_findings
 from mindprint.trust.probe import Noise, Probe, compared, measure_noise, score, synthetic_probe, tolerance, widened
-from mindprint.trust.report import Code, Comparison, Effect, Finding, Report
+from mindprint.trust.report import Code, Comparison, Effect, Finding, Report, Tolerance
 
 TELLING = 3.0
 """The probe tells something about an adapter if its effect is this many times the tolerance or more."""
@@ -36,6 +36,10 @@ OF_THE_BASE: frozenset[Code] = frozenset({"wrong_base", "base_changed", "rope_di
 
 ROUNDED_FACTORS = 0.05
 """Share of its effect by which an adapter may differ whose factors were rounded to float16 or bfloat16."""
+
+CURVATURE = 0.25
+"""An adapter at f times its strength has an effect whose direction departs from the recorded one by less than this
+times (f - 1)², for log-probs are smooth in the strength: a tenth is seen. One that acts only in places departs more."""
 
 DTYPES: Mapping[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -166,17 +170,25 @@ def _compare_adapter(
     allowed = tolerance([dtype, recorded.dtype, *_narrower(base, fingerprint)], recorded.noise)
     alone = compared("base", here.base, recorded.base, allowed)
     judgement.comparisons.append(alone)
-    judgement.settle(same=alone.within)
+    both = _compared_with_adapter(judgement, here, recorded, allowed)
+    # An adapter that files have found wrong already says nothing about the base.
+    judgement.settle(same=alone.within and (both is None or both.within or bool(judgement.failed)))
     if not alone.within and not judgement.failed & OF_THE_BASE:
         message = f"the base's files are what they were, and its log-probs differ by {alone.mean:.2g} nats a token"
         judgement.findings.append(Finding("backend_differs", message))
+    if both is not None and here.adapter is not None:
+        judgement.effect = Effect(recorded.effect, mean_effect(here.base, here.adapter))
+        _judge_comparison(judgement, both, recorded.base, recorded.adapter, here.adapter)
+
+
+def _compared_with_adapter(
+    judgement: _Judgement, here: _Scores, recorded: Measurement, allowed: Tolerance
+) -> Comparison | None:
     if here.adapter is None:
-        return
-    judgement.effect = Effect(recorded.effect, mean_effect(here.base, here.adapter))
+        return None
     if any(finding.code == "precision" for finding in judgement.findings):
         allowed = widened(allowed, ROUNDED_FACTORS, recorded.base, recorded.adapter)
-    both = compared("base with adapter", here.adapter, recorded.adapter, allowed)
-    _judge_comparison(judgement, both, recorded.base, recorded.adapter, here.adapter)
+    return compared("base with adapter", here.adapter, recorded.adapter, allowed)
 
 
 def _narrower(base: models.ModelFolder, fingerprint: Fingerprint) -> list[Dtype]:
@@ -247,10 +259,10 @@ def _unexplained(before: Float32, after: Float32, now: Float32, both: Comparison
     how = f"log-probs differ by {both.mean:.2g} nats a token"
     if np.abs(found).mean() <= both.tolerance.mean:
         return Finding("no_effect", f"the files are right, and the backend computes the base alone: {how}")
-    if alike > 0.98 and abs(factor - 1) > 0.02:
-        message = f"the files are right, and the effect is {factor:.3g} times as strong: {how}"
+    if factor > 1.2 or 1 - alike <= CURVATURE * (factor - 1) ** 2:
+        message = f"the files are right, and the effect is about {factor:.2g} times as strong: {how}"
         return Finding("scale", message, factor=factor)
-    if 0 < factor < 0.98:
+    if 0 < factor < 1:
         return Finding("partly_applied", f"the files are right, and {factor:.0%} of the effect is there: {how}")
     return Finding("backend_differs", f"the files are right, and this backend computes something else: {how}")
 
@@ -283,9 +295,10 @@ def _scored(
         if "not_finite" not in judgement.failed:
             whose = model.name if base is None else "the base with the adapter"
             judgement.findings.append(Finding("not_finite", f"{whose} computes log-probs that are NaN or infinite"))
-    except (AdapterError, GuardError, ModelError):
+    except (AdapterError, GuardError, ModelError) as error:
         if not judgement.failed and not judgement.doubts:
             raise
+        judgement.findings.append(Finding("not_computed", str(error), fails=False))
     finally:
         engine.release()
     return _Scores(base)
