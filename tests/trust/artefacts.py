@@ -102,9 +102,13 @@ def merge_with_peft(artefact: Artefact, dtype: torch.dtype = torch.float32) -> N
     """Merge as PEFT does, and save as transformers does; the tokenizer's files are copied."""
     model = AutoModelForCausalLM.from_pretrained(artefact.base, dtype=dtype)
     PeftModel.from_pretrained(model, artefact.adapter).merge_and_unload().save_pretrained(artefact.merged)
-    for file in artefact.base.iterdir():
+    copy_tokenizer(artefact.base, artefact.merged)
+
+
+def copy_tokenizer(base: Path, folder: Path) -> None:
+    for file in base.iterdir():
         if "token" in file.name or "template" in file.name:
-            shutil.copy(file, artefact.merged / file.name)
+            shutil.copy(file, folder / file.name)
 
 
 def placement(backend: str, dtype: Dtype = "float32") -> Placement:
