@@ -61,7 +61,7 @@ def verify_adapter(
         return judgement.report(folder, "adapter", base, placement)
     _judge_files(judgement, adapter, base, fingerprint)
     probe = fingerprint.probe if fingerprint else _own_probe(base)
-    here = _scored(judgement, probe, base, placement, adapter, notice)
+    here = _scored(judgement, probe, base, placement, adapter, notice, noise=fingerprint is None)
     if fingerprint is not None:
         _compare_adapter(judgement, here, fingerprint, placement.dtype, base)
     elif here.adapter is not None:
@@ -224,7 +224,7 @@ def _probe_merge(
         before, after, noise = recorded.base, recorded.adapter, recorded.noise
         stored.add(recorded.dtype)
     else:
-        here = _scored(judgement, probe, base, placement, adapter, notice)
+        here = _scored(judgement, probe, base, placement, adapter, notice, noise=True)
         if here.base is None or here.adapter is None or here.noise is None:
             return
         before, after, noise = here.base, here.adapter, here.noise
@@ -274,8 +274,10 @@ def _scored(
     placement: Placement,
     adapter: AdapterState | None,
     notice: Notice,
+    *,
+    noise: bool = False,
 ) -> _Scores:
-    """Load a model and score the probe, without and with the adapter if there is one.
+    """Load a model and score the probe, without and with the adapter if there is one, and its noise if asked to.
 
     What cannot be loaded or injected raises, unless files have explained it already: then there are no scores.
     """
@@ -290,7 +292,8 @@ def _scored(
             return _Scores(base)
         engine.inject(adapter)
         both = score(engine.backend, engine.model, probe, adapter=True)
-        return _Scores(base, both, measure_noise(engine.backend, engine.model, probe, both, adapter=True))
+        measured = measure_noise(engine.backend, engine.model, probe, both, adapter=True) if noise else None
+        return _Scores(base, both, measured)
     except NotFiniteError:
         if "not_finite" not in judgement.failed:
             whose = model.name if base is None else "the base with the adapter"
