@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mindprint import models
+from mindprint.adapter.targets import is_embedding
 from mindprint.contract import AdapterState, Float32, LoraFactors
 from mindprint.tensor_files import FLOATS, TensorInfo, from_float32, to_float32
 from mindprint.trust.adapters import strength_finding
@@ -75,14 +76,21 @@ def merge_findings(merged: Path, base: Path, adapter: AdapterState) -> Iterator[
     adapted = {f"{site}.weight": site for site in adapter.tensors}
     shared = sorted(found.keys() & wanted.keys())
     fates = {
-        name: judge(found[name], wanted[name], adapter.tensors[adapted[name]], adapter.config.scale(adapted[name]))
+        name: judge(found[name], wanted[name], _as_stored(adapter, adapted[name]), adapter.config.scale(adapted[name]))
         for name in shared
         if name in adapted and found[name].shape == wanted[name].shape
     }
     rest = [name for name in shared if name not in fates]
     yield from _described(fates)
+    yield from _elsewhere(adapted.keys() - wanted.keys())
     yield from _untouched(tuple(name for name in rest if not _equal(found[name], wanted[name])))
     yield from _names(found.keys(), wanted.keys())
+
+
+def _as_stored(adapter: AdapterState, site: str) -> LoraFactors:
+    """Factors whose B · A has the shape of the stored weight: a table of embeddings is `[vocabulary, out]`."""
+    a, b = adapter.tensors[site]
+    return LoraFactors(b.T, a.T) if is_embedding(site) else LoraFactors(a, b)
 
 
 def judge(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: float) -> Merge:
@@ -242,6 +250,13 @@ def _untouched(names: tuple[str, ...]) -> Iterator[Finding]:
     if names:
         message = f"{len(names)} tensors that the adapter does not touch are not the base's ({listed(names)})"
         yield Finding("base_changed", message, sites=names)
+
+
+def _elsewhere(names: AbstractSet[str]) -> Iterator[Doubt]:
+    """Modules whose weights the files keep under another name, or as a part of a tensor: the probe has to tell."""
+    if names:
+        message = f"{len(names)} adapted weights are not in the files under their own names ({listed(sorted(names))})"
+        yield Doubt(Finding("merge_differs", message, sites=tuple(sorted(names))))
 
 
 def _names(found: AbstractSet[str], wanted: AbstractSet[str]) -> Iterator[Doubt]:
