@@ -44,8 +44,9 @@ float16 and to 2^-4 in bfloat16, of which the mean over many tokens is about a t
 DECIMALS = 6
 """Of log-probs in a fingerprint: a tenth of the smallest tolerance."""
 
-NOISE_FACTOR = 4.0
-"""Where the noise measured with the fingerprint is above the table, this many times that noise is allowed."""
+NOISE_FACTOR, MOST = 4.0, 10.0
+"""Where the measured noise is above the table, this many times that noise is allowed, and never more than this many
+times the table: large models compute with more noise than small ones, but noise must not excuse everything."""
 
 Source = Literal["synthetic", "heldout"]
 
@@ -99,14 +100,15 @@ def measure_noise(backend: Backend, model: LoadedModel, probe: Probe, alone: Flo
     return Noise(float(apart.mean()), float(apart.max()))
 
 
-def tolerance(dtypes: Sequence[Dtype], noise: Noise | None = None) -> Tolerance:
+def tolerance(dtypes: Sequence[Dtype], *noises: Noise | None) -> Tolerance:
     """What two evaluations in these dtypes may differ by: the coarser dtype's bound, or the measured noise if wider."""
     coarsest = max(dtypes, key=lambda dtype: TOLERANCES[dtype])
     mean, greatest = TOLERANCES[coarsest]
-    if noise is None or NOISE_FACTOR * max(noise.mean / mean, noise.greatest / greatest) <= 1:
+    measured = [NOISE_FACTOR * max(one.mean / mean, one.greatest / greatest) for one in noises if one is not None]
+    wider = min(max(measured, default=0.0), MOST)
+    if wider <= 1:
         return Tolerance(mean, greatest, f"rounding of {coarsest}")
-    widened = max(mean, NOISE_FACTOR * noise.mean), max(greatest, NOISE_FACTOR * noise.greatest)
-    return Tolerance(*widened, f"{NOISE_FACTOR:g} times the noise measured with the fingerprint")
+    return Tolerance(wider * mean, wider * greatest, f"{NOISE_FACTOR:g} times the measured noise")
 
 
 def widened(allowed: Tolerance, share: float, before: Float32, after: Float32) -> Tolerance:

@@ -61,7 +61,7 @@ def verify_adapter(
         return judgement.report(folder, "adapter", base, placement)
     _judge_files(judgement, adapter, base, fingerprint)
     probe = fingerprint.probe if fingerprint else _own_probe(base)
-    here = _scored(judgement, probe, base, placement, adapter, notice, noise=fingerprint is None)
+    here = _scored(judgement, probe, base, placement, adapter, notice, _differs_from(fingerprint, placement.dtype))
     if fingerprint is not None:
         _compare_adapter(judgement, here, fingerprint, placement.dtype, base)
     elif here.adapter is not None:
@@ -160,6 +160,18 @@ def _own_probe(base: models.ModelFolder) -> Probe:
     return synthetic_probe(load_tokenizer(base.path), models.model_config(base.path))
 
 
+def _differs_from(fingerprint: Fingerprint | None, dtype: Dtype) -> Callable[[Float32, Float32], bool]:
+    """Whether scores are so far from those recorded that the noise here is worth measuring; always, without any."""
+    if fingerprint is None:
+        return lambda _base, _both: True
+    recorded = fingerprint.measurement(dtype)
+    allowed = tolerance([dtype, recorded.dtype], recorded.noise)
+    return lambda base, both: (
+        not compared("", base, recorded.base, allowed).within
+        or not compared("", both, recorded.adapter, allowed).within
+    )
+
+
 def _compare_adapter(
     judgement: _Judgement, here: _Scores, fingerprint: Fingerprint, dtype: Dtype, base: models.ModelFolder
 ) -> None:
@@ -167,7 +179,7 @@ def _compare_adapter(
     if here.base is None:
         return
     recorded = fingerprint.measurement(dtype)
-    allowed = tolerance([dtype, recorded.dtype, *_narrower(base, fingerprint)], recorded.noise)
+    allowed = tolerance([dtype, recorded.dtype, *_narrower(base, fingerprint)], recorded.noise, here.noise)
     alone = compared("base", here.base, recorded.base, allowed)
     judgement.comparisons.append(alone)
     both = _compared_with_adapter(judgement, here, recorded, allowed)
@@ -224,7 +236,7 @@ def _probe_merge(
         before, after, noise = recorded.base, recorded.adapter, recorded.noise
         stored.add(recorded.dtype)
     else:
-        here = _scored(judgement, probe, base, placement, adapter, notice, noise=True)
+        here = _scored(judgement, probe, base, placement, adapter, notice, _differs_from(None, placement.dtype))
         if here.base is None or here.adapter is None or here.noise is None:
             return
         before, after, noise = here.base, here.adapter, here.noise
@@ -274,10 +286,9 @@ def _scored(
     placement: Placement,
     adapter: AdapterState | None,
     notice: Notice,
-    *,
-    noise: bool = False,
+    noise_matters: Callable[[Float32, Float32], bool] = lambda _base, _both: False,
 ) -> _Scores:
-    """Load a model and score the probe, without and with the adapter if there is one, and its noise if asked to.
+    """Load a model and score the probe, without and with the adapter if there is one; measure noise where it matters.
 
     What cannot be loaded or injected raises, unless files have explained it already: then there are no scores.
     """
@@ -292,8 +303,9 @@ def _scored(
             return _Scores(base)
         engine.inject(adapter)
         both = score(engine.backend, engine.model, probe, adapter=True)
-        measured = measure_noise(engine.backend, engine.model, probe, both, adapter=True) if noise else None
-        return _Scores(base, both, measured)
+        if not noise_matters(base, both):
+            return _Scores(base, both)
+        return _Scores(base, both, measure_noise(engine.backend, engine.model, probe, both, adapter=True))
     except NotFiniteError:
         if "not_finite" not in judgement.failed:
             whose = model.name if base is None else "the base with the adapter"
