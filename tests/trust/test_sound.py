@@ -11,7 +11,16 @@ from typing import Any
 import outcomes
 import pytest
 import torch
-from artefacts import Artefact, copy_tokenizer, edit_factors, make_adapter, make_base, merge_with_peft, placement
+from artefacts import (
+    Artefact,
+    copy_tokenizer,
+    edit_config,
+    edit_factors,
+    make_adapter,
+    make_base,
+    merge_with_peft,
+    placement,
+)
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +28,7 @@ from mindprint.adapter.peft_format import read_adapter
 from mindprint.models import ModelFolder, check_model_folder
 from mindprint.trust.fingerprint import FILE_NAME, read_fingerprint
 from mindprint.trust.report import Report
-from mindprint.trust.verify import verify_adapter, verify_merged
+from mindprint.trust.verify import TELLING, verify_adapter, verify_merged
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,12 @@ def merged_in_bfloat16(it: Artefact) -> None:
     merge_with_peft(it, torch.bfloat16)
 
 
+NOTES: Mapping[str, set[str]] = {
+    "adapter_in_bfloat16": {"precision"},
+    "without_fingerprint": {"no_fingerprint"},
+}
+"""What the report must say of a treatment though nothing is wrong."""
+
 TREATMENTS: tuple[Callable[[Artefact], None], ...] = (
     as_it_was,
     base_in_shards,
@@ -128,6 +143,7 @@ def test_what_is_sound_raises_no_alarm(treatment: Callable[[Artefact], None], so
         report = verified(it, backend)
         outcomes.sound(treatment.__name__.replace("_", " "), alarm=not report.ok)
         assert report.ok, report.findings
+        assert {finding.code for finding in report.findings} >= NOTES.get(treatment.__name__, set())
         assert all(comparison.within for comparison in report.comparisons)
         assert report.effect is not None
         assert report.effect.found > 0.01
@@ -139,6 +155,26 @@ def test_in_bfloat16_the_files_decide(backend: str, sound: Artefact) -> None:
     report = verify_adapter(sound.adapter, ModelFolder(sound.base, "base"), placement(backend, "bfloat16"))
     outcomes.sound("computed in bfloat16", alarm=not report.ok)
     assert report.ok, report.findings
+    effect, allowed = report.effect, report.comparisons[-1].tolerance
+    assert effect is not None and effect.recorded is not None
+    told = {finding.code for finding in report.findings}
+    assert ("probe_cannot_tell" in told) == (effect.recorded < TELLING * allowed.mean)
+
+
+def test_in_bfloat16_a_small_effect_cannot_be_told_and_a_wrong_scale_is_found(tmp_path: Path) -> None:
+    """An effect far below the noise (a prototype saw 0.0065 nats a token against 0.06): digests decide."""
+    artefact = Artefact(tmp_path)
+    make_base(artefact.base, "llama")
+    make_adapter(artefact, size=0.002)
+    place, base = placement("torch", "bfloat16"), ModelFolder(artefact.base, "base")
+    report = verify_adapter(artefact.adapter, base, place)
+    assert report.effect is not None and report.effect.recorded is not None
+    assert report.effect.recorded < 0.02
+    assert [(finding.code, finding.fails) for finding in report.findings] == [("probe_cannot_tell", False)]
+    edit_config(artefact, lora_alpha=32)
+    report = verify_adapter(artefact.adapter, base, place)
+    assert report.codes == {"scale"}
+    assert report.findings[0].factor == pytest.approx(4.0)
 
 
 def test_there_are_sixty_combinations() -> None:
