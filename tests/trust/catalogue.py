@@ -243,6 +243,12 @@ def the_rank_contradicts_the_tensors(it: Artefact) -> None:
     edit_config(it, r=8)
 
 
+@fault("adapter", "huggingface/peft#2898: PEFT saves embeddings along and puts them into the base", "adapter_changed")
+def it_brings_an_embedding_of_its_own(it: Artefact) -> None:
+    name = "base_model.model.model.embed_tokens.weight"
+    edit_tensors(it.adapter / WEIGHTS_FILE, lambda found: found | {name: torch.randn(400, 64)})
+
+
 # --- an adapter without a fingerprint --------------------------------------------------------------------------------
 
 
@@ -601,6 +607,11 @@ def tensors_are_not_written(it: Artefact) -> None:
 @fault("merge", "vllm-project/vllm#42624: config.json re-written on the way", "rope_differs")
 def the_merge_loses_its_rope(it: Artefact) -> None:
     edit_json(it.merged / "config.json", {}, ("rope_parameters",))
+
+
+@fault("merge", "ml-explore/mlx-lm#1564: quantized again after merging", refusal="is quantized")
+def the_merge_is_quantized(it: Artefact) -> None:
+    edit_json(it.merged / "config.json", {"quantization": {"group_size": 64, "bits": 4}})
 
 
 @fault("merge", "a config.json of another copy of the base", "config_differs")

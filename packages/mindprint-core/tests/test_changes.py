@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mindprint.adapter.peft_format import adapter_digest
 from mindprint.contract import AdapterState, LoraConfig, LoraFactors
 from mindprint.trust.adapters import value_findings
 from mindprint.trust.changes import Change, change, changes, reshaped
@@ -24,7 +25,7 @@ def adapter() -> AdapterState:
 
 @pytest.fixture
 def record(adapter: AdapterState) -> AdapterRecord:
-    return AdapterRecord("", 2, 4.0, use_rslora=False, changes=changes(adapter))
+    return AdapterRecord(adapter_digest(adapter), 2, 4.0, use_rslora=False, changes=changes(adapter))
 
 
 def edited(adapter: AdapterState, **tensors: LoraFactors) -> AdapterState:
@@ -94,6 +95,13 @@ def test_rounded_factors_are_a_note(adapter: AdapterState, record: AdapterRecord
     }
     (finding,) = value_findings(edited(adapter, **rounded), record)
     assert (finding.code, finding.fails) == ("precision", False)
+
+
+def test_the_same_change_in_other_digits_is_a_note(adapter: AdapterState, record: AdapterRecord) -> None:
+    """Another factorisation, or a last bit: the digest differs and no module's change does."""
+    a, b = adapter.tensors[SITES[0]]
+    (finding,) = value_findings(edited(adapter, layers_0_up_proj=LoraFactors(4 * a, b / 4)), record)
+    assert (finding.code, finding.fails) == ("written_otherwise", False)
 
 
 def test_swapped_modules(adapter: AdapterState, record: AdapterRecord) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import click
 
 from mindprint import models
-from mindprint.adapter.peft_format import read_adapter
+from mindprint.adapter.peft_format import CONFIG_FILE, read_adapter
+from mindprint.adapter.peft_settings import read_settings
 from mindprint.cli.output import emit, json_option, notice, say, table
 from mindprint.config import BackendConfig, ModelConfig
 from mindprint.contract import Dtype
-from mindprint.errors import TransposedError
 from mindprint.inference import Located, find_base, locate_adapter
 from mindprint.training.engine import Placement, Placements
 from mindprint.trust.fingerprint import read_fingerprint
@@ -70,15 +70,8 @@ def is_merged(path: Path) -> bool:
 
 
 def _verify_adapter(located: Located, model: str | None, section: BackendConfig | None, dtype: Dtype | None) -> Report:
-    base = find_base(located, model, _named_base(located.adapter))
+    base = find_base(located, model, read_settings(located.adapter / CONFIG_FILE).base)
     return verify_adapter(located.adapter, base, _placement(located, section, dtype, base), notice)
-
-
-def _named_base(folder: Path) -> str:
-    try:
-        return read_adapter(folder)[1]
-    except TransposedError:  # a finding, later
-        return ""
 
 
 def _verify_merge(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from mindprint import models
+from mindprint.adapter.peft_format import adapter_digest, base_copies
 from mindprint.contract import AdapterState, LoraFactors
 from mindprint.tensor_files import read_float32
 from mindprint.trust.changes import ROUNDED, SAME, Change, change, changes, exchanged, reshaped
 from mindprint.trust.fingerprint import AdapterRecord
 from mindprint.trust.report import Finding, listed
+from mindprint.trust.stored import same_values
 
 IMPLAUSIBLE = 1.0
 """A change as large as the weight itself is no fine-tuning; trained adapters are seen at 0.001 to 0.3."""
@@ -29,7 +32,21 @@ def value_findings(adapter: AdapterState, record: AdapterRecord | None) -> list[
         message = f"{_share(bad, adapter.tensors)} have values that are NaN or infinite ({listed(bad)})"
         return [Finding("not_finite", message, sites=tuple(bad))]
     found = changes(adapter)
-    return list(_without_record(found) if record is None else _against_record(adapter, found, record.changes))
+    if record is None:
+        return list(_without_record(found))
+    if adapter_digest(adapter) == record.digest:
+        return []
+    return list(_against_record(adapter, found, record.changes)) or [_other_digits()]
+
+
+def copy_findings(folder: Path, base: models.ModelFolder) -> Iterator[Finding]:
+    """Whether weights of the base that PEFT saved along are the base's: PEFT puts them into it on loading."""
+    weights, copies = models.tensors(base.path), base_copies(folder)
+    pairs = {site: weights.get(f"{site}.weight") for site in copies}
+    other = tuple(site for site, own in pairs.items() if own is not None and not same_values(copies[site], own))
+    if other:
+        message = f"the adapter brings {listed(other)} of its own, not the base's: it was trained beside LoRA"
+        yield Finding("adapter_changed", message, sites=other)
 
 
 def strength_findings(adapter: AdapterState, base: models.ModelFolder) -> Iterator[Finding]:
@@ -75,6 +92,11 @@ def _against_record(adapter: AdapterState, found: Changes, recorded: Changes) ->
     if rest := tuple(site for site in other if site not in turned):
         message = f"{_share(rest, found)} have other values than were trained ({listed(rest)})"
         yield Finding("adapter_changed", message, sites=rest)
+
+
+def _other_digits() -> Finding:
+    message = "the adapter's values are stored otherwise: what each module changes is the same within 1e-5 of it"
+    return Finding("written_otherwise", message, fails=False)
 
 
 def _modules(found: Changes, recorded: Changes) -> Iterator[Finding]:

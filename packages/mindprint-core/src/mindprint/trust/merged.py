@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from mindprint import models
 from mindprint.adapter.targets import is_embedding
 from mindprint.contract import AdapterState, Float32, LoraFactors
-from mindprint.tensor_files import FLOATS, TensorInfo, from_float32, to_float32
+from mindprint.errors import ModelError
+from mindprint.tensor_files import FLOATS, TensorInfo
 from mindprint.trust.adapters import strength_finding
 from mindprint.trust.bases import Doubt
 from mindprint.trust.report import Code, Finding, listed
-
-BLOCK_ELEMENTS = 2**22
+from mindprint.trust.stored import blocks, rounded, same_values
 
 EPSILON: Mapping[str, float] = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-11, "BF16": 2.0**-8}
 """Half a unit in the last place relative to the value, at most; for float32 one, as sums are rounded on the way too."""
@@ -70,20 +70,24 @@ class _Sums:
 def merge_findings(merged: Path, base: Path, adapter: AdapterState) -> Iterator[Finding | Doubt]:
     """What is wrong with a merge; tensors under other names only the probe can judge.
 
-    Raises `ModelError` for a folder that cannot be read.
+    Raises `ModelError` for a folder that cannot be read, or that was quantized after merging.
     """
+    if scheme := models.quantization(merged):
+        raise ModelError(
+            f"{merged}: is quantized ({scheme}), so that no weight can be compared: verify what it was made of"
+        )
     found, wanted = models.tensors(merged), models.tensors(base)
     adapted = {f"{site}.weight": site for site in adapter.tensors}
     shared = sorted(found.keys() & wanted.keys())
     fates = {
         name: judge(found[name], wanted[name], _as_stored(adapter, adapted[name]), adapter.config.scale(adapted[name]))
         for name in shared
-        if name in adapted and found[name].shape == wanted[name].shape
+        if name in adapted and found[name].shape == wanted[name].shape and found[name].dtype in FLOATS
     }
     rest = [name for name in shared if name not in fates]
     yield from _described(fates)
     yield from _elsewhere(adapted.keys() - wanted.keys())
-    yield from _untouched(tuple(name for name in rest if not _equal(found[name], wanted[name])))
+    yield from _untouched(tuple(name for name in rest if not same_values(found[name], wanted[name])))
     yield from _names(found.keys(), wanted.keys())
 
 
@@ -126,18 +130,14 @@ def _summed(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: fl
     a, b = factors
     square = a.shape[1] == b.shape[0]
     with np.errstate(all="ignore"):  # what is not finite is said, not warned of
-        for start, weight, merged in _blocks(base, found):
+        for start, weight, merged in blocks(base, found):
             rows = slice(start, start + len(weight))
             d = np.float32(scale) * (b[rows] @ a)
             x = merged - weight
             sums.finite &= bool(np.isfinite(merged).all())
-            sums.touched |= bool(merged.tobytes() != _rounded(weight, found.dtype).tobytes())
-            sums.expected |= bool((_rounded(weight + d, found.dtype) != _rounded(weight, found.dtype)).any())
-            bound = (
-                EPSILON[found.dtype] * np.abs(merged)
-                + 2.0**-22 * (np.abs(weight) + np.abs(d))
-                + _STEP.get(found.dtype, 1e-38)
-            )
+            sums.touched |= bool(merged.tobytes() != rounded(weight, found.dtype).tobytes())
+            sums.expected |= bool((rounded(weight + d, found.dtype) != rounded(weight, found.dtype)).any())
+            bound = _bound(merged, weight, d, found.dtype)
             sums.excess = max(sums.excess, float((np.abs(x - d) / bound).max(initial=0.0)))
             sums.xx, sums.xd, sums.dd = sums.xx + _dot(x, x), sums.xd + _dot(x, d), sums.dd + _dot(d, d)
             sums.ww += _dot(weight, weight)
@@ -153,52 +153,8 @@ def _bound(merged: Float32, weight: Float32, d: Float32, dtype: str) -> NDArray[
     return bound + np.float32(_STEP.get(dtype, 1e-38))
 
 
-def _blocks(base: TensorInfo, found: TensorInfo) -> Iterator[tuple[int, Float32, Float32]]:
-    """Row blocks of two tensors of one shape: where each begins, and its values in both."""
-    rows, columns = found.shape[0], math.prod(found.shape[1:])
-    step = max(1, BLOCK_ELEMENTS // max(columns, 1))
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        yield start, _rows(base, start, stop, columns), _rows(found, start, stop, columns)
-
-
-def _rows(info: TensorInfo, start: int, stop: int, columns: int) -> Float32:
-    bits = FLOATS[info.dtype]
-    with info.file.open("rb") as file:
-        file.seek(info.start + start * columns * bits.itemsize)
-        values = np.fromfile(file, bits, (stop - start) * columns)
-    return to_float32(values, info.dtype).reshape(stop - start, columns)
-
-
-def _rounded(values: Float32, dtype: str) -> Float32:
-    """Values as they are after being written in `dtype`."""
-    return to_float32(from_float32(values, dtype), dtype)
-
-
 def _dot(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
     return float(np.vdot(first.astype(np.float64), second.astype(np.float64)))
-
-
-def _equal(found: TensorInfo, base: TensorInfo) -> bool:
-    """Whether two tensors hold the same: bit for bit in one dtype, else what rounding to the other gives."""
-    if found.shape != base.shape:
-        return False
-    if found.dtype == base.dtype:
-        return _bytes_equal(found, base)
-    if found.dtype not in FLOATS or base.dtype not in FLOATS:
-        return False
-    flat = [info._replace(shape=(math.prod(info.shape), 1)) for info in (base, found)]
-    return all(np.array_equal(_rounded(weight, found.dtype), merged) for _, weight, merged in _blocks(*flat))
-
-
-def _bytes_equal(found: TensorInfo, base: TensorInfo, step: int = 2**24) -> bool:
-    size = found.end - found.start
-    if size != base.end - base.start:
-        return False
-    with found.file.open("rb") as one, base.file.open("rb") as other:
-        one.seek(found.start)
-        other.seek(base.start)
-        return all(one.read(min(step, size - at)) == other.read(min(step, size - at)) for at in range(0, size, step))
 
 
 # --- in words --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from mindprint.contract import AdapterState, Dtype, Float32
 from mindprint.data.tokenizer import load_tokenizer
 from mindprint.errors import AdapterError, GuardError, ModelError, NotFiniteError, TransposedError
 from mindprint.training.engine import Engine, Placement
-from mindprint.trust.adapters import strength_findings, value_findings
+from mindprint.trust.adapters import copy_findings, strength_findings, value_findings
 from mindprint.trust.bases import Doubt, base_findings, settings_findings, tokenizer_findings
 from mindprint.trust.digests import computed_settings, differences
 from mindprint.trust.fingerprint import Fingerprint, Measurement, mean_effect, read_fingerprint
@@ -60,6 +60,7 @@ def verify_adapter(
         judgement.add([Finding("transposed", str(error))], "adapter shapes")
         return judgement.report(folder, "adapter", base, placement)
     _judge_files(judgement, adapter, base, fingerprint)
+    judgement.findings.extend(copy_findings(folder, base))
     probe = fingerprint.probe if fingerprint else _own_probe(base)
     here = _scored(judgement, probe, base, placement, adapter, notice, _differs_from(fingerprint, placement.dtype))
     if fingerprint is not None:
@@ -198,9 +199,14 @@ def _compared_with_adapter(
 ) -> Comparison | None:
     if here.adapter is None:
         return None
-    if any(finding.code == "precision" for finding in judgement.findings):
-        allowed = widened(allowed, ROUNDED_FACTORS, recorded.base, recorded.adapter)
+    allowed = _for_rounded_factors(judgement, allowed, recorded.base, recorded.adapter)
     return compared("base with adapter", here.adapter, recorded.adapter, allowed)
+
+
+def _for_rounded_factors(judgement: _Judgement, allowed: Tolerance, before: Float32, after: Float32) -> Tolerance:
+    """A wider tolerance where files have shown that the adapter's factors were rounded."""
+    rounded = any(finding.code == "precision" for finding in judgement.findings)
+    return widened(allowed, ROUNDED_FACTORS, before, after) if rounded else allowed
 
 
 def _narrower(base: models.ModelFolder, fingerprint: Fingerprint) -> list[Dtype]:
@@ -234,7 +240,7 @@ def _probe_merge(
     if fingerprint is not None:
         recorded = fingerprint.measurement(placement.dtype)
         before, after, noise = recorded.base, recorded.adapter, recorded.noise
-        stored.add(recorded.dtype)
+        stored |= {recorded.dtype, *_narrower(base, fingerprint)}
     else:
         here = _scored(judgement, probe, base, placement, adapter, notice, _differs_from(None, placement.dtype))
         if here.base is None or here.adapter is None or here.noise is None:
@@ -244,7 +250,8 @@ def _probe_merge(
     if now is None:
         return
     judgement.effect = Effect(mean_effect(before, after), mean_effect(before, now))
-    both = compared("merged model", now, after, tolerance([placement.dtype, *stored], noise))
+    allowed = _for_rounded_factors(judgement, tolerance([placement.dtype, *stored], noise), before, after)
+    both = compared("merged model", now, after, allowed)
     judgement.settle(same=both.within)
     _judge_comparison(judgement, both, before, after, now)
 
