@@ -175,6 +175,15 @@ class GenerationConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling.")
 
 
+class FingerprintConfig(Section):
+    """What `RUN/adapter/fingerprint.json` is measured on."""
+
+    probe: Literal["synthetic", "heldout"] = Field(
+        "synthetic",
+        description="`synthetic`: tokens drawn from the vocabulary; `heldout`: your own held-out rows, readable in it.",
+    )
+
+
 class Config(Section):
     """A whole run."""
 
@@ -186,6 +195,7 @@ class Config(Section):
     dpo: DpoConfig = DpoConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     generation: GenerationConfig = GenerationConfig()
+    fingerprint: FingerprintConfig = FingerprintConfig()
     seed: Annotated[int, Field(ge=0, description="Order, initial adapter and dropout follow from it.")] = 0
 
     @model_validator(mode="after")

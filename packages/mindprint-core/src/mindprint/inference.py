@@ -97,7 +97,7 @@ def open_adapter(
     """
     located = locate_adapter(path)
     adapter, named = read_adapter(located.adapter)
-    base = _base(located, model, named)
+    base = find_base(located, model, named)
     tokenizer = load_tokenizer(base.path)
     section = backend or (located.config.config.backend if located.config else BackendConfig())
     placement = Placements().resolve(section)
@@ -124,6 +124,18 @@ def locate_adapter(path: str | PathLike[str]) -> Located:
     raise AdapterError(
         f"{folder}: is no project ({FILE_NAME}), no run (manifest.json) and no adapter ({ADAPTER_CONFIG_FILE})"
     )
+
+
+def find_base(located: Located, model: str | None, named: str) -> models.ModelFolder:
+    """The adapter's base: where the caller says, where the run's configuration says, or what PEFT's file names."""
+    if model is not None:
+        return models.resolve_model(ModelConfig(name=model), Path.cwd())
+    if located.config is not None:
+        return models.resolve_model(located.config.config.model, located.config.folder)
+    try:
+        return models.resolve_model(ModelConfig(name=named), located.adapter.resolve())
+    except MindprintError as error:
+        raise AdapterError(f"{located.adapter}: its base model cannot be had: {error}; name it with --model") from error
 
 
 def read_heldout(file: ConfigFile) -> Rows:
@@ -171,15 +183,3 @@ def _surrounding_config(adapter: Path) -> ConfigFile | None:
         if run.holds_run and run.config.is_file():
             return load_config(run.config)
     return None
-
-
-def _base(located: Located, model: str | None, named: str) -> models.ModelFolder:
-    """The adapter's base: where the caller says, where the run's configuration says, or what PEFT's file names."""
-    if model is not None:
-        return models.resolve_model(ModelConfig(name=model), Path.cwd())
-    if located.config is not None:
-        return models.resolve_model(located.config.config.model, located.config.folder)
-    try:
-        return models.resolve_model(ModelConfig(name=named), located.adapter.resolve())
-    except MindprintError as error:
-        raise AdapterError(f"{located.adapter}: its base model cannot be had: {error}; name it with --model") from error

@@ -96,7 +96,9 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     shards = _json_object(folder / INDEX_FILE, "").get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ModelError(f"{folder / INDEX_FILE}: has no weight_map: download the model again")
-    names = sorted(set(shards.values()))
+    names = sorted(set(map(str, shards.values())))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ModelError(f"{folder / INDEX_FILE}: {outside[0]!r} leads out of the folder: download the model again")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelError(f"{folder}: {len(missing)} of {len(names)} weight files are missing, first {missing[0]}")

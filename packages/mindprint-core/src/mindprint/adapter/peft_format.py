@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from mindprint.adapter.peft_settings import PeftSettings, is_named, read_settings
 from mindprint.adapter.targets import EMBEDDINGS, LM_HEADS, STACKED_PARAMETERS, in_order, is_embedding, is_stack
 from mindprint.contract import AdapterState, Float32, LoraConfig, LoraFactors
-from mindprint.errors import AdapterError
+from mindprint.errors import AdapterError, TransposedError
 from mindprint.tensor_files import TensorFileError, TensorInfo, read_float32, read_header
 
 CONFIG_FILE = "adapter_config.json"
@@ -132,6 +132,8 @@ def read_adapter(folder: Path) -> tuple[AdapterState, str]:
     try:
         places = _places(adapter_tensors(folder, WEIGHTS_FILE), settings)
         factors = {site: _read_factors(site, pair, settings) for site, pair in places.items()}
+    except TransposedError as error:
+        raise TransposedError(f"{weights}: {error}") from error
     except (TensorFileError, AdapterError, OSError) as error:
         raise AdapterError(f"{weights}: {error}") from error
     return AdapterState(_lora_config(settings, factors), factors), settings.base
@@ -216,6 +218,11 @@ def _ordered(settings: PeftSettings, sites: Mapping[str, Any]) -> Sequence[str]:
 def _read_factors(site: str, infos: tuple[TensorInfo, TensorInfo], settings: PeftSettings) -> LoraFactors:
     (a, b), rank = (info.shape for info in infos), settings.rank(site)
     whole = len(a) == len(b) == 2 and a[0] == b[1]
+    if len(a) == len(b) == 2 and a[1] == b[0] == rank != a[0]:
+        raise TransposedError(
+            f"{site}: A is {list(a)} and B {list(b)}: they are transposed (mlx-lm's layout under PEFT's names); "
+            "convert the original with: mindprint convert"
+        )
     if not whole or (a[0] % rank if is_stack(site) else a[0] != rank):
         raise AdapterError(
             f"{site}: A is {list(a)} and B {list(b)}, and {CONFIG_FILE} says rank {rank}: they contradict each other"

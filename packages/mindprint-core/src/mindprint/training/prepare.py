@@ -11,11 +11,13 @@ from typing import Any
 from mindprint import models
 from mindprint.config import Config, ConfigFile
 from mindprint.data.render import PreferenceExample, Rendered, SftExample, render_preferences, render_sft
-from mindprint.data.rows import check_topics, read_rows
+from mindprint.data.rows import PreferenceRow, check_topics, read_rows
 from mindprint.data.tokenizer import Tokenizer, load_tokenizer
+from mindprint.errors import DataError
 from mindprint.events import Notice
 from mindprint.training.plan import StagePlan, plan_run
 from mindprint.training.reference import rows_digest
+from mindprint.trust.probe import Probe, heldout_probe, synthetic_probe
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Prepared:
     preferences: Mapping[str, tuple[PreferenceExample, ...]]
     plans: tuple[StagePlan, ...]
     identity: Mapping[str, str]
+    probe: Probe
     notes: tuple[Notice, ...]
 
     @property
@@ -48,8 +51,29 @@ def prepare(file: ConfigFile) -> Prepared:
     by_topic = _by_topic(sft.examples), _by_topic(preferences.examples)
     plans = plan_run(config, *({topic: len(rows) for topic, rows in stage.items()} for stage in by_topic))
     identity = _identity(config, model, tokenizer, sft.examples, preferences.examples)
+    probe = _probe(file, model, tokenizer, rows.heldout)
     notes = dict.fromkeys([*tokenizer.notes, *sft.notes, *preferences.notes, *_cuts(config, sft, preferences)])
-    return Prepared(file, model, tokenizer, *by_topic, plans, identity, tuple(Notice(note) for note in notes))
+    told = (*(Notice(note) for note in notes), *_publishes(probe))
+    return Prepared(file, model, tokenizer, *by_topic, plans, identity, probe, told)
+
+
+def _probe(
+    file: ConfigFile, model: models.ModelFolder, tokenizer: Tokenizer, heldout: Sequence[PreferenceRow]
+) -> Probe:
+    """What the adapter's fingerprint will be measured on."""
+    if file.config.fingerprint.probe == "synthetic":
+        return synthetic_probe(tokenizer, models.model_config(model.path))
+    if not heldout:
+        raise DataError(f"{file.source}: fingerprint.probe is heldout and there are no such pairs: add heldout.jsonl")
+    return heldout_probe(render_preferences(heldout, tokenizer, file.config.data).examples)
+
+
+def _publishes(probe: Probe) -> Iterator[Notice]:
+    if probe.source == "heldout":
+        words = (
+            f"fingerprint.json will hold {len(probe.rows)} of your held-out rows: do not publish it with the adapter"
+        )
+        yield Notice(words, warning=True)
 
 
 def _cuts(config: Config, *rendered: Rendered[Any]) -> Iterator[str]:

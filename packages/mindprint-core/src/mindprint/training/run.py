@@ -20,7 +20,7 @@ from mindprint.adapter.model_card import write_final_adapter
 from mindprint.adapter.peft_format import adapter_digest
 from mindprint.adapter.targets import resolve_targets
 from mindprint.config import Config, ConfigFile, DpoConfig, dump_config, load_config, make_config, merged
-from mindprint.contract import AdapterSite, LoraConfig, TrainingState
+from mindprint.contract import AdapterSite, AdapterState, LoraConfig, TrainingState
 from mindprint.errors import BackendError, Interrupted, RunError
 from mindprint.events import (
     CheckpointWritten,
@@ -59,6 +59,7 @@ from mindprint.training.reference import (
 from mindprint.training.results import RunResult, stage_results
 from mindprint.training.run_folder import RunFolder, new_run_path, newest_run
 from mindprint.training.stages import DpoStage, SftStage, Stage
+from mindprint.trust.measurement import take_fingerprint
 
 Resume = Literal["last", "latest"]
 OnEvent = Callable[[Event], None]
@@ -120,7 +121,7 @@ class _Run:
             try:
                 self._announce(start)
                 state = self._stages(start)
-                write_final_adapter(self.folder.adapter, state.adapter, self.prepared.model, self.prepared.config)
+                self._write_adapter(state.adapter)
             finally:
                 self.engine.release()
         self._emit(RunFinished(str(self.folder.path), str(self.folder.adapter), perf_counter() - started))
@@ -343,6 +344,14 @@ class _Run:
             f"stopped; the checkpoint of step {int(step)} is in {self.folder.checkpoints}; "
             f"go on with: mindprint train {shlex.quote(str(self.folder.path))} --resume"
         )
+
+    def _write_adapter(self, adapter: AdapterState) -> None:
+        """The final adapter with its fingerprint, taken where the last stage trained."""
+        prepared = self.prepared
+        fingerprint = take_fingerprint(
+            self.engine, self.placements[-1], adapter, prepared.tokenizer, prepared.probe, self._notice
+        )
+        write_final_adapter(self.folder.adapter, adapter, prepared.model, prepared.config, fingerprint)
 
     # --- telling -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,71 @@
+"""What became of a merged weight, decided from the numbers of two files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mindprint.contract import Float32, LoraFactors
+from mindprint.tensor_files import TensorInfo, from_float32
+from mindprint.trust.merged import judge
+
+RANDOM = np.random.default_rng(0)
+WEIGHT = RANDOM.normal(0, 0.05, (48, 48)).astype(np.float32)
+FACTORS = LoraFactors(
+    RANDOM.normal(0, 0.1, (4, 48)).astype(np.float32), RANDOM.normal(0, 0.01, (48, 4)).astype(np.float32)
+)
+SCALE = 2.0
+CHANGE = np.float32(SCALE) * (FACTORS.b @ FACTORS.a)
+
+
+def stored(folder: Path, values: Float32, dtype: str) -> TensorInfo:
+    file = folder / f"{len(list(folder.iterdir()))}.bits"
+    file.write_bytes(from_float32(values, dtype).tobytes())
+    return TensorInfo(dtype, values.shape, file, 0, file.stat().st_size)
+
+
+def fate(folder: Path, merged: Float32, dtype: str = "F32", factors: LoraFactors = FACTORS) -> tuple[str, float]:
+    found = judge(stored(folder, merged, dtype), stored(folder, WEIGHT, "F32"), factors, SCALE)
+    return found.fate, found.factor
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_the_right_sum_is_exact_in_every_dtype(dtype: str, tmp_path: Path) -> None:
+    what, factor = fate(tmp_path, WEIGHT + CHANGE, dtype)
+    assert what == "exact"
+    assert factor == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_the_base_itself_is_lost(dtype: str, tmp_path: Path) -> None:
+    assert fate(tmp_path, WEIGHT, dtype) == ("lost", 0.0)
+
+
+@pytest.mark.parametrize("factor", [2.0, 8.0, 0.5, -1.0])
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_another_strength_is_estimated(dtype: str, factor: float, tmp_path: Path) -> None:
+    what, found = fate(tmp_path, WEIGHT + np.float32(factor) * CHANGE, dtype)
+    assert what == "scaled"
+    assert found == pytest.approx(factor, rel=0.02)
+
+
+def test_rounding_the_change_before_adding_it_is_told_from_being_wrong(tmp_path: Path) -> None:
+    rounded = (WEIGHT.astype(np.float16) + CHANGE.astype(np.float16)).astype(np.float32)
+    assert fate(tmp_path, rounded, "F16")[0] in ("exact", "rounded")
+    assert fate(tmp_path, WEIGHT + CHANGE.T) == ("transposed", pytest.approx(0, abs=0.1))
+    noise = RANDOM.normal(0, 0.005, WEIGHT.shape).astype(np.float32)
+    assert fate(tmp_path, WEIGHT + CHANGE + noise)[0] == "other"
+
+
+def test_one_wrong_number_among_thousands(tmp_path: Path) -> None:
+    merged = WEIGHT + CHANGE
+    merged[3, 5] += 0.01
+    assert fate(tmp_path, merged)[0] == "other"
+    merged[3, 5] = np.nan
+    assert fate(tmp_path, merged)[0] == "not finite"
+
+
+def test_a_change_below_the_rounding_is_swallowed(tmp_path: Path) -> None:
+    tiny = LoraFactors(FACTORS.a, FACTORS.b * np.float32(1e-6))
+    base = stored(tmp_path, WEIGHT.astype(np.float16).astype(np.float32), "F16")
+    assert judge(base, base, tiny, SCALE).fate == "swallowed"
