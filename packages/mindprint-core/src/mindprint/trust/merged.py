@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mindprint import models
+from mindprint.adapter.base_facts import read_base_facts
 from mindprint.adapter.targets import is_embedding
+from mindprint.adapter.weight_changes import WeightChange, weight_changes
 from mindprint.contract import AdapterState, Float32, LoraFactors
-from mindprint.errors import ModelError
+from mindprint.errors import MindprintError, ModelError
 from mindprint.tensor_files import FLOATS, TensorInfo
 from mindprint.trust.adapters import strength_finding
 from mindprint.trust.bases import Doubt
@@ -77,24 +79,32 @@ def merge_findings(merged: Path, base: Path, adapter: AdapterState) -> Iterator[
             f"{merged}: is quantized ({scheme}), so that no weight can be compared: verify what it was made of"
         )
     found, wanted = models.tensors(merged), models.tensors(base)
-    adapted = {f"{site}.weight": site for site in adapter.tensors}
+    adapted = _adapted(adapter, wanted, base)
+    stacks = {name for name, change in adapted.items() if change.factors.a.ndim == 3}
     shared = sorted(found.keys() & wanted.keys())
     fates = {
-        name: judge(found[name], wanted[name], _as_stored(adapter, adapted[name]), adapter.config.scale(adapted[name]))
+        name: judge(found[name], wanted[name], adapted[name].factors, adapted[name].scale)
         for name in shared
-        if name in adapted and found[name].shape == wanted[name].shape and found[name].dtype in FLOATS
+        if name in adapted.keys() - stacks and found[name].shape == wanted[name].shape and found[name].dtype in FLOATS
     }
-    rest = [name for name in shared if name not in fates]
+    rest = [name for name in shared if name not in fates.keys() | stacks]
     yield from _described(fates)
-    yield from _elsewhere(adapted.keys() - wanted.keys())
+    yield from _elsewhere(adapted.keys() - wanted.keys() | stacks)
     yield from _untouched(tuple(name for name in rest if not same_values(found[name], wanted[name])))
     yield from _names(found.keys(), wanted.keys())
 
 
-def _as_stored(adapter: AdapterState, site: str) -> LoraFactors:
-    """Factors whose B · A has the shape of the stored weight: a table of embeddings is `[vocabulary, out]`."""
-    a, b = adapter.tensors[site]
-    return LoraFactors(b.T, a.T) if is_embedding(site) else LoraFactors(a, b)
+def _adapted(adapter: AdapterState, tensors: Mapping[str, TensorInfo], base: Path) -> dict[str, WeightChange]:
+    """By stored tensor, what the adapter changes; by the sites' own names where it cannot be merged as it is."""
+    try:
+        return weight_changes(adapter, tensors, read_base_facts(base))
+    except MindprintError:
+        return {
+            f"{site}.weight": WeightChange(
+                site, LoraFactors(b.T, a.T) if is_embedding(site) else LoraFactors(a, b), adapter.config.scale(site)
+            )
+            for site, (a, b) in adapter.tensors.items()
+        }
 
 
 def judge(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: float) -> Merge:
