@@ -17,9 +17,12 @@ from mindprint.contract import (
     LoraFactors,
     ModelSpec,
     PreferenceBatch,
+    StepMetrics,
     TokenBatch,
     TrainingState,
+    Update,
 )
+from mindprint.losses import PreferenceLoss
 
 VOCABULARY = 380
 
@@ -60,14 +63,14 @@ def stirred(adapter: AdapterState, seed: int = 11, size: float = 0.02) -> Adapte
     return replace(adapter, tensors=tensors)
 
 
-def token_batch(seed: int, lengths: tuple[int, ...] = (23, 9, 31, 14)) -> TokenBatch:
+def token_batch(seed: int, lengths: tuple[int, ...] = (23, 9, 31, 14), vocabulary: int = VOCABULARY) -> TokenBatch:
     """Ragged rows whose loss starts somewhere in the middle, padded with a token that also occurs in them."""
     rng = np.random.default_rng(seed)
     width = max(lengths)
     tokens = np.full((len(lengths), width), 5, np.int32)
     mask = np.zeros((len(lengths), width), bool)
     for row, length in enumerate(lengths):
-        tokens[row, :length] = rng.integers(3, VOCABULARY, length)
+        tokens[row, :length] = rng.integers(3, vocabulary, length)
         mask[row, rng.integers(1, length - 1) : length] = True
     return TokenBatch(tokens, np.array(lengths, np.int32), mask)
 
@@ -91,3 +94,20 @@ def _ragged(rng: np.random.Generator, rows: int, low: int, high: int) -> tuple[n
 def relative_difference(first: np.ndarray, second: np.ndarray) -> float:
     """Norm of the difference over the norm of the first."""
     return float(np.linalg.norm(first - second) / max(np.linalg.norm(first), 1e-30))
+
+
+WORDS = (
+    "the", "ferry", "lamp", "bell", "tide", "rope", "gull", "salt", "stone", "wind", "bread", "clock", "garden", "bee",
+)  # fmt: skip
+
+
+def take_step(opened: Opened, stage: str, step: int) -> StepMetrics:
+    """One optimizer step of two ragged micro-batches that follow from its number."""
+    if stage == "sft":
+        batches = [token_batch(2 * step), token_batch(2 * step + 1, (7, 33))]
+        update = Update(1e-3, tokens=sum(batch.loss_tokens for batch in batches))
+        return opened.backend.sft_step(opened.model, batches, update)
+    pairs = [preference_batch(2 * step), preference_batch(2 * step + 1)]
+    tokens = sum(int(batch.chosen_lengths.sum()) for batch in pairs)
+    update = Update(1e-3, tokens=tokens, pairs=sum(batch.pairs for batch in pairs))
+    return opened.backend.dpo_step(opened.model, pairs, PreferenceLoss("sigmoid"), update)
