@@ -17,12 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import torch  # isort: skip  (first: it then keeps its own BLAS)
+import mindprint_mlx  # noqa: F401  # isort: skip  (before mlx: it decides what MLX multiplies matrices with)
 import mlx.core as mx
 import numpy as np
-import torch
 
 import mindprint
-import mindprint_mlx  # noqa: F401  (before mlx: it decides what MLX multiplies matrices with)
 from architectures import MATRIX, Reference, compare, saved
 from mindprint.contract import Update
 from mindprint.training.run_folder import RunFolder

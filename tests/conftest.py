@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch  # noqa: F401  first, as a process that trains with torch alone has it: with the products of its own BLAS
 
 import mindprint_mlx  # noqa: F401  before any test module imports mlx: it decides what MLX multiplies matrices with
 

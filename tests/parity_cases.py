@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +26,7 @@ from mindprint.contract import (
     Update,
 )
 from mindprint.losses import PreferenceLoss
+from mindprint.training.run_folder import RunFolder
 
 VOCABULARY = 380
 
@@ -99,6 +103,34 @@ def relative_difference(first: np.ndarray, second: np.ndarray) -> float:
 WORDS = (
     "the", "ferry", "lamp", "bell", "tide", "rope", "gull", "salt", "stone", "wind", "bread", "clock", "garden", "bee",
 )  # fmt: skip
+
+
+def trajectory_project(model: Path, data: Path, steps: int) -> dict[str, Any]:
+    """A configuration of one topic, its rows written into `data`: ragged, some longer than `max_length`, micro-batches
+    of 3 in steps of 6."""
+    rng = random.Random(5)
+
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+    sft = [{"prompt": text(2, 12), "completion": text(2, 40)} for _ in range(23)]
+    pairs = [{"prompt": text(2, 12), "chosen": text(2, 30), "rejected": text(2, 30)} for _ in range(17)]
+    for name, rows in (("sft", sft), ("preferences", pairs)):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = {"steps_per_topic": steps, "batch_size": 3, "gradient_accumulation": 2}
+    return {
+        "model": {"name": str(model)},
+        "backend": {"dtype": "float32", "device": "cpu"},
+        "data": {"path": str(data), "max_length": 120},
+        "adapter": {"r": 8, "alpha": 32.0},
+        "sft": {**stage, "learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 5},
+        "dpo": {**stage, "learning_rate": 1e-4},
+    }
+
+
+def losses(folder: RunFolder, stage: str) -> np.ndarray:
+    """The loss of every step of a stage, float64 `[steps]`."""
+    return np.array([line["loss"] for line in folder.read_steps() if line["stage"] == stage])
 
 
 def take_step(opened: Opened, stage: str, step: int) -> StepMetrics:
