@@ -71,7 +71,7 @@ def test_preference_sequences() -> None:
 
 
 def test_forked_rows() -> None:
-    """Row 0: prompt (1 2 3), first (5), second (). Row 1: prompt (4), first (), second (9 10). Last tokens are left out."""
+    """Row 0: prompt (1 2 3), first (5), second (). Row 1: prompt (4), first (), second (9 10). No last tokens."""
     layout = forked(SHARING)
     np.testing.assert_array_equal(layout.tokens, [[1, 2, 3, 5], [4, 9, 10, 0]])
     np.testing.assert_array_equal(layout.positions, [[0, 1, 2, 3], [0, 1, 2, 0]])
