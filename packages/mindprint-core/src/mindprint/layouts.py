@@ -167,6 +167,19 @@ def continued(batch: TokenBatch) -> Continued:
     )
 
 
+def sharing_probe(vocabulary: int) -> TokenBatch:
+    """A batch to find out with whether a model can share prompts: do its layouts give the same log-probs?
+
+    Two prompts of unlike lengths with two ragged completions each; every token after the prompt is asked for.
+    """
+    prompts, lengths = np.array([5, 2], np.int32), np.array([9, 7, 8, 5], np.int32)
+    columns = np.arange(9)
+    tokens = np.arange(4 * 9, dtype=np.int32).reshape(4, 9)
+    tokens[2:] = np.where(columns < prompts[:, None], tokens[:2], tokens[2:])
+    mask = (columns >= np.tile(prompts, 2)[:, None]) & (columns < lengths[:, None])
+    return TokenBatch(tokens % vocabulary, lengths, mask, shared=prompts)
+
+
 def _parts(batch: TokenBatch) -> tuple[Int32, Int32]:
     """How many tokens of each prompt, `[pairs]`, and of each sequence after it, `[2 * pairs]`, are read."""
     if batch.shared is None:

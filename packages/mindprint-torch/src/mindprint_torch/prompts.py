@@ -10,13 +10,11 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mindprint.contract import TokenBatch
-from mindprint.layouts import Forked, Layout, forked, sees, sequences
+from mindprint.layouts import Forked, Layout, forked, sees, sequences, sharing_probe
 from mindprint_torch.arrays import on_device
 from mindprint_torch.head import Head, embedding_layer
 
@@ -29,7 +27,7 @@ UNLIMITED = sys.maxsize
 @torch.no_grad()
 def longest_shared(model: PreTrainedModel, head: Head) -> int:
     """The longest sequence whose prompt this model can share between completions, in tokens; 0 if it cannot at all."""
-    batch = _probe(embedding_layer(model).num_embeddings)
+    batch = sharing_probe(embedding_layer(model).num_embeddings)
     plain, shared = sequences(batch), forked(batch)
     expected = _answers(head, plain)
     try:
@@ -50,16 +48,6 @@ def row_shape(layout: Layout, device: torch.device, dtype: torch.dtype) -> dict[
     seen = sees(parts, torch.arange(parts.shape[1], device=device))[:, None]
     mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
     return {"position_ids": on_device(device, layout.positions), "attention_mask": mask}
-
-
-def _probe(vocabulary: int) -> TokenBatch:
-    """Two pairs of ragged completions of prompts of unlike lengths; every token after the prompt is asked for."""
-    prompts, lengths = np.array([5, 2], np.int32), np.array([9, 7, 8, 5], np.int32)
-    tokens = np.arange(4 * 9, dtype=np.int32).reshape(4, 9)
-    tokens[2:, :5] = tokens[:2, :5]
-    columns = np.arange(9)
-    mask = (columns >= np.tile(prompts, 2)[:, None]) & (columns < lengths[:, None])
-    return TokenBatch(tokens % vocabulary, lengths, mask, shared=prompts)
 
 
 def _answers(head: Head, layout: Layout) -> Tensor:
