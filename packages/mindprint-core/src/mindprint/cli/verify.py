@@ -11,8 +11,7 @@ from typing import Any
 import click
 
 from mindprint import models
-from mindprint.adapter.peft_format import CONFIG_FILE, read_adapter
-from mindprint.adapter.peft_settings import read_settings
+from mindprint.adapter.formats import named_base, read_any_adapter
 from mindprint.cli.output import emit, json_option, notice, say, table
 from mindprint.config import BackendConfig, ModelConfig
 from mindprint.contract import Dtype
@@ -70,7 +69,7 @@ def is_merged(path: Path) -> bool:
 
 
 def _verify_adapter(located: Located, model: str | None, section: BackendConfig | None, dtype: Dtype | None) -> Report:
-    base = find_base(located, model, read_settings(located.adapter / CONFIG_FILE).base)
+    base = find_base(located, model, named_base(located.adapter))
     return verify_adapter(located.adapter, base, _placement(located, section, dtype, base), notice)
 
 
@@ -80,8 +79,8 @@ def _verify_merge(
     if adapter is None:
         raise click.UsageError(f"{path} is a merged model: name the adapter that it came from with --adapter")
     located = locate_adapter(adapter)
-    state, named = read_adapter(located.adapter)
-    base = find_base(located, model, named)
+    base = find_base(located, model, named_base(located.adapter))
+    state, _ = read_any_adapter(located.adapter, base.path)
     merged = models.resolve_model(ModelConfig(name=str(path.resolve())), Path.cwd())
     placement = _placement(located, section, dtype, base)
     return verify_merged(merged, base, state, placement, read_fingerprint(located.adapter), notice)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mindprint import models
+from mindprint.adapter.formats import adapter_format
 from mindprint.adapter.peft_format import adapter_digest, base_copies
 from mindprint.contract import AdapterState, LoraFactors
 from mindprint.tensor_files import read_float32
@@ -41,6 +42,8 @@ def value_findings(adapter: AdapterState, record: AdapterRecord | None) -> list[
 
 def copy_findings(folder: Path, base: models.ModelFolder) -> Iterator[Finding]:
     """Whether weights of the base that PEFT saved along are the base's: PEFT puts them into it on loading."""
+    if adapter_format(folder) != "peft":
+        return
     weights, copies = models.tensors(base.path), base_copies(folder)
     pairs = {site: weights.get(f"{site}.weight") for site in copies}
     other = tuple(site for site, own in pairs.items() if own is not None and not same_values(copies[site], own))

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from mindprint import models
-from mindprint.adapter.peft_format import read_adapter
+from mindprint.adapter.formats import read_any_adapter
 from mindprint.contract import AdapterState, Dtype, Float32
 from mindprint.data.tokenizer import load_tokenizer
 from mindprint.errors import AdapterError, GuardError, ModelError, NotFiniteError, TransposedError
@@ -55,7 +55,7 @@ def verify_adapter(
     """
     fingerprint, judgement = read_fingerprint(folder), _Judgement()
     try:
-        adapter, _ = read_adapter(folder)
+        adapter, _ = read_any_adapter(folder, base.path)
     except TransposedError as error:  # readable, and decided without a look at the values
         judgement.add([Finding("transposed", str(error))], "adapter shapes")
         return judgement.report(folder, "adapter", base, placement)
