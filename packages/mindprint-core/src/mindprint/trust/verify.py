@@ -236,18 +236,25 @@ def _probe_merge(
     notice: Notice,
 ) -> None:
     probe = fingerprint.probe if fingerprint else _own_probe(base)
+    after: Float32 | None
+    noise: Noise | None
     stored = {DTYPES[info.dtype] for info in models.tensors(merged.path).values() if info.dtype in DTYPES}
     if fingerprint is not None:
         recorded = fingerprint.measurement(placement.dtype)
         before, after, noise = recorded.base, recorded.adapter, recorded.noise
         stored |= {recorded.dtype, *_narrower(base, fingerprint)}
     else:
-        here = _scored(judgement, probe, base, placement, adapter, notice, _differs_from(None, placement.dtype))
-        if here.base is None or here.adapter is None or here.noise is None:
+        # A backend may not be able to hold an adapter (of stacked experts, say) that files can judge.
+        measure = _differs_from(None, placement.dtype)
+        here = _scored(judgement, probe, base, placement, adapter, notice, measure, needed=False)
+        if here.base is None:
             return
         before, after, noise = here.base, here.adapter, here.noise
     now = _scored(judgement, probe, merged, placement, None, notice).base
     if now is None:
+        return
+    if after is None:
+        judgement.effect = Effect(None, mean_effect(before, now))
         return
     judgement.effect = Effect(mean_effect(before, after), mean_effect(before, now))
     allowed = _for_rounded_factors(judgement, tolerance([placement.dtype, *stored], noise), before, after)
@@ -294,10 +301,12 @@ def _scored(
     adapter: AdapterState | None,
     notice: Notice,
     noise_matters: Callable[[Float32, Float32], bool] = lambda _base, _both: False,
+    *,
+    needed: bool = True,
 ) -> _Scores:
     """Load a model and score the probe, without and with the adapter if there is one; measure noise where it matters.
 
-    What cannot be loaded or injected raises, unless files have explained it already: then there are no scores.
+    What cannot be loaded or injected raises if it is `needed`, unless files have explained it already.
     """
     engine = Engine(model, notice)
     base: Float32 | None = None
@@ -318,7 +327,7 @@ def _scored(
             whose = model.name if base is None else "the base with the adapter"
             judgement.findings.append(Finding("not_finite", f"{whose} computes log-probs that are NaN or infinite"))
     except (AdapterError, GuardError, ModelError) as error:
-        if not judgement.failed and not judgement.doubts:
+        if needed and not judgement.failed and not judgement.doubts:
             raise
         judgement.findings.append(Finding("not_computed", str(error), fails=False))
     finally:
