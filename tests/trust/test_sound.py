@@ -13,6 +13,8 @@ import pytest
 import torch
 from artefacts import (
     Artefact,
+    convert_to_mlx_lm,
+    convert_to_peft,
     copy_tokenizer,
     edit_config,
     edit_factors,
@@ -97,6 +99,15 @@ def adapter_in_bfloat16(it: Artefact) -> None:
     edit_factors(it, lambda _, values: values.bfloat16())
 
 
+def converted_to_mlx_lm(it: Artefact) -> None:
+    convert_to_mlx_lm(it)
+
+
+def converted_there_and_back(it: Artefact) -> None:
+    convert_to_mlx_lm(it)
+    convert_to_peft(it)
+
+
 def without_fingerprint(it: Artefact) -> None:
     (it.adapter / FILE_NAME).unlink()
 
@@ -121,6 +132,8 @@ TREATMENTS: tuple[Callable[[Artefact], None], ...] = (
     base_in_float32,
     adapter_through_peft,
     adapter_in_bfloat16,
+    converted_to_mlx_lm,
+    converted_there_and_back,
     without_fingerprint,
     merged_in_float32,
     merged_in_bfloat16,

@@ -151,10 +151,12 @@ def _swapped(found: Changes, recorded: Changes, sites: Sequence[str]) -> Finding
 def _was_not_transposed(adapter: AdapterState, site: str, recorded: Change) -> bool:
     """Whether the module's change would be as recorded if its factors were transposed, or exchanged and transposed."""
     pair, scale = adapter.tensors[site], adapter.config.scale(site)
-    meant = [reshaped(pair)]
+    if pair.a.ndim == 3:
+        return False
+    meant = [*reshaped(pair)]
     if pair.a.shape == pair.b.shape[::-1]:
         meant.append(LoraFactors(pair.b.T, pair.a.T))
-    return any(change(factors, scale).distance(recorded) <= SAME for factors in meant if factors.a.ndim == 2)
+    return any(change(factors, scale).distance(recorded) <= SAME for factors in meant)
 
 
 def _share(some: Sequence[str], of_all: Mapping[str, object]) -> str:
