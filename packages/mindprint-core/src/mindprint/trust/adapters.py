@@ -103,12 +103,12 @@ def _other_digits() -> Finding:
 
 
 def _modules(found: Changes, recorded: Changes) -> Iterator[Finding]:
-    missing, extra = tuple(recorded.keys() - found.keys()), tuple(found.keys() - recorded.keys())
+    missing, extra = (tuple(sorted(one.keys() - other.keys())) for one, other in ((recorded, found), (found, recorded)))
     if missing:
-        message = f"{_share(missing, recorded)} are not in the adapter ({listed(sorted(missing))})"
+        message = f"{_share(missing, recorded)} are not in the adapter ({listed(missing)})"
         yield Finding("layers_missing", message, sites=missing)
     if extra:
-        message = f"{len(extra)} modules were not in the adapter when it was trained ({listed(sorted(extra))})"
+        message = f"{len(extra)} modules were not in the adapter when it was trained ({listed(extra)})"
         yield Finding("adapter_changed", message, sites=extra)
 
 
