@@ -26,6 +26,7 @@ from artefacts import (
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from mindprint.adapter.merging import merged_folder
 from mindprint.adapter.peft_format import read_adapter
 from mindprint.models import ModelFolder, check_model_folder
 from mindprint.trust.fingerprint import FILE_NAME, read_fingerprint
@@ -112,6 +113,12 @@ def without_fingerprint(it: Artefact) -> None:
     (it.adapter / FILE_NAME).unlink()
 
 
+def merged_by_mindprint(it: Artefact) -> None:
+    adapter, _ = read_adapter(it.adapter)
+    with merged_folder(it.merged, ModelFolder(it.base, "base"), adapter, it.adapter):
+        pass
+
+
 def merged_in_float32(it: Artefact) -> None:
     merge_with_peft(it, torch.float32)
 
@@ -135,6 +142,7 @@ TREATMENTS: tuple[Callable[[Artefact], None], ...] = (
     converted_to_mlx_lm,
     converted_there_and_back,
     without_fingerprint,
+    merged_by_mindprint,
     merged_in_float32,
     merged_in_bfloat16,
 )

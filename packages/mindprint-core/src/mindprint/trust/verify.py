@@ -6,7 +6,7 @@ alone cannot judge (a setting that only one config.json states, weights under ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ from mindprint.adapter.formats import read_any_adapter
 from mindprint.contract import AdapterState, Dtype, Float32
 from mindprint.data.tokenizer import load_tokenizer
 from mindprint.errors import AdapterError, GuardError, ModelError, NotFiniteError, TransposedError
+from mindprint.tensor_files import FLOAT_DTYPES
 from mindprint.training.engine import Engine, Placement
 from mindprint.trust.adapters import copy_findings, strength_findings, value_findings
 from mindprint.trust.bases import Doubt, base_findings, settings_findings, tokenizer_findings
@@ -40,8 +41,6 @@ ROUNDED_FACTORS = 0.05
 CURVATURE = 0.25
 """An adapter at f times its strength has an effect whose direction departs from the recorded one by less than this
 times (f - 1)², for log-probs are smooth in the strength: a tenth is seen. One that acts only in places departs more."""
-
-DTYPES: Mapping[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 Notice = Callable[[str], None]
 
@@ -212,7 +211,7 @@ def _for_rounded_factors(judgement: _Judgement, allowed: Tolerance, before: Floa
 def _narrower(base: models.ModelFolder, fingerprint: Fingerprint) -> list[Dtype]:
     """The dtype that the base is stored in, if that is another than it was."""
     stored = {info.dtype for info in models.tensors(base.path).values()} - {fingerprint.base.weights.dtype}
-    return [DTYPES[dtype] for dtype in stored if dtype in DTYPES]
+    return [FLOAT_DTYPES[dtype] for dtype in stored if dtype in FLOAT_DTYPES]
 
 
 def _judge_effect(judgement: _Judgement, here: _Scores) -> None:
@@ -238,7 +237,7 @@ def _probe_merge(
     probe = fingerprint.probe if fingerprint else _own_probe(base)
     after: Float32 | None
     noise: Noise | None
-    stored = {DTYPES[info.dtype] for info in models.tensors(merged.path).values() if info.dtype in DTYPES}
+    stored = {FLOAT_DTYPES[info.dtype] for info in models.tensors(merged.path).values() if info.dtype in FLOAT_DTYPES}
     if fingerprint is not None:
         recorded = fingerprint.measurement(placement.dtype)
         before, after, noise = recorded.base, recorded.adapter, recorded.noise
