@@ -141,7 +141,7 @@ def test_doctor_deep(run: Run, voice: str, name: str) -> None:
     """A random model need not end its answers; everything else holds."""
     said = run("doctor", "--backend", name, "--config", voice, "--deep", "--json")
     deep = {check["name"]: check for check in said.json["checks"] if check["subject"].startswith("voice on")}
-    assert {"LoRA", "gradient", "adapter", "base", "generation", "save and load"} <= deep.keys()
+    assert {"LoRA", "gradient", "adapter", "base", "generation", "save and load", "merge"} <= deep.keys()
     assert {check_name for check_name, check in deep.items() if not check["ok"]} <= {"generation"}
 
 

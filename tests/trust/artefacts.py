@@ -14,6 +14,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from mindprint.adapter import mlx_lm_format
+from mindprint.adapter.base_facts import read_base_facts
+from mindprint.adapter.formats import read_any_adapter
 from mindprint.adapter.initial import initial_adapter
 from mindprint.adapter.peft_format import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from mindprint.adapter.targets import resolve_targets
@@ -109,6 +112,26 @@ def copy_tokenizer(base: Path, folder: Path) -> None:
     for file in base.iterdir():
         if "token" in file.name or "template" in file.name:
             shutil.copy(file, folder / file.name)
+
+
+def convert_to_mlx_lm(artefact: Artefact) -> None:
+    """Write the adapter anew as mlx-lm does, in the same folder; its fingerprint goes along."""
+    adapter, named = read_any_adapter(artefact.adapter, artefact.base)
+    fingerprint = (artefact.adapter / FILE_NAME).read_text()
+    shutil.rmtree(artefact.adapter)
+    artefact.adapter.mkdir()
+    mlx_lm_format.write_adapter(artefact.adapter, adapter, read_base_facts(artefact.base), named)
+    (artefact.adapter / FILE_NAME).write_text(fingerprint)
+
+
+def convert_to_peft(artefact: Artefact) -> None:
+    """Write the adapter anew as PEFT does, in the same folder; its fingerprint goes along."""
+    adapter, named = read_any_adapter(artefact.adapter, artefact.base)
+    fingerprint = (artefact.adapter / FILE_NAME).read_text()
+    shutil.rmtree(artefact.adapter)
+    artefact.adapter.mkdir()
+    write_adapter(artefact.adapter, adapter, named)
+    (artefact.adapter / FILE_NAME).write_text(fingerprint)
 
 
 def placement(backend: str, dtype: Dtype = "float32") -> Placement:

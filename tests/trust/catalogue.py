@@ -17,20 +17,22 @@ import numpy as np
 import torch
 from artefacts import Artefact, Tensors, change_of, edit_config, edit_factors, edit_json, edit_tensors, make_base
 
+from mindprint.adapter.mlx_lm_format import WEIGHTS_FILE as MLX_LM_FILE
 from mindprint.adapter.peft_format import CONFIG_FILE, WEIGHTS_FILE
 from mindprint.backend import Backend
 from mindprint.contract import AdapterFacts, AdapterState, Float32, LoadedModel, LoraFactors, ModelSpec, TokenBatch
 from mindprint.trust.fingerprint import FILE_NAME
 from mindprint.trust.report import Code
 
-Kind = Literal["adapter", "adapter, no fingerprint", "base", "backend", "merge"]
+Kind = Literal["adapter", "adapter, no fingerprint", "base", "backend", "conversion", "merge"]
 
 
 @dataclass(frozen=True)
 class Fault:
     """One way to go wrong. `finds` is the code that verify must fail with, `refusal` the words of an error instead.
 
-    `factor` is what a `scale` finding must estimate. A fault of a backend wraps the backend.
+    `factor` is what a `scale` finding must estimate. A fault of a backend wraps the backend; one of a conversion breaks
+    an adapter that was converted to mlx-lm's format.
     """
 
     name: str
@@ -506,6 +508,64 @@ def the_base_alone_has_the_adapter(backend: Backend) -> Backend:
     return AlwaysOn(backend)
 
 
+# --- a conversion to mlx-lm ------------------------------------------------------------------------------------------
+
+
+@fault(
+    "conversion",
+    "mzbac in ml-explore/mlx-examples#623: alpha, not alpha / r, becomes the scale",
+    "scale",
+    factor=4.0,
+)
+def alpha_becomes_mlx_lms_scale(it: Artefact) -> None:
+    _edit_lora_parameters(it, scale=8.0)
+
+
+@fault(
+    "conversion",
+    "ml-explore/mlx-examples#622: the tool's default scale, 20, for the one trained with",
+    "scale",
+    factor=10.0,
+)
+def the_default_scale_is_taken(it: Artefact) -> None:
+    _edit_lora_parameters(it, scale=20.0)
+
+
+@fault("conversion", "ml-explore/mlx-examples#1328: only the last layers go along", "layers_missing")
+def only_the_last_layers_are_converted(it: Artefact) -> None:
+    edit_tensors(it.adapter / MLX_LM_FILE, lambda found: {n: v for n, v in found.items() if ".layers.0." not in n})
+
+
+@fault("conversion", "ml-explore/mlx-lm#1119: factors copied without transposing them", refusal="contradict")
+def factors_are_copied_as_they_lie(it: Artefact) -> None:
+    edit_tensors(it.adapter / MLX_LM_FILE, lambda found: {name: values.T for name, values in found.items()})
+
+
+@fault("conversion", "osaurus-ai/vmlx-swift#320: reshaped where it should be transposed", "transposed")
+def factors_are_reshaped_in_the_conversion(it: Artefact) -> None:
+    edit_tensors(
+        it.adapter / MLX_LM_FILE,
+        lambda found: {name: values.T.contiguous().reshape(values.shape) for name, values in found.items()},
+    )
+
+
+@fault(
+    "conversion",
+    "unslothai/unsloth-zoo#957: keys that name no module",
+    refusal="does not name in lora_parameters.keys",
+)
+def keys_leave_modules_out(it: Artefact) -> None:
+    _edit_lora_parameters(it, keys=["self_attn.q_proj"])
+
+
+@fault("conversion", "vllm-project/vllm#34186 for mlx-lm: values lost on the way, the names there", "no_effect")
+def values_are_lost_in_the_conversion(it: Artefact) -> None:
+    edit_tensors(
+        it.adapter / MLX_LM_FILE,
+        lambda found: {name: values * (0 if "lora_b" in name else 1) for name, values in found.items()},
+    )
+
+
 # --- a merge ---------------------------------------------------------------------------------------------------------
 
 
@@ -636,6 +696,11 @@ def _with(values: torch.Tensor, value: float) -> torch.Tensor:
     changed = values.clone()
     changed.view(-1)[7] = value
     return changed
+
+
+def _edit_lora_parameters(it: Artefact, **change: Any) -> None:
+    config = json.loads((it.adapter / CONFIG_FILE).read_text())
+    edit_config(it, lora_parameters=config["lora_parameters"] | change)
 
 
 def _keep(it: Artefact, keep: Callable[[str], bool]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import outcomes
 import pytest
-from artefacts import Artefact, make_adapter, make_base, merge_with_peft, placement
+from artefacts import Artefact, convert_to_mlx_lm, make_adapter, make_base, merge_with_peft, placement
 from catalogue import FAULTS, Fault
 
 from mindprint.adapter.peft_format import read_adapter
@@ -30,6 +30,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
 def verified(fault: Fault, artefact: Artefact) -> Report:
     """What `mindprint verify` does, on the artefact that the fault has broken."""
     where = placement("torch")
+    if fault.kind == "conversion":
+        convert_to_mlx_lm(artefact)
     if fault.kind == "backend":
         where = type(where)(fault.apply(where.backend), where.device, where.dtype)
     else:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from artefacts import (
     Artefact,
+    convert_to_mlx_lm,
+    convert_to_peft,
     copy_tokenizer,
     edit_config,
     edit_factors,
@@ -24,6 +26,7 @@ from artefacts import (
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from mindprint.adapter.merging import merged_folder
 from mindprint.adapter.peft_format import read_adapter
 from mindprint.models import ModelFolder, check_model_folder
 from mindprint.trust.fingerprint import FILE_NAME, read_fingerprint
@@ -97,8 +100,23 @@ def adapter_in_bfloat16(it: Artefact) -> None:
     edit_factors(it, lambda _, values: values.bfloat16())
 
 
+def converted_to_mlx_lm(it: Artefact) -> None:
+    convert_to_mlx_lm(it)
+
+
+def converted_there_and_back(it: Artefact) -> None:
+    convert_to_mlx_lm(it)
+    convert_to_peft(it)
+
+
 def without_fingerprint(it: Artefact) -> None:
     (it.adapter / FILE_NAME).unlink()
+
+
+def merged_by_mindprint(it: Artefact) -> None:
+    adapter, _ = read_adapter(it.adapter)
+    with merged_folder(it.merged, ModelFolder(it.base, "base"), adapter, it.adapter):
+        pass
 
 
 def merged_in_float32(it: Artefact) -> None:
@@ -121,7 +139,10 @@ TREATMENTS: tuple[Callable[[Artefact], None], ...] = (
     base_in_float32,
     adapter_through_peft,
     adapter_in_bfloat16,
+    converted_to_mlx_lm,
+    converted_there_and_back,
     without_fingerprint,
+    merged_by_mindprint,
     merged_in_float32,
     merged_in_bfloat16,
 )

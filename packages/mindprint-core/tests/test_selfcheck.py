@@ -110,6 +110,7 @@ def test_a_sound_backend_passes_deeply(backend_module: ModuleType, own: Prepared
     assert {name for name, finding in found.items() if not finding.ok} <= {"generation"}  # the toy never learnt to end
     assert found["LoRA"].detail == "2 modules, 1,536 elements, and nothing else is trainable"
     assert found["save and load"].detail == "log-probs within 0 nats of those in training"
+    assert found["merge"].detail.startswith("log-probs within ")
 
 
 def test_adapter_on_other_modules(backend_module: ModuleType, own: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +134,7 @@ def test_a_base_that_is_trained_too(backend_module: ModuleType, own: Prepared, m
     found = deeply(own)
     assert not found["base"].ok
     assert not found["save and load"].ok
+    assert not found["merge"].ok
 
 
 def test_what_is_saved_is_not_what_was_trained(
@@ -147,7 +149,8 @@ def test_what_is_saved_is_not_what_was_trained(
 
     monkeypatch.setattr(backend_module, "mindprint_save", _hook(original, halved))
     assert [name for name, finding in deeply(own).items() if not finding.ok and name != "generation"] == [
-        "save and load"
+        "save and load",
+        "merge",
     ]
 
 

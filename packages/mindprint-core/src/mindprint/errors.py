@@ -33,8 +33,6 @@ class AdapterError(MindprintError, ValueError):
 class TransposedError(AdapterError):
     """An adapter whose factors lie as `[in, r]` and `[r, out]` under names that mean `[r, in]` and `[out, r]`."""
 
-    exit_code = 1
-
 
 class RunError(MindprintError, RuntimeError):
     """A run folder cannot be used: it already holds a run, cannot be written, or does not match its configuration."""

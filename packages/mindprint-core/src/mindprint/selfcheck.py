@@ -18,6 +18,7 @@ from time import perf_counter
 import numpy as np
 
 from mindprint.adapter.initial import initial_adapter
+from mindprint.adapter.merging import merged_folder
 from mindprint.adapter.peft_format import read_adapter, write_adapter
 from mindprint.adapter.targets import resolve_targets
 from mindprint.backend import Backend, is_finite
@@ -39,7 +40,8 @@ from mindprint.data.rows import Origin, SftRow
 from mindprint.data.tokenizer import load_tokenizer
 from mindprint.errors import MindprintError
 from mindprint.losses import sft_loss
-from mindprint.models import ModelFolder
+from mindprint.models import ModelFolder, tensors
+from mindprint.tensor_files import FLOAT_DTYPES
 from mindprint.training.engine import Engine, Placement
 from mindprint.training.guards import LOG_PROB_NOISE
 from mindprint.training.prepare import Prepared
@@ -183,6 +185,8 @@ def check_deeply(prepared: Prepared, placement: Placement) -> Iterator[Finding]:
         engine.release()
         with tempfile.TemporaryDirectory() as folder:
             yield _reloaded(engine, placement, Path(folder), after, batch, trained)
+            engine.release()
+            yield _merged(placement, Path(folder), after, prepared.model, batch, trained)
     finally:
         engine.release()
 
@@ -239,6 +243,25 @@ def _reloaded(
     apart = _greatest(engine.backend.log_probs(engine.model, batch) - trained)
     detail = f"log-probs within {apart:.1g} nats of those in training"
     return Finding("save and load", ok=apart <= _noise(placement), detail=detail)
+
+
+def _merged(
+    placement: Placement, folder: Path, adapter: AdapterState, base: ModelFolder, batch: TokenBatch, trained: Float32
+) -> Finding:
+    """Merge the adapter into its base and load the result: a model like any other, that computes the same."""
+    out = folder / "merged"
+    with merged_folder(out, base, adapter, source=folder):
+        pass
+    engine = Engine(ModelFolder(out, "the merged model"))
+    try:
+        engine.load(placement)
+        apart = _greatest(engine.backend.log_probs(engine.model, batch, adapter=False) - trained)
+    finally:
+        engine.release()
+    stored = {FLOAT_DTYPES[info.dtype] for info in tensors(out).values() if info.dtype in FLOAT_DTYPES}
+    allowed = max(LOG_PROB_NOISE[dtype] for dtype in (*stored, placement.dtype))
+    detail = f"log-probs within {apart:.1g} nats of those in training, rounding to the base's dtype allows {allowed:g}"
+    return Finding("merge", ok=apart <= allowed, detail=detail)
 
 
 def _answers(engine: Engine, prepared: Prepared) -> Finding:

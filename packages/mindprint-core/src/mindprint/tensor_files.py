@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mindprint.contract import Float32
+from mindprint.contract import Dtype, Float32
 
 FLOATS: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -23,6 +23,9 @@ FLOATS: Mapping[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
 }
 """The float dtypes of the format that are read here, and the NumPy dtype of their bits."""
+
+FLOAT_DTYPES: Mapping[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Those that a base can be computed in, by their names in the contract."""
 
 LARGEST_HEADER = 100_000_000
 """What the format's own reader allows."""

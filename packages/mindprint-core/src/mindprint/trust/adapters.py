@@ -42,8 +42,9 @@ def value_findings(adapter: AdapterState, record: AdapterRecord | None) -> list[
 
 def copy_findings(folder: Path, base: models.ModelFolder) -> Iterator[Finding]:
     """Whether weights of the base that PEFT saved along are the base's: PEFT puts them into it on loading."""
-    weights = models.tensors(base.path)
-    copies = base_copies(folder) if adapter_format(folder) == "peft" else {}
+    if adapter_format(folder) != "peft":
+        return
+    weights, copies = models.tensors(base.path), base_copies(folder)
     pairs = {site: weights.get(f"{site}.weight") for site in copies}
     other = tuple(site for site, own in pairs.items() if own is not None and not same_values(copies[site], own))
     if other:
@@ -102,12 +103,12 @@ def _other_digits() -> Finding:
 
 
 def _modules(found: Changes, recorded: Changes) -> Iterator[Finding]:
-    missing, extra = tuple(recorded.keys() - found.keys()), tuple(found.keys() - recorded.keys())
+    missing, extra = (tuple(sorted(one.keys() - other.keys())) for one, other in ((recorded, found), (found, recorded)))
     if missing:
-        message = f"{_share(missing, recorded)} are not in the adapter ({listed(sorted(missing))})"
+        message = f"{_share(missing, recorded)} are not in the adapter ({listed(missing)})"
         yield Finding("layers_missing", message, sites=missing)
     if extra:
-        message = f"{len(extra)} modules were not in the adapter when it was trained ({listed(sorted(extra))})"
+        message = f"{len(extra)} modules were not in the adapter when it was trained ({listed(extra)})"
         yield Finding("adapter_changed", message, sites=extra)
 
 
@@ -150,10 +151,12 @@ def _swapped(found: Changes, recorded: Changes, sites: Sequence[str]) -> Finding
 def _was_not_transposed(adapter: AdapterState, site: str, recorded: Change) -> bool:
     """Whether the module's change would be as recorded if its factors were transposed, or exchanged and transposed."""
     pair, scale = adapter.tensors[site], adapter.config.scale(site)
-    meant = [reshaped(pair)]
+    if pair.a.ndim == 3:
+        return False
+    meant = [*reshaped(pair)]
     if pair.a.shape == pair.b.shape[::-1]:
         meant.append(LoraFactors(pair.b.T, pair.a.T))
-    return any(change(factors, scale).distance(recorded) <= SAME for factors in meant if factors.a.ndim == 2)
+    return any(change(factors, scale).distance(recorded) <= SAME for factors in meant)
 
 
 def _share(some: Sequence[str], of_all: Mapping[str, object]) -> str:

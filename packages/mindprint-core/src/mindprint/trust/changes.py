@@ -70,10 +70,14 @@ def _trace(a: NDArray[np.float64], b: NDArray[np.float64], expert: int, number: 
     return float((_signs(len(b), "u", expert, number) @ b) @ (a @ _signs(a.shape[1], "v", expert, number)))
 
 
-def reshaped(factors: LoraFactors) -> LoraFactors:
-    """The factors as they were meant, if bytes of `[in, r]` and `[r, out]` were read as `[r, in]` and `[out, r]`."""
+def reshaped(factors: LoraFactors) -> tuple[LoraFactors, LoraFactors]:
+    """The factors as they were meant, if they were reshaped where they should have been transposed.
+
+    First if bytes of `[in, r]` and `[r, out]` were taken for `[r, in]` and `[out, r]`, then if it was the other way.
+    """
     a, b = factors
-    return LoraFactors(a.reshape(a.shape[::-1]).T, b.reshape(b.shape[::-1]).T)
+    to_peft = LoraFactors(a.reshape(a.shape[::-1]).T, b.reshape(b.shape[::-1]).T)
+    return to_peft, LoraFactors(a.T.reshape(a.shape), b.T.reshape(b.shape))
 
 
 def exchanged(found: Mapping[str, Change], recorded: Mapping[str, Change], sites: Sequence[str]) -> dict[str, str]:

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mindprint import models
-from mindprint.adapter.base_facts import read_base_facts
-from mindprint.adapter.targets import is_embedding
-from mindprint.adapter.weight_changes import WeightChange, weight_changes
+from mindprint.adapter.base_facts import BaseFacts, read_base_facts
+from mindprint.adapter.module_names import file_names, split_stack
+from mindprint.adapter.targets import is_embedding, is_stack
 from mindprint.contract import AdapterState, Float32, LoraFactors
-from mindprint.errors import MindprintError, ModelError
-from mindprint.tensor_files import FLOATS, TensorInfo
+from mindprint.errors import ModelError
+from mindprint.tensor_files import TensorInfo
 from mindprint.trust.adapters import strength_finding
 from mindprint.trust.bases import Doubt
 from mindprint.trust.report import Code, Finding, listed
@@ -79,32 +79,89 @@ def merge_findings(merged: Path, base: Path, adapter: AdapterState) -> Iterator[
             f"{merged}: is quantized ({scheme}), so that no weight can be compared: verify what it was made of"
         )
     found, wanted = models.tensors(merged), models.tensors(base)
-    adapted = _adapted(adapter, wanted, base)
-    stacks = {name for name, change in adapted.items() if change.factors.a.ndim == 3}
     shared = sorted(found.keys() & wanted.keys())
-    fates = {
-        name: judge(found[name], wanted[name], adapted[name].factors, adapted[name].scale)
-        for name in shared
-        if name in adapted.keys() - stacks and found[name].shape == wanted[name].shape and found[name].dtype in FLOATS
-    }
-    rest = [name for name in shared if name not in fates.keys() | stacks]
+    placed: set[str] = set()
+    adapted: set[str] = set()
+    fates: dict[str, Merge] = {}
+    for site, weight, factors in stored_factors(adapter, read_base_facts(base), wanted.keys()):
+        placed.add(site)
+        name = weight.tensor
+        if name in found and found[name].shape == wanted[name].shape and found[name].dtype in EPSILON:
+            adapted.add(name)
+            scale = adapter.config.scale(site)
+            fates[str(weight)] = judge(weight.of(found[name]), weight.of(wanted[name]), factors, scale)
+    rest = [name for name in shared if name not in adapted]
     yield from _described(fates)
-    yield from _elsewhere(adapted.keys() - wanted.keys() | stacks)
+    yield from _elsewhere(adapter.tensors.keys() - placed)
     yield from _untouched(tuple(name for name in rest if not same_values(found[name], wanted[name])))
     yield from _names(found.keys(), wanted.keys())
 
 
-def _adapted(adapter: AdapterState, tensors: Mapping[str, TensorInfo], base: Path) -> dict[str, WeightChange]:
-    """By stored tensor, what the adapter changes; by the sites' own names where it cannot be merged as it is."""
-    try:
-        return weight_changes(adapter, tensors, read_base_facts(base))
-    except MindprintError:
-        return {
-            f"{site}.weight": WeightChange(
-                site, LoraFactors(b.T, a.T) if is_embedding(site) else LoraFactors(a, b), adapter.config.scale(site)
-            )
-            for site, (a, b) in adapter.tensors.items()
-        }
+@dataclass(frozen=True)
+class Weight:
+    """A weight in a model's files: a tensor, or one expert's part of one."""
+
+    tensor: str
+    expert: int | None = None
+
+    def of(self, info: TensorInfo) -> TensorInfo:
+        """Where the weight lies, as a matrix."""
+        if self.expert is None:
+            return info
+        size = (info.end - info.start) // info.shape[0]
+        start = info.start + self.expert * size
+        return info._replace(shape=info.shape[1:], start=start, end=start + size)
+
+    def __str__(self) -> str:
+        return self.tensor if self.expert is None else f"{self.tensor}[{self.expert}]"
+
+
+def stored_factors(
+    adapter: AdapterState, base: BaseFacts, tensors: AbstractSet[str]
+) -> Iterator[tuple[str, Weight, LoraFactors]]:
+    """For every site the weights that it is in a base's files, and factors whose B · A has each one's shape.
+
+    Tables of embeddings (`[vocabulary, out]`) and the linear layers of some families lie transposed; a stack of experts
+    is one tensor, or one for each expert and part.
+    """
+    for site, (a, b) in adapter.tensors.items():
+        if is_stack(site):
+            yield from ((site, *part) for part in _experts(site, LoraFactors(a, b), base, tensors))
+            continue
+        name = next((name for name in file_names(site, base.family) if name in tensors), None)
+        if name is not None:
+            turned = is_embedding(site) or base.family.transposed
+            yield site, Weight(name), LoraFactors(b.T, a.T) if turned else LoraFactors(a, b)
+
+
+def _experts(
+    site: str, factors: LoraFactors, base: BaseFacts, tensors: AbstractSet[str]
+) -> Iterator[tuple[Weight, LoraFactors]]:
+    for expert, (a, b) in enumerate(zip(*factors, strict=True)):
+        if site in tensors:
+            yield Weight(site, expert), LoraFactors(a, b)
+            continue
+        for name, rows in _parts(site, expert, b, base):
+            if name in tensors:
+                yield Weight(name), LoraFactors(a, rows)
+
+
+def _parts(site: str, expert: int, b: Float32, base: BaseFacts) -> Iterator[tuple[str, Float32]]:
+    """The tensors of one expert, and the rows of its B for each: gate and up are one in transformers, gate first."""
+    experts = base.family.experts
+    place = split_stack(site, experts) if experts is not None else None
+    if experts is None or place is None:
+        return
+    layer, parameter = place
+    inner = len(b) // 2
+    parts = {
+        "gate_up_proj": ((experts.gate, b[:inner]), (experts.up, b[inner:])),
+        "gate_proj": ((experts.gate, b),),
+        "up_proj": ((experts.up, b),),
+        "down_proj": ((experts.down, b),),
+    }
+    for part, rows in parts[parameter]:
+        yield f"{layer}.{experts.file}.{expert}.{part}.weight", rows
 
 
 def judge(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: float) -> Merge:

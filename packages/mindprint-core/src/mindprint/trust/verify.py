@@ -6,7 +6,7 @@ alone cannot judge (a setting that only one config.json states, weights under ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ from mindprint.adapter.formats import read_any_adapter
 from mindprint.contract import AdapterState, Dtype, Float32
 from mindprint.data.tokenizer import load_tokenizer
 from mindprint.errors import AdapterError, GuardError, ModelError, NotFiniteError, TransposedError
+from mindprint.tensor_files import FLOAT_DTYPES
 from mindprint.training.engine import Engine, Placement
 from mindprint.trust.adapters import copy_findings, strength_findings, value_findings
 from mindprint.trust.bases import Doubt, base_findings, settings_findings, tokenizer_findings
@@ -40,8 +41,6 @@ ROUNDED_FACTORS = 0.05
 CURVATURE = 0.25
 """An adapter at f times its strength has an effect whose direction departs from the recorded one by less than this
 times (f - 1)², for log-probs are smooth in the strength: a tenth is seen. One that acts only in places departs more."""
-
-DTYPES: Mapping[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 Notice = Callable[[str], None]
 
@@ -212,7 +211,7 @@ def _for_rounded_factors(judgement: _Judgement, allowed: Tolerance, before: Floa
 def _narrower(base: models.ModelFolder, fingerprint: Fingerprint) -> list[Dtype]:
     """The dtype that the base is stored in, if that is another than it was."""
     stored = {info.dtype for info in models.tensors(base.path).values()} - {fingerprint.base.weights.dtype}
-    return [DTYPES[dtype] for dtype in stored if dtype in DTYPES]
+    return [FLOAT_DTYPES[dtype] for dtype in stored if dtype in FLOAT_DTYPES]
 
 
 def _judge_effect(judgement: _Judgement, here: _Scores) -> None:
@@ -236,18 +235,25 @@ def _probe_merge(
     notice: Notice,
 ) -> None:
     probe = fingerprint.probe if fingerprint else _own_probe(base)
-    stored = {DTYPES[info.dtype] for info in models.tensors(merged.path).values() if info.dtype in DTYPES}
+    after: Float32 | None
+    noise: Noise | None
+    stored = {FLOAT_DTYPES[info.dtype] for info in models.tensors(merged.path).values() if info.dtype in FLOAT_DTYPES}
     if fingerprint is not None:
         recorded = fingerprint.measurement(placement.dtype)
         before, after, noise = recorded.base, recorded.adapter, recorded.noise
         stored |= {recorded.dtype, *_narrower(base, fingerprint)}
     else:
-        here = _scored(judgement, probe, base, placement, adapter, notice, _differs_from(None, placement.dtype))
-        if here.base is None or here.adapter is None or here.noise is None:
+        # A backend may not be able to hold an adapter (of stacked experts, say) that files can judge.
+        measure = _differs_from(None, placement.dtype)
+        here = _scored(judgement, probe, base, placement, adapter, notice, measure, needed=False)
+        if here.base is None:
             return
         before, after, noise = here.base, here.adapter, here.noise
     now = _scored(judgement, probe, merged, placement, None, notice).base
     if now is None:
+        return
+    if after is None:
+        judgement.effect = Effect(None, mean_effect(before, now))
         return
     judgement.effect = Effect(mean_effect(before, after), mean_effect(before, now))
     allowed = _for_rounded_factors(judgement, tolerance([placement.dtype, *stored], noise), before, after)
@@ -294,10 +300,12 @@ def _scored(
     adapter: AdapterState | None,
     notice: Notice,
     noise_matters: Callable[[Float32, Float32], bool] = lambda _base, _both: False,
+    *,
+    needed: bool = True,
 ) -> _Scores:
     """Load a model and score the probe, without and with the adapter if there is one; measure noise where it matters.
 
-    What cannot be loaded or injected raises, unless files have explained it already: then there are no scores.
+    What cannot be loaded or injected raises if it is `needed`, unless files have explained it already.
     """
     engine = Engine(model, notice)
     base: Float32 | None = None
@@ -318,7 +326,7 @@ def _scored(
             whose = model.name if base is None else "the base with the adapter"
             judgement.findings.append(Finding("not_finite", f"{whose} computes log-probs that are NaN or infinite"))
     except (AdapterError, GuardError, ModelError) as error:
-        if not judgement.failed and not judgement.doubts:
+        if needed and not judgement.failed and not judgement.doubts:
             raise
         judgement.findings.append(Finding("not_computed", str(error), fails=False))
     finally:
