@@ -24,7 +24,7 @@ from mindprint.trust.report import MEANINGS, Code
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/README.md")])
-COMMANDS = ("init", "train", "generate", "eval", "verify", "plugins", "doctor")
+COMMANDS = ("init", "train", "generate", "eval", "verify", "merge", "convert", "plugins", "doctor")
 
 
 def relative(page: Path) -> str:

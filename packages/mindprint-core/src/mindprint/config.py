@@ -84,6 +84,11 @@ class AdapterConfig(Section):
         "all-linear", description="`all-linear`, or a list of module names or their endings (`q_proj`)."
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead (rank-stabilised LoRA).")
+    start_from: str | None = Field(
+        None,
+        description="Folder of an adapter of PEFT's, mlx-lm's or Mindprint's to go on from; its rank, alpha and "
+        "modules must be those given here.",
+    )
 
 
 def _backend(value: object) -> object:

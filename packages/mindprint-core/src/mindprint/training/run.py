@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mindprint import __version__, atomic
-from mindprint.adapter.initial import initial_adapter
+from mindprint.adapter.initial import initial_adapter, started_adapter
 from mindprint.adapter.model_card import write_final_adapter
 from mindprint.adapter.peft_format import adapter_digest
 from mindprint.adapter.targets import resolve_targets
@@ -258,6 +258,8 @@ class _Run:
     def _initial_state(self, sites: Sequence[AdapterSite]) -> TrainingState:
         wanted = self.prepared.config.adapter
         lora = LoraConfig(wanted.r, wanted.alpha, self._targets(sites), wanted.dropout, wanted.use_rslora)
+        if wanted.start_from is not None and self.prepared.start is not None:
+            return TrainingState(started_adapter(self.prepared.start, lora, Path(wanted.start_from)))
         return TrainingState(initial_adapter(sites, lora, self.prepared.config.seed))
 
     def _run_stage(
@@ -408,7 +410,10 @@ def _portable(file: ConfigFile, run: Path) -> Config:
     changed = {name: relative_all(getattr(data, name)) for name in ("path", "sft", "preferences", "heldout")}
     name = file.config.model.name
     model = file.config.model.model_copy(update={"name": relative(name) if file.resolve(name).is_dir() else name})
-    return file.config.model_copy(update={"data": data.model_copy(update=changed), "model": model})
+    start = file.config.adapter.start_from
+    adapter = file.config.adapter.model_copy(update={"start_from": start and relative(start)})
+    changes = {"data": data.model_copy(update=changed), "model": model, "adapter": adapter}
+    return file.config.model_copy(update=changes)
 
 
 def _environment(placement: Placement) -> dict[str, str]:
