@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mindprint.adapter import merging
 from mindprint.cli import COMMANDS, main
 from mindprint.cli.train import _project_and_overrides, _with_resume_value
 from mindprint.config import load_config
@@ -180,6 +181,42 @@ def test_verify(run: Run, voice: str) -> None:
     assert said.code == 1
     assert "FAILED  scale: 2 of 2 modules act 0.5 times as strongly as trained (" in said.out
     assert said.out.splitlines()[-1] == "not verified: 1 finding"
+
+
+def test_merge_is_verified_and_finds_its_adapter_again(run: Run, voice: str) -> None:
+    run("train", voice, *SETTINGS)
+    said = run("merge", voice, "merged", "--backend", "toy")
+    assert (said.code, said.out.splitlines()[0].endswith("changed, everything else is as it was")) == (0, True)
+    assert said.out.splitlines()[-1] == "verified: it does what it did where it was trained"
+    assert run("verify", "merged", "--backend", "toy").code == 0
+    assert run("merge", voice, "merged").error == "merged: exists already; name a new folder"
+    again = run("merge", voice, "again", "--no-verify", "--json").json
+    assert (len(again["changed"]), again["verified"]) == (2, None)
+    assert Path("again/model.safetensors").read_bytes() == Path("merged/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("options", [("--backend", "toy"), ("--no-verify",)])
+def test_a_merge_that_is_the_base_is_not_kept(
+    run: Run, voice: str, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("train", voice, *SETTINGS)
+    monkeypatch.setattr(merging, "_write_shard", lambda target, shard, *_: shutil.copyfile(shard, target))
+    said = run("merge", voice, "merged", *options)
+    assert said.code == 1
+    assert "merged: was not kept, for the merge does not verify: the merged model is the base" in said.err
+    assert sorted(path.name for path in Path().iterdir()) == [voice]
+
+
+def test_convert_there_and_back(run: Run, voice: str) -> None:
+    run("train", voice, *SETTINGS)
+    adapter = Path(voice, "runs/run-001/adapter")
+    assert run("convert", voice, "mlx", "--to", "mlx-lm").out == "mlx: 2 modules, in the format of mlx-lm\n"
+    assert run("convert", "mlx", "peft", "--to", "peft", "--json").json["from"] == "mlx-lm"
+    name = "adapter_model.safetensors"
+    assert Path("peft", name).read_bytes() == (adapter / name).read_bytes()
+    assert run("verify", "mlx", "--backend", "toy").code == 0
+    assert run("convert", "mlx", "again", "--to", "mlx-lm").error == "mlx: is in the format of mlx-lm already"
+    assert run("convert", "mlx", "peft", "--to", "peft").error == "peft: exists already; name a new folder"
 
 
 def test_verify_as_json(run: Run, voice: str, toy_model: Path) -> None:

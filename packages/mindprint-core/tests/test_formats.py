@@ -47,8 +47,9 @@ def peft_folder(folder: Path, state: AdapterState, **changes: Any) -> Path:
 
 
 def same(one: AdapterState, other: AdapterState) -> bool:
-    pairs = [zip(one.tensors[site], other.tensors[site], strict=True) for site in one.tensors]
-    return one.tensors.keys() == other.tensors.keys() and all(np.array_equal(*parts) for pair in pairs for parts in pair)
+    if one.tensors.keys() != other.tensors.keys():
+        return False
+    return all(all(map(np.array_equal, pair, other.tensors[site])) for site, pair in one.tensors.items())
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------

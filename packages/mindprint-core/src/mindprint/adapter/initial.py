@@ -35,7 +35,7 @@ def started_adapter(start: AdapterState, config: LoraConfig, folder: Path) -> Ad
             )
     if other := sorted(set(config.target_modules) ^ set(start.tensors)):
         what = "has no tensors for" if other[0] in config.target_modules else "is also on"
-        raise AdapterError(f"{folder}: {what} {other[0]}, and adapter.target_modules says otherwise ({len(other)} differ)")
+        raise AdapterError(f"{folder}: {what} {other[0]}, adapter.target_modules says otherwise ({len(other)} differ)")
     kept = replace(config, rank_pattern=made.rank_pattern, alpha_pattern=made.alpha_pattern)
     return AdapterState(kept, {site: start.tensors[site] for site in config.target_modules})
 
