@@ -27,7 +27,7 @@ from mindprint.adapter.formats import read_any_adapter
 from mindprint.adapter.merging import merged_folder
 from mindprint.adapter.module_names import FAMILIES
 from mindprint.models import ModelFolder
-from mindprint.tensor_files import read_float32
+from mindprint.tensor_files import add_float32, from_float32, read_float32, to_float32
 
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe"}
@@ -196,6 +196,29 @@ def test_gpt2s_transposed_layers(tmp_path: Path) -> None:
     case = Case(tmp_path / "base", tmp_path / "adapter", tokens, tokens, torch_logits(wrapped, tokens))
     out = merged(case, tmp_path / "merged")
     assert distance(logits_of(out, tokens), case.wanted) < 1e-5
+
+
+def test_reduced_dtypes_round_as_torch_does() -> None:
+    """A million bit patterns, every exponent, infinities and NaN among them, and exact ties."""
+    random = np.random.default_rng(0)
+    bits = random.integers(0, 2**32, 2**20, dtype=np.uint32)
+    bits[: 2**16] = (bits[: 2**16] & 0xFFFF0000) | 0x8000
+    bits[:4] = (0x7F800000, 0xFF800000, 0x7FC00000, 0xFFFFFFFF)
+    values = bits.view(np.float32)
+    theirs = torch.from_numpy(values.copy()).bfloat16()
+    mine = from_float32(values, "BF16")
+    number = ~np.isnan(values)
+    assert np.array_equal(mine[number], theirs.view(torch.int16).numpy().view(np.uint16)[number])
+    assert np.isnan(to_float32(mine[~number], "BF16")).all()
+    stored = theirs.view(torch.int16).numpy().view(np.uint16).copy()
+    change = random.normal(0, 1, len(values)).astype(np.float32)
+    wanted = (theirs.float() + torch.from_numpy(change)).bfloat16()
+    add_float32(stored, change.copy(), "BF16")
+    found = torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
+    assert torch.equal(torch.nan_to_num(found.float(), nan=1.0), torch.nan_to_num(wanted.float(), nan=1.0))
+    with np.errstate(over="ignore", invalid="ignore"):
+        half = from_float32(values, "F16")
+    assert np.array_equal(half[number], torch.from_numpy(values.copy()).half().numpy()[number])
 
 
 def test_a_converted_adapter_generates_in_mlx_lm(tmp_path: Path) -> None:

@@ -27,6 +27,9 @@ FLOATS: Mapping[str, np.dtype[Any]] = {
 FLOAT_DTYPES: Mapping[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Those that a base can be computed in, by their names in the contract."""
 
+NAN_BF16 = 0x7FC0
+"""The bits of torch's own NaN."""
+
 LARGEST_HEADER = 100_000_000
 """What the format's own reader allows."""
 
@@ -87,8 +90,33 @@ def from_float32(values: Float32, dtype: str) -> NDArray[Any]:
     bits = values.view(np.uint32)
     rounded = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
     # The sum above would carry a NaN's payload into its sign; torch's own NaN is this one.
-    rounded[np.isnan(values)] = 0x7FC0
+    rounded[np.isnan(values)] = NAN_BF16
     return rounded
+
+
+def add_float32(bits: NDArray[Any], change: Float32, dtype: str) -> None:
+    """Add `change` in place to the values that `bits` are in `dtype`, rounded as by `from_float32`. Uses `change` up.
+
+    For bfloat16 this is the same arithmetic with half the passes through memory, which is what merging spends time on.
+    """
+    if dtype != "BF16":
+        change += to_float32(bits, dtype)
+        bits[...] = from_float32(change, dtype)
+        return
+    scratch = np.empty(change.shape, np.uint32)
+    scratch[...] = bits
+    np.left_shift(scratch, 16, out=scratch)
+    change += scratch.view(np.float32)
+    total = change.view(np.uint32)
+    np.right_shift(total, 16, out=scratch)
+    scratch &= 1
+    scratch += 0x7FFF
+    scratch += total
+    np.right_shift(scratch, 16, out=scratch)
+    bits[...] = scratch
+    odd = np.isnan(change)
+    if odd.any():
+        bits[odd] = NAN_BF16
 
 
 def _entries(file: BinaryIO) -> tuple[Mapping[str, Any], int]:

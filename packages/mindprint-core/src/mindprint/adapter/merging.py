@@ -11,15 +11,14 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mindprint import __version__, atomic, models
 from mindprint.adapter.base_facts import read_base_facts
@@ -27,7 +26,7 @@ from mindprint.adapter.peft_format import adapter_digest
 from mindprint.adapter.weight_changes import WeightChange, weight_changes
 from mindprint.contract import AdapterState, Float32, LoraFactors
 from mindprint.errors import ModelError, RunError
-from mindprint.tensor_files import FLOATS, TensorInfo, from_float32, to_float32
+from mindprint.tensor_files import FLOATS, TensorInfo, add_float32
 
 RECORD_FILE = "mindprint_merge.json"
 FORMAT = 1
@@ -38,9 +37,12 @@ KEPT = (*models.NEEDED_FILES, "LICENSE*", "NOTICE*", "USE_POLICY*", "*.py")
 BLOCK_ELEMENTS = 2**20
 """Elements that a thread reads at a time."""
 
-CACHED_ELEMENTS = 2**15
-"""Elements summed at a time: they stay in the processor's cache, and their product is too small for BLAS to start
-threads of its own, which would wait for each other beside ours."""
+CACHED_ELEMENTS = 2**16
+"""Elements summed at a time: they stay in the processor's cache."""
+
+SERIAL_PRODUCTS = 2**19
+"""Multiplications in a product that is too small for BLAS to start threads of its own, which would wait for each other
+beside ours."""
 
 COPY_BYTES = 2**24
 WORKERS = min(4, os.cpu_count() or 1)
@@ -88,8 +90,9 @@ def merged_folder(out: Path, base: models.ModelFolder, adapter: AdapterState, so
         adapter_digest=adapter_digest(adapter),
     )
     with atomic.new_folder(out) as aside:
-        for shard in models.weight_files(base.path):
-            _write_shard(aside / shard.name, shard, tensors, changes)
+        with _Threads() as threads:
+            for shard in models.weight_files(base.path):
+                _write_shard(aside / shard.name, shard, tensors, changes, threads)
         (aside / RECORD_FILE).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
         # config.json comes last: what was killed before it is no model's folder.
         for file in sorted(_kept(base.path), key=lambda file: file.name == "config.json"):
@@ -154,38 +157,69 @@ def _kept(base: Path) -> Iterator[Path]:
 # --- one shard -------------------------------------------------------------------------------------------------------
 
 
+class _Threads:
+    """Work on parts of files, few at a time; a file is flushed in the background while the next one is written."""
+
+    def __init__(self) -> None:
+        self._work, self._flush = ThreadPoolExecutor(WORKERS), ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in (self._work, self._flush):
+            pool.shutdown(cancel_futures=True)
+
+    def do(self, task: Callable[..., None], *arguments: Any) -> None:
+        self._waiting.append(self._work.submit(task, *arguments))
+        if len(self._waiting) > 4 * WORKERS:
+            self._waiting.popleft().result()
+
+    def wait(self) -> None:
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def flush(self, path: Path) -> None:
+        self._flush.submit(atomic.sync, path)
+
+
 def _write_shard(
-    target: Path, shard: Path, tensors: Mapping[str, TensorInfo], changes: Mapping[str, WeightChange]
+    target: Path,
+    shard: Path,
+    tensors: Mapping[str, TensorInfo],
+    changes: Mapping[str, WeightChange],
+    threads: _Threads,
 ) -> None:
     """A shard with its changed weights in place: the bytes between them, header included, are copied."""
     changed = sorted((info.start, name) for name, info in tensors.items() if info.file == shard and name in changes)
-    with shard.open("rb") as source, target.open("wb") as file, ThreadPoolExecutor(WORKERS) as pool:
-        at = 0
+    with shard.open("rb") as source, target.open("wb") as file:
+        files = source.fileno(), file.fileno()
+        size, at = shard.stat().st_size, 0
         for start, name in changed:
-            _copy(source, file, at, start)
-            _write_changed(file, tensors[name], changes[name], pool)
+            _copy(threads, files, at, start)
+            for first, factors in _blocks(changes[name]):
+                threads.do(_merge_block, files, tensors[name], first, factors, changes[name].scale)
             at = tensors[name].end
-        _copy(source, file, at, shard.stat().st_size)
+        _copy(threads, files, at, size)
+        threads.wait()
+    threads.flush(target)
 
 
-def _copy(source: BinaryIO, file: BinaryIO, start: int, stop: int) -> None:
-    source.seek(start)
-    while start < stop:
-        content = source.read(min(COPY_BYTES, stop - start))
-        file.write(content)
-        start += len(content)
+def _copy(threads: _Threads, files: tuple[int, int], start: int, stop: int) -> None:
+    for at in range(start, stop, COPY_BYTES):
+        threads.do(_copy_part, files, at, min(COPY_BYTES, stop - at))
 
 
-def _write_changed(file: BinaryIO, info: TensorInfo, change: WeightChange, pool: ThreadPoolExecutor) -> None:
-    """The blocks of one weight, read and summed by several threads, written in order; few are in memory at a time."""
-    waiting: deque[Future[NDArray[Any]]] = deque()
-    with info.file.open("rb") as source:
-        for first, factors in _blocks(change):
-            waiting.append(pool.submit(_merged_block, source.fileno(), info, first, factors, change.scale))
-            if len(waiting) > 2 * WORKERS:
-                waiting.popleft().result().tofile(file)
-        while waiting:
-            waiting.popleft().result().tofile(file)
+def _copy_part(files: tuple[int, int], start: int, length: int) -> None:
+    source, target = files
+    _write(target, os.pread(source, length, start), start)
+
+
+def _write(target: int, content: bytes | memoryview, start: int) -> None:
+    while content:
+        written = os.pwrite(target, content, start)
+        content, start = content[written:], start + written
 
 
 def _blocks(change: WeightChange) -> Iterator[tuple[int, LoraFactors]]:
@@ -200,19 +234,20 @@ def _blocks(change: WeightChange) -> Iterator[tuple[int, LoraFactors]]:
             yield (number * rows + row) * columns, LoraFactors(inner, part)
 
 
-def _merged_block(source: int, info: TensorInfo, first: int, factors: LoraFactors, scale: float) -> NDArray[Any]:
-    """The bits of `W + scale · B @ A` for one block of rows of a weight that begins at element `first`."""
+def _merge_block(files: tuple[int, int], info: TensorInfo, first: int, factors: LoraFactors, scale: float) -> None:
+    """Write the bits of `W + scale · B @ A` for one block of rows of a weight that begins at element `first`."""
+    source, target = files
     bits = FLOATS[info.dtype]
-    result = np.empty((len(factors.b), factors.a.shape[1]), bits)
-    read = os.preadv(source, [memoryview(result.view(np.uint8))], info.start + first * bits.itemsize)  # type: ignore[arg-type]
-    if read < result.nbytes:
+    block = np.empty((len(factors.b), factors.a.shape[1]), bits)
+    content = memoryview(block.view(np.uint8)).cast("B")  # type: ignore[arg-type]
+    start = info.start + first * bits.itemsize
+    if os.preadv(source, [content], start) < block.nbytes:
         raise ModelError(f"{info.file}: became shorter while it was read")
-    rows, columns = result.shape
+    rows, columns = block.shape
     scaled: Float32 = factors.b * np.float32(scale)
-    step = max(1, CACHED_ELEMENTS // columns)
+    step = max(1, min(CACHED_ELEMENTS, SERIAL_PRODUCTS // len(factors.a)) // columns)
     for row in range(0, rows, step):
         part = slice(row, row + step)
         change: Float32 = scaled[part] @ factors.a
-        change += to_float32(result[part], info.dtype)
-        result[part] = from_float32(change, info.dtype)
-    return result
+        add_float32(block[part], change, info.dtype)
+    _write(target, content, start)

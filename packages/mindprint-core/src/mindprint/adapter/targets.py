@@ -46,7 +46,13 @@ def resolve_targets(sites: Sequence[AdapterSite], wanted: str | Sequence[str]) -
         raise AdapterError("adapter.target_modules is empty; name modules, or write all-linear")
     for name in names:
         _require_match(name, sites)
-    return in_order([site.name for site in sites if any(_matches(site.name, name) for name in names)])
+    named = [site for site in sites if any(_matches(site.name, name) for name in names)]
+    for site in named:
+        if (site.kind == "embedding") != is_embedding(site.name):
+            raise AdapterError(
+                f"adapter.target_modules: {site.name} cannot be adapted: its kind does not show in its name"
+            )
+    return in_order([site.name for site in named])
 
 
 def is_embedding(site: str) -> bool:
