@@ -163,13 +163,17 @@ class _Threads:
     def __init__(self) -> None:
         self._work, self._flush = ThreadPoolExecutor(WORKERS), ThreadPoolExecutor(1)
         self._waiting: deque[Future[None]] = deque()
+        self._flushed: list[Future[None]] = []
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failed: object, *_: object) -> None:
         for pool in (self._work, self._flush):
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=failed is not None)
+        if failed is None:
+            for flushed in self._flushed:
+                flushed.result()  # the kernel tells of a failed write once, to whoever flushes first
 
     def do(self, task: Callable[..., None], *arguments: Any) -> None:
         self._waiting.append(self._work.submit(task, *arguments))
@@ -181,7 +185,7 @@ class _Threads:
             self._waiting.popleft().result()
 
     def flush(self, path: Path) -> None:
-        self._flush.submit(atomic.sync, path)
+        self._flushed.append(self._flush.submit(atomic.sync, path))
 
 
 def _write_shard(
