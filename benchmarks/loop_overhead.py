@@ -1,16 +1,18 @@
 """What core adds to a backend's bare step: batches, guards, metrics, checkpoints.
 
-    python benchmarks/loop_overhead.py [--backend torch]
+    python benchmarks/loop_overhead.py [--backend torch] [--model FOLDER] [--steps 100]
 
-Trains `builtin:tiny` on the sample curriculum through `mindprint.train`, timing every hook from outside (an observer
-that wraps the step hooks), and compares the time inside the steps with the time of the stages around them.
+Trains on the sample curriculum through `mindprint.train`, timing each hook from outside (an observer that wraps it) and
+each guard, and compares them with the time inside the steps. A stage has as many steps as DPO has by default, since
+some guards act once a stage.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Generator
+from collections import defaultdict
+from collections.abc import Callable, Generator
 from importlib.resources import files
 from pathlib import Path
 from time import perf_counter
@@ -20,61 +22,99 @@ import pluggy
 
 import mindprint
 from mindprint.events import Event, StageFinished, StepDone
+from mindprint.training import guards
 
 wrapper = pluggy.HookimplMarker("mindprint")
 
+SAVES_OF_THE_UPDATE_GUARD = 2
+"""`check_first_update` compares the adapter before and after the first update of a stage."""
+
 
 class Clock:
-    """Wraps the two step hooks and adds up how long they take."""
+    """Adds up how long each kind of work took, and how often it was done."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self.calls = 0
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.calls: dict[str, int] = defaultdict(int)
 
-    def _timed(self) -> Generator[None, Any, Any]:
+    def add(self, kind: str, seconds: float) -> None:
+        self.seconds[kind] += seconds
+        self.calls[kind] += 1
+
+    def mean(self, kind: str) -> float:
+        return self.seconds[kind] / max(self.calls[kind], 1)
+
+    def timed(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            started = perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                self.add(kind, perf_counter() - started)
+
+        return call
+
+    def _wrapped(self, kind: str) -> Generator[None, Any, Any]:
         started = perf_counter()
         try:
             return (yield)
         finally:
-            self.seconds += perf_counter() - started
-            self.calls += 1
+            self.add(kind, perf_counter() - started)
 
     @wrapper(wrapper=True)
     def mindprint_sft_step(self) -> Generator[None, Any, Any]:
-        return (yield from self._timed())
+        return (yield from self._wrapped("step"))
 
     @wrapper(wrapper=True)
     def mindprint_dpo_step(self) -> Generator[None, Any, Any]:
-        return (yield from self._timed())
+        return (yield from self._wrapped("step"))
+
+    @wrapper(wrapper=True)
+    def mindprint_base_digest(self) -> Generator[None, Any, Any]:
+        return (yield from self._wrapped("guard"))
+
+    @wrapper(wrapper=True)
+    def mindprint_save(self) -> Generator[None, Any, Any]:
+        return (yield from self._wrapped("save"))
 
 
 def main() -> None:
-    """Print the time inside and outside the steps."""
+    """Print the time inside and outside the steps, and that of the guards."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--backend", default="torch")
-    backend = parser.parse_args().backend
+    parser.add_argument("--model", default="builtin:tiny")
+    parser.add_argument("--steps", type=int, default=100, help="of each stage of each topic")
+    arguments = parser.parse_args()
     clock = Clock()
-    steps, stages = 0.0, 0.0
+    for name in [name for name in vars(guards) if name.startswith("check_")]:
+        setattr(guards, name, clock.timed("guard", getattr(guards, name)))
+    steps, stages, count = 0.0, 0.0, 0
 
     def add(event: Event) -> None:
-        nonlocal steps, stages
+        nonlocal steps, stages, count
         if isinstance(event, StepDone):
             steps += event.seconds
         if isinstance(event, StageFinished):
-            stages += event.seconds
+            stages, count = stages + event.seconds, count + 1
 
     config = {
-        "backend": backend,
+        "model": {"name": arguments.model},
+        "backend": arguments.backend,
         "data": {"path": str(files("mindprint").joinpath("resources", "curriculum"))},
-        "sft": {"steps_per_topic": 40},
-        "dpo": {"steps_per_topic": 40},
+        "sft": {"steps_per_topic": arguments.steps},
+        "dpo": {"steps_per_topic": arguments.steps},
     }
     with tempfile.TemporaryDirectory() as folder:
         mindprint.train(config, run=Path(folder) / "run", on_event=add, observers=[clock])
-    milliseconds = 1000 * clock.seconds / clock.calls
-    print(f"{backend}: {clock.calls} steps of builtin:tiny, {milliseconds:.1f} ms each in the backend")
-    print(f"  core around a step (batches, checks of the step): {100 * (steps / clock.seconds - 1):5.1f} % of it")
-    print(f"  core around a stage (reference, checkpoints, guards): {100 * (stages / clock.seconds - 1):5.1f} % of it")
+    bare = clock.seconds["step"]
+    guarded = clock.seconds["guard"] + SAVES_OF_THE_UPDATE_GUARD * count * clock.mean("save")
+    print(
+        f"{arguments.backend}, {arguments.model}: {clock.calls['step']} steps in {count} stages, "
+        f"{1000 * clock.mean('step'):.1f} ms each in the backend; beside it, as a share of it"
+    )
+    print(f"  core around a step (batches, checks of the step): {100 * (steps / bare - 1):5.2f} %")
+    print(f"  core around a stage (reference, checkpoints, guards): {100 * (stages / bare - 1):5.2f} %")
+    print(f"  guards, all of them, once a step and once a stage: {100 * guarded / bare:5.2f} %")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,9 @@ def main() -> None:
         print(f"base: {size / 1e9:.2f} GB in {len(models.weight_files(Path(folder) / 'base'))} shards, bfloat16")
         rounds = [(measured("copy", folder), measured("merge", folder)) for _ in range(given.rounds)]
     for copy, merge in rounds:
-        print(f"copy {copy['seconds']:6.2f} s   merge {merge['seconds']:6.2f} s   peak {merge['megabytes']:.0f} MB")
+        both = ", ".join(f"{name} {one['seconds']:.2f} s ({one['cpu']:.2f} s of CPU)"
+                         for name, one in (("copy", copy), ("merge", merge)))  # fmt: skip
+        print(f"{both}, peak {merge['megabytes']:.0f} MB")
     speed = statistics.median(copy["seconds"] / merge["seconds"] for copy, merge in rounds)
     memory = max(merge["megabytes"] for _, merge in rounds)
     print(f"merge at {speed:.2f} of the speed of copying (at least {LIMIT_SPEED}); peak {memory:.0f} MB "
@@ -126,7 +128,7 @@ def work(what: str, folder: Path, gigabytes: float) -> None:
         return
     out = folder / what
     os.sync()
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     if what == "copy":
         out.mkdir()
         for file in (folder / "base").iterdir():
@@ -137,9 +139,9 @@ def work(what: str, folder: Path, gigabytes: float) -> None:
         adapter, _ = read_adapter(folder / "adapter")
         with merged_folder(out, models.ModelFolder(folder / "base", "base"), adapter, folder / "adapter"):
             pass
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "megabytes": megabytes}))
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "megabytes": megabytes}))
     shutil.rmtree(out)
 
 

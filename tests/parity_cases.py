@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +20,13 @@ from mindprint.contract import (
     LoraFactors,
     ModelSpec,
     PreferenceBatch,
+    StepMetrics,
     TokenBatch,
     TrainingState,
+    Update,
 )
+from mindprint.losses import PreferenceLoss
+from mindprint.training.run_folder import RunFolder
 
 VOCABULARY = 380
 
@@ -60,14 +67,14 @@ def stirred(adapter: AdapterState, seed: int = 11, size: float = 0.02) -> Adapte
     return replace(adapter, tensors=tensors)
 
 
-def token_batch(seed: int, lengths: tuple[int, ...] = (23, 9, 31, 14)) -> TokenBatch:
+def token_batch(seed: int, lengths: tuple[int, ...] = (23, 9, 31, 14), vocabulary: int = VOCABULARY) -> TokenBatch:
     """Ragged rows whose loss starts somewhere in the middle, padded with a token that also occurs in them."""
     rng = np.random.default_rng(seed)
     width = max(lengths)
     tokens = np.full((len(lengths), width), 5, np.int32)
     mask = np.zeros((len(lengths), width), bool)
     for row, length in enumerate(lengths):
-        tokens[row, :length] = rng.integers(3, VOCABULARY, length)
+        tokens[row, :length] = rng.integers(3, vocabulary, length)
         mask[row, rng.integers(1, length - 1) : length] = True
     return TokenBatch(tokens, np.array(lengths, np.int32), mask)
 
@@ -91,3 +98,48 @@ def _ragged(rng: np.random.Generator, rows: int, low: int, high: int) -> tuple[n
 def relative_difference(first: np.ndarray, second: np.ndarray) -> float:
     """Norm of the difference over the norm of the first."""
     return float(np.linalg.norm(first - second) / max(np.linalg.norm(first), 1e-30))
+
+
+WORDS = (
+    "the", "ferry", "lamp", "bell", "tide", "rope", "gull", "salt", "stone", "wind", "bread", "clock", "garden", "bee",
+)  # fmt: skip
+
+
+def trajectory_project(model: Path, data: Path, steps: int) -> dict[str, Any]:
+    """A configuration of one topic, its rows written into `data`: ragged, some longer than `max_length`, micro-batches
+    of 3 in steps of 6."""
+    rng = random.Random(5)
+
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+    sft = [{"prompt": text(2, 12), "completion": text(2, 40)} for _ in range(23)]
+    pairs = [{"prompt": text(2, 12), "chosen": text(2, 30), "rejected": text(2, 30)} for _ in range(17)]
+    for name, rows in (("sft", sft), ("preferences", pairs)):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = {"steps_per_topic": steps, "batch_size": 3, "gradient_accumulation": 2}
+    return {
+        "model": {"name": str(model)},
+        "backend": {"dtype": "float32", "device": "cpu"},
+        "data": {"path": str(data), "max_length": 120},
+        "adapter": {"r": 8, "alpha": 32.0},
+        "sft": {**stage, "learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 5},
+        "dpo": {**stage, "learning_rate": 1e-4},
+    }
+
+
+def losses(folder: RunFolder, stage: str) -> np.ndarray:
+    """The loss of every step of a stage, float64 `[steps]`."""
+    return np.array([line["loss"] for line in folder.read_steps() if line["stage"] == stage])
+
+
+def take_step(opened: Opened, stage: str, step: int) -> StepMetrics:
+    """One optimizer step of two ragged micro-batches that follow from its number."""
+    if stage == "sft":
+        batches = [token_batch(2 * step), token_batch(2 * step + 1, (7, 33))]
+        update = Update(1e-3, tokens=sum(batch.loss_tokens for batch in batches))
+        return opened.backend.sft_step(opened.model, batches, update)
+    pairs = [preference_batch(2 * step), preference_batch(2 * step + 1)]
+    tokens = sum(int(batch.chosen_lengths.sum()) for batch in pairs)
+    update = Update(1e-3, tokens=tokens, pairs=sum(batch.pairs for batch in pairs))
+    return opened.backend.dpo_step(opened.model, pairs, PreferenceLoss("sigmoid"), update)

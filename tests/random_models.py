@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -31,6 +31,26 @@ def save_model(folder: Path, config: PreTrainedConfig, seed: int = 0, dtype: tor
                 torch.nn.init.normal_(parameter, parameter.detach().mean().item(), 0.1)
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+def save_qwen2(folder: Path) -> Path:
+    """A random Qwen2 of 0.2M parameters with a tokenizer, its rope base far from every library's default."""
+    tokenizer = save_tokenizer(folder)
+    config = Qwen2Config(
+        vocab_size=400,  # wider than the tokenizer, as published models are
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    return save_model(folder, config)
 
 
 def save_tokenizer(

@@ -18,26 +18,11 @@ import pytest
 import mindprint
 from mindprint.backend import load_backend
 from mindprint.training.run_folder import RunFolder
+from parity_cases import WORDS
 
 KILLS = int(os.environ.get("MINDPRINT_KILLS", "3"))
 STEPS = {"sft": 14, "dpo": 14}
 EVERY = 5
-WORDS = [
-    "the",
-    "ferry",
-    "lamp",
-    "bell",
-    "tide",
-    "rope",
-    "gull",
-    "salt",
-    "stone",
-    "wind",
-    "bread",
-    "clock",
-    "garden",
-    "bee",
-]
 
 
 @pytest.fixture(scope="module")

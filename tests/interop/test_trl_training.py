@@ -35,7 +35,7 @@ from mindprint.losses import NUMPY, PairLogProbs, PreferenceLoss
 from mindprint.training.plan import StagePlan
 from mindprint.training.prepare import Prepared, prepare
 from mindprint.training.run_folder import RunFolder
-from parity_cases import relative_difference
+from parity_cases import WORDS, relative_difference
 from random_models import CHAT_TEMPLATE
 
 pytest.importorskip("trl")
@@ -55,22 +55,6 @@ GRAD_NORM_TOLERANCE = 1e-2
 """Relative. A check that the same thing was clipped, not a promise: DESIGN.md bounds losses."""
 
 BACKENDS = ("torch", "mlx")
-WORDS = [
-    "the",
-    "ferry",
-    "lamp",
-    "bell",
-    "tide",
-    "rope",
-    "gull",
-    "salt",
-    "stone",
-    "wind",
-    "bread",
-    "clock",
-    "garden",
-    "bee",
-]
 ASSISTANT_MARKED = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>\n{% endgeneration %}"

@@ -1,142 +1,47 @@
 """Every architecture of the matrix computes on MLX what transformers computes, or is refused.
 
-Small models with random weights, saved by transformers with a rope base that is no library's default. The logits of
-mlx-lm's classes, loaded as `mindprint_mlx` loads them, against those of transformers; and what can take LoRA, under
-which names.
+`tests/architectures.py` has the models and the comparison. The logits of mlx-lm's classes, loaded as `mindprint_mlx`
+loads them, against those of transformers; what can take LoRA, under which names; ten training steps.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from mindprint.contract import LoadedModel, ModelSpec
+from architectures import MATRIX, RELATIVE, TEN_STEPS, TOKENS, compare, distance, loaded, rewritten, saved
 from mindprint.errors import ModelError
-from mindprint_mlx import adapter, architectures, model
-
-RELATIVE = 1e-4
-"""Greatest relative distance of logits (DESIGN.md's matrix); 1e-6 is seen."""
-
-TOKENS = 24
-
-SMALL: Mapping[str, Any] = {
-    "vocab_size": 131,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-
-MATRIX: Mapping[str, Mapping[str, Any]] = {
-    "apertus": {},
-    "cohere": {"logit_scale": 0.3},
-    "ernie4_5": {"head_dim": 16},
-    "exaone4": {"head_dim": 16, "sliding_window": 8},
-    "gemma": {"head_dim": 16},
-    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "final_logit_softcapping": 2.0},
-    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "hidden_size": 72},
-    "glm4": {"head_dim": 16},
-    "gpt_neox": {"intermediate_size": 256},
-    "granite": {
-        "logits_scaling": 8.0,
-        "attention_multiplier": 0.2,
-        "embedding_multiplier": 6.0,
-        "residual_multiplier": 0.3,
-    },
-    "helium": {"head_dim": 16},
-    "hunyuan_v1_dense": {"head_dim": 16},
-    "llama": {},
-    "mistral": {"head_dim": 16, "sliding_window": 8},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "nemotron": {},
-    "olmo2": {},
-    "phi": {},
-    "phi3": {},
-    "qwen2": {},
-    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 48},
-    "qwen3": {"head_dim": 24},
-    "qwen3_moe": {**EXPERTS, "head_dim": 16},
-    "seed_oss": {"head_dim": 16},
-    "smollm3": {},
-    "stablelm": {},
-    "starcoder2": {"sliding_window": 8},
-}
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A model that transformers saved: where, its logits `[rows, tokens, vocabulary]`, and its linear layers."""
-
-    folder: Path
-    tokens: np.ndarray
-    logits: np.ndarray
-    linears: frozenset[str]
-
-
-def saved(folder: Path, model_type: str, base: float = 500000.0, **changes: Any) -> Reference:
-    """Save a random model of a family and compute its logits with transformers."""
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[model_type](**{**SMALL, **MATRIX[model_type], **changes})
-    set_rope_base(config, base)
-    reference = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            # Norms and biases too: a layer that left one out must show.
-            parameter.add_(0.05 * torch.randn_like(parameter))
-        reference.save_pretrained(folder)
-        tokens = torch.randint(3, 131, (2, TOKENS))
-        logits = reference(tokens).logits.float().numpy()
-    linears = {name for name, module in reference.named_modules() if type(module) is torch.nn.Linear}
-    return Reference(folder, tokens.numpy(), logits, frozenset(linears))
-
-
-def set_rope_base(config: Any, base: float) -> None:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    for entry in nested or [parameters]:
-        entry["rope_theta"] = base
-
-
-def rewritten(folder: Path, change: Mapping[str, Any], remove: tuple[str, ...] = ()) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) | dict(change)
-    path.write_text(json.dumps({name: value for name, value in config.items() if name not in remove}))
-
-
-def loaded(folder: Path) -> LoadedModel:
-    return model.load(ModelSpec(str(folder), "cpu", "float32"))
-
-
-def distance(reference: Reference) -> float:
-    handle = loaded(reference.folder).handle
-    with handle.in_use():
-        logits = np.array(handle.module(mx.array(reference.tokens)))
-    return float(np.linalg.norm(logits - reference.logits) / np.linalg.norm(reference.logits))
+from mindprint_mlx import adapter, architectures
 
 
 def test_the_matrix_is_what_the_backend_says_it_is() -> None:
     assert set(MATRIX) == architectures.COMPARED
 
 
+def test_the_documented_matrix_has_every_row_and_each_is_right() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.count("|") == 7]
+    verdicts = {row[0]: row[4] for row in rows if row[0] in MATRIX}
+    assert verdicts == dict.fromkeys(MATRIX, "right")
+
+
 @pytest.mark.parametrize("base", [500000.0, 20000.0])
 @pytest.mark.parametrize("model_type", sorted(MATRIX))
 def test_logits_are_those_of_transformers(model_type: str, base: float, tmp_path: Path) -> None:
     assert distance(saved(tmp_path, model_type, base)) < RELATIVE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(MATRIX))
+def test_ten_training_steps_are_those_of_torch(model_type: str, tmp_path: Path) -> None:
+    row = compare(model_type, tmp_path)
+    assert row.same_sites
+    assert row.ten_steps < TEN_STEPS
+    assert row.right
 
 
 @pytest.mark.parametrize("model_type", sorted(MATRIX))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,16 @@ import pytest
 
 import mindprint
 from mindprint.adapter.peft_format import read_adapter
-from mindprint.contract import PreferenceBatch, StepMetrics, TokenBatch, Update
 from mindprint.errors import Interrupted
 from mindprint.events import Event, StepDone
-from mindprint.losses import PreferenceLoss
 from mindprint.training.run_folder import RunFolder
-from parity_cases import Opened, open_model, preference_batch, relative_difference, token_batch
+from parity_cases import (
+    losses,
+    open_model,
+    relative_difference,
+    take_step,
+    trajectory_project,
+)
 
 STEPS = 100
 SFT_TOLERANCE = 1e-5
@@ -29,41 +31,7 @@ RESYNCHRONISED_TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def project(qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Ragged rows, some longer than `max_length`, micro-batches of 3 in steps of 6, one topic."""
-    data = tmp_path_factory.mktemp("data")
-    rng = random.Random(5)
-    words = [
-        "the",
-        "ferry",
-        "lamp",
-        "bell",
-        "tide",
-        "rope",
-        "gull",
-        "salt",
-        "stone",
-        "wind",
-        "bread",
-        "clock",
-        "garden",
-        "bee",
-    ]
-
-    def text(low: int, high: int) -> str:
-        return " ".join(rng.choices(words, k=rng.randint(low, high)))
-
-    sft = [{"prompt": text(2, 12), "completion": text(2, 40)} for _ in range(23)]
-    pairs = [{"prompt": text(2, 12), "chosen": text(2, 30), "rejected": text(2, 30)} for _ in range(17)]
-    for name, rows in (("sft", sft), ("preferences", pairs)):
-        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stage = {"steps_per_topic": STEPS, "batch_size": 3, "gradient_accumulation": 2}
-    return {
-        "model": {"name": str(qwen2)},
-        "backend": {"dtype": "float32", "device": "cpu"},
-        "data": {"path": str(data), "max_length": 120},
-        "adapter": {"r": 8, "alpha": 32.0},
-        "sft": {**stage, "learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 5},
-        "dpo": {**stage, "learning_rate": 1e-4},
-    }
+    return trajectory_project(qwen2, tmp_path_factory.mktemp("data"), STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +63,6 @@ def press_ctrl_c_at(step: int) -> Callable[[Event], None]:
             os.kill(os.getpid(), signal.SIGINT)
 
     return press
-
-
-def losses(folder: RunFolder, stage: str) -> np.ndarray:
-    return np.array([line["loss"] for line in folder.read_steps() if line["stage"] == stage])
 
 
 def check_curves(first: RunFolder, second: RunFolder) -> None:
@@ -162,11 +126,31 @@ def test_resume_on_the_same_backend_is_bit_for_bit(
     project: dict[str, Any], runs: dict[str, RunFolder], tmp_path: Path, backend: str, stop_at: int
 ) -> None:
     run(project, tmp_path / "run", stop_at=stop_at, backend=backend)
-    resumed = run(project, tmp_path / "run", resume=True, backend=backend)
+    check_bit_for_bit(run(project, tmp_path / "run", resume=True, backend=backend), runs[backend])
+
+
+SMALL_RUN = 4
+"""Steps of each stage of the run that is stopped at every one of its step boundaries."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_stopped_at_every_step_boundary_and_resumed_bit_for_bit(
+    qwen2: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, backend: str
+) -> None:
+    small = trajectory_project(qwen2, tmp_path_factory.mktemp("data"), SMALL_RUN)
+    whole = run(small, tmp_path / "whole", backend=backend)
+    for stop_at in range(1, 2 * SMALL_RUN):
+        stopped = tmp_path / f"stopped-{stop_at}"
+        run(small, stopped, stop_at=stop_at, backend=backend)
+        check_bit_for_bit(run(small, stopped, resume=True, backend=backend), whole)
+
+
+def check_bit_for_bit(resumed: RunFolder, whole: RunFolder) -> None:
     for stage in ("sft", "dpo"):
-        assert losses(resumed, stage).tolist() == losses(runs[backend], stage).tolist()
+        assert losses(resumed, stage).tolist() == losses(whole, stage).tolist()
     weights = "adapter_model.safetensors"
-    assert (resumed.adapter / weights).read_bytes() == (runs[backend].adapter / weights).read_bytes()
+    assert (resumed.adapter / weights).read_bytes() == (whole.adapter / weights).read_bytes()
 
 
 @pytest.mark.slow
@@ -178,14 +162,3 @@ def test_resynchronised_before_every_step(qwen2: Path, stage: str) -> None:
         mlx.restore(torch.save())
         first, second = (take_step(each, stage, step) for each in (torch, mlx))
         assert first.loss == pytest.approx(second.loss, abs=RESYNCHRONISED_TOLERANCE * (1 + first.loss)), step
-
-
-def take_step(opened: Opened, stage: str, step: int) -> StepMetrics:
-    if stage == "sft":
-        batches: list[TokenBatch] = [token_batch(2 * step), token_batch(2 * step + 1, (7, 33))]
-        update = Update(1e-3, tokens=sum(batch.loss_tokens for batch in batches))
-        return opened.backend.sft_step(opened.model, batches, update)
-    pairs: list[PreferenceBatch] = [preference_batch(2 * step), preference_batch(2 * step + 1)]
-    tokens = sum(int(batch.chosen_lengths.sum()) for batch in pairs)
-    update = Update(1e-3, tokens=tokens, pairs=sum(batch.pairs for batch in pairs))
-    return opened.backend.dpo_step(opened.model, pairs, PreferenceLoss("sigmoid"), update)

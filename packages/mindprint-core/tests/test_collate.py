@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mindprint.contract import Bool, Int32
-from mindprint.data.collate import pair_sequences, preference_batch, sft_batch
+from mindprint.data.collate import pair_sequences, preference_batch, sft_batch, shared_sequences
 from mindprint.data.render import PreferenceExample, SftExample
 from mindprint.data.rows import Origin
 
@@ -65,3 +65,12 @@ def test_pairs_as_whole_sequences() -> None:
     assert rejected.tokens.tolist() == [[1, 2, 4, 5], [6, 2, PAD, PAD]]
     assert rejected.loss_mask.tolist() == [[False, False, True, True], [False, True, False, False]]
     assert (chosen.lengths.tolist(), rejected.lengths.tolist()) == ([3, 4], [4, 2])
+
+
+def test_pairs_as_sequences_that_share_prompts() -> None:
+    batch = shared_sequences(PAIRS, PAD)
+    assert batch.tokens.tolist() == [[1, 2, 3, PAD], [6, 7, 8, 1], [1, 2, 4, 5], [6, 2, PAD, PAD]]
+    assert batch.lengths.tolist() == [3, 4, 4, 2]
+    assert batch.loss_mask.sum(axis=1).tolist() == [1, 3, 2, 1]
+    assert batch.shared is not None
+    assert batch.shared.tolist() == [2, 1]

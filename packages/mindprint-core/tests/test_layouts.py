@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
+import pytest
 
 from mindprint.contract import PreferenceBatch, TokenBatch
-from mindprint.layouts import preference_rows, sequences
+from mindprint.layouts import continued, forked, preference_rows, preference_sequences, sees, sequences
 
 
 def test_sequences() -> None:
@@ -39,3 +43,73 @@ def test_preference_rows() -> None:
     np.testing.assert_array_equal(layout.targets, [5, 6, 7, 8, 9, 10, 11])
     np.testing.assert_array_equal(layout.slots, [0, 1, 3, 6, 9, 10, 11])
     assert layout.shape == (4, 3)
+
+
+SHARING = TokenBatch(
+    tokens=np.array([[1, 2, 3, 5, 6], [4, 7, 0, 0, 0], [1, 2, 3, 8, 0], [4, 9, 10, 11, 0]], np.int32),
+    lengths=np.array([5, 2, 4, 4], np.int32),
+    loss_mask=np.array([[0, 0, 0, 1, 1], [0, 1, 0, 0, 0], [0, 0, 0, 1, 0], [0, 1, 0, 1, 0]], bool),
+    shared=np.array([3, 1], np.int32),
+)
+"""The pairs of `test_preference_rows`; token 10 is not asked for."""
+
+
+def test_preference_sequences() -> None:
+    batch = PreferenceBatch(
+        prompt=np.array([[1, 2, 3], [4, 0, 0]], np.int32),
+        prompt_lengths=np.array([3, 1], np.int32),
+        chosen=np.array([[5, 6], [7, 0]], np.int32),
+        chosen_lengths=np.array([2, 1], np.int32),
+        rejected=np.array([[8, 0, 0], [9, 10, 11]], np.int32),
+        rejected_lengths=np.array([1, 3], np.int32),
+    )
+    joined = preference_sequences(batch)
+    np.testing.assert_array_equal(joined.tokens, SHARING.tokens)
+    np.testing.assert_array_equal(joined.lengths, SHARING.lengths)
+    np.testing.assert_array_equal(joined.loss_mask.sum(axis=1), [2, 1, 1, 3])
+    np.testing.assert_array_equal(joined.shared, [3, 1])
+
+
+def test_forked_rows() -> None:
+    """Row 0: prompt (1 2 3), first (5), second (). Row 1: prompt (4), first (), second (9 10). No last tokens."""
+    layout = forked(SHARING)
+    np.testing.assert_array_equal(layout.tokens, [[1, 2, 3, 5], [4, 9, 10, 0]])
+    np.testing.assert_array_equal(layout.positions, [[0, 1, 2, 3], [0, 1, 2, 0]])
+    np.testing.assert_array_equal(layout.parts, [[0, 0, 0, 1], [0, 2, 2, 3]])
+    np.testing.assert_array_equal(layout.sources, [2, 3, 4, 2, 4, 6])
+    np.testing.assert_array_equal(layout.targets, [5, 6, 7, 8, 9, 11])
+    np.testing.assert_array_equal(layout.slots, [3, 4, 6, 13, 16, 18])
+    assert layout.shape == (4, 5)
+
+
+def test_completions_see_the_prompt_and_themselves() -> None:
+    """Two tokens of prompt, one of the first completion, two of the second, one of padding."""
+    parts = np.array([[0, 0, 1, 2, 2, 3]])
+    np.testing.assert_array_equal(
+        sees(parts, np.arange(6))[0],
+        [
+            [1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0],
+            [1, 1, 0, 1, 0, 0],
+            [1, 1, 0, 1, 1, 0],
+            [1, 1, 0, 0, 0, 1],
+        ],
+    )
+
+
+def test_continued_prompts() -> None:
+    """Hidden states: 0 to 5 of the prompts, from 6 on of the completions, two a row."""
+    layout = continued(SHARING)
+    np.testing.assert_array_equal(layout.prompts, [[1, 2, 3], [4, 7, 0]])
+    np.testing.assert_array_equal(layout.prompt_lengths, [3, 1])
+    np.testing.assert_array_equal(layout.completions, [[5, 0], [0, 0], [0, 0], [9, 10]])
+    np.testing.assert_array_equal(layout.sources, [2, 6, 3, 2, 3, 13])
+    np.testing.assert_array_equal(layout.targets, [5, 6, 7, 8, 9, 11])
+    np.testing.assert_array_equal(layout.slots, [3, 4, 6, 13, 16, 18])
+
+
+@pytest.mark.parametrize("layout", [forked, continued])
+def test_rows_that_share_nothing_cannot_share(layout: Callable[[TokenBatch], object]) -> None:
+    with pytest.raises(ValueError, match="not said to share prompts"):
+        layout(replace(SHARING, shared=None))

@@ -147,6 +147,10 @@ class DpoConfig(StageConfig):
         None, description="Weight of the chosen answers' SFT loss beside it. Default: 1 for `orpo`, else 0."
     )
     gamma: NonNegative = Field(0.5, description="SimPO's target margin.")
+    share_prompts: bool = Field(
+        True,
+        description="Read a prompt once for both of its completions, where the model can; the numbers are the same.",
+    )
 
     @model_validator(mode="after")
     def _smoothing_has_meaning(self) -> DpoConfig:

@@ -197,11 +197,15 @@ class TokenBatch:
 
     `tokens` int32 `[rows, T]`; `lengths` int32 `[rows]`; `loss_mask` bool `[rows, T]` is True for every token whose
     log-prob counts. It is never True in column 0 (nothing predicts the first token) nor in padding.
+
+    `shared`, int32 `[rows / 2]`, says that row k and row rows / 2 + k begin with the same `shared[k]` tokens, at least
+    one and none of them under the mask: a backend may read them once. The log-probs are the same.
     """
 
     tokens: Int32
     lengths: Int32
     loss_mask: Bool
+    shared: Int32 | None = None
 
     @property
     def loss_tokens(self) -> int:
@@ -249,6 +253,9 @@ class Update:
     tokens; of the chosen answers in a preference step) and `pairs`. `max_grad_norm` clips by global norm as
     `torch.nn.utils.clip_grad_norm_` (factor `max / (norm + 1e-6)`, at most 1); None leaves gradients alone.
     `seed` keys dropout together with the index of the micro-batch.
+
+    `share_prompts` allows a preference step to read each prompt once for both of its completions. It changes no numbers
+    but their rounding, and a backend may do without.
     """
 
     learning_rate: float
@@ -257,6 +264,7 @@ class Update:
     optimizer: AdamW = AdamW()
     max_grad_norm: float | None = 1.0
     seed: int = 0
+    share_prompts: bool = True
 
 
 @dataclass(frozen=True)

@@ -210,8 +210,8 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     return Architecture(configuration, module.Model, arguments, _notes(configuration))
 
 
-def complete(architecture: Architecture, module: nn.Module) -> bool:
-    """Set what the class cannot be told into the loaded module. Returns whether its layers slide (`windows.py`)."""
+def complete(architecture: Architecture, module: nn.Module) -> int | None:
+    """Set what the class cannot be told into the loaded module. Returns its shortest window, if any (`windows.py`)."""
     configuration = architecture.configuration
     _set_activation(configuration, module)
     for layer, parameters in zip(_layers(configuration, module), configuration.rope, strict=True):
@@ -221,7 +221,7 @@ def complete(architecture: Architecture, module: nn.Module) -> bool:
             _around(_attention(configuration, layer), windowed(window))
     if configuration.model_type in REPAIRS:
         REPAIRS[configuration.model_type](module, configuration)
-    return any(configuration.windows)
+    return min(filter(None, configuration.windows), default=None)
 
 
 def _module(model_type: str) -> ModuleType:

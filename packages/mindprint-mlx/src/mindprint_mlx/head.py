@@ -67,9 +67,9 @@ class Head:
                 return split
         return cls(module, whole.shape[-1])
 
-    def states(self, tokens: mx.array) -> mx.array:
+    def states(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
         """What the body makes of tokens `[rows, T]`, flat `[rows * T, ...]`: hidden states, or logits if not split."""
-        out: mx.array = self.module(tokens) if self.body is None else self.module[self.body](tokens, None)
+        out: mx.array = self.module(tokens, cache) if self.body is None else self.module[self.body](tokens, cache)
         return out.reshape(-1, out.shape[-1])
 
     def logits(self, states: mx.array) -> mx.array:

@@ -13,10 +13,11 @@ import mlx.core as mx
 import numpy as np
 
 from mindprint.contract import Float32, TokenBatch
-from mindprint.layouts import Layout, sequences
+from mindprint.layouts import Continued, Layout, continued, sequences
 from mindprint_mlx import adapter as adapters
 from mindprint_mlx.arrays import to_numpy
 from mindprint_mlx.model import Handle
+from mindprint_mlx.prompts import hidden_states
 
 LOGITS_BYTES = 256 * 2**20
 """No float32 array of logits is larger than this."""
@@ -27,7 +28,7 @@ BLOCK = 64
 
 def log_probs(handle: Handle, batch: TokenBatch, *, adapter: bool) -> Float32:
     """Log-probs under the mask, float32 `[rows, T]`, 0 elsewhere, of the base alone or with its adapter."""
-    layout = sequences(batch)
+    layout = chosen_layout(handle, batch)
     values = np.zeros(layout.shape, np.float32)
     if len(layout):
         with handle.in_use(adapter=adapter):
@@ -35,13 +36,24 @@ def log_probs(handle: Handle, batch: TokenBatch, *, adapter: bool) -> Float32:
     return values
 
 
-def answers(handle: Handle, layout: Layout, factors: Mapping[str, mx.array], chunk: int | None = None) -> mx.array:
+def chosen_layout(handle: Handle, batch: TokenBatch, *, share_prompts: bool = True) -> Layout | Continued:
+    """Prompts that the batch shares once, if that is allowed and possible at this length; else each row whole."""
+    if share_prompts and batch.shared is not None:
+        layout = continued(batch)
+        if layout.prompts.shape[1] + layout.completions.shape[1] <= handle.longest_shared:
+            return layout
+    return sequences(batch)
+
+
+def answers(
+    handle: Handle, layout: Layout | Continued, factors: Mapping[str, mx.array], chunk: int | None = None
+) -> mx.array:
     """The log-prob of every target of a layout, float32 `[n]`; differentiable in `factors`, if any are given.
 
     `chunk` is how many positions the head takes at once; by default as many as `LOGITS_BYTES` allows.
     """
     _assign(handle, factors)
-    states = handle.head.states(mx.array(layout.tokens))[mx.array(layout.sources)]
+    states = hidden_states(handle.head, len(handle.module.layers), layout)[mx.array(layout.sources)]
     targets = mx.array(layout.targets)
     chunk = chunk or max(1, LOGITS_BYTES // (4 * handle.head.vocab_size))
     if len(layout) <= chunk:
@@ -53,7 +65,7 @@ def answers(handle: Handle, layout: Layout, factors: Mapping[str, mx.array], chu
     return mx.concatenate([head(states[at : at + chunk], own) for at, head in zip(starts, heads, strict=True)])
 
 
-def row_sums(layout: Layout, values: mx.array) -> mx.array:
+def row_sums(layout: Layout | Continued, values: mx.array) -> mx.array:
     """Sums of answers `[n]` by row of the layout's shape, `[rows]`; by gathering, which is deterministic anywhere."""
     index = np.zeros(layout.shape, np.int32)
     index.reshape(-1)[layout.slots] = np.arange(len(layout))

@@ -25,6 +25,7 @@ from mindprint_mlx.arrays import DTYPES, parameters_of
 from mindprint_mlx.head import Head
 from mindprint_mlx.imports import mlx_lm_module
 from mindprint_mlx.optimizer import INITIAL_LOSS_SCALE, Moments
+from mindprint_mlx.prompts import longest_shared
 from mindprint_mlx.rows import can_continue_rows
 
 IGNORED_TENSORS = ("rotary_emb.inv_freq", ".masked_bias", ".attention.bias", ".attn.bias")
@@ -60,7 +61,11 @@ class Adapter:
 
 @dataclass
 class Handle:
-    """What `LoadedModel.handle` is: everything about one model, so that two in one process share nothing."""
+    """What `LoadedModel.handle` is: everything about one model, so that two in one process share nothing.
+
+    `longest_shared` is how long prompt and completion may be together, each the longest of a batch, for a prompt to be
+    read once for both of its completions (`prompts.py`).
+    """
 
     module: nn.Module
     head: Head
@@ -69,6 +74,7 @@ class Handle:
     loss_scale: float | None
     slides: bool
     continues_rows: bool = False
+    longest_shared: int = 0
     adapter: Adapter | None = None
 
     def new_cache(self) -> list[Any]:
@@ -106,7 +112,7 @@ def load(spec: ModelSpec) -> LoadedModel:
     with mx.stream(devices.device(spec.device)):
         module = _built(architecture, folder)
         names = _load_weights(module, _read_weights(folder), DTYPES[spec.dtype], folder)
-        slides = architectures.complete(architecture, module)
+        window = architectures.complete(architecture, module)
         module.eval()
         head = Head.of(module)
     handle = Handle(
@@ -115,10 +121,11 @@ def load(spec: ModelSpec) -> LoadedModel:
         places=tuple(_places(module, names)),
         device=devices.device(spec.device),
         loss_scale=INITIAL_LOSS_SCALE if spec.dtype == "float16" else None,
-        slides=slides,
+        slides=window is not None,
     )
     with handle.in_use():
         handle.continues_rows = can_continue_rows(module, handle.new_cache())
+        handle.longest_shared = longest_shared(head, handle.new_cache(), window)
     elements = sum(values.size for _, values in parameters_of(module))
     return LoadedModel(handle, spec.device, spec.dtype, elements, head.vocab_size, architecture.notes)
 

@@ -39,14 +39,20 @@ def adamw(
     step_size = learning_rate / (1 - beta1**steps)
     correction = sqrt(1 - beta2**steps)
     updated, first, second = {}, {}, {}
+    ahead = {name: gradient - _moment(moments.first, name, gradient) for name, gradient in gradients.items()}
+    # Computed now, they leave each old moment one use, the last, and the new one takes its place in memory.
+    mx.eval(ahead)
     for name, gradient in gradients.items():
-        m = moments.first.get(name, mx.zeros_like(gradient))
-        v = moments.second.get(name, mx.zeros_like(gradient))
-        first[name] = m = m + (1 - beta1) * (gradient - m)
+        v = _moment(moments.second, name, gradient)
+        first[name] = m = _moment(moments.first, name, gradient) + (1 - beta1) * ahead[name]
         second[name] = v = beta2 * v + (1 - beta2) * (gradient * gradient)
         decayed = parameters[name] * (1 - learning_rate * options.weight_decay)
         updated[name] = decayed - step_size * (m / (mx.sqrt(v) / correction + options.eps))
     return updated, Moments(first, second, steps)
+
+
+def _moment(moments: Arrays, name: str, gradient: mx.array) -> mx.array:
+    return moments.get(name, mx.zeros_like(gradient))
 
 
 def global_norm(gradients: Arrays) -> mx.array:

@@ -20,7 +20,7 @@ from mindprint.losses import PairLogProbs, PreferenceLoss
 from mindprint_mlx import adapter as adapters
 from mindprint_mlx import optimizer
 from mindprint_mlx.arrays import NAMESPACE, scalar, to_numpy
-from mindprint_mlx.logprobs import answers, row_sums
+from mindprint_mlx.logprobs import answers, chosen_layout, row_sums
 from mindprint_mlx.model import Adapter, Handle
 
 Factors = Mapping[str, mx.array]
@@ -73,7 +73,8 @@ def _sft_loss(
 def _dpo_loss(
     handle: Handle, batch: PreferenceBatch, preference: PreferenceLoss, update: Update
 ) -> Callable[[Factors], tuple[mx.array, tuple[mx.array, ...]]]:
-    layout = layouts.preference_rows(batch)
+    joined = layouts.preference_sequences(batch)
+    layout = chosen_layout(handle, joined, share_prompts=update.share_prompts)
 
     def loss(factors: Factors) -> tuple[mx.array, tuple[mx.array, ...]]:
         sums = row_sums(layout, answers(handle, layout, factors))
@@ -146,6 +147,7 @@ def _apply(adapter: Adapter, gradients: Factors, norm: mx.array, update: Update)
     factors, moments = optimizer.adamw(
         adapter.factors, limited, adapter.moments, update.learning_rate, update.optimizer
     )
-    mx.eval(factors, moments.first, moments.second)
+    # Nothing else holds the old values when the new ones are computed, so that these take their places in memory.
     adapter.factors, adapter.moments = factors, moments
     adapters.assign(adapter, factors)
+    mx.eval(factors, moments.first, moments.second)

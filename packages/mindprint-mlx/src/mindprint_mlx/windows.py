@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mindprint_mlx.imports import mlx_lm_module
+from mindprint_mlx.prompts import Continuation
 from mindprint_mlx.rows import RowCache
 
 
@@ -30,6 +31,8 @@ def _length(x: mx.array, cache: Any) -> int:
     """How many positions a token can see at most."""
     if isinstance(cache, RowCache):
         return cache.keys.shape[2]
+    if isinstance(cache, Continuation):
+        return int(x.shape[1] + cache.keys.shape[2])
     return int(x.shape[1] + (0 if cache is None else cache.offset))
 
 

@@ -1,10 +1,13 @@
-"""The functions that core's losses need, for torch tensors (`mindprint.losses.ArrayNamespace`)."""
+"""The functions that core's losses need, for torch tensors (`mindprint.losses.ArrayNamespace`), and NumPy's ids."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from mindprint.contract import Int32
 
 
 class TorchArrays:
@@ -30,3 +33,8 @@ class TorchArrays:
 
 
 TORCH = TorchArrays()
+
+
+def on_device(device: torch.device, values: Int32) -> Tensor:
+    """Token ids or positions on the device, int64 as torch indexes."""
+    return torch.from_numpy(values.astype(np.int64)).to(device)

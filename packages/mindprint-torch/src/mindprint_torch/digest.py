@@ -18,7 +18,8 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     The checksum is `sum((2 i + 1) * word_i)` modulo 2^64 over the weight's bytes as 64-bit words: its factors are odd,
     hence invertible, so a change of any single word always changes it.
     """
-    checksums = [_checksum(weight) for weight in weights.values()]
+    factors = _factors(weights)
+    checksums = [_checksum(weight, factors[weight.device]) for weight in weights.values()]
     digest = hashlib.sha256()
     for (name, weight), checksum in zip(weights.items(), _to_host(checksums), strict=True):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {checksum}\n".encode())
@@ -29,9 +30,17 @@ def _to_host(checksums: list[Tensor]) -> list[int]:
     return torch.stack(checksums).tolist() if checksums else []
 
 
-def _checksum(weight: Tensor) -> Tensor:
+def _factors(weights: Mapping[str, Tensor]) -> dict[torch.device, Tensor]:
+    """The odd numbers from 1 on each device, as many as one pass over its weights multiplies with."""
+    words: dict[torch.device, int] = {}
+    for weight in weights.values():
+        needed = min(weight.numel() * weight.element_size() // 8 + 1, WORDS_AT_ONCE)
+        words[weight.device] = max(words.get(weight.device, 0), needed)
+    return {device: torch.arange(1, 2 * count, 2, dtype=torch.int64, device=device) for device, count in words.items()}
+
+
+def _checksum(weight: Tensor, factors: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
-    factors = torch.arange(1, 2 * WORDS_AT_ONCE, 2, dtype=torch.int64, device=weight.device)
     for start, words in _words(weight):
         total += (words * factors[: len(words)]).sum() + 2 * start * words.sum()
     return total

@@ -49,9 +49,13 @@ class Head:
     def trainable(self) -> bool:
         return any(parameter.requires_grad for parameter in self.layer.parameters())
 
-    def hidden_states(self, tokens: Tensor) -> Tensor:
-        """The body's last hidden states, `[rows, width, hidden]`, for `tokens` `[rows, width]` padded on the right."""
-        hidden: Tensor = self.body(input_ids=tokens, use_cache=False).last_hidden_state
+    def hidden_states(self, tokens: Tensor, **shape: Tensor) -> Tensor:
+        """The body's last hidden states, `[rows, width, hidden]`, for `tokens` `[rows, width]` padded on the right.
+
+        `shape`: `position_ids` `[rows, width]` and an additive `attention_mask` `[rows, 1, width, width]`, where rows
+        are not plain sequences.
+        """
+        hidden: Tensor = self.body(input_ids=tokens, use_cache=False, **shape).last_hidden_state
         return hidden
 
 

@@ -9,16 +9,17 @@ import importlib.util
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mindprint.contract import Float32, Int32, TokenBatch
-from mindprint.layouts import Layout, sequences
+from mindprint.contract import Float32, TokenBatch
+from mindprint.layouts import Layout, forked, sequences
 from mindprint_torch.adapter import adapter_enabled
+from mindprint_torch.arrays import on_device
 from mindprint_torch.head import Head
 from mindprint_torch.model import TorchModel
+from mindprint_torch.prompts import row_shape
 
 LOGITS_BYTES = 64 << 20
 """The most that the float32 logits of one chunk may take. A chunk holds two such arrays at a time."""
@@ -30,13 +31,21 @@ FUSED_VOCABULARY_CHUNK = 32768
 def log_probs(model: TorchModel, batch: TokenBatch, *, adapter: bool) -> Float32:
     """Log-probs under the mask, float32 `[rows, T]`, 0 elsewhere."""
     with torch.no_grad(), adapter_enabled(model, enabled=adapter):
-        return placed_log_probs(model, sequences(batch)).cpu().numpy()
+        return placed_log_probs(model, chosen_layout(model, batch)).cpu().numpy()
+
+
+def chosen_layout(model: TorchModel, batch: TokenBatch, *, share_prompts: bool = True) -> Layout:
+    """Prompts that the batch shares once, if that is allowed and possible at this length; else each row whole."""
+    shares = share_prompts and batch.shared is not None
+    if shares and int(batch.lengths.max()) <= model.longest_shared:
+        return forked(batch)
+    return sequences(batch)
 
 
 def placed_log_probs(model: TorchModel, layout: Layout) -> Tensor:
     """The layout's answers at their places, float32 `layout.shape`, differentiable; 0 where nothing was asked."""
     flat = torch.zeros(layout.shape[0] * layout.shape[1], dtype=torch.float32, device=model.device)
-    slots = _on(model.device, layout.slots)
+    slots = on_device(model.device, layout.slots)
     return flat.scatter(0, slots, layout_log_probs(model, layout)).view(layout.shape)
 
 
@@ -44,9 +53,10 @@ def layout_log_probs(model: TorchModel, layout: Layout) -> Tensor:
     """The layout's answers in the order of its questions, float32 `[n]`, differentiable."""
     if not len(layout.sources):
         return torch.zeros(0, device=model.device)
-    hidden = model.head.hidden_states(_on(model.device, layout.tokens))
-    selected = hidden.flatten(0, 1).index_select(0, _on(model.device, layout.sources))
-    return head_log_probs(model.head, selected, _on(model.device, layout.targets))
+    shape = row_shape(layout, model.device, model.network.dtype)
+    hidden = model.head.hidden_states(on_device(model.device, layout.tokens), **shape)
+    selected = hidden.flatten(0, 1).index_select(0, on_device(model.device, layout.sources))
+    return head_log_probs(model.head, selected, on_device(model.device, layout.targets))
 
 
 def head_log_probs(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -137,8 +147,3 @@ def _chunk_log_probs(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
 def _chunks(head: Head, hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
     rows = max(LOGITS_BYTES // (4 * head.vocabulary), 1)
     return list(zip(hidden.split(rows), targets.split(rows), strict=True))
-
-
-def _on(device: torch.device, values: Int32) -> Tensor:
-    """Token ids or positions on the device, int64 as torch indexes."""
-    return torch.from_numpy(values.astype(np.int64)).to(device)

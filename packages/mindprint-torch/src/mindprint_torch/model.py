@@ -20,6 +20,7 @@ from transformers.utils import logging
 from mindprint.contract import AdapterSite, Dtype, LoadedModel, ModelSpec
 from mindprint.errors import ModelError
 from mindprint_torch.head import Head, embedding_layer, read_head
+from mindprint_torch.prompts import longest_shared
 from mindprint_torch.sites import list_sites
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ LOAD_FAILURES = (
 
 @dataclass
 class TorchModel:
-    """One loaded base and, once injected, its adapter. `base` are the base's own weights, by their names at loading."""
+    """One loaded base and, once injected, its adapter. `base` are the base's own weights, by their names at loading.
+
+    `longest_shared` is the longest sequence whose prompt can be read once for both of its completions (`prompts.py`).
+    """
 
     network: PreTrainedModel
     head: Head
@@ -53,6 +57,7 @@ class TorchModel:
     dtype: Dtype
     sites: tuple[AdapterSite, ...]
     base: Mapping[str, Tensor]
+    longest_shared: int
     adapter: Adapter | None = None
 
 
@@ -72,6 +77,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         dtype=spec.dtype,
         sites=list_sites(network),
         base=_weights(network),
+        longest_shared=longest_shared(network, head),
     )
     vocabulary = embedding_layer(network).num_embeddings
     return LoadedModel(model, spec.device, spec.dtype, network.num_parameters(), vocabulary, notes)

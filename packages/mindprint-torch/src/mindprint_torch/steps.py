@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from mindprint.contract import Float32, PreferenceBatch, StepMetrics, TokenBatch, Update
-from mindprint.layouts import preference_rows, sequences
+from mindprint.layouts import preference_sequences, sequences
 from mindprint.losses import PairLogProbs, PreferenceLoss
 from mindprint_torch.adapter import Adapter, dropout, require_adapter
 from mindprint_torch.arrays import TORCH
-from mindprint_torch.logprobs import layout_log_probs, placed_log_probs
+from mindprint_torch.logprobs import chosen_layout, layout_log_probs, placed_log_probs
 from mindprint_torch.model import TorchModel
 
 
@@ -35,7 +35,7 @@ def dpo_step(
     adapter = require_adapter(model)
     losses, chosen, rejected = [], [], []
     for batch in batches:
-        pairs = pair_log_probs(model, batch)
+        pairs = pair_log_probs(model, batch, share_prompts=update.share_prompts)
         total = loss.total(TORCH, pairs, pair_count=update.pairs, chosen_token_count=update.tokens)
         losses.append(_backward(adapter, total))
         chosen.append(pairs.policy_chosen.detach())
@@ -43,9 +43,10 @@ def dpo_step(
     return _finish(adapter, losses, update, torch.cat(chosen), torch.cat(rejected))
 
 
-def pair_log_probs(model: TorchModel, batch: PreferenceBatch) -> PairLogProbs:
+def pair_log_probs(model: TorchModel, batch: PreferenceBatch, *, share_prompts: bool = True) -> PairLogProbs:
     """The policy's summed log-probs beside the reference's, each float32 `[pairs]` on the model's device."""
-    sums = placed_log_probs(model, preference_rows(batch)).sum(dim=1)
+    layout = chosen_layout(model, preference_sequences(batch), share_prompts=share_prompts)
+    sums = placed_log_probs(model, layout).sum(dim=1)
     return PairLogProbs(
         policy_chosen=sums[: batch.pairs],
         policy_rejected=sums[batch.pairs :],

@@ -25,7 +25,7 @@ from mindprint import __version__, atomic, models
 from mindprint.adapter.base_facts import read_base_facts
 from mindprint.adapter.peft_format import adapter_digest
 from mindprint.adapter.weight_changes import WeightChange, weight_changes
-from mindprint.contract import AdapterState, LoraFactors
+from mindprint.contract import AdapterState, Float32, LoraFactors
 from mindprint.errors import ModelError, RunError
 from mindprint.tensor_files import FLOATS, TensorInfo, from_float32, to_float32
 
@@ -203,17 +203,16 @@ def _blocks(change: WeightChange) -> Iterator[tuple[int, LoraFactors]]:
 def _merged_block(source: int, info: TensorInfo, first: int, factors: LoraFactors, scale: float) -> NDArray[Any]:
     """The bits of `W + scale · B @ A` for one block of rows of a weight that begins at element `first`."""
     bits = FLOATS[info.dtype]
-    rows, columns = len(factors.b), factors.a.shape[1]
-    length = rows * columns * bits.itemsize
-    stored = os.pread(source, length, info.start + first * bits.itemsize)
-    if len(stored) < length:
+    result = np.empty((len(factors.b), factors.a.shape[1]), bits)
+    read = os.preadv(source, [memoryview(result.view(np.uint8))], info.start + first * bits.itemsize)  # type: ignore[arg-type]
+    if read < result.nbytes:
         raise ModelError(f"{info.file}: became shorter while it was read")
-    result = np.frombuffer(stored, bits).reshape(rows, columns).copy()
+    rows, columns = result.shape
+    scaled: Float32 = factors.b * np.float32(scale)
     step = max(1, CACHED_ELEMENTS // columns)
     for row in range(0, rows, step):
         part = slice(row, row + step)
-        change = factors.b[part] @ factors.a
-        change *= np.float32(scale)
+        change: Float32 = scaled[part] @ factors.a
         change += to_float32(result[part], info.dtype)
         result[part] = from_float32(change, info.dtype)
     return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,15 @@ import numpy as np
 from safetensors.numpy import save
 
 from mindprint.adapter.peft_settings import PeftSettings, is_named, read_settings
-from mindprint.adapter.targets import EMBEDDINGS, LM_HEADS, STACKED_PARAMETERS, in_order, is_embedding, is_stack
+from mindprint.adapter.targets import (
+    EMBEDDINGS,
+    LM_HEADS,
+    STACKED_PARAMETERS,
+    in_order,
+    is_embedding,
+    is_router,
+    is_stack,
+)
 from mindprint.contract import AdapterState, Float32, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError, TransposedError
 from mindprint.tensor_files import TensorFileError, TensorInfo, read_float32, read_header
@@ -99,8 +107,8 @@ def peft_config(config: LoraConfig, base_model: str, revision: str | None = None
         "lora_alpha": _plain(config.alpha),
         "lora_dropout": config.dropout,
         "use_rslora": config.use_rslora,
-        "target_modules": [site for site in config.target_modules if not is_stack(site)],
-        "target_parameters": [site for site in config.target_modules if is_stack(site)] or None,
+        "target_modules": [site for site in config.target_modules if not (is_stack(site) or is_router(site))],
+        "target_parameters": list(_parameters(config.target_modules)) or None,
         "rank_pattern": {_pattern(site): rank for site, rank in config.rank_pattern.items()},
         "alpha_pattern": {_pattern(site): _plain(alpha) for site, alpha in config.alpha_pattern.items()},
         "bias": "none",
@@ -110,6 +118,15 @@ def peft_config(config: LoraConfig, base_model: str, revision: str | None = None
         "modules_to_save": None,
         "use_dora": False,
     }
+
+
+def _parameters(sites: Sequence[str]) -> Iterator[str]:
+    """Sites whose weight is a parameter rather than a module that PEFT knows: stacks of experts, and routers."""
+    for site in sites:
+        if is_stack(site):
+            yield site
+        elif is_router(site):
+            yield f"{site}.weight"
 
 
 def _plain(number: float) -> float:

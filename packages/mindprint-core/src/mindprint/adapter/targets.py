@@ -53,6 +53,11 @@ def is_embedding(site: str) -> bool:
     return site.rpartition(".")[2] in EMBEDDINGS
 
 
+def is_router(site: str) -> bool:
+    """Whether a site is a mixture's router, which transformers keeps as a parameter of a module of its own."""
+    return _ROUTER.search(site) is not None and not site.endswith("shared_expert_gate")
+
+
 def is_stack(site: str) -> bool:
     """Whether a site is the parameter of a stack of experts rather than a module."""
     host, _, parameter = site.rpartition(".")

@@ -11,11 +11,13 @@ from typing import Any
 import click
 
 from mindprint import models
-from mindprint.adapter.formats import named_base, read_any_adapter
+from mindprint.adapter.merging import read_record
+from mindprint.adapter.peft_format import adapter_digest
 from mindprint.cli.output import emit, json_option, notice, say, table
 from mindprint.config import BackendConfig, ModelConfig
 from mindprint.contract import Dtype
-from mindprint.inference import Located, find_base, locate_adapter
+from mindprint.errors import AdapterError
+from mindprint.inference import Located, find_base, locate_adapter, read_located
 from mindprint.training.engine import Placement, Placements
 from mindprint.trust.fingerprint import read_fingerprint
 from mindprint.trust.measurement import fits_in_float32
@@ -59,7 +61,7 @@ def command(
     if as_json:
         emit(as_values(report))
     else:
-        _show(report)
+        show(report)
     return 0 if report.ok else 1
 
 
@@ -69,24 +71,29 @@ def is_merged(path: Path) -> bool:
 
 
 def _verify_adapter(located: Located, model: str | None, section: BackendConfig | None, dtype: Dtype | None) -> Report:
-    base = find_base(located, model, named_base(located.adapter))
-    return verify_adapter(located.adapter, base, _placement(located, section, dtype, base), notice)
+    base = find_base(located, model)
+    return verify_adapter(located.adapter, base, placement_for(located, section, dtype, base), notice)
 
 
 def _verify_merge(
     path: Path, adapter: Path | None, model: str | None, section: BackendConfig | None, dtype: Dtype | None
 ) -> Report:
-    if adapter is None:
+    record = read_record(path)
+    source = adapter or (path / record.adapter if record else None)
+    if source is None:
         raise click.UsageError(f"{path} is a merged model: name the adapter that it came from with --adapter")
-    located = locate_adapter(adapter)
-    base = find_base(located, model, named_base(located.adapter))
-    state, _ = read_any_adapter(located.adapter, base.path)
+    if adapter is None and not source.is_dir():
+        raise AdapterError(f"{path}: the adapter that it came from is no longer at {source}; name it with --adapter")
+    located = locate_adapter(source)
+    base, state = read_located(located, model)
+    if adapter is None and record is not None and adapter_digest(state) != record.adapter_digest:
+        raise AdapterError(f"{source}: is no longer the adapter that was merged into {path}; name that with --adapter")
     merged = models.resolve_model(ModelConfig(name=str(path.resolve())), Path.cwd())
-    placement = _placement(located, section, dtype, base)
+    placement = placement_for(located, section, dtype, base)
     return verify_merged(merged, base, state, placement, read_fingerprint(located.adapter), notice)
 
 
-def _placement(
+def placement_for(
     located: Located, section: BackendConfig | None, dtype: Dtype | None, base: models.ModelFolder
 ) -> Placement:
     """Where to compute: as asked, or as the run did; in float32 unless that is too large for this machine."""
@@ -103,7 +110,7 @@ def _placement(
 # --- showing ---------------------------------------------------------------------------------------------------------
 
 
-def _show(report: Report) -> None:
+def show(report: Report) -> None:
     say(f"{report.kind}: {report.subject}")
     say(f"base: {report.base}, on {report.backend}, {report.device}, {report.dtype}")
     say(f"checked: {', '.join(report.checked)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -36,6 +37,13 @@ def preference_batch(
         reference_chosen=chosen,
         reference_rejected=rejected,
     )
+
+
+def shared_sequences(examples: Sequence[PreferenceExample], pad_id: int) -> TokenBatch:
+    """Prompt + chosen of every pair, then prompt + rejected of every pair, said to share prompts."""
+    chosen = [_joined(example.prompt, example.chosen) for example in examples]
+    rejected = [_joined(example.prompt, example.rejected) for example in examples]
+    return replace(_pairs_of([*chosen, *rejected], pad_id), shared=_lengths([example.prompt for example in examples]))
 
 
 def pair_sequences(examples: Sequence[PreferenceExample], pad_id: int) -> tuple[TokenBatch, TokenBatch]:

@@ -104,7 +104,8 @@ def _identity(
     for example in sft:
         rows.update(example.topic.encode() + example.tokens.tobytes() + example.loss_mask.tobytes())
     rows.update(rows_digest(preferences).encode())
-    stages = {name: getattr(config, name).model_dump(exclude={"backend"}) for name in ("sft", "dpo")}
+    # How a step is computed may change when a run goes on; what it computes may not.
+    stages = {name: getattr(config, name).model_dump(exclude={"backend", "share_prompts"}) for name in ("sft", "dpo")}
     return {
         "base model": models.base_digest(model.path),
         "tokenizer": tokenizer.digest,

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from mindprint import atomic
 from mindprint.backend import Backend
 from mindprint.contract import Float32, LoadedModel
-from mindprint.data.collate import pair_sequences
+from mindprint.data.collate import pair_sequences, shared_sequences
 from mindprint.data.render import PreferenceExample
 from mindprint.errors import GuardError
 
@@ -31,17 +31,27 @@ class Reference:
 
 
 def compute_reference(
-    backend: Backend, model: LoadedModel, examples: Sequence[PreferenceExample], pad_id: int, *, adapter: bool = True
+    backend: Backend,
+    model: LoadedModel,
+    examples: Sequence[PreferenceExample],
+    pad_id: int,
+    *,
+    adapter: bool = True,
+    share_prompts: bool = True,
 ) -> Reference:
-    """Evaluate every pair once, the longest together so that little is padded."""
+    """Evaluate every pair once, the longest together so that little is padded.
+
+    With `share_prompts` the backend may read each prompt once for both completions; the numbers are the same.
+    """
     chosen = np.zeros(len(examples), np.float32)
     rejected = np.zeros(len(examples), np.float32)
     by_length = sorted(range(len(examples)), key=lambda i: _length(examples[i]))
     for start in range(0, len(by_length), BATCH_PAIRS):
         rows = by_length[start : start + BATCH_PAIRS]
-        batches = pair_sequences([examples[row] for row in rows], pad_id)
-        for batch, sums in zip(batches, (chosen, rejected), strict=True):
-            sums[rows] = backend.log_probs(model, batch, adapter=adapter).sum(axis=1, dtype=np.float64)
+        pairs = [examples[row] for row in rows]
+        batches = (shared_sequences(pairs, pad_id),) if share_prompts else pair_sequences(pairs, pad_id)
+        sums = [backend.log_probs(model, batch, adapter=adapter).sum(axis=1, dtype=np.float64) for batch in batches]
+        chosen[rows], rejected[rows] = np.split(np.concatenate(sums), 2)
     return Reference(chosen, rejected)
 
 

@@ -315,7 +315,13 @@ class _Run:
         if file.exists():
             return load_reference(file, key)
         self.engine.start_stage(placement, state)
-        reference = compute_reference(self.engine.backend, self.engine.model, examples, self.prepared.tokenizer.pad_id)
+        reference = compute_reference(
+            self.engine.backend,
+            self.engine.model,
+            examples,
+            self.prepared.tokenizer.pad_id,
+            share_prompts=settings.share_prompts,
+        )
         self.folder.references.mkdir(exist_ok=True)
         save_reference(file, reference, key, placement.backend.name)
         return reference

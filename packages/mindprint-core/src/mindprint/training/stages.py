@@ -116,7 +116,13 @@ def _update(plan: StagePlan, step: int, tokens: int, pairs: int = 0) -> Update:
     settings = plan.settings
     seed = int(random_bits(1, plan.order.seed, "step", plan.topic, plan.stage, step)[0] >> 33)
     return Update(
-        plan.learning_rate(step), tokens, pairs, settings.optimizer, max_grad_norm=settings.max_grad_norm, seed=seed
+        plan.learning_rate(step),
+        tokens,
+        pairs,
+        settings.optimizer,
+        max_grad_norm=settings.max_grad_norm,
+        seed=seed,
+        share_prompts=isinstance(settings, DpoConfig) and settings.share_prompts,
     )
 
 

@@ -1,0 +1,185 @@
+"""The numbers of torch and MLX beside each other, as the tables of docs/numerics.md and docs/architectures.md.
+
+    python benchmarks/parity.py [numbers] [architectures]
+
+The work is that of `tests/parity`: the same random models, batches and projects, in float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import torch  # isort: skip  (first: it then keeps its own BLAS)
+import mindprint_mlx  # noqa: F401  # isort: skip  (before mlx: it decides what MLX multiplies matrices with)
+import mlx.core as mx
+import numpy as np
+
+import mindprint
+from architectures import MATRIX, Reference, compare, saved
+from mindprint.contract import Update
+from mindprint.training.run_folder import RunFolder
+from parity_cases import (
+    Opened,
+    losses,
+    open_model,
+    relative_difference,
+    take_step,
+    token_batch,
+    trajectory_project,
+)
+from random_models import save_qwen2
+
+STEPS = 100
+
+
+def main() -> None:
+    """Print the tables that were asked for, both by default."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("tables", nargs="*", choices=["numbers", "architectures", []], default=[])
+    tables = parser.parse_args().tables or ["numbers", "architectures"]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in tables:
+            for line in TABLES[name](Path(folder)):
+                print(line, flush=True)
+            print()
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def numbers(folder: Path) -> Iterator[str]:
+    """Rows of the table of deviations, torch from MLX."""
+    model = save_qwen2(folder / "qwen2")
+    yield "| compared | tolerance | seen |"
+    yield "|---|---|---|"
+    mean, greatest = log_prob_deviation(model)
+    yield f"| log-probs, a token | 1e-5 mean, 1e-4 greatest | {mean:.1e} mean, {greatest:.1e} greatest |"
+    yield f"| SFT gradients, the worst adapter tensor | 1e-4 relative norm | {gradient_deviation(model):.1e} |"
+    for stage in ("sft", "dpo"):
+        seen = resynchronised(model, stage)
+        yield f"| {stage.upper()} loss, re-synchronised before each of {STEPS} steps | 1e-5 · (1 + loss) | {seen:.1e} |"
+    (folder / "data").mkdir()
+    project = trajectory_project(model, folder / "data", STEPS)
+    runs = {name: train(project, folder / name, name) for name in ("torch", "mlx")}
+    with torch_threads(1):
+        runs["torch, one thread"] = train(project, folder / "one", "torch")
+    tolerances = {"sft": "1e-5", "dpo": "1e-3"}
+    for stage, tolerance in tolerances.items():
+        seen = curve_deviation(runs["torch"], runs["mlx"], stage)
+        yield f"| {stage.upper()} loss, {STEPS} steps running free | {tolerance} · (1 + loss) | {seen:.1e} |"
+    for stage in tolerances:
+        seen = curve_deviation(runs["torch"], runs["torch, one thread"], stage)
+        threads = f"torch with {torch.get_num_threads()} threads and with 1"
+        yield f"| {stage.upper()} loss, {STEPS} steps running free: {threads} | | {seen:.1e} |"
+
+
+def log_prob_deviation(model: Path) -> tuple[float, float]:
+    """Mean and greatest difference of log-probs, nats a token."""
+    batch = token_batch(1)
+    first, second = (each.backend.log_probs(each.model, batch) for each in both(model))
+    difference = np.abs(first - second)[batch.loss_mask]
+    return float(difference.mean()), float(difference.max())
+
+
+def gradient_deviation(model: Path) -> float:
+    """Relative norm of the difference of gradients, the greatest of all adapter tensors: from AdamW's first moments."""
+    batch = token_batch(1)
+    states = []
+    for each in both(model):
+        each.backend.sft_step(each.model, [batch], Update(1e-3, tokens=batch.loss_tokens, max_grad_norm=None))
+        states.append(each.save().first_moments)
+    return max(
+        relative_difference(mine, theirs)
+        for site, factors in states[0].items()
+        for mine, theirs in zip(factors, states[1][site], strict=True)
+    )
+
+
+def resynchronised(model: Path, stage: str) -> float:
+    """Greatest deviation of a loss over 1 + loss, both having restored one state before each step."""
+    first, second = both(model)
+    greatest = 0.0
+    for step in range(STEPS):
+        second.restore(first.save())
+        mine, theirs = (take_step(each, stage, step).loss for each in (first, second))
+        greatest = max(greatest, abs(mine - theirs) / (1 + abs(mine)))
+    return greatest
+
+
+def both(model: Path) -> tuple[Opened, Opened]:
+    return open_model("torch", model), open_model("mlx", model)
+
+
+def train(project: dict[str, object], run: Path, backend: str) -> RunFolder:
+    mindprint.train(project, run=run, backend={"type": backend})
+    return RunFolder(run)
+
+
+def curve_deviation(first: RunFolder, second: RunFolder, stage: str) -> float:
+    mine, theirs = losses(first, stage), losses(second, stage)
+    return float(np.max(np.abs(mine - theirs) / (1 + np.abs(mine))))
+
+
+class torch_threads:  # noqa: N801  (a context manager)
+    """Within this context torch computes with so many threads."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads, self._before = threads, torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        torch.set_num_threads(self._threads)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._before)
+
+
+# --- architectures ---------------------------------------------------------------------------------------------------
+
+
+def architectures(folder: Path) -> Iterator[str]:
+    """Rows of the matrix, and beside each what mlx-lm's own loader makes of the same folder."""
+    peer = f"mlx-lm {version('mlx-lm')} alone"
+    yield f"| architecture | logits apart | same LoRA modules | ten steps apart | verdict | {peer} |"
+    yield "|---|---|---|---|---|---|"
+    right = alone = 0
+    for model_type in sorted(MATRIX):
+        row = compare(model_type, folder / model_type)
+        peer = mlx_lm_alone(saved(folder / model_type, model_type))
+        right, alone = right + row.right, alone + (peer == "right")
+        yield (
+            f"| {model_type} | {row.logits:.0e} | {'yes' if row.same_sites else 'NO'} | {row.ten_steps:.0e} | "
+            f"{'right' if row.right else 'WRONG'} | {peer} |"
+        )
+    yield f"| **right** | | | | **{right} of {len(MATRIX)}** | **{alone} of {len(MATRIX)}** |"
+
+
+def mlx_lm_alone(reference: Reference) -> str:
+    """What a user of mlx-lm gets from the same folder: the right logits, others, or an error."""
+    from mlx_lm.utils import load_model  # noqa: PLC0415  (imports all of mlx-lm, torch included)
+
+    try:
+        module, _ = load_model(reference.folder)
+        logits = np.array(module(mx.array(reference.tokens)).astype(mx.float32))
+    except Exception as error:  # noqa: BLE001  (whatever it raises is what its user sees)
+        return f"does not load ({type(error).__name__})"
+    apart = float(np.linalg.norm(logits - reference.logits) / np.linalg.norm(reference.logits))
+    return "right" if apart < 1e-4 else f"silently {apart:.0e} off"
+
+
+TABLES = {"numbers": numbers, "architectures": architectures}
+
+
+if __name__ == "__main__":
+    from transformers.utils import logging as transformers_logging
+
+    logging.disable()
+    transformers_logging.disable_progress_bar()
+    main()

@@ -1,0 +1,108 @@
+"""A prompt read once for both of its completions gives the numbers of reading it twice; where it cannot, it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mindprint.backend import Backend
+from mindprint.contract import LoadedModel, PreferenceBatch, Update
+from mindprint.layouts import Forked, Layout, preference_sequences
+from mindprint.losses import PreferenceLoss
+from mindprint_torch.logprobs import chosen_layout
+from mindprint_torch.prompts import UNLIMITED
+
+Load = Callable[..., LoadedModel]
+SHARING = ["llama", "qwen2", "cohere", "granite", "gpt2", "deepseek_v3", "qwen2_moe", "mistral"]
+
+
+def pairs(prompt: int = 5, chosen: int = 7, rejected: int = 4, count: int = 3) -> PreferenceBatch:
+    """Ragged pairs, the first as wide as asked for, some with completions of one token."""
+    rng = np.random.default_rng(8)
+
+    def part(width: int, *lengths: int) -> tuple[np.ndarray, np.ndarray]:
+        return rng.integers(3, 61, (count, width)).astype(np.int32), np.array([width, *lengths], np.int32)
+
+    return PreferenceBatch(
+        *part(prompt, 1, 3), *part(chosen, 1, 5), *part(rejected, 3, 1),
+        *rng.normal(-12, 2, (2, count)).astype(np.float32),
+    )  # fmt: skip
+
+
+def layout(model: LoadedModel, batch: PreferenceBatch, **options: Any) -> Layout:
+    return chosen_layout(model.handle, preference_sequences(batch), **options)
+
+
+@pytest.mark.parametrize("architecture", SHARING)
+def test_log_probs_are_those_of_whole_rows(backend: Backend, train: Load, architecture: str) -> None:
+    model, batch = train(architecture), preference_sequences(pairs())
+    assert isinstance(layout(model, pairs()), Forked)
+    once, twice = backend.log_probs(model, batch), backend.log_probs(model, replace(batch, shared=None))
+    np.testing.assert_allclose(once, twice, rtol=0, atol=2e-5)
+    assert (once[~batch.loss_mask] == 0).all()
+
+
+@pytest.mark.parametrize("architecture", SHARING)
+def test_gradients_are_those_of_whole_rows(backend: Backend, train: Load, architecture: str) -> None:
+    model, state = train(architecture), None
+    batches = [pairs(), pairs(4, 3, 6)]
+    update = Update(1e-3, tokens=22, pairs=6, max_grad_norm=None)
+    found = []
+    for share_prompts in (True, False):
+        state = state or backend.save(model)
+        backend.restore(model, state)
+        metrics = backend.dpo_step(
+            model, batches, PreferenceLoss(sft_weight=0.3), replace(update, share_prompts=share_prompts)
+        )
+        found.append((metrics, backend.save(model).first_moments))
+    (once, first), (twice, second) = found
+    assert once.loss == pytest.approx(twice.loss, abs=1e-6 * (1 + twice.loss))
+    assert once.grad_norm == pytest.approx(twice.grad_norm, rel=1e-5)
+    for site, factors in first.items():
+        for mine, theirs in zip(factors, second[site], strict=True):
+            assert np.linalg.norm(mine - theirs) <= 1e-5 * np.linalg.norm(theirs) + 1e-9, site
+
+
+def test_the_option_is_obeyed(train: Load) -> None:
+    model = train("qwen2")
+    assert model.handle.longest_shared == UNLIMITED
+    assert isinstance(layout(model, pairs()), Forked)
+    assert not isinstance(layout(model, pairs(), share_prompts=False), Forked)
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "lfm2", "mamba"])
+def test_what_cannot_share_reads_whole_rows(backend: Backend, load: Load, architecture: str) -> None:
+    """Positions of its own (ALiBi), convolutions, a recurrent state: a mask means nothing to them."""
+    model = load(architecture)
+    assert model.handle.longest_shared == 0
+    assert not isinstance(layout(model, pairs()), Forked)
+    batch = preference_sequences(pairs())
+    once, twice = backend.log_probs(model, batch), backend.log_probs(model, replace(batch, shared=None))
+    np.testing.assert_array_equal(once, twice)
+
+
+def test_a_window_shorter_than_the_sequence_reads_whole_rows(backend: Backend, train: Load) -> None:
+    """16 tokens fit the window of 16; of 17, the last does not see the first."""
+    model = train("mistral")
+    assert isinstance(layout(model, pairs(prompt=9)), Forked)
+    longer = pairs(prompt=10)
+    assert not isinstance(layout(model, longer), Forked)
+    batch = preference_sequences(longer)
+    once, twice = backend.log_probs(model, batch), backend.log_probs(model, replace(batch, shared=None))
+    np.testing.assert_array_equal(once, twice)
+
+
+def test_a_window_shorter_than_the_probe_never_shares(load: Load) -> None:
+    assert load("gemma2").handle.longest_shared == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_reduced_precision_shares(backend: Backend, train: Load, dtype: str) -> None:
+    model, batch = train("qwen2", dtype), preference_sequences(pairs())
+    assert model.handle.longest_shared == UNLIMITED
+    once, twice = backend.log_probs(model, batch), backend.log_probs(model, replace(batch, shared=None))
+    assert np.abs(once - twice).mean() < (0.05 if dtype == "bfloat16" else 0.01)
