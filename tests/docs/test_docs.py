@@ -6,19 +6,25 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tempfile
+from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
+from typing import Any, get_args
 
 import pytest
 import yaml
 
+import mindprint
 from mindprint.cli import main
-from mindprint.config import Config, load_config
+from mindprint.config import Config, ModelConfig, load_config
 from mindprint.events import StepDone
+from mindprint.models import resolve_model
+from mindprint.trust.report import MEANINGS, Code
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/README.md")])
-COMMANDS = ("init", "train", "generate", "eval", "plugins", "doctor")
+COMMANDS = ("init", "train", "generate", "eval", "verify", "merge", "convert", "plugins", "doctor")
 
 
 def relative(page: Path) -> str:
@@ -64,6 +70,27 @@ def test_every_metrics_field_is_described() -> None:
     page = (ROOT / "docs" / "how-it-fits.md").read_text(encoding="utf-8")
     fields = set(StepDone.__dataclass_fields__) - {"loss_scale"}
     assert {name for name in fields if f"`{name}`" not in page} == set()
+
+
+def test_every_code_of_verify_is_explained() -> None:
+    page = (ROOT / "docs" / "fingerprint.md").read_text(encoding="utf-8")
+    assert sorted(MEANINGS) == sorted(get_args(Code))
+    assert [code for code, meaning in MEANINGS.items() if f"| `{code}` | {meaning} |" not in page] == []
+
+
+def test_the_fingerprint_pages_python_runs() -> None:
+    """On the adapter of a run made short."""
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "fingerprint.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    tiny = resolve_model(ModelConfig(name="builtin:tiny"), ROOT)
+    with tempfile.TemporaryDirectory() as folder:
+        data = str(files("mindprint").joinpath("resources", "curriculum"))
+        stages = {"sft": {"steps_per_topic": 1}, "dpo": {"enabled": False}}
+        result = mindprint.train({"backend": "torch", "data": {"path": data}, **stages}, run=Path(folder) / "run")
+        assert scope["proven"](str(result.adapter), str(tiny.path)) is True
 
 
 def test_every_command_is_described(capsys: pytest.CaptureFixture[str]) -> None:

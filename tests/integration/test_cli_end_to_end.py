@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from mindprint.cli import main
 from random_models import save_tokenizer
@@ -100,6 +100,49 @@ def test_train_generate_eval_on_both(run: Run, voice: str) -> None:
         assert measured[0]["adapter"]["perplexity"] == pytest.approx(measured[1]["adapter"]["perplexity"], rel=1e-4)
         assert measured[0]["adapter"]["perplexity"] < measured[0]["base"]["perplexity"]
         assert measured[0]["reward_margin"] == pytest.approx(measured[1]["reward_margin"], abs=1e-3)
+
+
+@pytest.mark.parametrize(("trained", "verified"), [BACKENDS, BACKENDS[::-1]])
+def test_a_fingerprint_holds_on_the_other_backend(run: Run, voice: str, trained: str, verified: str) -> None:
+    done = run("train", voice, *SETTINGS, f"backend.type={trained}", "--json").json
+    said = run("verify", voice, "--backend", verified, "--json")
+    assert said.code == 0, said.json
+    assert (said.json["ok"], said.json["findings"], said.json["backend"]) == (True, [], verified)
+    assert said.json["effect"]["found"] == pytest.approx(said.json["effect"]["recorded"], abs=1e-5)
+    factors = load_file(Path(done["adapter"], "adapter_model.safetensors"))
+    save_file(
+        {name: values / 2 for name, values in factors.items()}, Path(done["adapter"], "adapter_model.safetensors")
+    )
+    said = run("verify", voice, "--backend", verified, "--json")
+    (finding,) = said.json["findings"]
+    assert (said.code, finding["code"], finding["factor"]) == (1, "scale", pytest.approx(0.25))
+
+
+def test_a_run_in_bfloat16_is_measured_in_float32_too(run: Run, voice: str) -> None:
+    done = run("train", voice, *SETTINGS, "backend.type=torch", "backend.dtype=bfloat16", "--json").json
+    recorded = json.loads(Path(done["adapter"], "fingerprint.json").read_text())
+    assert [one["dtype"] for one in recorded["measurements"]] == ["bfloat16", "float32"]
+    assert run("verify", voice, "--backend", "mlx").code == 0
+    coarse = run("verify", voice, "--dtype", "bfloat16", "--json")
+    assert (coarse.code, coarse.json["comparisons"][0]["tolerance"]["reason"]) == (0, "rounding of bfloat16")
+
+
+def test_a_run_that_was_resumed_at_its_very_end_has_a_fingerprint(run: Run, voice: str) -> None:
+    """Killed after the last checkpoint: nothing is trained any more, the adapter is written and measured."""
+    done = run("train", voice, *SETTINGS, "backend.type=torch", "--json").json
+    before = Path(done["adapter"], "fingerprint.json").read_text()
+    shutil.rmtree(done["adapter"])
+    assert run("train", done["run"], "--resume").code == 0
+    assert Path(done["adapter"], "fingerprint.json").read_text() == before
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_doctor_deep(run: Run, voice: str, name: str) -> None:
+    """A random model need not end its answers; everything else holds."""
+    said = run("doctor", "--backend", name, "--config", voice, "--deep", "--json")
+    deep = {check["name"]: check for check in said.json["checks"] if check["subject"].startswith("voice on")}
+    assert {"LoRA", "gradient", "adapter", "base", "generation", "save and load", "merge"} <= deep.keys()
+    assert {check_name for check_name, check in deep.items() if not check["ok"]} <= {"generation"}
 
 
 @pytest.mark.parametrize("name", BACKENDS)

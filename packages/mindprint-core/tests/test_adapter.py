@@ -59,6 +59,13 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
         resolve_targets(SITES, ["o_proj", "q_porj"])
 
 
+def test_an_embedding_that_files_would_not_know_for_one_is_refused() -> None:
+    """Its factors have names of their own in PEFT's file, and only the site's name tells a reader."""
+    with pytest.raises(AdapterError, match="model.tokens cannot be adapted: its kind does not show in its name"):
+        resolve_targets([AdapterSite("model.tokens", "embedding", 100, 8)], ["tokens"])
+    assert resolve_targets(SITES, ["embed_tokens"]) == ("model.embed_tokens",)
+
+
 def test_the_initial_adapter_changes_nothing_and_has_pefts_distribution() -> None:
     site = AdapterSite("layer", "linear", 400, 30)
     adapter = initial_adapter([site], config("layer", r=64), seed=5)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mindprint.adapter import merging
 from mindprint.cli import COMMANDS, main
 from mindprint.cli.train import _project_and_overrides, _with_resume_value
 from mindprint.config import load_config
@@ -166,6 +167,94 @@ def test_an_adapter_without_its_run_names_its_base(run: Run, voice: str, toy_mod
     assert "heldout.jsonl" in run("eval", "elsewhere", "--model", toy_model).error
     given = run("eval", "elsewhere", "--model", toy_model, "--heldout", "voice/data/heldout.jsonl", "--backend", "toy")
     assert given.out == run("eval", voice).out
+
+
+def test_verify(run: Run, voice: str) -> None:
+    run("train", voice, *SETTINGS, "sft.learning_rate=1e-2")
+    said = run("verify", voice)
+    assert said.code == 0
+    assert said.out.splitlines()[0] == "adapter: voice/runs/run-001/adapter"
+    assert said.out.splitlines()[-1] == "verified: it does what it did where it was trained"
+    config = Path("voice/runs/run-001/adapter/adapter_config.json")
+    config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 8'))
+    said = run("verify", "voice/runs/run-001")
+    assert said.code == 1
+    assert "FAILED  scale: 2 of 2 modules act 0.5 times as strongly as trained (" in said.out
+    assert said.out.splitlines()[-1] == "not verified: 1 finding"
+
+
+def test_merge_is_verified_and_finds_its_adapter_again(run: Run, voice: str) -> None:
+    run("train", voice, *SETTINGS)
+    said = run("merge", voice, "merged", "--backend", "toy")
+    assert (said.code, said.out.splitlines()[0].endswith("changed, everything else is as it was")) == (0, True)
+    assert said.out.splitlines()[-1] == "verified: it does what it did where it was trained"
+    assert run("verify", "merged", "--backend", "toy").code == 0
+    assert run("merge", voice, "merged").error == "merged: exists already; name a new folder"
+    again = run("merge", voice, "again", "--no-verify", "--json").json
+    assert (len(again["changed"]), again["verified"]) == (2, None)
+    assert Path("again/model.safetensors").read_bytes() == Path("merged/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("options", [("--backend", "toy"), ("--no-verify",)])
+def test_a_merge_that_is_the_base_is_not_kept(
+    run: Run, voice: str, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("train", voice, *SETTINGS)
+    monkeypatch.setattr(merging, "_write_shard", lambda target, shard, *_: shutil.copyfile(shard, target))
+    said = run("merge", voice, "merged", *options)
+    assert said.code == 1
+    assert "merged: was not kept, for the merge does not verify: the merged model is the base" in said.err
+    assert sorted(path.name for path in Path().iterdir()) == [voice]
+
+
+def test_convert_there_and_back(run: Run, voice: str) -> None:
+    run("train", voice, *SETTINGS)
+    adapter = Path(voice, "runs/run-001/adapter")
+    assert run("convert", voice, "mlx", "--to", "mlx-lm").out == "mlx: 2 modules, in the format of mlx-lm\n"
+    assert run("convert", "mlx", "peft", "--to", "peft", "--json").json["from"] == "mlx-lm"
+    name = "adapter_model.safetensors"
+    assert Path("peft", name).read_bytes() == (adapter / name).read_bytes()
+    assert run("verify", "mlx", "--backend", "toy").code == 0
+    assert run("convert", "mlx", "again", "--to", "mlx-lm").error == "mlx: is in the format of mlx-lm already"
+    assert run("convert", "mlx", "peft", "--to", "peft").error == "peft: exists already; name a new folder"
+
+
+def test_verify_as_json(run: Run, voice: str, toy_model: Path) -> None:
+    run("train", voice, *SETTINGS, "sft.learning_rate=1e-2")
+    shutil.copytree("voice/runs/run-001/adapter", "moved")
+    said = run("verify", "moved", "--backend", "toy", "--model", toy_model, "--json")
+    assert (said.code, said.json["ok"], said.json["findings"]) == (0, True, [])
+    assert [one["what"] for one in said.json["comparisons"]] == ["base", "base with adapter"]
+    assert said.json["comparisons"][0]["tolerance"] == {
+        "mean": 1e-5,
+        "greatest": 1e-4,
+        "reason": "rounding of float32",
+    }
+    Path("moved/fingerprint.json").unlink()
+    said = run("verify", "moved", "--backend", "toy", "--model", toy_model)
+    assert said.code == 0
+    assert "note  no_fingerprint: " in said.out
+    assert said.out.splitlines()[-1] == "nothing wrong was found; without a fingerprint that is all that can be said"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("adapter_model.safetensors", b"x" * 100, "adapter_model.safetensors: is no safetensors file"),
+        ("adapter_model.safetensors", None, "adapter_model.safetensors: no such file"),
+        ("adapter_config.json", b"{", "adapter_config.json: "),
+        ("adapter_config.json", b"{}", "adapter_config.json: "),
+        ("fingerprint.json", b"{}", "fingerprint.json: is truncated or edited"),
+    ],
+)
+def test_verify_of_what_cannot_be_read(run: Run, voice: str, file: str, content: bytes | None, words: str) -> None:
+    run("train", voice, *SETTINGS)
+    path = Path("voice/runs/run-001/adapter", file)
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    assert words in run("verify", voice).error
 
 
 # --- init ------------------------------------------------------------------------------------------------------------
@@ -398,6 +487,15 @@ def test_doctor(run: Run, voice: str, toy_model: Path) -> None:
         ("voice", "backend", True),
     ]
     assert "all checks passed" in run("doctor", "--backend", "toy", "--model", toy_model).out
+
+
+def test_doctor_deep(run: Run, voice: str) -> None:
+    """The toy model is untrained, so that its answers may not end: everything else holds."""
+    said = run("doctor", "--backend", "toy", "--config", voice, "--deep", "--json")
+    deep = [check for check in said.json["checks"] if check["subject"] == "voice on toy, cpu, float32"]
+    assert [check["name"] for check in deep][:4] == ["LoRA", "gradient", "adapter", "base"]
+    assert {check["name"] for check in deep if not check["ok"]} <= {"generation"}
+    assert "--deep follows a project's own model and data" in run("doctor", "--deep").error
 
 
 def test_doctor_finds_what_is_wrong(run: Run, voice: str, toy_model: Path) -> None:

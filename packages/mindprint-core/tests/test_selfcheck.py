@@ -1,19 +1,23 @@
 """The training check must find what it is there for: each mistake is built into the toy backend and looked for."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mindprint.backend import load_backend
-from mindprint.contract import StepMetrics
+from mindprint.config import make_config
+from mindprint.contract import Generation, StepMetrics
 from mindprint.models import ModelFolder
 from mindprint.plugins import load_backend_plugin
-from mindprint.selfcheck import check_training, guarded
+from mindprint.selfcheck import Finding, check_deeply, check_training, guarded
 from mindprint.training.engine import Placement
+from mindprint.training.prepare import Prepared, prepare
 
 EVERYTHING = {"gradient", "adapter", "loss", "same numbers", "base", "adapter off"}
 
@@ -82,6 +86,93 @@ def test_whatever_a_backend_raises_is_a_finding(toy: str, tmp_path: Path) -> Non
     (finding,) = guarded("toy", lambda: check_training(placement, ModelFolder(tmp_path, "nothing")))
     assert (finding.subject, finding.ok) == ("toy", False)
     assert "has no tokenizer" in finding.detail
+
+
+# --- on a user's own model and configuration -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(toy: str, toy_model: Path, tmp_path: Path) -> Prepared:
+    rows = [{"prompt": f"{n}?", "completion": "aye " * (n + 1)} for n in range(4)]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stages = {"sft": {"steps_per_topic": 3, "learning_rate": 1e-2}, "dpo": {"enabled": False}}
+    config = {"model": {"name": str(toy_model)}, "backend": toy, "data": {"path": str(tmp_path)}, **stages}
+    return prepare(make_config(config))
+
+
+def deeply(own: Prepared) -> dict[str, Finding]:
+    placement = Placement(load_backend("toy"), "cpu", "float32")
+    return {finding.name: finding for finding in guarded("toy", lambda: check_deeply(own, placement))}
+
+
+def test_a_sound_backend_passes_deeply(backend_module: ModuleType, own: Prepared) -> None:
+    found = deeply(own)
+    assert {name for name, finding in found.items() if not finding.ok} <= {"generation"}  # the toy never learnt to end
+    assert found["LoRA"].detail == "2 modules, 1,536 elements, and nothing else is trainable"
+    assert found["save and load"].detail == "log-probs within 0 nats of those in training"
+    assert found["merge"].detail.startswith("log-probs within ")
+
+
+def test_adapter_on_other_modules(backend_module: ModuleType, own: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = backend_module.mindprint_inject_adapter
+
+    def elsewhere(model: Any, adapter: Any) -> Any:
+        return replace(original(model, adapter), sites=("layers.0.up_proj",))
+
+    monkeypatch.setattr(backend_module, "mindprint_inject_adapter", _hook(original, elsewhere))
+    assert "adapted other modules than the configuration names: layers.0.down_proj" in deeply(own)["works"].detail
+
+
+def test_a_base_that_is_trained_too(backend_module: ModuleType, own: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = backend_module._apply
+
+    def moving(model: Any, *rest: Any) -> float:
+        model.weights["lm_head"] = model.weights["lm_head"] * 1.001
+        return float(original(model, *rest))
+
+    monkeypatch.setattr(backend_module, "_apply", moving)
+    found = deeply(own)
+    assert not found["base"].ok
+    assert not found["save and load"].ok
+    assert not found["merge"].ok
+
+
+def test_what_is_saved_is_not_what_was_trained(
+    backend_module: ModuleType, own: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = backend_module.mindprint_save
+
+    def halved(model: Any) -> Any:
+        state = original(model)
+        tensors = {site: pair._replace(b=pair.b / 2) for site, pair in state.adapter.tensors.items()}
+        return replace(state, adapter=replace(state.adapter, tensors=tensors))
+
+    monkeypatch.setattr(backend_module, "mindprint_save", _hook(original, halved))
+    assert [name for name, finding in deeply(own).items() if not finding.ok and name != "generation"] == [
+        "save and load",
+        "merge",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason", "holds"),
+    [([10, 11], "stop", True), ([10, 11], "length", False), ([], "stop", False), ([10] * 5, "stop", False)],
+)
+def test_answers_have_words_and_end(
+    tokens: list[int],
+    reason: Any,
+    holds: bool,
+    backend_module: ModuleType,
+    own: Prepared,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = backend_module.mindprint_generate
+
+    def fixed(model: Any, prompts: Any, sampling: Any, adapter: Any) -> Any:
+        return [Generation(np.array(tokens, np.int32), reason) for _ in prompts]
+
+    monkeypatch.setattr(backend_module, "mindprint_generate", _hook(original, fixed))
+    assert deeply(own)["generation"].ok is holds
 
 
 def _hook(original: Any, replacement: Any) -> Any:

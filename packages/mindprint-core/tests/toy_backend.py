@@ -70,7 +70,8 @@ def mindprint_load_model(spec: ModelSpec) -> LoadedModel:
     kind = json.loads((Path(spec.path) / "config.json").read_text(encoding="utf-8")).get("model_type")
     if kind != "toy":
         raise ModelError(f"{spec.path}: backend 'toy' computes only models of type 'toy', this is {kind!r}")
-    weights = load_file(Path(spec.path) / "model.safetensors")
+    stored = load_file(Path(spec.path) / "model.safetensors")
+    weights = {name.removesuffix(".weight"): values for name, values in stored.items()}
     elements = sum(values.size for values in weights.values())
     return LoadedModel(ToyModel(weights), spec.device, spec.dtype, elements, len(weights[HEAD]))
 

@@ -26,6 +26,7 @@ def write_toy_model(folder: Path, seed: int = 0, hidden: int = 32) -> Path:
     tokenizer.add_special_tokens(special)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
     config = {"model_type": "toy", "architectures": ["ToyForCausalLM"], "vocab_size": len(alphabet), "eos_token_id": 1}
+    config |= {"num_hidden_layers": 1, "tie_word_embeddings": False}
     random = np.random.default_rng(seed)
     shapes = {
         "embed_tokens": (len(alphabet), hidden),
@@ -36,7 +37,8 @@ def write_toy_model(folder: Path, seed: int = 0, hidden: int = 32) -> Path:
     weights = {name: random.normal(0, shape[1] ** -0.5, shape) for name, shape in shapes.items()}
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    save_file({name: values.astype(np.float32) for name, values in weights.items()}, folder / "model.safetensors")
+    stored = {f"{name}.weight": values.astype(np.float32) for name, values in weights.items()}
+    save_file(stored, folder / "model.safetensors")
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATE}), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder

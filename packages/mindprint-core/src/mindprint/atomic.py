@@ -24,9 +24,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         try:
             yield aside
             for file in sorted(aside.rglob("*")):
-                _sync(file)
+                sync(file)
             _replace_folder(aside, path)
-            _sync(path.parent)
+            sync(path.parent)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -43,9 +43,9 @@ def write_bytes(path: Path, content: bytes) -> None:
     with _disk_errors(path):
         try:
             aside.write_bytes(content)
-            _sync(aside)
+            sync(aside)
             aside.replace(path)
-            _sync(path.parent)
+            sync(path.parent)
         except BaseException:
             with suppress(OSError):
                 aside.unlink()
@@ -63,7 +63,8 @@ def _replace_folder(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file or folder on the disk before this returns."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -33,7 +33,7 @@ from mindprint.contract import (
     TrainingState,
     Update,
 )
-from mindprint.errors import BackendError, ContractError
+from mindprint.errors import BackendError, ContractError, NotFiniteError
 from mindprint.losses import PreferenceLoss
 from mindprint.plugins import (
     BACKENDS,
@@ -109,7 +109,7 @@ class Backend:
         values = self._hook.mindprint_log_probs(model=model.handle, batch=batch, adapter=adapter)
         self._check_array(hook, "log-probs", values, batch.tokens.shape, np.float32)
         if not np.isfinite(values).all():
-            raise ContractError(f"backend {self.name!r}: {hook} returned log-probs that are not finite")
+            raise NotFiniteError(f"backend {self.name!r}: {hook} returned log-probs that are not finite")
         return cast(Float32, values)
 
     def generate(

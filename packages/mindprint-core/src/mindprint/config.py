@@ -84,6 +84,11 @@ class AdapterConfig(Section):
         "all-linear", description="`all-linear`, or a list of module names or their endings (`q_proj`)."
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead (rank-stabilised LoRA).")
+    start_from: str | None = Field(
+        None,
+        description="Folder of an adapter of PEFT's, mlx-lm's or Mindprint's to go on from; its rank, alpha and "
+        "modules must be those given here.",
+    )
 
 
 def _backend(value: object) -> object:
@@ -179,6 +184,15 @@ class GenerationConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling.")
 
 
+class FingerprintConfig(Section):
+    """What `RUN/adapter/fingerprint.json` is measured on."""
+
+    probe: Literal["synthetic", "heldout"] = Field(
+        "synthetic",
+        description="`synthetic`: tokens drawn from the vocabulary; `heldout`: your own held-out rows, readable in it.",
+    )
+
+
 class Config(Section):
     """A whole run."""
 
@@ -190,6 +204,7 @@ class Config(Section):
     dpo: DpoConfig = DpoConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     generation: GenerationConfig = GenerationConfig()
+    fingerprint: FingerprintConfig = FingerprintConfig()
     seed: Annotated[int, Field(ge=0, description="Order, initial adapter and dropout follow from it.")] = 0
 
     @model_validator(mode="after")

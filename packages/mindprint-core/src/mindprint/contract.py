@@ -137,7 +137,11 @@ class LoraConfig:
 
 
 class LoraFactors(NamedTuple):
-    """`a` is `[r, in]`, `b` is `[out, r]`, float32; the change of the weight is `scale * b @ a`."""
+    """`a` is `[r, in]`, `b` is `[out, r]`, float32; the change of the weight is `scale * b @ a`.
+
+    Of a stack of experts `a` is `[experts, r, in]` and `b` `[experts, out, r]`. Only adapters that others made have
+    such factors (under the name of the stack's parameter, `...experts.gate_up_proj`); no backend trains them.
+    """
 
     a: Float32
     b: Float32

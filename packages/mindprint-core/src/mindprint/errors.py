@@ -30,6 +30,10 @@ class AdapterError(MindprintError, ValueError):
     """An adapter is malformed, or does not fit the model or the operation."""
 
 
+class TransposedError(AdapterError):
+    """An adapter whose factors lie as `[in, r]` and `[r, out]` under names that mean `[r, in]` and `[out, r]`."""
+
+
 class RunError(MindprintError, RuntimeError):
     """A run folder cannot be used: it already holds a run, cannot be written, or does not match its configuration."""
 
@@ -48,6 +52,10 @@ class BackendError(MindprintError, RuntimeError):
 
 class ContractError(BackendError, TypeError):
     """A backend's hook returned something that the contract does not allow; the message names hook and finding."""
+
+
+class NotFiniteError(ContractError):
+    """A model computed log-probs that are NaN or infinite: its weights or its adapter's are, or overflow."""
 
 
 class GuardError(MindprintError, RuntimeError):

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from mindprint import models
+from mindprint.adapter.formats import named_base, read_any_adapter
 from mindprint.adapter.peft_format import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from mindprint.adapter.peft_format import read_adapter
 from mindprint.backend import Backend
 from mindprint.config import FILE_NAME, BackendConfig, Config, ConfigFile, GenerationConfig, ModelConfig, load_config
 from mindprint.contract import AdapterState, LoadedModel, Sampling
@@ -96,8 +96,7 @@ def open_adapter(
     `model` names another place for the base than the run's configuration or adapter_config.json does.
     """
     located = locate_adapter(path)
-    adapter, named = read_adapter(located.adapter)
-    base = _base(located, model, named)
+    base, adapter = read_located(located, model)
     tokenizer = load_tokenizer(base.path)
     section = backend or (located.config.config.backend if located.config else BackendConfig())
     placement = Placements().resolve(section)
@@ -124,6 +123,27 @@ def locate_adapter(path: str | PathLike[str]) -> Located:
     raise AdapterError(
         f"{folder}: is no project ({FILE_NAME}), no run (manifest.json) and no adapter ({ADAPTER_CONFIG_FILE})"
     )
+
+
+def read_located(located: Located, model: str | None = None) -> tuple[models.ModelFolder, AdapterState]:
+    """A located adapter, in whichever format it is, and its base (see `find_base`)."""
+    base = find_base(located, model)
+    return base, read_any_adapter(located.adapter, base.path)[0]
+
+
+def find_base(located: Located, model: str | None = None) -> models.ModelFolder:
+    """The adapter's base: where the caller says, where the run's configuration says, or what its own file names."""
+    if model is not None:
+        return models.resolve_model(ModelConfig(name=model), Path.cwd())
+    if located.config is not None:
+        return models.resolve_model(located.config.config.model, located.config.folder)
+    named = named_base(located.adapter)
+    if not named:
+        raise AdapterError(f"{located.adapter}: does not say what its base model is; name it with --model")
+    try:
+        return models.resolve_model(ModelConfig(name=named), located.adapter.resolve())
+    except MindprintError as error:
+        raise AdapterError(f"{located.adapter}: its base model cannot be had: {error}; name it with --model") from error
 
 
 def read_heldout(file: ConfigFile) -> Rows:
@@ -171,15 +191,3 @@ def _surrounding_config(adapter: Path) -> ConfigFile | None:
         if run.holds_run and run.config.is_file():
             return load_config(run.config)
     return None
-
-
-def _base(located: Located, model: str | None, named: str) -> models.ModelFolder:
-    """The adapter's base: where the caller says, where the run's configuration says, or what PEFT's file names."""
-    if model is not None:
-        return models.resolve_model(ModelConfig(name=model), Path.cwd())
-    if located.config is not None:
-        return models.resolve_model(located.config.config.model, located.config.folder)
-    try:
-        return models.resolve_model(ModelConfig(name=named), located.adapter.resolve())
-    except MindprintError as error:
-        raise AdapterError(f"{located.adapter}: its base model cannot be had: {error}; name it with --model") from error

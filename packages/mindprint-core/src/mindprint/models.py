@@ -1,23 +1,23 @@
 """Model folders: from a name in the configuration to a checked folder in Hugging Face layout, and what it holds.
 
-Nothing here loads a model. Weights are looked at through their safetensors headers, read by our own few lines: the
-format is a length, a JSON header and bytes.
+Nothing here loads a model. Weights are looked at through their safetensors headers.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 from mindprint.config import ModelConfig
 from mindprint.data.tokenizer import TOKENIZER_FILES
 from mindprint.errors import ModelError
+from mindprint.tensor_files import TensorFileError, TensorInfo, read_header
 
 BUILTIN = ("tiny",)
 """Models that come with the package, named `builtin:NAME`."""
@@ -50,16 +50,6 @@ class ModelFolder:
     path: Path
     name: str
     revision: str | None = None
-
-
-class TensorInfo(NamedTuple):
-    """A tensor as a safetensors header has it; `start` and `end` are its bytes in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    end: int
 
 
 def resolve_model(config: ModelConfig, folder: Path) -> ModelFolder:
@@ -106,7 +96,9 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     shards = _json_object(folder / INDEX_FILE, "").get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ModelError(f"{folder / INDEX_FILE}: has no weight_map: download the model again")
-    names = sorted(set(shards.values()))
+    names = sorted(set(map(str, shards.values())))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ModelError(f"{folder / INDEX_FILE}: {outside[0]!r} leads out of the folder: download the model again")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelError(f"{folder}: {len(missing)} of {len(names)} weight files are missing, first {missing[0]}")
@@ -168,38 +160,11 @@ def _samples(info: TensorInfo) -> Iterator[bytes]:
 
 def _tensors_of(path: Path) -> dict[str, TensorInfo]:
     """A file's tensors, after checking that the file is as long as its header says."""
-    with path.open("rb") as file:
-        header, offset = _header(file, path)
-    found = {
-        name: TensorInfo(
-            entry["dtype"],
-            tuple(entry["shape"]),
-            path,
-            offset + entry["data_offsets"][0],
-            offset + entry["data_offsets"][1],
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
-    length, expected = path.stat().st_size, max((info.end for info in found.values()), default=offset)
-    if length < expected:
-        raise ModelError(f"{path}: is truncated ({length} of {expected} bytes): download it again")
-    return found
-
-
-def _header(file: BinaryIO, path: Path) -> tuple[Mapping[str, Any], int]:
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > path.stat().st_size:
-        pointer = " but a Git LFS pointer: run `git lfs pull`" if start == b"version " else ": download it again"
-        raise ModelError(f"{path}: is no safetensors file{pointer}")
     try:
-        header = json.loads(file.read(length))
-    except ValueError as error:
-        raise ModelError(f"{path}: has a broken safetensors header: download it again") from error
-    if not isinstance(header, dict):
-        raise ModelError(f"{path}: has a broken safetensors header: download it again")
-    return header, 8 + length
+        return read_header(path)
+    except TensorFileError as error:
+        mend = "" if "git lfs" in str(error) else ": download it again"
+        raise ModelError(f"{path}: {error}{mend}") from error
 
 
 def _json_object(path: Path, missing: str) -> dict[str, Any]:

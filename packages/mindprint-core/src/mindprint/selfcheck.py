@@ -8,27 +8,45 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
 from mindprint.adapter.initial import initial_adapter
+from mindprint.adapter.merging import merged_folder
+from mindprint.adapter.peft_format import read_adapter, write_adapter
 from mindprint.adapter.targets import resolve_targets
-from mindprint.backend import Backend
-from mindprint.config import DataConfig
-from mindprint.contract import AdapterState, LoadedModel, LoraConfig, StepMetrics, TokenBatch, Update
-from mindprint.data.collate import sft_batch
+from mindprint.backend import Backend, is_finite
+from mindprint.config import Config, DataConfig
+from mindprint.contract import (
+    AdapterState,
+    Float32,
+    LoadedModel,
+    LoraConfig,
+    Sampling,
+    StepMetrics,
+    TokenBatch,
+    TrainingState,
+    Update,
+)
+from mindprint.data.collate import pair_sequences, sft_batch
 from mindprint.data.render import render_sft
 from mindprint.data.rows import Origin, SftRow
 from mindprint.data.tokenizer import load_tokenizer
 from mindprint.errors import MindprintError
 from mindprint.losses import sft_loss
-from mindprint.models import ModelFolder
+from mindprint.models import ModelFolder, tensors
+from mindprint.tensor_files import FLOAT_DTYPES
 from mindprint.training.engine import Engine, Placement
 from mindprint.training.guards import LOG_PROB_NOISE
+from mindprint.training.prepare import Prepared
+from mindprint.training.reference import compute_reference
+from mindprint.training.stages import DpoStage, SftStage, Stage, StepOutcome
 
 STEPS = 5
 ROWS = 4
@@ -137,3 +155,129 @@ def _raised(check: Callable[[], None]) -> str | None:
     except MindprintError as error:
         return str(error)
     return None
+
+
+# --- a user's own model and configuration ----------------------------------------------------------------------------
+
+DEEP_STEPS = 3
+PROMPTS = 3
+LONGEST_ANSWER = 256
+
+
+def check_deeply(prepared: Prepared, placement: Placement) -> Iterator[Finding]:
+    """Take the configured run's first steps, and follow the adapter through file and merge to an answer.
+
+    What each check would have found: an adapter on other modules than were named, a base that is trained too, an
+    adapter that is not the same once saved and loaded, a merge that loses it, a model that answers with nothing.
+    """
+    engine = Engine(prepared.model)
+    batch = _own_batch(prepared)
+    try:
+        engine.load(placement)
+        before = _inject_configured(engine, prepared.config)
+        where = f"{len(before.tensors)} modules, {before.elements:,} elements, and nothing else is trainable"
+        yield Finding("LoRA", ok=True, detail=where)
+        outcomes = _take_steps(engine, prepared, before)
+        after = engine.backend.save(engine.model).adapter
+        yield from _trained(before, after, outcomes, engine)
+        trained = engine.backend.log_probs(engine.model, batch)
+        yield _answers(engine, prepared)
+        engine.release()
+        with tempfile.TemporaryDirectory() as folder:
+            yield _reloaded(engine, placement, Path(folder), after, batch, trained)
+            engine.release()
+            yield _merged(placement, Path(folder), after, prepared.model, batch, trained)
+    finally:
+        engine.release()
+
+
+def _own_batch(prepared: Prepared) -> TokenBatch:
+    """A few of the configuration's own rows, to compute log-probs of."""
+    plan, pad_id = prepared.plans[0], prepared.tokenizer.pad_id
+    if plan.stage == "sft":
+        return sft_batch(prepared.sft[plan.topic][:ROWS], pad_id)
+    return pair_sequences(prepared.preferences[plan.topic][:ROWS], pad_id)[0]
+
+
+def _inject_configured(engine: Engine, config: Config) -> AdapterState:
+    sites, wanted = engine.backend.adapter_sites(engine.model), config.adapter
+    targets = resolve_targets(sites, wanted.target_modules)
+    lora = LoraConfig(wanted.r, wanted.alpha, targets, wanted.dropout, wanted.use_rslora)
+    adapter = initial_adapter(sites, lora, config.seed)
+    engine.inject(adapter)
+    return adapter
+
+
+def _take_steps(engine: Engine, prepared: Prepared, start: AdapterState) -> list[StepOutcome]:
+    """The first steps of the run's first stage, as the run itself would take them."""
+    plan, pad_id = prepared.plans[0], prepared.tokenizer.pad_id
+    engine.backend.restore(engine.model, TrainingState(start))
+    stage: Stage
+    if plan.stage == "sft":
+        stage = SftStage(plan, prepared.sft[plan.topic], pad_id)
+    else:
+        examples = prepared.preferences[plan.topic]
+        stage = DpoStage(plan, examples, pad_id, compute_reference(engine.backend, engine.model, examples, pad_id))
+    return [stage.take_step(engine, step) for step in range(min(DEEP_STEPS, plan.steps))]
+
+
+def _trained(
+    before: AdapterState, after: AdapterState, outcomes: Sequence[StepOutcome], engine: Engine
+) -> Iterator[Finding]:
+    norms = [outcome.metrics.grad_norm for outcome in outcomes]
+    finite = all(is_finite(outcome.metrics) for outcome in outcomes)
+    yield Finding("gradient", ok=finite and norms[0] > 0, detail=f"norms {', '.join(f'{norm:.3g}' for norm in norms)}")
+    change = max(_greatest(after.tensors[site].b - pair.b) for site, pair in before.tensors.items())
+    yield Finding("adapter", ok=change > 0, detail=f"changed by up to {change:.2g} in {len(outcomes)} steps")
+    error = _raised(engine.check_base)
+    yield Finding("base", ok=error is None, detail=error or "its weights are as they were")
+
+
+def _reloaded(
+    engine: Engine, placement: Placement, folder: Path, adapter: AdapterState, batch: TokenBatch, trained: Float32
+) -> Finding:
+    """Write the adapter, read it, put it on a base that was loaded anew."""
+    write_adapter(folder, adapter, engine.folder.name)
+    engine.load(placement)
+    engine.inject(read_adapter(folder)[0])
+    apart = _greatest(engine.backend.log_probs(engine.model, batch) - trained)
+    detail = f"log-probs within {apart:.1g} nats of those in training"
+    return Finding("save and load", ok=apart <= _noise(placement), detail=detail)
+
+
+def _merged(
+    placement: Placement, folder: Path, adapter: AdapterState, base: ModelFolder, batch: TokenBatch, trained: Float32
+) -> Finding:
+    """Merge the adapter into its base and load the result: a model like any other, that computes the same."""
+    out = folder / "merged"
+    with merged_folder(out, base, adapter, source=folder):
+        pass
+    engine = Engine(ModelFolder(out, "the merged model"))
+    try:
+        engine.load(placement)
+        apart = _greatest(engine.backend.log_probs(engine.model, batch, adapter=False) - trained)
+    finally:
+        engine.release()
+    stored = {FLOAT_DTYPES[info.dtype] for info in tensors(out).values() if info.dtype in FLOAT_DTYPES}
+    allowed = max(LOG_PROB_NOISE[dtype] for dtype in (*stored, placement.dtype))
+    detail = f"log-probs within {apart:.1g} nats of those in training, rounding to the base's dtype allows {allowed:g}"
+    return Finding("merge", ok=apart <= allowed, detail=detail)
+
+
+def _answers(engine: Engine, prepared: Prepared) -> Finding:
+    """Answer a few of the rows' prompts: every answer has words, and one at least comes to its end."""
+    plan, tokenizer = prepared.plans[0], prepared.tokenizer
+    if plan.stage == "sft":
+        rows = prepared.sft[plan.topic][:PROMPTS]
+        prompts = [row.tokens[: max(1, int(row.loss_mask.argmax()))] for row in rows]
+    else:
+        prompts = [pair.prompt for pair in prepared.preferences[plan.topic][:PROMPTS]]
+    longest = max(LONGEST_ANSWER, prepared.config.generation.max_new_tokens)
+    answers = engine.backend.generate(engine.model, prompts, Sampling(longest, tokenizer.stop_token_ids))
+    ended = sum(answer.stop_reason == "stop" for answer in answers)
+    empty = sum(not tokenizer.decode(answer.tokens.tolist()).strip() for answer in answers)
+    stuck = sum(len(answer.tokens) > 1 and len(set(answer.tokens.tolist())) == 1 for answer in answers)
+    detail = (
+        f"{ended} of {len(answers)} answers end within {longest} tokens, {empty} empty, {stuck} of one repeated token"
+    )
+    return Finding("generation", ok=ended > 0 and not empty and not stuck, detail=detail)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import sqrt
+from pathlib import Path
 
 import numpy as np
 
 from mindprint.contract import AdapterSite, AdapterState, LoraConfig, LoraFactors
 from mindprint.data.order import uniform
+from mindprint.errors import AdapterError
 
 
 def initial_adapter(sites: Sequence[AdapterSite], config: LoraConfig, seed: int) -> AdapterState:
@@ -18,6 +21,27 @@ def initial_adapter(sites: Sequence[AdapterSite], config: LoraConfig, seed: int)
     """
     by_name = {site.name: site for site in sites}
     return AdapterState(config, {name: _factors(by_name[name], config, seed) for name in config.target_modules})
+
+
+def started_adapter(start: AdapterState, config: LoraConfig, folder: Path) -> AdapterState:
+    """An adapter to go on from, whoever made it. Raises `AdapterError` saying what `config` has otherwise."""
+    made = start.config
+    for name in ("r", "alpha", "use_rslora"):
+        here, there = getattr(config, name), getattr(made, name)
+        if here != there:
+            raise AdapterError(
+                f"{folder}: adapter.{name} is {_yaml(here)} and this adapter has {_yaml(there)}: "
+                f"set adapter.{name}={_yaml(there)}"
+            )
+    if other := sorted(set(config.target_modules) ^ set(start.tensors)):
+        what = "has no tensors for" if other[0] in config.target_modules else "is also on"
+        raise AdapterError(f"{folder}: {what} {other[0]}, adapter.target_modules says otherwise ({len(other)} differ)")
+    kept = replace(config, rank_pattern=made.rank_pattern, alpha_pattern=made.alpha_pattern)
+    return AdapterState(kept, {site: start.tensors[site] for site in config.target_modules})
+
+
+def _yaml(value: float) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
 
 
 def _factors(site: AdapterSite, config: LoraConfig, seed: int) -> LoraFactors:

@@ -9,12 +9,17 @@ from mindprint.adapter.peft_format import write_adapter
 from mindprint.config import Config
 from mindprint.contract import AdapterState
 from mindprint.models import ModelFolder
+from mindprint.trust.fingerprint import FILE_NAME as FINGERPRINT_FILE
+from mindprint.trust.fingerprint import Fingerprint, fingerprint_json
 
 
-def write_final_adapter(folder: Path, adapter: AdapterState, model: ModelFolder, config: Config) -> None:
+def write_final_adapter(
+    folder: Path, adapter: AdapterState, model: ModelFolder, config: Config, fingerprint: Fingerprint
+) -> None:
     """Write `RUN/adapter/`, whole or not at all."""
     with atomic.new_folder(folder) as aside:
         write_adapter(aside, adapter, model.name, model.revision)
+        (aside / FINGERPRINT_FILE).write_text(fingerprint_json(fingerprint), encoding="utf-8")
         (aside / "README.md").write_text(model_card(adapter, model, config), encoding="utf-8")
 
 
@@ -40,4 +45,7 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained("{model.name}")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
+
+`{FINGERPRINT_FILE}` records what it is and what it computed where it was trained;
+`mindprint verify path/to/this/folder` recomputes that anywhere.
 """

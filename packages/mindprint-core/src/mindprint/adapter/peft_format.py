@@ -1,42 +1,70 @@
-"""The one adapter file: PEFT's folder of `adapter_config.json` and `adapter_model.safetensors`."""
+"""The one adapter file: PEFT's folder of `adapter_config.json` and `adapter_model.safetensors`.
+
+What is read is any LoRA adapter that PEFT writes for a causal language model; the tensors' names are the truth about
+where it goes. What is written names every target in full.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
-from mindprint.contract import AdapterState, LoraConfig, LoraFactors
-from mindprint.errors import AdapterError
+from mindprint.adapter.peft_settings import PeftSettings, is_named, read_settings
+from mindprint.adapter.targets import (
+    EMBEDDINGS,
+    LM_HEADS,
+    STACKED_PARAMETERS,
+    in_order,
+    is_embedding,
+    is_router,
+    is_stack,
+)
+from mindprint.contract import AdapterState, Float32, LoraConfig, LoraFactors
+from mindprint.errors import AdapterError, TransposedError
+from mindprint.tensor_files import TensorFileError, TensorInfo, read_float32, read_header
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+
+_NESTED = ".base_layer"
+_FACTOR = re.compile(r"(?P<host>.+)\.lora_(?:(?P<letter>[AB])\.weight|embedding_(?P<embedded>[AB]))")
+_COPY = re.compile(rf"{re.escape(PREFIX)}(?P<site>(.+\.)?({'|'.join(EMBEDDINGS + LM_HEADS)}))(\.base_layer)?\.weight")
 
 
-def tensor_names(site: str) -> tuple[str, str]:
-    """The names of a site's A `[r, in]` and B `[out, r]` in PEFT's file."""
-    return f"{_PREFIX}{site}.lora_A.weight", f"{_PREFIX}{site}.lora_B.weight"
+def tensor_names(site: str, sites: Sequence[str] = ()) -> tuple[str, str]:
+    """The names of a site's A and B in PEFT's file, beside those of all `sites` of the adapter.
+
+    The parameters of one stack of experts lie in each other: the last one that is adapted is outermost.
+    """
+    if is_embedding(site):
+        return f"{PREFIX}{site}.lora_embedding_A", f"{PREFIX}{site}.lora_embedding_B"
+    if is_stack(site):
+        host, _, parameter = site.rpartition(".")
+        after = STACKED_PARAMETERS[STACKED_PARAMETERS.index(parameter) + 1 :]
+        site = host + _NESTED * sum(f"{host}.{other}" in sites for other in after)
+    return f"{PREFIX}{site}.lora_A.weight", f"{PREFIX}{site}.lora_B.weight"
 
 
 def to_tensors(factors: Mapping[str, LoraFactors], prefix: str = "") -> dict[str, np.ndarray]:
     """Flatten factors by site into named tensors, each name with `prefix` before PEFT's."""
     flat = {}
     for site, pair in factors.items():
-        for name, values in zip(tensor_names(site), pair, strict=True):
+        for name, values in zip(tensor_names(site, tuple(factors)), _flat(pair), strict=True):
             flat[prefix + name] = np.ascontiguousarray(values, np.float32)
     return flat
 
 
 def from_tensors(flat: Mapping[str, np.ndarray], sites: tuple[str, ...], prefix: str = "") -> dict[str, LoraFactors]:
-    """The inverse of `to_tensors` for the given sites. Raises `AdapterError` naming a tensor that is not there."""
+    """The inverse of `to_tensors` for sites that are modules. Raises `AdapterError` naming a tensor that is missing."""
     factors = {}
     for site in sites:
         missing = [name for name in tensor_names(site) if prefix + name not in flat]
@@ -44,6 +72,21 @@ def from_tensors(flat: Mapping[str, np.ndarray], sites: tuple[str, ...], prefix:
             raise AdapterError(f"tensor {prefix + missing[0]} is missing")
         factors[site] = LoraFactors(*(flat[prefix + name] for name in tensor_names(site)))
     return factors
+
+
+def _flat(factors: LoraFactors) -> tuple[Float32, Float32]:
+    """Factors as PEFT's file has them: of stacked experts A is `[experts · r, in]` and B `[out, r · experts]`."""
+    if factors.a.ndim == 2:
+        return factors
+    experts, rank, columns = factors.a.shape
+    rows = factors.b.shape[1]
+    return factors.a.reshape(-1, columns), factors.b.transpose(1, 2, 0).reshape(rows, rank * experts)
+
+
+def _unflat(a: Float32, b: Float32, rank: int) -> LoraFactors:
+    experts = len(a) // rank
+    stacked = b.reshape(len(b), rank, experts).transpose(2, 0, 1)
+    return LoraFactors(a.reshape(experts, rank, -1), np.ascontiguousarray(stacked))
 
 
 def write_adapter(folder: Path, adapter: AdapterState, base_model: str, revision: str | None = None) -> None:
@@ -54,20 +97,20 @@ def write_adapter(folder: Path, adapter: AdapterState, base_model: str, revision
 
 
 def peft_config(config: LoraConfig, base_model: str, revision: str | None = None) -> dict[str, Any]:
-    """`adapter_config.json` as PEFT reads it; every target module is written out."""
-    alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
+    """`adapter_config.json` as PEFT reads it; every target is written out."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "revision": revision,
         "r": config.r,
-        "lora_alpha": alpha,
+        "lora_alpha": _plain(config.alpha),
         "lora_dropout": config.dropout,
         "use_rslora": config.use_rslora,
-        "target_modules": list(config.target_modules),
-        "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": dict(config.alpha_pattern),
+        "target_modules": [site for site in config.target_modules if not (is_stack(site) or is_router(site))],
+        "target_parameters": list(_parameters(config.target_modules)) or None,
+        "rank_pattern": {_pattern(site): rank for site, rank in config.rank_pattern.items()},
+        "alpha_pattern": {_pattern(site): _plain(alpha) for site, alpha in config.alpha_pattern.items()},
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -77,29 +120,146 @@ def peft_config(config: LoraConfig, base_model: str, revision: str | None = None
     }
 
 
-def read_adapter(folder: Path) -> tuple[AdapterState, str]:
-    """Read a folder that `write_adapter` wrote: the adapter, and the base model it names.
+def _parameters(sites: Sequence[str]) -> Iterator[str]:
+    """Sites whose weight is a parameter rather than a module that PEFT knows: stacks of experts, and routers."""
+    for site in sites:
+        if is_stack(site):
+            yield site
+        elif is_router(site):
+            yield f"{site}.weight"
 
-    Raises `AdapterError` naming the file and what is wrong with it.
+
+def _plain(number: float) -> float:
+    return int(number) if float(number).is_integer() else number
+
+
+def _pattern(site: str) -> str:
+    """PEFT reads keys as regular expressions that may match the end of a name; this one matches it whole."""
+    return "^" + re.escape(site)
+
+
+def read_adapter(folder: Path) -> tuple[AdapterState, str]:
+    """Read a LoRA adapter of PEFT's: the adapter, and the base model it names (empty if it names none).
+
+    Factors come in float32 whatever dtype they have in the file. Raises `AdapterError` naming the file and what is
+    wrong with it: not LoRA alone, tensors that no target names or that are missing, shapes that contradict `r`.
     """
-    values = _read_config(folder / CONFIG_FILE)
-    config = LoraConfig(
-        r=values["r"],
-        alpha=float(values["lora_alpha"]),
-        target_modules=tuple(values["target_modules"]),
-        dropout=float(values["lora_dropout"]),
-        use_rslora=bool(values["use_rslora"]),
-        rank_pattern=values["rank_pattern"],
-        alpha_pattern=values["alpha_pattern"],
-    )
+    settings = read_settings(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
     try:
-        tensors = from_tensors(load_file(weights), config.target_modules)
-    except FileNotFoundError:
-        raise AdapterError(f"{weights}: no such file; an adapter is a folder with it and {CONFIG_FILE}") from None
-    except (SafetensorError, AdapterError, OSError) as error:
+        places = _places(adapter_tensors(folder, WEIGHTS_FILE), settings)
+        factors = {site: _read_factors(site, pair, settings) for site, pair in places.items()}
+    except TransposedError as error:
+        raise TransposedError(f"{weights}: {error}") from error
+    except (TensorFileError, AdapterError, OSError) as error:
         raise AdapterError(f"{weights}: {error}") from error
-    return AdapterState(config, tensors), str(values["base_model_name_or_path"])
+    return AdapterState(_lora_config(settings, factors), factors), settings.base
+
+
+def base_copies(folder: Path) -> dict[str, TensorInfo]:
+    """The base's own weights that PEFT saved along (it does with embeddings), by site.
+
+    PEFT puts them into the base when it loads the adapter: where they are not what the base has, this is no LoRA alone.
+    """
+    tensors = adapter_tensors(folder, WEIGHTS_FILE)
+    found = {name: _COPY.fullmatch(name) for name in tensors}
+    return {match["site"]: tensors[name] for name, match in found.items() if match}
+
+
+def adapter_tensors(folder: Path, name: str) -> dict[str, TensorInfo]:
+    """The tensors of an adapter's file, from its header. Its errors say what is wrong and do not name the file."""
+    file = folder / name
+    if file.is_symlink() and not file.resolve().is_file():
+        raise AdapterError("is a link that leads nowhere")
+    if not file.is_file():
+        pickles = sorted(path.name for ending in ("bin", "pt", "pth") for path in folder.glob(f"*.{ending}"))
+        if pickles:
+            raise AdapterError(
+                f"no such file; {pickles[0]} is a pickle, which can run code when loaded and is refused: save the "
+                "adapter as safetensors"
+            )
+        raise AdapterError(f"no such file; an adapter is a folder with it and {CONFIG_FILE}")
+    return read_header(file)
+
+
+def _places(tensors: Mapping[str, TensorInfo], settings: PeftSettings) -> dict[str, tuple[TensorInfo, TensorInfo]]:
+    """A and B of every site, in order. Raises `AdapterError` for tensors and targets that do not fit each other."""
+    pairs: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        found = _FACTOR.fullmatch(name.removeprefix(PREFIX))
+        if found is not None and name.startswith(PREFIX):
+            letter = found["letter"] or found["embedded"]
+            pairs.setdefault(_site(found["host"], settings), {})[letter] = info
+        elif _COPY.fullmatch(name) is None:
+            raise AdapterError(f"tensor {name} is not part of a LoRA adapter for a causal language model")
+    for site, pair in pairs.items():
+        if len(pair) != 2:
+            letter = "B" if "A" in pair else "A"
+            raise AdapterError(f"tensor {letter} of {site} is missing")
+    _require_all(settings, tuple(pairs))
+    return {site: (pairs[site]["A"], pairs[site]["B"]) for site in _ordered(settings, pairs)}
+
+
+def _site(host: str, settings: PeftSettings) -> str:
+    """The site whose factors lie under a module: the module, or the parameter of it that is adapted at this depth."""
+    module = host
+    while module.endswith(_NESTED):
+        module = module.removesuffix(_NESTED)
+    depth = (len(host) - len(module)) // len(_NESTED)
+    parameters = settings.parameters(module)
+    if parameters and depth < len(parameters):
+        parameter = parameters[len(parameters) - 1 - depth]
+        return module if parameter == "weight" else f"{module}.{parameter}"
+    if depth or not settings.targets(module):
+        raise AdapterError(f"has tensors for {host}, which {CONFIG_FILE} does not target")
+    return module
+
+
+def _require_all(settings: PeftSettings, sites: Sequence[str]) -> None:
+    """Every target that is a name must have tensors: PEFT would leave it at its start and say so in a warning only."""
+    modules = () if isinstance(settings.target_modules, str) else settings.target_modules
+    parameters = (target.removesuffix(".weight") for target in settings.target_parameters)
+    for target in (*modules, *parameters):
+        if not any(is_named(site, target) for site in sites):
+            raise AdapterError(f"has no tensors for {target}, which {CONFIG_FILE} targets")
+    if not sites:
+        raise AdapterError("has no LoRA tensors")
+
+
+def _ordered(settings: PeftSettings, sites: Mapping[str, Any]) -> Sequence[str]:
+    """The order of the file where it names its sites one by one, else by layer and name."""
+    targets = settings.target_modules
+    return targets if isinstance(targets, tuple) and set(targets) == set(sites) else in_order(tuple(sites))
+
+
+def _read_factors(site: str, infos: tuple[TensorInfo, TensorInfo], settings: PeftSettings) -> LoraFactors:
+    (a, b), rank = (info.shape for info in infos), settings.rank(site)
+    whole = len(a) == len(b) == 2 and a[0] == b[1]
+    if len(a) == len(b) == 2 and a[1] == b[0] == rank != a[0]:
+        raise TransposedError(
+            f"{site}: A is {list(a)} and B {list(b)}: they are transposed (mlx-lm's layout under PEFT's names); "
+            "convert the original with: mindprint convert"
+        )
+    if not whole or (a[0] % rank if is_stack(site) else a[0] != rank):
+        raise AdapterError(
+            f"{site}: A is {list(a)} and B {list(b)}, and {CONFIG_FILE} says rank {rank}: they contradict each other"
+        )
+    values = [read_float32(info) for info in infos]
+    return _unflat(values[0], values[1], rank) if is_stack(site) else LoraFactors(*values)
+
+
+def _lora_config(settings: PeftSettings, factors: Mapping[str, LoraFactors]) -> LoraConfig:
+    ranks = {site: settings.rank(site) for site in factors}
+    alphas = {site: settings.alpha_of(site) for site in factors}
+    return LoraConfig(
+        r=settings.r,
+        alpha=settings.alpha,
+        target_modules=tuple(factors),
+        dropout=settings.dropout,
+        use_rslora=settings.use_rslora,
+        rank_pattern={site: rank for site, rank in ranks.items() if rank != settings.r},
+        alpha_pattern={site: alpha for site, alpha in alphas.items() if alpha != settings.alpha},
+    )
 
 
 def adapter_digest(adapter: AdapterState) -> str:
@@ -111,20 +271,3 @@ def adapter_digest(adapter: AdapterState) -> str:
     scales = {site: adapter.config.scale(site) for site in sorted(adapter.tensors)}
     digest.update(json.dumps(scales).encode())
     return digest.hexdigest()
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    needed = (
-        "r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
-        "base_model_name_or_path",
-    )  # fmt: skip
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{file}: no such file; an adapter is a folder with it and {WEIGHTS_FILE}") from None
-    except (ValueError, OSError) as error:
-        raise AdapterError(f"{file}: cannot be read as JSON: {error}") from error
-    missing = [key for key in needed if not isinstance(values, dict) or key not in values]
-    if missing:
-        raise AdapterError(f"{file}: {missing[0]} is missing")
-    return dict(values)

@@ -14,6 +14,15 @@ ALL_LINEAR = "all-linear"
 LM_HEADS = ("lm_head", "embed_out", "output")
 """Last name components of output projections, as transformers names them."""
 
+EMBEDDINGS = (
+    "embed_tokens", "embed_in", "embed", "embedding", "embeddings", "shared", "tok_embeddings", "token_embedding",
+    "tokens_embed", "word_embedding", "word_embeddings", "wte",
+)  # fmt: skip
+"""Last name components of token embeddings, as transformers names them: their factors have names of their own."""
+
+STACKED_PARAMETERS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+"""What a stack of experts keeps its weights in, in the order in which transformers declares them."""
+
 _ROUTER = re.compile(r"(^|\.)(router(\..*)?|(mlp|block_sparse_moe|feed_forward|moe)\.gate|shared_expert_gate)$")
 _STACKED_EXPERTS = re.compile(r"\.experts(\.|$)")
 
@@ -31,16 +40,37 @@ def resolve_targets(sites: Sequence[AdapterSite], wanted: str | Sequence[str]) -
         chosen = [site.name for site in sites if _is_plain_linear(site)]
         if not chosen:
             raise AdapterError("adapter.target_modules: all-linear matches nothing: this base has no linear layer")
-        return _in_order(chosen)
+        return in_order(chosen)
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     if not names:
         raise AdapterError("adapter.target_modules is empty; name modules, or write all-linear")
     for name in names:
         _require_match(name, sites)
-    return _in_order([site.name for site in sites if any(_matches(site.name, name) for name in names)])
+    named = [site for site in sites if any(_matches(site.name, name) for name in names)]
+    for site in named:
+        if (site.kind == "embedding") != is_embedding(site.name):
+            raise AdapterError(
+                f"adapter.target_modules: {site.name} cannot be adapted: its kind does not show in its name"
+            )
+    return in_order([site.name for site in named])
 
 
-def _in_order(names: Sequence[str]) -> tuple[str, ...]:
+def is_embedding(site: str) -> bool:
+    return site.rpartition(".")[2] in EMBEDDINGS
+
+
+def is_router(site: str) -> bool:
+    """Whether a site is a mixture's router, which transformers keeps as a parameter of a module of its own."""
+    return _ROUTER.search(site) is not None and not site.endswith("shared_expert_gate")
+
+
+def is_stack(site: str) -> bool:
+    """Whether a site is the parameter of a stack of experts rather than a module."""
+    host, _, parameter = site.rpartition(".")
+    return parameter in STACKED_PARAMETERS and host.rpartition(".")[2] == "experts"
+
+
+def in_order(names: Sequence[str]) -> tuple[str, ...]:
     """Sorted with numbers as numbers: layer 2 before layer 10."""
     return tuple(
         sorted(names, key=lambda name: [part.zfill(8) if part.isdigit() else part for part in name.split(".")])

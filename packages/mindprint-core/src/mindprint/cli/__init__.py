@@ -21,6 +21,9 @@ COMMANDS = {
     "train": "Train SFT, then DPO, topic by topic, and write one adapter.",
     "generate": "Answer prompts without and with the adapter.",
     "eval": "Measure the voice on held-out pairs, before and after training.",
+    "verify": "Prove that an adapter, or a merged model, still does what it did in training.",
+    "merge": "Write the base with the adapter in it, and verify it.",
+    "convert": "Write an adapter in PEFT's or mlx-lm's format.",
     "plugins": "List the installed plugins; --check says what is usable here.",
     "doctor": "Check versions, devices, and that training really trains here.",
 }

@@ -19,7 +19,7 @@ from mindprint.cli.plugins import device_lines, info_values
 from mindprint.config import ModelConfig, load_config
 from mindprint.models import resolve_model
 from mindprint.plugins import BACKENDS, installed
-from mindprint.selfcheck import Finding, check_training, guarded
+from mindprint.selfcheck import Finding, check_deeply, check_training, guarded
 from mindprint.training.engine import Placement, Placements
 from mindprint.training.prepare import Prepared, prepare
 
@@ -43,19 +43,22 @@ class Report:
 @click.command("doctor", short_help="Check this installation.")
 @click.option("--backend", help="Check this backend alone; default: every installed one.")
 @click.option("--config", type=click.Path(path_type=Path), help="Check a project's configuration, data and model too.")
+@click.option("--deep", is_flag=True, help="With --config: train its first steps, and follow the adapter to an answer.")
 @click.option("--model", default="builtin:tiny", show_default=True, help="What the training check trains on.")
 @json_option
-def command(*, backend: str | None, config: Path | None, model: str, as_json: bool) -> int:
+def command(*, backend: str | None, config: Path | None, deep: bool, model: str, as_json: bool) -> int:
     """Check versions, devices, and that training really trains: a few steps on a small model, on every usable device.
 
     The gradient is finite and not zero, the adapter changes, the base does not, the loss falls, and what training
     computes is what evaluation computes. Exit code 1 if a check fails.
     """
+    if deep and config is None:
+        raise click.UsageError("--deep follows a project's own model and data: name the project with --config")
     report = Report(_platform(), _versions())
     for name in [backend] if backend else _installed(report):
         _check_backend(report, name, model)
     if config is not None:
-        report.findings.extend(_check_config(config))
+        report.findings.extend(_check_config(config, deep=deep))
     if as_json:
         emit(_as_json(report))
     else:
@@ -106,12 +109,17 @@ def _trains(placement: Placement, model: str) -> Iterator[Finding]:
     return check_training(placement, resolve_model(ModelConfig(name=model), Path.cwd()))
 
 
-def _check_config(path: Path) -> Iterator[Finding]:
-    """Everything about a project that can be wrong before a model is loaded."""
-    yield from guarded(str(path), partial(_prepares, path))
+def _check_config(path: Path, *, deep: bool) -> Iterator[Finding]:
+    """Everything about a project that can be wrong before a model is loaded; with `deep` also what comes after that."""
+    prepared: list[Prepared] = []
+    yield from guarded(str(path), partial(_prepares, path, prepared))
+    for ready in prepared if deep else ():
+        placement = Placements().resolve(ready.plans[0].backend)
+        where = f"{path} on {placement.backend.name}, {placement.device}, {placement.dtype}"
+        yield from guarded(where, partial(check_deeply, ready, placement))
 
 
-def _prepares(path: Path) -> Iterator[Finding]:
+def _prepares(path: Path, into: list[Prepared]) -> Iterator[Finding]:
     prepared = prepare(load_config(path))
     yield Finding("configuration", ok=True, detail=_counts(prepared))
     for note in prepared.notes:
@@ -119,6 +127,7 @@ def _prepares(path: Path) -> Iterator[Finding]:
     placements = Placements()
     for section in dict.fromkeys(plan.backend for plan in prepared.plans):
         yield Finding("backend", ok=True, detail=str(placements.resolve(section)))
+    into.append(prepared)
 
 
 def _counts(prepared: Prepared) -> str:

@@ -16,6 +16,11 @@ def sft_batch(examples: Sequence[SftExample], pad_id: int) -> TokenBatch:
     return _token_batch([example.tokens for example in examples], [example.loss_mask for example in examples], pad_id)
 
 
+def whole_sequences(rows: Sequence[Int32], pad_id: int = 0) -> TokenBatch:
+    """Rows of tokens as one batch, `[rows, longest]`, in which every token but the first of its row counts."""
+    return _token_batch(rows, [np.arange(len(row)) > 0 for row in rows], pad_id)
+
+
 def preference_batch(
     examples: Sequence[PreferenceExample], pad_id: int, reference: tuple[Float32, Float32] | None = None
 ) -> PreferenceBatch:

@@ -66,6 +66,10 @@ class Engine:
         self._base_digest = ""
 
     @property
+    def folder(self) -> ModelFolder:
+        return self._folder
+
+    @property
     def backend(self) -> Backend:
         assert self._placement is not None, "no stage has been placed yet"
         return self._placement.backend

@@ -9,13 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from mindprint import models
+from mindprint.adapter.formats import read_any_adapter
+from mindprint.adapter.peft_format import adapter_digest
 from mindprint.config import Config, ConfigFile
+from mindprint.contract import AdapterState
 from mindprint.data.render import PreferenceExample, Rendered, SftExample, render_preferences, render_sft
-from mindprint.data.rows import check_topics, read_rows
+from mindprint.data.rows import PreferenceRow, check_topics, read_rows
 from mindprint.data.tokenizer import Tokenizer, load_tokenizer
+from mindprint.errors import AdapterError, DataError
 from mindprint.events import Notice
 from mindprint.training.plan import StagePlan, plan_run
 from mindprint.training.reference import rows_digest
+from mindprint.trust.adapters import copy_findings
+from mindprint.trust.probe import Probe, heldout_probe, synthetic_probe
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,10 @@ class Prepared:
     preferences: Mapping[str, tuple[PreferenceExample, ...]]
     plans: tuple[StagePlan, ...]
     identity: Mapping[str, str]
+    probe: Probe
     notes: tuple[Notice, ...]
+    start: AdapterState | None = None
+    """The adapter that training goes on from, if the configuration names one."""
 
     @property
     def config(self) -> Config:
@@ -47,9 +56,41 @@ def prepare(file: ConfigFile) -> Prepared:
     preferences = render_preferences(rows.preferences if config.dpo.enabled else (), tokenizer, config.data)
     by_topic = _by_topic(sft.examples), _by_topic(preferences.examples)
     plans = plan_run(config, *({topic: len(rows) for topic, rows in stage.items()} for stage in by_topic))
-    identity = _identity(config, model, tokenizer, sft.examples, preferences.examples)
+    start = _start(file, model)
+    identity = _identity(config, model, tokenizer, sft.examples, preferences.examples, start)
+    probe = _probe(file, model, tokenizer, rows.heldout)
     notes = dict.fromkeys([*tokenizer.notes, *sft.notes, *preferences.notes, *_cuts(config, sft, preferences)])
-    return Prepared(file, model, tokenizer, *by_topic, plans, identity, tuple(Notice(note) for note in notes))
+    told = (*(Notice(note) for note in notes), *_publishes(probe))
+    return Prepared(file, model, tokenizer, *by_topic, plans, identity, probe, told, start)
+
+
+def _start(file: ConfigFile, model: models.ModelFolder) -> AdapterState | None:
+    if file.config.adapter.start_from is None:
+        return None
+    folder = file.resolve(file.config.adapter.start_from)
+    start, _ = read_any_adapter(folder, model.path)
+    for finding in copy_findings(folder, model):
+        raise AdapterError(f"{folder}: {finding.message}; LoRA cannot go on from it")
+    return start
+
+
+def _probe(
+    file: ConfigFile, model: models.ModelFolder, tokenizer: Tokenizer, heldout: Sequence[PreferenceRow]
+) -> Probe:
+    """What the adapter's fingerprint will be measured on."""
+    if file.config.fingerprint.probe == "synthetic":
+        return synthetic_probe(tokenizer, models.model_config(model.path))
+    if not heldout:
+        raise DataError(f"{file.source}: fingerprint.probe is heldout and there are no such pairs: add heldout.jsonl")
+    return heldout_probe(render_preferences(heldout, tokenizer, file.config.data).examples)
+
+
+def _publishes(probe: Probe) -> Iterator[Notice]:
+    if probe.source == "heldout":
+        words = (
+            f"fingerprint.json will hold {len(probe.rows)} of your held-out rows: do not publish it with the adapter"
+        )
+        yield Notice(words, warning=True)
 
 
 def _cuts(config: Config, *rendered: Rendered[Any]) -> Iterator[str]:
@@ -74,6 +115,7 @@ def _identity(
     tokenizer: Tokenizer,
     sft: Sequence[SftExample],
     preferences: Sequence[PreferenceExample],
+    start: AdapterState | None,
 ) -> dict[str, str]:
     """What a checkpoint belongs to, each part by digest; a run goes on only with the same."""
     rows = hashlib.blake2b(digest_size=16)
@@ -82,12 +124,16 @@ def _identity(
     rows.update(rows_digest(preferences).encode())
     # How a step is computed may change when a run goes on; what it computes may not.
     stages = {name: getattr(config, name).model_dump(exclude={"backend", "share_prompts"}) for name in ("sft", "dpo")}
+    # Where an adapter to go on from lies may change; what it is may not.
+    adapter = config.adapter.model_dump(exclude={"start_from"})
+    if start is not None:
+        adapter["start"] = adapter_digest(start)
     return {
         "base model": models.base_digest(model.path),
         "tokenizer": tokenizer.digest,
         "chat template": tokenizer.template_digest,
         "dataset": rows.hexdigest(),
-        "adapter configuration": _digest(config.adapter.model_dump()),
+        "adapter configuration": _digest(adapter),
         "training configuration": _digest({**stages, "seed": config.seed}),
     }
 

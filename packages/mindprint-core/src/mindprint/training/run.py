@@ -15,12 +15,12 @@ from typing import Any, Literal
 import numpy as np
 
 from mindprint import __version__, atomic
-from mindprint.adapter.initial import initial_adapter
+from mindprint.adapter.initial import initial_adapter, started_adapter
 from mindprint.adapter.model_card import write_final_adapter
 from mindprint.adapter.peft_format import adapter_digest
 from mindprint.adapter.targets import resolve_targets
 from mindprint.config import Config, ConfigFile, DpoConfig, dump_config, load_config, make_config, merged
-from mindprint.contract import AdapterSite, LoraConfig, TrainingState
+from mindprint.contract import AdapterSite, AdapterState, LoraConfig, TrainingState
 from mindprint.errors import BackendError, Interrupted, RunError
 from mindprint.events import (
     CheckpointWritten,
@@ -59,6 +59,7 @@ from mindprint.training.reference import (
 from mindprint.training.results import RunResult, stage_results
 from mindprint.training.run_folder import RunFolder, new_run_path, newest_run
 from mindprint.training.stages import DpoStage, SftStage, Stage
+from mindprint.trust.measurement import take_fingerprint
 
 Resume = Literal["last", "latest"]
 OnEvent = Callable[[Event], None]
@@ -120,7 +121,7 @@ class _Run:
             try:
                 self._announce(start)
                 state = self._stages(start)
-                write_final_adapter(self.folder.adapter, state.adapter, self.prepared.model, self.prepared.config)
+                self._write_adapter(state.adapter)
             finally:
                 self.engine.release()
         self._emit(RunFinished(str(self.folder.path), str(self.folder.adapter), perf_counter() - started))
@@ -257,6 +258,8 @@ class _Run:
     def _initial_state(self, sites: Sequence[AdapterSite]) -> TrainingState:
         wanted = self.prepared.config.adapter
         lora = LoraConfig(wanted.r, wanted.alpha, self._targets(sites), wanted.dropout, wanted.use_rslora)
+        if wanted.start_from is not None and self.prepared.start is not None:
+            return TrainingState(started_adapter(self.prepared.start, lora, Path(wanted.start_from)))
         return TrainingState(initial_adapter(sites, lora, self.prepared.config.seed))
 
     def _run_stage(
@@ -350,6 +353,14 @@ class _Run:
             f"go on with: mindprint train {shlex.quote(str(self.folder.path))} --resume"
         )
 
+    def _write_adapter(self, adapter: AdapterState) -> None:
+        """The final adapter with its fingerprint, taken where the last stage trained."""
+        prepared = self.prepared
+        fingerprint = take_fingerprint(
+            self.engine, self.placements[-1], adapter, prepared.tokenizer, prepared.probe, self._notice
+        )
+        write_final_adapter(self.folder.adapter, adapter, prepared.model, prepared.config, fingerprint)
+
     # --- telling -----------------------------------------------------------------------------------------------------
 
     def _emit(self, event: Event) -> None:
@@ -399,7 +410,10 @@ def _portable(file: ConfigFile, run: Path) -> Config:
     changed = {name: relative_all(getattr(data, name)) for name in ("path", "sft", "preferences", "heldout")}
     name = file.config.model.name
     model = file.config.model.model_copy(update={"name": relative(name) if file.resolve(name).is_dir() else name})
-    return file.config.model_copy(update={"data": data.model_copy(update=changed), "model": model})
+    start = file.config.adapter.start_from
+    adapter = file.config.adapter.model_copy(update={"start_from": start and relative(start)})
+    changes = {"data": data.model_copy(update=changed), "model": model, "adapter": adapter}
+    return file.config.model_copy(update=changes)
 
 
 def _environment(placement: Placement) -> dict[str, str]:

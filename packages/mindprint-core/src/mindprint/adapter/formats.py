@@ -1,0 +1,48 @@
+"""An adapter's folder in whichever format it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from mindprint.adapter import mlx_lm_format, peft_format
+from mindprint.adapter.base_facts import read_base_facts
+from mindprint.adapter.peft_settings import read_object
+from mindprint.contract import AdapterState
+from mindprint.errors import AdapterError
+
+Format = Literal["peft", "mlx-lm"]
+
+WEIGHTS_FILES = {"peft": peft_format.WEIGHTS_FILE, "mlx-lm": mlx_lm_format.WEIGHTS_FILE}
+
+
+def adapter_format(folder: Path) -> Format:
+    """Which tool's adapter a folder holds. Raises `AdapterError` where both or neither could have written it."""
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no such folder" if not folder.exists() else f"{folder}: is no folder")
+    config = folder / peft_format.CONFIG_FILE
+    values = read_object(config)
+    claims = "peft_type" in values, "lora_parameters" in values or "fine_tune_type" in values
+    if claims == (True, False):
+        return "peft"
+    if claims == (False, True):
+        return "mlx-lm"
+    what = "both" if all(claims) else "neither"
+    raise AdapterError(f"{config}: names {what} of peft_type (PEFT) and lora_parameters (mlx-lm)")
+
+
+def named_base(folder: Path) -> str:
+    """The base model that an adapter names; empty if it names none."""
+    key = {"peft": "base_model_name_or_path", "mlx-lm": "model"}[adapter_format(folder)]
+    return str(read_object(folder / peft_format.CONFIG_FILE).get(key) or "")
+
+
+def read_any_adapter(folder: Path, base: Path | None = None) -> tuple[AdapterState, str]:
+    """Read a LoRA adapter that PEFT, mlx-lm or Mindprint wrote: the adapter, and the base model it names.
+
+    `base` is the folder of the base (its config.json is enough). Without it mlx-lm's adapters are read only where their
+    names cannot mean anything else. Raises `AdapterError` naming the file and what is wrong, or cannot be held.
+    """
+    if adapter_format(folder) == "peft":
+        return peft_format.read_adapter(folder)
+    return mlx_lm_format.read_adapter(folder, None if base is None else read_base_facts(base))

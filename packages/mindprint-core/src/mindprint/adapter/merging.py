@@ -1,0 +1,257 @@
+"""Merging an adapter into its base: from file to file, one block of one tensor in memory, without a framework.
+
+Every shard is written with the header that it has: names, dtypes and shapes stay. What the adapter does not touch is
+copied byte for byte; a weight that it touches becomes `W + scale · B @ A`, summed in float32 and rounded to its dtype.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from mindprint import __version__, atomic, models
+from mindprint.adapter.base_facts import read_base_facts
+from mindprint.adapter.peft_format import adapter_digest
+from mindprint.adapter.weight_changes import WeightChange, weight_changes
+from mindprint.contract import AdapterState, Float32, LoraFactors
+from mindprint.errors import ModelError, RunError
+from mindprint.tensor_files import FLOATS, TensorInfo, add_float32
+
+RECORD_FILE = "mindprint_merge.json"
+FORMAT = 1
+
+KEPT = (*models.NEEDED_FILES, "LICENSE*", "NOTICE*", "USE_POLICY*", "*.py")
+"""What of the base's files goes along as it is, beside the weights; its README is not this model's."""
+
+BLOCK_ELEMENTS = 2**20
+"""Elements that a thread reads at a time."""
+
+CACHED_ELEMENTS = 2**16
+"""Elements summed at a time: they stay in the processor's cache."""
+
+SERIAL_PRODUCTS = 2**19
+"""Multiplications in a product that is too small for BLAS to start threads of its own, which would wait for each other
+beside ours."""
+
+COPY_BYTES = 2**24
+WORKERS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """What was merged: left in the merged folder, so that it can be verified against what it came from."""
+
+    base: str
+    revision: str | None
+    base_digest: str
+    adapter: str
+    adapter_digest: str
+    mindprint: str = __version__
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merge that was written: its folder (not yet under its name), and the tensors that it changed."""
+
+    folder: Path
+    changed: tuple[str, ...]
+
+
+@contextmanager
+def merged_folder(out: Path, base: models.ModelFolder, adapter: AdapterState, source: Path) -> Iterator[Merged]:
+    """Write `base` with `adapter` in it under another name; it becomes `out` when the block ends well.
+
+    `source` is the adapter's folder, for the record. Raises a `MindprintError` before anything is written for a base
+    that is quantized, an adapter that does not fit, an `out` that exists; nothing is left behind when anything fails.
+    """
+    refuse_taken(out)
+    tensors = models.tensors(base.path)
+    _refuse_quantized(base)
+    changes = weight_changes(adapter, tensors, read_base_facts(base.path))
+    _require_floats(changes, tensors)
+    _require_space(out, base.path)
+    record = MergeRecord(
+        base=base.name,
+        revision=base.revision,
+        base_digest=models.base_digest(base.path),
+        adapter=os.path.relpath(source.resolve(), out.resolve()),
+        adapter_digest=adapter_digest(adapter),
+    )
+    with atomic.new_folder(out) as aside:
+        with _Threads() as threads:
+            for shard in models.weight_files(base.path):
+                _write_shard(aside / shard.name, shard, tensors, changes, threads)
+        (aside / RECORD_FILE).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+        # config.json comes last: what was killed before it is no model's folder.
+        for file in sorted(_kept(base.path), key=lambda file: file.name == "config.json"):
+            target = aside / file.relative_to(base.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        yield Merged(aside, tuple(sorted(changes)))
+
+
+def read_record(folder: Path) -> MergeRecord | None:
+    """The record of a merged folder; None if it has none. Raises `ModelError` for one that cannot be read."""
+    file = folder / RECORD_FILE
+    if not file.is_file():
+        return None
+    try:
+        return MergeRecord(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{file}: cannot be read: {error}") from error
+
+
+def refuse_taken(out: Path) -> None:
+    """Raises `RunError` if something is there already, a link that leads nowhere included."""
+    if out.exists() or out.is_symlink():
+        raise RunError(f"{out}: exists already; name a new folder")
+    if not out.resolve().parent.is_dir():
+        raise RunError(f"{out}: {out.parent} is no folder; make it first")
+
+
+def _refuse_quantized(base: models.ModelFolder) -> None:
+    if scheme := models.quantization(base.path):
+        raise ModelError(
+            f"{base.path}: is quantized ({scheme}), and rounding to so few bits would lose the adapter's change: merge "
+            "into the full-precision model that it was made of, then quantize the result"
+        )
+
+
+def _require_floats(changes: Mapping[str, WeightChange], tensors: Mapping[str, TensorInfo]) -> None:
+    for name in changes:
+        if tensors[name].dtype not in ("F32", "F16", "BF16"):
+            raise ModelError(
+                f"{tensors[name].file}: {name} is {tensors[name].dtype}; an adapter is merged into float32, bfloat16 "
+                "or float16: take the full-precision model"
+            )
+
+
+def _require_space(out: Path, base: Path) -> None:
+    needed = sum(file.stat().st_size for file in models.weight_files(base))
+    free = shutil.disk_usage(out.resolve().parent).free
+    if free < needed:
+        raise RunError(f"{out}: needs {needed:,} bytes and {free:,} are free; free space, or choose another place")
+
+
+def _kept(base: Path) -> Iterator[Path]:
+    """The base's own configuration, tokenizer and generation files."""
+    weights = {file.name for file in base.glob("*.safetensors")}
+    for file in base.rglob("*"):
+        name = file.relative_to(base).as_posix()
+        if file.is_file() and file.name not in weights and any(fnmatch.fnmatch(name, kept) for kept in KEPT):
+            yield file
+
+
+# --- one shard -------------------------------------------------------------------------------------------------------
+
+
+class _Threads:
+    """Work on parts of files, few at a time; a file is flushed in the background while the next one is written."""
+
+    def __init__(self) -> None:
+        self._work, self._flush = ThreadPoolExecutor(WORKERS), ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+        self._flushed: list[Future[None]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        for pool in (self._work, self._flush):
+            pool.shutdown(cancel_futures=failed is not None)
+        if failed is None:
+            for flushed in self._flushed:
+                flushed.result()  # the kernel tells of a failed write once, to whoever flushes first
+
+    def do(self, task: Callable[..., None], *arguments: Any) -> None:
+        self._waiting.append(self._work.submit(task, *arguments))
+        if len(self._waiting) > 4 * WORKERS:
+            self._waiting.popleft().result()
+
+    def wait(self) -> None:
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def flush(self, path: Path) -> None:
+        self._flushed.append(self._flush.submit(atomic.sync, path))
+
+
+def _write_shard(
+    target: Path,
+    shard: Path,
+    tensors: Mapping[str, TensorInfo],
+    changes: Mapping[str, WeightChange],
+    threads: _Threads,
+) -> None:
+    """A shard with its changed weights in place: the bytes between them, header included, are copied."""
+    changed = sorted((info.start, name) for name, info in tensors.items() if info.file == shard and name in changes)
+    with shard.open("rb") as source, target.open("wb") as file:
+        files = source.fileno(), file.fileno()
+        size, at = shard.stat().st_size, 0
+        for start, name in changed:
+            _copy(threads, files, at, start)
+            for first, factors in _blocks(changes[name]):
+                threads.do(_merge_block, files, tensors[name], first, factors, changes[name].scale)
+            at = tensors[name].end
+        _copy(threads, files, at, size)
+        threads.wait()
+    threads.flush(target)
+
+
+def _copy(threads: _Threads, files: tuple[int, int], start: int, stop: int) -> None:
+    for at in range(start, stop, COPY_BYTES):
+        threads.do(_copy_part, files, at, min(COPY_BYTES, stop - at))
+
+
+def _copy_part(files: tuple[int, int], start: int, length: int) -> None:
+    source, target = files
+    _write(target, os.pread(source, length, start), start)
+
+
+def _write(target: int, content: bytes | memoryview, start: int) -> None:
+    while content:
+        written = os.pwrite(target, content, start)
+        content, start = content[written:], start + written
+
+
+def _blocks(change: WeightChange) -> Iterator[tuple[int, LoraFactors]]:
+    """Row blocks of a weight, or of each weight of a stack: the first element, and the factors of these rows."""
+    a, b = (part if part.ndim == 3 else part[None] for part in change.factors)
+    rows, columns = b.shape[1], a.shape[2]
+    step = max(1, BLOCK_ELEMENTS // columns)
+    for number in range(len(a)):
+        inner = np.ascontiguousarray(a[number])
+        for row in range(0, rows, step):
+            part = np.ascontiguousarray(b[number, row : row + step])
+            yield (number * rows + row) * columns, LoraFactors(inner, part)
+
+
+def _merge_block(files: tuple[int, int], info: TensorInfo, first: int, factors: LoraFactors, scale: float) -> None:
+    """Write the bits of `W + scale · B @ A` for one block of rows of a weight that begins at element `first`."""
+    source, target = files
+    bits = FLOATS[info.dtype]
+    block = np.empty((len(factors.b), factors.a.shape[1]), bits)
+    content = memoryview(block.view(np.uint8)).cast("B")  # type: ignore[arg-type]
+    start = info.start + first * bits.itemsize
+    if os.preadv(source, [content], start) < block.nbytes:
+        raise ModelError(f"{info.file}: became shorter while it was read")
+    rows, columns = block.shape
+    scaled: Float32 = factors.b * np.float32(scale)
+    step = max(1, min(CACHED_ELEMENTS, SERIAL_PRODUCTS // len(factors.a)) // columns)
+    for row in range(0, rows, step):
+        part = slice(row, row + step)
+        change: Float32 = scaled[part] @ factors.a
+        add_float32(block[part], change, info.dtype)
+    _write(target, content, start)

@@ -1,0 +1,119 @@
+"""What each family of models calls its modules: in transformers, in mlx-lm, and in its checkpoint's files.
+
+Sites have transformers' names. Where mlx-lm or the files say something else, it is in this table and nowhere else;
+`tests/interop/test_module_names.py` builds every family with both libraries and compares.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mindprint.adapter.targets import is_stack
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where a family keeps its experts, and what the parts of one are called.
+
+    transformers 5 stacks them: `{module}.gate_up_proj` `[experts, 2 · inner, hidden]`, gate before up, and
+    `{module}.down_proj`. mlx-lm has three stacks under `{mlx_lm}`, always called gate, up and down. Files have each
+    expert for itself: `{file}.{expert}.{gate}.weight`.
+    """
+
+    module: str = "mlp.experts"
+    mlx_lm: str = "mlp.switch_mlp"
+    file: str = "mlp.experts"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+    @property
+    def parts(self) -> Mapping[str, str]:
+        """mlx-lm's names of a single expert's parts."""
+        return {self.gate: "gate_proj", self.up: "up_proj", self.down: "down_proj"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is called otherwise: beginnings or inner parts of names, transformers' first.
+
+    `transposed` families keep the weights of linear layers as `[in, out]` (GPT-2's Conv1D).
+    """
+
+    mlx_lm: tuple[tuple[str, str], ...] = ()
+    file: tuple[tuple[str, str], ...] = ()
+    experts: Experts | None = None
+    transposed: bool = False
+
+
+_SAME = Family()
+_MIXTRAL = Family(
+    mlx_lm=((".mlp.gate", ".block_sparse_moe.gate"),),
+    file=((".mlp.gate", ".block_sparse_moe.gate"),),
+    experts=Experts("mlp.experts", "block_sparse_moe.switch_mlp", "block_sparse_moe.experts", "w1", "w3", "w2"),
+)
+
+FAMILIES: Mapping[str, Family] = {
+    **dict.fromkeys(
+        (
+            "apertus", "cohere", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "helium",
+            "hunyuan_v1_dense", "llama", "mistral", "nemotron", "olmo2", "phi", "phi3", "qwen2", "qwen3", "seed_oss",
+            "smollm3", "stablelm", "starcoder2",
+        ),
+        _SAME,
+    ),
+    **dict.fromkeys(("olmoe", "qwen2_moe", "qwen3_moe"), Family(experts=Experts())),
+    "mixtral": _MIXTRAL,
+    "gpt_neox": Family(
+        mlx_lm=(
+            ("gpt_neox.layers.", "model.h."),
+            ("gpt_neox.embed_in", "model.embed_in"),
+            ("lm_head", "model.embed_out"),
+        ),
+        file=(("lm_head", "embed_out"),),
+    ),
+    "gpt2": Family(mlx_lm=(("transformer.", "model."),), file=(("transformer.", ""),), transposed=True),
+}  # fmt: skip
+"""The families whose names were compared."""
+
+
+def to_mlx_lm(site: str, known: Family) -> str:
+    """The path in mlx-lm's model of a site that is a module. A stack of experts is three modules there (`Experts`)."""
+    return _renamed(site, known.mlx_lm)
+
+
+def from_mlx_lm(path: str, known: Family) -> str:
+    """The site of a path in mlx-lm's model that is no part of its experts."""
+    return _renamed(path, tuple((theirs, ours) for ours, theirs in known.mlx_lm))
+
+
+def file_names(site: str, known: Family) -> tuple[str, ...]:
+    """What the tensor of a module's weight may be called in a checkpoint's files, likeliest first."""
+    names = (site, _renamed(site, known.file))
+    return tuple(dict.fromkeys(f"{name}.weight" for name in names))
+
+
+def split_stack(site: str, experts: Experts) -> tuple[str, str] | None:
+    """The layer and the parameter of a stack's site, `("model.layers.0", "gate_up_proj")`; None for other sites."""
+    host, _, parameter = site.rpartition(".")
+    layer = host.removesuffix(f".{experts.module}")
+    return (layer, parameter) if is_stack(site) and layer != host else None
+
+
+def split_expert(site: str, experts: Experts) -> tuple[str, int, str] | None:
+    """The layer, number and part of one expert's own site, as transformers 4 had them; None for other sites."""
+    found = re.fullmatch(rf"(.+)\.{re.escape(experts.file)}\.(\d+)\.(\w+)", site)
+    return (found[1], int(found[2]), found[3]) if found else None
+
+
+def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
+    """A name with the one beginning, ending or inner part replaced that a family calls otherwise."""
+    for old, new in renames:
+        if old.startswith("."):
+            if name.endswith(old):
+                return name.removesuffix(old) + new
+        elif name.startswith(old):
+            return new + name.removeprefix(old)
+    return name

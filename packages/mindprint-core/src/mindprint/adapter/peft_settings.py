@@ -1,0 +1,199 @@
+"""What an `adapter_config.json` of PEFT means, field by field. What Mindprint cannot hold is refused by its name.
+
+Every field is accounted for: it is read here; or it says only where the adapter goes, which the tensors themselves say;
+or it concerns how the adapter was trained and not what it computes; or its value is the one that means nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mindprint.adapter.targets import ALL_LINEAR, STACKED_PARAMETERS
+from mindprint.errors import AdapterError
+
+HELD = frozenset(
+    {
+        "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+        "target_parameters", "base_model_name_or_path", "revision",
+    }
+)  # fmt: skip
+"""Fields that are read."""
+
+WITHOUT_MEANING = frozenset(
+    {
+        # where the adapter goes, of which the tensors' names are the truth
+        "exclude_modules", "layers_to_transform", "layers_pattern",
+        # how it was started and trained
+        "inference_mode", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
+        "runtime_config", "qalora_group_size",
+        # how the base keeps a weight: PEFT sets it by the layer that it finds, whatever the file says
+        "fan_in_fan_out",
+        # who wrote the file
+        "auto_mapping", "peft_version", "megatron_core", "unsloth_version", "unsloth_fixed",
+    }
+)  # fmt: skip
+"""Fields that change nothing about what an adapter's tensors compute."""
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM",),
+    "bias": ("none",),
+    # The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base's weights before training.
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"),
+}
+"""Values for which a field means plain LoRA; a field that is null, false or empty means nothing either."""
+
+WORDS: Mapping[str, str] = {
+    "use_dora": "DoRA, whose magnitudes have no place in LoRA",
+    "modules_to_save": "whole modules beside LoRA",
+    "bias": "trained biases beside LoRA",
+    "lora_bias": "a bias in B",
+    "init_lora_weights": "an initialisation that changes the base's weights (PEFT can convert such an adapter: "
+    "save_pretrained with path_initial_model_for_weight_conversion)",
+    "trainable_token_indices": "trained tokens beside LoRA",
+    "layer_replication": "layers that the base has not",
+    "alora_invocation_tokens": "activated LoRA, which is on for some tokens only",
+    "ensure_weight_tying": "one adapter for embedding and LM head",
+}
+"""What a refused field stands for."""
+
+
+@dataclass(frozen=True)
+class PeftSettings:
+    """A readable adapter_config.json. Patterns have PEFT's keys: regular expressions on the ends of names."""
+
+    r: int
+    alpha: float
+    dropout: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    target_modules: str | tuple[str, ...]
+    target_parameters: tuple[str, ...]
+    base: str
+
+    def rank(self, site: str) -> int:
+        return next((rank for key, rank in self.rank_pattern.items() if _matches(key, site)), self.r)
+
+    def alpha_of(self, site: str) -> float:
+        return next((alpha for key, alpha in self.alpha_pattern.items() if _matches(key, site)), self.alpha)
+
+    def targets(self, module: str) -> bool:
+        """Whether `target_modules` names a module, as PEFT matches names."""
+        if isinstance(self.target_modules, str):
+            shorthand = self.target_modules.lower() == ALL_LINEAR
+            return shorthand or re.fullmatch(self.target_modules, module) is not None
+        return any(is_named(module, target) for target in self.target_modules)
+
+    def parameters(self, module: str) -> tuple[str, ...]:
+        """Those parameters of a module that `target_parameters` names, in the order in which they are declared."""
+        known = STACKED_PARAMETERS if is_named(module, "experts") else ("weight",)
+        return tuple(
+            name for name in known if any(is_named(f"{module}.{name}", target) for target in self.target_parameters)
+        )
+
+
+def read_settings(file: Path) -> PeftSettings:
+    """Read an adapter_config.json. Raises `AdapterError` naming the field that is missing, wrong, or cannot be held."""
+    values = read_object(file)
+    try:
+        _refuse_other_than_lora(values)
+        ranks, alphas = _pattern(values, "rank_pattern"), _pattern(values, "alpha_pattern")
+        return PeftSettings(
+            r=_rank(values, "r"),
+            alpha=_number(values, "lora_alpha"),
+            dropout=_number(values, "lora_dropout", 0.0),
+            use_rslora=bool(values.get("use_rslora")),
+            rank_pattern={key: _rank(ranks, key) for key in ranks},
+            alpha_pattern={key: _number(alphas, key) for key in alphas},
+            target_modules=_target_modules(values),
+            target_parameters=tuple(_names(values, "target_parameters")),
+            base=str(values.get("base_model_name_or_path") or ""),
+        )
+    except AdapterError as error:
+        raise AdapterError(f"{file}: {error}") from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object of an adapter's configuration file. Raises `AdapterError` if there is none."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{file}: no such file; an adapter is a folder with it and its tensors") from None
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise AdapterError(f"{file}: must hold a JSON object, found {type(values).__name__}")
+    return values
+
+
+def is_named(site: str, target: str) -> bool:
+    """Whether a target is a name or the end of one, as PEFT matches."""
+    return site == target or site.endswith(f".{target}")
+
+
+def _matches(key: str, site: str) -> bool:
+    """PEFT's `get_pattern_key`: the key is a regular expression that ends where the name does."""
+    return re.match(rf"(.*\.)?({key})$", site) is not None
+
+
+def _refuse_other_than_lora(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if name in HELD | WITHOUT_MEANING or not value or value in NEUTRAL.get(name, ()):
+            continue
+        stands_for = f": {WORDS[name]}" if name in WORDS else ""
+        raise AdapterError(f"{name} = {json.dumps(value)} is no plain LoRA{stands_for}; Mindprint cannot hold that")
+
+
+def _rank(values: Mapping[str, Any], name: str) -> int:
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise AdapterError(_wrong(values, name, "a positive whole number"))
+    return value
+
+
+def _number(values: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    value = values.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise AdapterError(_wrong(values, name, "a number"))
+    return float(value)
+
+
+def _pattern(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    pattern = values.get(name) or {}
+    if not isinstance(pattern, dict):
+        raise AdapterError(_wrong(values, name, "an object of names and numbers"))
+    for key in pattern:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise AdapterError(f"{name}: {key!r} is no regular expression: {error}") from error
+    return pattern
+
+
+def _target_modules(values: Mapping[str, Any]) -> str | tuple[str, ...]:
+    targets = values.get("target_modules")
+    if not isinstance(targets, str):
+        return tuple(_names(values, "target_modules"))
+    try:
+        re.compile(targets)
+    except re.error as error:
+        raise AdapterError(f"target_modules: {targets!r} is no regular expression: {error}") from error
+    return targets
+
+
+def _names(values: Mapping[str, Any], name: str) -> Sequence[str]:
+    names = values.get(name) or []
+    if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
+        raise AdapterError(_wrong(values, name, "a list of names"))
+    return names
+
+
+def _wrong(values: Mapping[str, Any], name: str, expected: str) -> str:
+    return f"{name} must be {expected}, found {values[name]!r}" if name in values else f"{name} is missing"

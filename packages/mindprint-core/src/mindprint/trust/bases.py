@@ -1,0 +1,102 @@
+"""A base model's files against what the fingerprint says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mindprint import models
+from mindprint.data.tokenizer import load_tokenizer
+from mindprint.tensor_files import FLOATS, read_float32
+from mindprint.trust.digests import (
+    Difference,
+    WeightsDigest,
+    computed_settings,
+    differences,
+    digest_weights,
+    part_of,
+)
+from mindprint.trust.fingerprint import BaseRecord, TokenizerRecord
+from mindprint.trust.measurement import record_tokenizer
+from mindprint.trust.report import Finding, listed
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """What files alone cannot judge: a finding that holds, unless the probe shows that nothing computes otherwise."""
+
+    finding: Finding
+
+    def settled(self, *, same: bool) -> Finding:
+        if not same:
+            return self.finding
+        message = f"{self.finding.message}; the probe is the same"
+        return Finding("written_otherwise", message, fails=False, sites=self.finding.sites)
+
+
+def base_findings(base: models.ModelFolder, recorded: BaseRecord) -> Iterator[Finding | Doubt]:
+    """Weights and config.json. Raises `ModelError` for files that cannot be read."""
+    yield from _weights(digest_weights(base.path, recorded.weights.method), recorded.weights, base)
+    yield from settings_findings(differences(recorded.settings, computed_settings(base.path)), "the base's")
+
+
+def _weights(found: WeightsDigest, recorded: WeightsDigest, base: models.ModelFolder) -> Iterator[Finding | Doubt]:
+    parts = sorted(found.parts.keys() | recorded.parts.keys())
+    other = [part for part in parts if found.parts.get(part) != recorded.parts.get(part)]
+    changed = tuple(part for part in other if _laid_out_alike(part, found, recorded))
+    if changed and len(changed) >= len(parts) / 2:
+        yield Finding(
+            "wrong_base", f"{base.name}: these weights are not those that the adapter was trained on", sites=changed
+        )
+    elif changed:
+        message = f"{len(changed)} of the base's {len(parts)} parts have other weights ({listed(changed)})"
+        yield Finding("base_changed", message, sites=changed)
+        yield from _not_finite(base, changed)
+    others = tuple(part for part in other if part not in changed)
+    if others and found.dtype != recorded.dtype:
+        message = f"the base is stored in {found.dtype}, where the adapter was trained in {recorded.dtype}"
+        yield Doubt(Finding("wrong_base", message, sites=others))
+    elif others:
+        message = f"{len(others)} of the base's {len(parts)} parts have tensors of other names or shapes"
+        yield Doubt(Finding("wrong_base", f"{message} ({listed(others)})", sites=others))
+
+
+def _not_finite(base: models.ModelFolder, parts: Sequence[str]) -> Iterator[Finding]:
+    """Whether what changed in these parts is that they hold no numbers."""
+    inside = [(name, info) for name, info in models.tensors(base.path).items() if part_of(name) in parts]
+    bad = tuple(name for name, info in inside if info.dtype in FLOATS and not np.isfinite(read_float32(info)).all())
+    if bad:
+        message = f"{len(bad)} of the base's tensors hold values that are NaN or infinite ({listed(bad)})"
+        yield Finding("not_finite", message, sites=bad)
+
+
+def _laid_out_alike(part: str, found: WeightsDigest, recorded: WeightsDigest) -> bool:
+    one, other = found.parts.get(part), recorded.parts.get(part)
+    return one is not None and other is not None and one.layout == other.layout
+
+
+def settings_findings(changed: Sequence[Difference], whose: str) -> Iterator[Finding | Doubt]:
+    """A setting that both sides state, each in its way, decides; about one that only one side states the probe does."""
+    for one_sided in (False, True):
+        for of_rope in (True, False):
+            these = [one for one in changed if (one.one_sided, one.of_rope) == (one_sided, of_rope)]
+            if these:
+                what = "rotary embedding" if of_rope else "configuration"
+                message = f"{whose} {what} differs: {listed([str(one) for one in these])}"
+                names = tuple(one.setting for one in these)
+                finding = Finding("rope_differs" if of_rope else "config_differs", message, sites=names)
+                yield Doubt(finding) if one_sided else finding
+
+
+def tokenizer_findings(model: models.ModelFolder, recorded: TokenizerRecord) -> Iterator[Finding]:
+    """Tokenizer, chat template, and where answers end."""
+    found = record_tokenizer(load_tokenizer(model.path))
+    if found.digest != recorded.digest:
+        yield Finding("tokenizer_changed", f"{model.name}: the tokenizer is another one, text becomes other tokens")
+    if found.template != recorded.template:
+        yield Finding("template_changed", f"{model.name}: the chat template is another one than in training")
+    was, now = sorted(recorded.stop_token_ids), sorted(found.stop_token_ids)
+    if was != now:
+        yield Finding("stop_tokens_differ", f"{model.name}: answers end at the tokens {now}, in training at {was}")

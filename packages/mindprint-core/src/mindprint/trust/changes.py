@@ -1,0 +1,95 @@
+"""What an adapter changes, module by module, in a few numbers: enough to say, from files alone, what became of it.
+
+The change of a weight is `D = s · B · A`. Of each module its norm and `TRACES` numbers `uᵀ D v` are recorded, with u
+and v vectors of random signs that depend on their lengths alone. A change that is f times as strong has f times these
+numbers; any other change has others, but for chance; and two modules of one shape that were swapped have each other's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mindprint.contract import AdapterState, LoraFactors
+from mindprint.data.order import random_bits
+
+TRACES = 4
+
+SAME = 1e-5
+"""Relative to the change's norm: recomputed from the same float32 values."""
+
+ROUNDED = 2.0**-6
+"""Relative likewise: recomputed from factors that were stored in float16 or bfloat16."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What the adapter does to one weight: scale, Frobenius norm of `s · B · A`, and its traces."""
+
+    scale: float
+    norm: float
+    traces: tuple[float, ...]
+
+    def factor(self, recorded: Change) -> float:
+        """By how much this is the recorded change: the least-squares factor of its traces."""
+        old, new = np.array(recorded.traces), np.array(self.traces)
+        return float(old @ new / max(float(old @ old), 1e-300))
+
+    def distance(self, recorded: Change, factor: float = 1.0) -> float:
+        """How far this is from `factor` times the recorded change, relative to the greater norm."""
+        apart = float(np.linalg.norm(np.array(self.traces) - factor * np.array(recorded.traces)))
+        norms = abs(self.norm - abs(factor) * recorded.norm)
+        return max(apart, norms) / max(self.norm, abs(factor) * recorded.norm, 1e-300)
+
+
+def changes(adapter: AdapterState) -> dict[str, Change]:
+    """The change of every module of an adapter, by site."""
+    return {site: change(factors, adapter.config.scale(site)) for site, factors in sorted(adapter.tensors.items())}
+
+
+def change(factors: LoraFactors, scale: float) -> Change:
+    """The change of one module, computed in float64 without ever forming `B · A`; of a stack, over all its experts."""
+    stacked = [part if part.ndim == 3 else part[None] for part in factors]
+    squared, traces = 0.0, np.zeros(TRACES)
+    for expert, (a, b) in enumerate(zip(*(part.astype(np.float64) for part in stacked), strict=True)):
+        squared += float(((b.T @ b) * (a @ a.T)).sum())
+        traces += [_trace(a, b, expert, number) for number in range(TRACES)]
+    norm = abs(scale) * max(squared, 0.0) ** 0.5
+    return Change(scale, _rounded(norm), tuple(map(_rounded, scale * traces)))
+
+
+def _rounded(value: float) -> float:
+    """To nine digits: what float32 factors determine, and short in a file."""
+    return float(f"{value:.9g}")
+
+
+def _trace(a: NDArray[np.float64], b: NDArray[np.float64], expert: int, number: int) -> float:
+    return float((_signs(len(b), "u", expert, number) @ b) @ (a @ _signs(a.shape[1], "v", expert, number)))
+
+
+def reshaped(factors: LoraFactors) -> tuple[LoraFactors, LoraFactors]:
+    """The factors as they were meant, if they were reshaped where they should have been transposed.
+
+    First if bytes of `[in, r]` and `[r, out]` were taken for `[r, in]` and `[out, r]`, then if it was the other way.
+    """
+    a, b = factors
+    to_peft = LoraFactors(a.reshape(a.shape[::-1]).T, b.reshape(b.shape[::-1]).T)
+    return to_peft, LoraFactors(a.T.reshape(a.shape), b.T.reshape(b.shape))
+
+
+def exchanged(found: Mapping[str, Change], recorded: Mapping[str, Change], sites: Sequence[str]) -> dict[str, str]:
+    """For each of these sites whose change is now what another's was: that other site."""
+    return {
+        site: other
+        for site in sites
+        for other in recorded
+        if other != site and recorded[other].norm > 0 and found[site].distance(recorded[other]) <= SAME
+    }
+
+
+def _signs(length: int, *labels: str | int) -> NDArray[np.float64]:
+    """±1, keyed by the length: two modules of one shape share their vectors."""
+    return np.where(random_bits(length, 0, "trace", length, *labels) >> np.uint64(63), 1.0, -1.0)

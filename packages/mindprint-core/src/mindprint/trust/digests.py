@@ -1,0 +1,169 @@
+"""What a base is, exactly: digests of its weights part by part, and its configuration in one spelling.
+
+A base of up to `READ_WHOLE` bytes is read whole: SHA-256 takes 1.8 GB/s a core, from the memory that loading has just
+filled. Of a larger one 4 KiB of every MiB of every tensor are read, and its end: 60 MB of 15 GB. So nothing that
+rewrites more than a MiB can go unseen (a merge, a quantization, another checkpoint, a broken download), but a single
+changed number can; the fingerprint says which of the two it is. What is digested are the stored bytes by tensor name;
+how tensors lie in shards does not matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mindprint.models import model_config, tensors
+from mindprint.tensor_files import TensorInfo
+
+READ_WHOLE = 4 * 2**30
+STRIDE, BLOCK = 2**20, 2**12
+
+Method = Literal["whole", "sampled"]
+
+
+@dataclass(frozen=True)
+class PartDigest:
+    """A part of a base (one layer, the embedding, ...): `layout` of its tensors' names, dtypes and shapes; `values`."""
+
+    layout: str
+    values: str
+
+
+@dataclass(frozen=True)
+class WeightsDigest:
+    """A base's weights by part, whether every byte was read or samples, and the dtype of most tensors."""
+
+    method: Method
+    dtype: str
+    parts: Mapping[str, PartDigest]
+
+
+def digest_weights(folder: Path, method: Method | None = None) -> WeightsDigest:
+    """Digest the weights of a model folder; `method` is by size if not given. Raises `ModelError` if unreadable."""
+    found = tensors(folder)
+    if method is None:
+        method = "whole" if sum(info.end - info.start for info in found.values()) <= READ_WHOLE else "sampled"
+    names = sorted(found)
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+        digests = dict(zip(names, pool.map(lambda name: _tensor_digest(found[name], method), names), strict=True))
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(part_of(name), []).append(name)
+    dtype = Counter(info.dtype for info in found.values()).most_common(1)[0][0]
+    return WeightsDigest(method, dtype, {part: _part_digest(inside, found, digests) for part, inside in parts.items()})
+
+
+def part_of(tensor: str) -> str:
+    """The part that a tensor belongs to: up to its layer's number, or all but its last word."""
+    words = tensor.split(".")
+    numbered = next((index for index, word in enumerate(words) if word.isdigit()), None)
+    return ".".join(words[:-1] if numbered is None else words[: numbered + 1]) or tensor
+
+
+def _part_digest(names: list[str], found: Mapping[str, TensorInfo], digests: Mapping[str, bytes]) -> PartDigest:
+    layout, values = hashlib.sha256(), hashlib.sha256()
+    for name in names:
+        layout.update(f"{name}\0{found[name].dtype}\0{found[name].shape}\0".encode())
+        values.update(digests[name])
+    return PartDigest(layout.hexdigest()[:16], values.hexdigest()[:32])
+
+
+def _tensor_digest(info: TensorInfo, method: Method) -> bytes:
+    digest = hashlib.sha256()
+    with info.file.open("rb") as file:
+        for start, length in _stretches(info.end - info.start, method):
+            file.seek(info.start + start)
+            digest.update(file.read(length))
+    return digest.digest()
+
+
+def _stretches(size: int, method: Method) -> Iterator[tuple[int, int]]:
+    """Where to read, as (start, length) within a tensor of `size` bytes."""
+    length = STRIDE if method == "whole" else BLOCK
+    for start in range(0, size, STRIDE):
+        yield start, min(length, size - start)
+    if method == "sampled" and size > BLOCK:
+        yield size - BLOCK, BLOCK
+
+
+# --- config.json -----------------------------------------------------------------------------------------------------
+
+ROPE = "rope"
+
+_NOT_COMPUTED = frozenset(
+    (
+        "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "attention_probs_dropout_prob",
+        "attn_implementation", "attn_pdrop", "auto_map", "bos_token_id", "chunk_size_feed_forward",
+        "classifier_dropout", "dtype", "embd_pdrop", "embedding_dropout", "eos_token_id", "gradient_checkpointing",
+        "hidden_dropout", "hidden_dropout_prob", "id2label", "initializer_range", "is_encoder_decoder", "label2id",
+        "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp",
+        "problem_type", "quantization", "quantization_config", "resid_pdrop", "residual_dropout", "return_dict",
+        "router_aux_loss_coef", "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
+    )
+)  # fmt: skip
+"""Settings that change nothing in what a frozen model computes; which tokens end an answer is compared apart."""
+
+_ROPE_NAMES = {
+    "rope_theta": "rope.rope_theta",
+    "rotary_emb_base": "rope.rope_theta",
+    "rope_local_base_freq": "rope.sliding_attention.rope_theta",
+    "partial_rotary_factor": "rope.partial_rotary_factor",
+    "rotary_pct": "rope.partial_rotary_factor",
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting of config.json that is not as recorded; a side that does not have it has None."""
+
+    setting: str
+    recorded: Any
+    found: Any
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether only one side states it: perhaps what the other means by silence."""
+        return self.recorded is None or self.found is None
+
+    @property
+    def of_rope(self) -> bool:
+        return self.setting.startswith(ROPE + ".")
+
+    def __str__(self) -> str:
+        return f"{self.setting} is {self.found!r}, was {self.recorded!r}"
+
+
+def computed_settings(folder: Path) -> dict[str, Any]:
+    """What config.json says about computing, in one spelling: the old names of rope settings become the new ones."""
+    settings: dict[str, Any] = {}
+    for name, value in model_config(folder).items():
+        if value is None or name in _NOT_COMPUTED:
+            continue
+        if name in ("rope_parameters", "rope_scaling"):
+            settings |= _rope_settings(value)
+        else:
+            settings[_ROPE_NAMES.get(name, name)] = value
+    return dict(sorted(settings.items()))
+
+
+def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Settings that two configurations state differently, or that only one of them states."""
+    names = sorted(recorded.keys() | found.keys())
+    pairs = (Difference(name, recorded.get(name), found.get(name)) for name in names)
+    return tuple(pair for pair in pairs if pair.recorded != pair.found)
+
+
+def _rope_settings(values: Mapping[str, Any], prefix: str = ROPE) -> dict[str, Any]:
+    """Rope settings flat, by layer type where they are so; the default type is what silence means."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _rope_settings(value, f"{prefix}.{name}")
+        elif value is not None and (name, value) not in (("rope_type", "default"), ("type", "default")):
+            flat[f"{prefix}.{'rope_type' if name == 'type' else name}"] = value
+    return flat

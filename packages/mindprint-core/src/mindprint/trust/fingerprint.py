@@ -1,0 +1,185 @@
+"""The fingerprint: what an adapter is and does, written down where it was trained. docs/fingerprint.md has the format.
+
+Exact digests first, then the probe's log-probs with the base alone and with the adapter, and the noise of measuring.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindprint import __version__
+from mindprint.contract import Dtype, Float32
+from mindprint.errors import AdapterError
+from mindprint.trust.changes import Change
+from mindprint.trust.digests import PartDigest, WeightsDigest
+from mindprint.trust.probe import DECIMALS, Noise, Probe
+
+FILE_NAME = "fingerprint.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """The adapter: digest of its canonical float32 tensors and scales, its LoRA facts, and each module's change."""
+
+    digest: str
+    r: int
+    alpha: float
+    use_rslora: bool
+    changes: Mapping[str, Change]
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """The base: its name, what its config.json says about computing, and digests of its weights."""
+
+    name: str
+    settings: Mapping[str, Any]
+    weights: WeightsDigest
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """Digests of tokenizer and chat template, and the tokens that end an answer."""
+
+    digest: str
+    template: str
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The probe's log-probs, float32 `[probe.tokens]`, without and with the adapter, and where they were computed."""
+
+    backend: str
+    device: str
+    dtype: Dtype
+    libraries: Mapping[str, str]
+    base: Float32
+    adapter: Float32
+    noise: Noise
+
+    @property
+    def effect(self) -> float:
+        """Mean |log p(with) - log p(without)|, nats a token."""
+        return mean_effect(self.base, self.adapter)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Everything that `mindprint verify` compares with. `measurements` are by dtype, the trained one first."""
+
+    adapter: AdapterRecord
+    base: BaseRecord
+    tokenizer: TokenizerRecord
+    probe: Probe
+    measurements: tuple[Measurement, ...]
+    mindprint: str = __version__
+
+    def measurement(self, dtype: Dtype) -> Measurement:
+        """The measurement in this dtype, or else the finest that there is."""
+        order = {"float32": 0, "float16": 1, "bfloat16": 2}
+        return min(self.measurements, key=lambda one: (one.dtype != dtype, order[one.dtype]))
+
+
+def mean_effect(base: Float32, adapter: Float32) -> float:
+    """Mean absolute difference of two arrays of log-probs, nats a token."""
+    return float(np.abs(adapter.astype(np.float64) - base).mean())
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def fingerprint_json(fingerprint: Fingerprint) -> str:
+    """The content of fingerprint.json: one line a part, one a module, one a measurement."""
+    content = {
+        "format": FORMAT,
+        "mindprint": fingerprint.mindprint,
+        "adapter": asdict(fingerprint.adapter),
+        "base": asdict(fingerprint.base),
+        "tokenizer": asdict(fingerprint.tokenizer),
+        "probe": {"source": fingerprint.probe.source, "rows": [row.tolist() for row in fingerprint.probe.rows]},
+        "measurements": [_measurement_values(one) for one in fingerprint.measurements],
+    }
+    return _lines(content) + "\n"
+
+
+def read_fingerprint(folder: Path) -> Fingerprint | None:
+    """The fingerprint in an adapter's folder, None if there is none. Raises `AdapterError` if it cannot be read."""
+    file = folder / FILE_NAME
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise AdapterError(
+                f"{file}: is in fingerprint format {values['format']}, this Mindprint reads format {FORMAT}"
+            )
+        return _fingerprint(values)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(
+            f"{file}: is truncated or edited ({type(error).__name__}: {error}); restore it, or delete it to have the "
+            "adapter checked without"
+        ) from error
+
+
+def _measurement_values(measurement: Measurement) -> dict[str, Any]:
+    return {
+        **asdict(measurement),
+        "base": [round(float(value), DECIMALS) for value in measurement.base],
+        "adapter": [round(float(value), DECIMALS) for value in measurement.adapter],
+        "effect": measurement.effect,
+    }
+
+
+def _fingerprint(values: Mapping[str, Any]) -> Fingerprint:
+    adapter, base, tokenizer, probe = (values[name] for name in ("adapter", "base", "tokenizer", "probe"))
+    recorded = {site: _change(change) for site, change in adapter["changes"].items()}
+    parts = {name: PartDigest(**part) for name, part in base["weights"]["parts"].items()}
+    rows = tuple(np.array(row, np.int32) for row in probe["rows"])
+    found = Fingerprint(
+        AdapterRecord(**{**adapter, "changes": recorded}),
+        BaseRecord(str(base["name"]), dict(base["settings"]), WeightsDigest(**{**base["weights"], "parts": parts})),
+        TokenizerRecord(tokenizer["digest"], tokenizer["template"], tuple(tokenizer["stop_token_ids"])),
+        Probe(rows, probe["source"]),
+        tuple(_measurement(one) for one in values["measurements"]),
+        values["mindprint"],
+    )
+    if not found.measurements or any(len(one.base) != found.probe.tokens for one in found.measurements):
+        raise ValueError("the measurements do not belong to the probe")
+    return found
+
+
+def _change(values: Mapping[str, Any]) -> Change:
+    numbers = [values["scale"], values["norm"], *values["traces"]]
+    if not all(math.isfinite(number) for number in numbers):
+        raise ValueError("a change is not finite")
+    return Change(values["scale"], values["norm"], tuple(values["traces"]))
+
+
+def _measurement(values: Mapping[str, Any]) -> Measurement:
+    base, adapter = (np.array(values[name], np.float32) for name in ("base", "adapter"))
+    if base.shape != adapter.shape or not (np.isfinite(base).all() and np.isfinite(adapter).all()):
+        raise ValueError("a measurement's log-probs are not finite, or not as many with the adapter as without")
+    where = {name: values[name] for name in ("backend", "device", "dtype", "libraries")}
+    return Measurement(**where, base=base, adapter=adapter, noise=Noise(**values["noise"]))
+
+
+def _lines(value: Any, depth: int = 3, indent: str = "") -> str:
+    """JSON with each entry on a line of its own down to `depth`, for people who look and for version control."""
+    inner = indent + " "
+    if depth and isinstance(value, Mapping) and value:
+        entries = [f"{inner}{json.dumps(key)}: {_lines(item, depth - 1, inner)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(entries) + f"\n{indent}}}"
+    if depth and isinstance(value, list | tuple) and value and isinstance(value[0], list | dict):
+        return "[\n" + ",\n".join(inner + _lines(item, depth - 2, inner) for item in value) + f"\n{indent}]"
+    return json.dumps(value)

@@ -1,0 +1,87 @@
+"""Taking a fingerprint: exact facts from the files, and the probe with the model that is in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from mindprint import models
+from mindprint.adapter.peft_format import adapter_digest
+from mindprint.backend import Backend
+from mindprint.contract import AdapterState, LoadedModel, TrainingState
+from mindprint.data.tokenizer import Tokenizer
+from mindprint.errors import MindprintError
+from mindprint.training.engine import Engine, Placement
+from mindprint.trust.changes import changes
+from mindprint.trust.digests import computed_settings, digest_weights
+from mindprint.trust.fingerprint import AdapterRecord, BaseRecord, Fingerprint, Measurement, TokenizerRecord
+from mindprint.trust.probe import DECIMALS, Probe, measure_noise, score
+
+FLOAT32_BYTES = 8 * 2**30
+"""A base whose float32 weights take no more than this, and no more than half of the memory, is measured in float32."""
+
+
+def take_fingerprint(
+    engine: Engine,
+    placement: Placement,
+    adapter: AdapterState,
+    tokenizer: Tokenizer,
+    probe: Probe,
+    notice: Callable[[str], None] = lambda _: None,
+) -> Fingerprint:
+    """The fingerprint of `adapter` with the model that `engine` has at `placement`, loaded only if it is not there.
+
+    A base in a reduced dtype is measured in it first, and then, where it fits, once more in float32, whose noise is
+    far below what an adapter does: the engine holds that model afterwards.
+    """
+    measurements = tuple(_measurements(engine, placement, adapter, probe, notice))
+    records = record_adapter(adapter), record_base(engine.folder), record_tokenizer(tokenizer)
+    return Fingerprint(*records, probe, measurements)
+
+
+def _measurements(
+    engine: Engine, placement: Placement, adapter: AdapterState, probe: Probe, notice: Callable[[str], None]
+) -> Iterator[Measurement]:
+    engine.start_stage(placement, TrainingState(adapter))
+    parameters = engine.model.parameters
+    yield measure(engine.backend, engine.model, probe)
+    if placement.dtype == "float32" or not fits_in_float32(parameters):
+        return
+    try:
+        engine.start_stage(replace(placement, dtype="float32"), TrainingState(adapter))
+        yield measure(engine.backend, engine.model, probe)
+    except (MindprintError, MemoryError, RuntimeError) as error:  # a device's memory is known only by trying
+        notice(f"the fingerprint has no float32 measurement: {' '.join(str(error).split())}")
+
+
+def fits_in_float32(parameters: int) -> bool:
+    """Whether a model's weights in float32 are small beside this machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 4 * parameters <= min(FLOAT32_BYTES, memory // 2)
+
+
+def measure(backend: Backend, model: LoadedModel, probe: Probe) -> Measurement:
+    """Score the probe with the model in memory, whose adapter is injected."""
+    base = np.round(score(backend, model, probe, adapter=False), DECIMALS)
+    adapter = np.round(score(backend, model, probe, adapter=True), DECIMALS)
+    noise = measure_noise(backend, model, probe, adapter, adapter=True)
+    return Measurement(backend.name, model.device, model.dtype, dict(backend.info.libraries), base, adapter, noise)
+
+
+def record_adapter(adapter: AdapterState) -> AdapterRecord:
+    """The exact facts of an adapter."""
+    lora = adapter.config
+    return AdapterRecord(adapter_digest(adapter), lora.r, lora.alpha, lora.use_rslora, changes(adapter))
+
+
+def record_base(base: models.ModelFolder) -> BaseRecord:
+    """The exact facts of a base, from its folder."""
+    return BaseRecord(base.name, computed_settings(base.path), digest_weights(base.path))
+
+
+def record_tokenizer(tokenizer: Tokenizer) -> TokenizerRecord:
+    """The exact facts of a tokenizer."""
+    return TokenizerRecord(tokenizer.digest, tokenizer.template_digest, tokenizer.stop_token_ids)

@@ -1,0 +1,293 @@
+"""A merged model against base and adapter, from their files alone: is every weight W + s·B·A, and every other W?
+
+Block by block of rows, so that memory does not grow with the model. The rounding of the dtype in which the merge was
+written is known exactly, so this tells more than any probe: a merge that lost one module in a hundred is found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mindprint import models
+from mindprint.adapter.base_facts import BaseFacts, read_base_facts
+from mindprint.adapter.module_names import file_names, split_stack
+from mindprint.adapter.targets import is_embedding, is_stack
+from mindprint.contract import AdapterState, Float32, LoraFactors
+from mindprint.errors import ModelError
+from mindprint.tensor_files import TensorInfo
+from mindprint.trust.adapters import strength_finding
+from mindprint.trust.bases import Doubt
+from mindprint.trust.report import Code, Finding, listed
+from mindprint.trust.stored import blocks, rounded, same_values
+
+EPSILON: Mapping[str, float] = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-11, "BF16": 2.0**-8}
+"""Half a unit in the last place relative to the value, at most; for float32 one, as sums are rounded on the way too."""
+
+LOOSE = 4.0
+"""How many roundings a merge may have taken that rounds the change before it adds it."""
+
+_STEP: Mapping[str, float] = {"F16": 2.0**-25}
+"""Half the smallest step of a dtype, below which rounding is not relative."""
+
+Fate = Literal["exact", "rounded", "lost", "swallowed", "scaled", "transposed", "other", "not finite"]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What became of one adapted weight: `factor` is how often the change is in it, `noise` the rest relative to it."""
+
+    fate: Fate
+    factor: float = 1.0
+    noise: float = 0.0
+
+
+@dataclass
+class _Sums:
+    """Sums over the blocks of one weight, float64: of the change that is there (x), that should be (d), or is d's
+    transpose (t), and of the weight itself (w)."""
+
+    xx: float = 0.0
+    xd: float = 0.0
+    dd: float = 0.0
+    xt: float = 0.0
+    ww: float = 0.0
+    excess: float = 0.0
+    finite: bool = True
+    touched: bool = False
+    expected: bool = False
+
+    def rest(self, factor: float, product: float) -> float:
+        """Norm of `x - factor · d`, given `x · d`."""
+        return math.sqrt(max(self.xx - 2 * factor * product + factor * factor * self.dd, 0.0))
+
+
+def merge_findings(merged: Path, base: Path, adapter: AdapterState) -> Iterator[Finding | Doubt]:
+    """What is wrong with a merge; tensors under other names only the probe can judge.
+
+    Raises `ModelError` for a folder that cannot be read, or that was quantized after merging.
+    """
+    if scheme := models.quantization(merged):
+        raise ModelError(
+            f"{merged}: is quantized ({scheme}), so that no weight can be compared: verify what it was made of"
+        )
+    found, wanted = models.tensors(merged), models.tensors(base)
+    shared = sorted(found.keys() & wanted.keys())
+    placed: set[str] = set()
+    adapted: set[str] = set()
+    fates: dict[str, Merge] = {}
+    for site, weight, factors in stored_factors(adapter, read_base_facts(base), wanted.keys()):
+        placed.add(site)
+        name = weight.tensor
+        if name in found and found[name].shape == wanted[name].shape and found[name].dtype in EPSILON:
+            adapted.add(name)
+            scale = adapter.config.scale(site)
+            fates[str(weight)] = judge(weight.of(found[name]), weight.of(wanted[name]), factors, scale)
+    rest = [name for name in shared if name not in adapted]
+    yield from _described(fates)
+    yield from _elsewhere(adapter.tensors.keys() - placed)
+    yield from _untouched(tuple(name for name in rest if not same_values(found[name], wanted[name])))
+    yield from _names(found.keys(), wanted.keys())
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight in a model's files: a tensor, or one expert's part of one."""
+
+    tensor: str
+    expert: int | None = None
+
+    def of(self, info: TensorInfo) -> TensorInfo:
+        """Where the weight lies, as a matrix."""
+        if self.expert is None:
+            return info
+        size = (info.end - info.start) // info.shape[0]
+        start = info.start + self.expert * size
+        return info._replace(shape=info.shape[1:], start=start, end=start + size)
+
+    def __str__(self) -> str:
+        return self.tensor if self.expert is None else f"{self.tensor}[{self.expert}]"
+
+
+def stored_factors(
+    adapter: AdapterState, base: BaseFacts, tensors: AbstractSet[str]
+) -> Iterator[tuple[str, Weight, LoraFactors]]:
+    """For every site the weights that it is in a base's files, and factors whose B · A has each one's shape.
+
+    Tables of embeddings (`[vocabulary, out]`) and the linear layers of some families lie transposed; a stack of experts
+    is one tensor, or one for each expert and part.
+    """
+    for site, (a, b) in adapter.tensors.items():
+        if is_stack(site):
+            yield from ((site, *part) for part in _experts(site, LoraFactors(a, b), base, tensors))
+            continue
+        name = next((name for name in file_names(site, base.family) if name in tensors), None)
+        if name is not None:
+            turned = is_embedding(site) or base.family.transposed
+            yield site, Weight(name), LoraFactors(b.T, a.T) if turned else LoraFactors(a, b)
+
+
+def _experts(
+    site: str, factors: LoraFactors, base: BaseFacts, tensors: AbstractSet[str]
+) -> Iterator[tuple[Weight, LoraFactors]]:
+    for expert, (a, b) in enumerate(zip(*factors, strict=True)):
+        if site in tensors:
+            yield Weight(site, expert), LoraFactors(a, b)
+            continue
+        for name, rows in _parts(site, expert, b, base):
+            if name in tensors:
+                yield Weight(name), LoraFactors(a, rows)
+
+
+def _parts(site: str, expert: int, b: Float32, base: BaseFacts) -> Iterator[tuple[str, Float32]]:
+    """The tensors of one expert, and the rows of its B for each: gate and up are one in transformers, gate first."""
+    experts = base.family.experts
+    place = split_stack(site, experts) if experts is not None else None
+    if experts is None or place is None:
+        return
+    layer, parameter = place
+    inner = len(b) // 2
+    parts = {
+        "gate_up_proj": ((experts.gate, b[:inner]), (experts.up, b[inner:])),
+        "gate_proj": ((experts.gate, b),),
+        "up_proj": ((experts.up, b),),
+        "down_proj": ((experts.down, b),),
+    }
+    for part, rows in parts[parameter]:
+        yield f"{layer}.{experts.file}.{expert}.{part}.weight", rows
+
+
+def judge(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: float) -> Merge:
+    """What became of one weight `[out, in]` of the base in the merged model."""
+    sums = _summed(found, base, factors, scale)
+    if not sums.finite:
+        return Merge("not finite")
+    if sums.dd == 0:
+        return Merge("other" if sums.touched else "exact")
+    if not sums.touched:
+        return Merge("lost" if sums.expected else "swallowed", 0.0)
+    factor, size = sums.xd / sums.dd, math.sqrt(sums.dd)
+    fate = "exact" if sums.excess <= 1 else _fate(sums, EPSILON[found.dtype], math.prod(found.shape))
+    return Merge(fate, factor, sums.rest(1.0, sums.xd) / size)
+
+
+def _fate(sums: _Sums, epsilon: float, elements: int) -> Fate:
+    """What a change that is not W + s·B·A, correctly rounded, is instead."""
+    factor, size = sums.xd / sums.dd, math.sqrt(sums.dd)
+    rounding = LOOSE * epsilon * (math.sqrt(sums.ww) + size) / size
+    uncertain = max(0.02, 4 * rounding / math.sqrt(elements))
+    if sums.rest(1.0, sums.xd) <= rounding * size and abs(factor - 1) <= uncertain:
+        return "rounded"
+    if sums.rest(factor, sums.xd) <= (rounding + 1e-3) * size:
+        return "scaled" if abs(factor) > uncertain else "lost"
+    if sums.xt and sums.rest(1.0, sums.xt) <= (rounding + 1e-3) * size:
+        return "transposed"
+    return "other"
+
+
+def _summed(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: float) -> _Sums:
+    sums = _Sums()
+    a, b = factors
+    square = a.shape[1] == b.shape[0]
+    with np.errstate(all="ignore"):  # what is not finite is said, not warned of
+        for start, weight, merged in blocks(base, found):
+            rows = slice(start, start + len(weight))
+            d = np.float32(scale) * (b[rows] @ a)
+            x = merged - weight
+            sums.finite &= bool(np.isfinite(merged).all())
+            sums.touched |= bool(merged.tobytes() != rounded(weight, found.dtype).tobytes())
+            sums.expected |= bool((rounded(weight + d, found.dtype) != rounded(weight, found.dtype)).any())
+            bound = _bound(merged, weight, d, found.dtype)
+            sums.excess = max(sums.excess, float((np.abs(x - d) / bound).max(initial=0.0)))
+            sums.xx, sums.xd, sums.dd = sums.xx + _dot(x, x), sums.xd + _dot(x, d), sums.dd + _dot(d, d)
+            sums.ww += _dot(weight, weight)
+            if square:
+                sums.xt += _dot(x, np.float32(scale) * (a[:, rows].T @ b.T))
+    return sums
+
+
+def _bound(merged: Float32, weight: Float32, d: Float32, dtype: str) -> NDArray[Any]:
+    """By how much each element may be off: rounding to the dtype, and that of the sum in float32 before it."""
+    rounding, summing = np.float32(EPSILON[dtype]), np.float32(2.0**-22)
+    bound = rounding * np.abs(merged) + summing * (np.abs(weight) + np.abs(d))
+    return bound + np.float32(_STEP.get(dtype, 1e-38))
+
+
+def _dot(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
+    return float(np.vdot(first.astype(np.float64), second.astype(np.float64)))
+
+
+# --- in words --------------------------------------------------------------------------------------------------------
+
+
+def _described(fates: Mapping[str, Merge]) -> Iterator[Finding]:
+    by_fate: dict[Fate, list[str]] = {}
+    for name, merge in fates.items():
+        by_fate.setdefault(merge.fate, []).append(name)
+    lost = by_fate.get("lost", []) + by_fate.get("swallowed", [])
+    if lost:
+        yield _lost(tuple(lost), len(fates), swallowed="lost" not in by_fate)
+    for fate, code, words in _WORDS:
+        if names := by_fate.get(fate):
+            yield Finding(
+                code, f"{len(names)} of {len(fates)} adapted weights {words} ({listed(names)})", sites=tuple(names)
+            )
+    if names := by_fate.get("scaled"):
+        factors = {name: fates[name].factor for name in names}
+        yield strength_finding(factors, len(fates), "have the change", "what it should be")
+    yield from _precision(fates)
+
+
+_WORDS: tuple[tuple[Fate, Code, str], ...] = (
+    ("not finite", "not_finite", "hold values that are NaN or infinite"),
+    ("transposed", "transposed", "had the transpose of the adapter's change added"),
+    ("other", "merge_differs", "are not the base's plus the adapter's change"),
+)
+
+
+def _lost(names: tuple[str, ...], total: int, *, swallowed: bool) -> Finding:
+    why = "smaller than the rounding of its dtype" if swallowed else "not in it"
+    if len(names) == total:
+        return Finding("merge_lost", f"the merged model is the base: the adapter's change is {why}", sites=names)
+    message = f"{len(names)} of {total} adapted weights are the base's: the adapter's change is {why} ({listed(names)})"
+    return Finding("partly_applied", message, sites=names)
+
+
+def _precision(fates: Mapping[str, Merge]) -> Iterator[Finding]:
+    """That rounding is a good part of what was merged, if it is."""
+    merges = [merge for merge in fates.values() if merge.fate in ("exact", "rounded")]
+    noise = float(np.median([merge.noise for merge in merges])) if merges else 0.0
+    if noise > 0.1:
+        message = f"rounding to the merged model's dtype moves a weight by {noise:.2g} times what the adapter does"
+        yield Finding("precision", message, fails=False)
+
+
+def _untouched(names: tuple[str, ...]) -> Iterator[Finding]:
+    if names:
+        message = f"{len(names)} tensors that the adapter does not touch are not the base's ({listed(names)})"
+        yield Finding("base_changed", message, sites=names)
+
+
+def _elsewhere(names: AbstractSet[str]) -> Iterator[Doubt]:
+    """Modules whose weights the files keep under another name, or as a part of a tensor: the probe has to tell."""
+    if names:
+        message = f"{len(names)} adapted weights are not in the files under their own names ({listed(sorted(names))})"
+        yield Doubt(Finding("merge_differs", message, sites=tuple(sorted(names))))
+
+
+def _names(found: AbstractSet[str], wanted: AbstractSet[str]) -> Iterator[Doubt]:
+    missing, extra = tuple(sorted(wanted - found)), tuple(sorted(found - wanted))
+    if missing:
+        message = f"{len(missing)} of the base's tensors are not in the merged model ({listed(missing)})"
+        yield Doubt(Finding("layers_missing", message, sites=missing))
+    elif extra:
+        yield Doubt(
+            Finding("merge_differs", f"{len(extra)} tensors are not of the base ({listed(extra)})", sites=extra)
+        )

@@ -1,0 +1,151 @@
+"""The probe: a few hundred fixed tokens whose log-probs tell one model from another.
+
+Synthetic: an adapter must not publish its owner's writing. Tokens are drawn from the tokenizer's vocabulary by
+counter-based generators, so the same tokenizer always has the same probe. One long row exercises position, draws over
+the whole vocabulary exercise rare tokens, draws that favour the first ids (in a BPE the frequent ones) and two
+conversations in the chat template look more like what adapters are trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from mindprint.backend import Backend
+from mindprint.contract import Dtype, Float32, Int32, LoadedModel, TokenBatch
+from mindprint.data.collate import whole_sequences
+from mindprint.data.order import uniform
+from mindprint.data.render import PreferenceExample
+from mindprint.data.rows import Message
+from mindprint.data.tokenizer import Tokenizer
+from mindprint.errors import DataError
+from mindprint.trust.report import Comparison, Tolerance
+
+LONGEST, MIDDLE, TURN = 192, 96, 24
+"""Tokens of the long row, of the row of frequent ids, and of each side of a conversation."""
+
+HELDOUT_ROWS = 8
+"""At most so many held-out rows, where the configuration asks for them."""
+
+TOLERANCES: Mapping[Dtype, tuple[float, float]] = {
+    "float32": (1e-5, 1e-4),
+    "float16": (1e-2, 1e-1),
+    "bfloat16": (8e-2, 8e-1),
+}
+"""Mean and greatest difference of log-probs, in nats a token, of one model on two machines or backends.
+
+float32: DESIGN's bound between torch and MLX. The others are that of rounding: a logit near 16 is known to 2^-7 in
+float16 and to 2^-4 in bfloat16, of which the mean over many tokens is about a third.
+"""
+
+DECIMALS = 6
+"""Of log-probs in a fingerprint: a tenth of the smallest tolerance."""
+
+NOISE_FACTOR, MOST = 4.0, 10.0
+"""Where the measured noise is above the table, this many times that noise is allowed, and never more than this many
+times the table: large models compute with more noise than small ones, but noise must not excuse everything."""
+
+Source = Literal["synthetic", "heldout"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Rows of token ids, and where they came from."""
+
+    rows: tuple[Int32, ...]
+    source: Source = "synthetic"
+
+    @property
+    def tokens(self) -> int:
+        """How many log-probs it has: nothing predicts the first token of a row."""
+        return sum(len(row) - 1 for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far the same rows computed in another batch are from themselves, nats a token."""
+
+    mean: float
+    greatest: float
+
+
+def synthetic_probe(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Probe:
+    """The probe of a tokenizer, cut to what the model of `config` (config.json) can read and has embeddings for."""
+    vocabulary = min(tokenizer.vocab_size, _configured(config, "vocab_size") or tokenizer.vocab_size)
+    positions = _configured(config, "max_position_embeddings", "n_positions", "n_ctx") or LONGEST
+    rows = [_drawn(LONGEST, vocabulary, "rare"), _drawn(MIDDLE, vocabulary, "frequent", skew=4.0)]
+    rows += [_conversation(tokenizer, vocabulary, number) for number in range(2)]
+    return Probe(tuple(row[:positions] for row in rows if len(row[:positions]) > 1 and row.max() < vocabulary))
+
+
+def heldout_probe(examples: Sequence[PreferenceExample]) -> Probe:
+    """Rows of the owner's own held-out pairs, prompt and chosen answer: whoever has the fingerprint can read them."""
+    rows = [np.concatenate([example.prompt, example.chosen])[:LONGEST] for example in examples[:HELDOUT_ROWS]]
+    return Probe(tuple(rows), "heldout")
+
+
+def score(backend: Backend, model: LoadedModel, probe: Probe, *, adapter: bool) -> Float32:
+    """Log-probs of every token but the first of each row, float32 `[probe.tokens]`; each row on its own, unpadded."""
+    parts = [_scored(backend, model, [row], adapter=adapter) for row in probe.rows]
+    return np.concatenate(parts).astype(np.float32)
+
+
+def measure_noise(backend: Backend, model: LoadedModel, probe: Probe, alone: Float32, *, adapter: bool) -> Noise:
+    """How far the rows in one padded batch are from `alone`, the same rows each on its own."""
+    together = _scored(backend, model, probe.rows, adapter=adapter)
+    apart = np.abs(together.astype(np.float64) - alone)
+    return Noise(float(apart.mean()), float(apart.max()))
+
+
+def tolerance(dtypes: Sequence[Dtype], *noises: Noise | None) -> Tolerance:
+    """What two evaluations in these dtypes may differ by: the coarser dtype's bound, or the measured noise if wider."""
+    coarsest = max(dtypes, key=lambda dtype: TOLERANCES[dtype])
+    mean, greatest = TOLERANCES[coarsest]
+    measured = [NOISE_FACTOR * max(one.mean / mean, one.greatest / greatest) for one in noises if one is not None]
+    wider = min(max(measured, default=0.0), MOST)
+    if wider <= 1:
+        return Tolerance(mean, greatest, f"rounding of {coarsest}")
+    return Tolerance(wider * mean, wider * greatest, f"{NOISE_FACTOR:g} times the measured noise")
+
+
+def widened(allowed: Tolerance, share: float, before: Float32, after: Float32) -> Tolerance:
+    """A tolerance that also lets a share of the adapter's effect differ: its factors were rounded."""
+    moved = np.abs(after.astype(np.float64) - before)
+    mean, greatest = max(allowed.mean, share * float(moved.mean())), max(allowed.greatest, share * float(moved.max()))
+    return Tolerance(mean, greatest, f"{share:.0%} of the effect: the adapter's factors were rounded")
+
+
+def compared(what: str, found: Float32, recorded: Float32, allowed: Tolerance) -> Comparison:
+    """`found` against `recorded`, both `[tokens]`."""
+    apart = np.abs(found.astype(np.float64) - recorded)
+    return Comparison(what, len(found), float(apart.mean()), float(apart.max()), allowed)
+
+
+def _scored(backend: Backend, model: LoadedModel, rows: Sequence[Int32], *, adapter: bool) -> Float32:
+    batch: TokenBatch = whole_sequences(rows)
+    return backend.log_probs(model, batch, adapter=adapter)[batch.loss_mask]
+
+
+def _drawn(length: int, vocabulary: int, *labels: str | int, skew: float = 1.0) -> Int32:
+    """Ids from the whole vocabulary, uniformly; a `skew` above 1 favours the first."""
+    return (uniform((length,), 0, "probe", *labels) ** skew * vocabulary).astype(np.int32)
+
+
+def _conversation(tokenizer: Tokenizer, vocabulary: int, number: int) -> Int32:
+    """A question and an answer of drawn words in the tokenizer's own template; without it where that refuses."""
+    words = [_drawn(TURN, vocabulary, "conversation", number, side, skew=2.0) for side in ("user", "assistant")]
+    texts = [tokenizer.decode(side.tolist()).strip() or "so" for side in words]
+    try:
+        turns = [Message("user", texts[0]), Message("assistant", texts[1])]
+        return np.array(tokenizer.render(turns, generation_prompt=False), np.int32)[: LONGEST // 2]
+    except DataError:
+        return np.concatenate(words)
+
+
+def _configured(config: Mapping[str, Any], *names: str) -> int | None:
+    """The first of these settings that config.json, or its text part, has."""
+    parts = (config, config.get("text_config") or {})
+    return next((part[name] for part in parts for name in names if isinstance(part.get(name), int)), None)

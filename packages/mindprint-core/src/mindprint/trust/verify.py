@@ -1,0 +1,340 @@
+"""Does an adapter, or a merged model, still do what it did where it was trained? Recompute, compare, name what differs.
+
+First what is exact: digests, and what each module's change became. Then the probe on a backend. A difference that files
+alone cannot judge (a setting that only one config.json states, weights under other names) is settled by the probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from mindprint import models
+from mindprint.adapter.formats import read_any_adapter
+from mindprint.contract import AdapterState, Dtype, Float32
+from mindprint.data.tokenizer import load_tokenizer
+from mindprint.errors import AdapterError, GuardError, ModelError, NotFiniteError, TransposedError
+from mindprint.tensor_files import FLOAT_DTYPES
+from mindprint.training.engine import Engine, Placement
+from mindprint.trust.adapters import copy_findings, strength_findings, value_findings
+from mindprint.trust.bases import Doubt, base_findings, settings_findings, tokenizer_findings
+from mindprint.trust.digests import computed_settings, differences
+from mindprint.trust.fingerprint import Fingerprint, Measurement, mean_effect, read_fingerprint
+from mindprint.trust.measurement import record_tokenizer
+from mindprint.trust.merged import merge_findings
+from mindprint.trust.probe import Noise, Probe, compared, measure_noise, score, synthetic_probe, tolerance, widened
+from mindprint.trust.report import Code, Comparison, Effect, Finding, Report, Tolerance
+
+TELLING = 3.0
+"""The probe tells something about an adapter if its effect is this many times the tolerance or more."""
+
+OF_THE_BASE: frozenset[Code] = frozenset({"wrong_base", "base_changed", "rope_differs", "config_differs", "not_finite"})
+"""Findings that explain why the base alone computes something else."""
+
+ROUNDED_FACTORS = 0.05
+"""Share of its effect by which an adapter may differ whose factors were rounded to float16 or bfloat16."""
+
+CURVATURE = 0.25
+"""An adapter at f times its strength has an effect whose direction departs from the recorded one by less than this
+times (f - 1)², for log-probs are smooth in the strength: a tenth is seen. One that acts only in places departs more."""
+
+Notice = Callable[[str], None]
+
+
+def verify_adapter(
+    folder: Path, base: models.ModelFolder, placement: Placement, notice: Notice = lambda _: None
+) -> Report:
+    """Verify the adapter in `folder` on `base`, against its fingerprint if it has one.
+
+    Raises a `MindprintError` for files that cannot be read, or that cannot belong to each other at all.
+    """
+    fingerprint, judgement = read_fingerprint(folder), _Judgement()
+    try:
+        adapter, _ = read_any_adapter(folder, base.path)
+    except TransposedError as error:  # readable, and decided without a look at the values
+        judgement.add([Finding("transposed", str(error))], "adapter shapes")
+        return judgement.report(folder, "adapter", base, placement)
+    _judge_files(judgement, adapter, base, fingerprint)
+    judgement.findings.extend(copy_findings(folder, base))
+    probe = fingerprint.probe if fingerprint else _own_probe(base)
+    here = _scored(judgement, probe, base, placement, adapter, notice, _differs_from(fingerprint, placement.dtype))
+    if fingerprint is not None:
+        _compare_adapter(judgement, here, fingerprint, placement.dtype, base)
+    elif here.adapter is not None:
+        _judge_effect(judgement, here)
+    return judgement.report(folder, "adapter", base, placement)
+
+
+def verify_merged(
+    merged: models.ModelFolder,
+    base: models.ModelFolder,
+    adapter: AdapterState,
+    placement: Placement,
+    fingerprint: Fingerprint | None = None,
+    notice: Notice = lambda _: None,
+) -> Report:
+    """Verify that `merged` is `base` with `adapter` in it: weight by weight from the files, then by the probe.
+
+    With a fingerprint the probe is compared with what was measured where the adapter was trained, else with base and
+    adapter computed here. Raises a `MindprintError` for files that cannot be read.
+    """
+    judgement = _Judgement()
+    _judge_files(judgement, adapter, base, fingerprint)
+    judgement.add(merge_findings(merged.path, base.path, adapter), "merged weights")
+    settings = differences(computed_settings(base.path), computed_settings(merged.path))
+    judgement.add(settings_findings(settings, "the merged model's"), "merged config.json")
+    tokenizer = record_tokenizer(load_tokenizer(base.path))
+    judgement.add(tokenizer_findings(merged, tokenizer), "merged tokenizer and chat template")
+    _probe_merge(judgement, merged, base, adapter, placement, fingerprint, notice)
+    return judgement.report(merged.path, "merged model", base, placement)
+
+
+@dataclass
+class _Judgement:
+    """What was found so far."""
+
+    findings: list[Finding] = field(default_factory=list)
+    doubts: list[Doubt] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
+    effect: Effect | None = None
+
+    @property
+    def failed(self) -> frozenset[Code]:
+        return frozenset(finding.code for finding in self.findings if finding.fails)
+
+    def add(self, found: Iterable[Finding | Doubt], checked: str) -> None:
+        """Take in what a check found."""
+        self.checked.append(checked)
+        for one in found:
+            if isinstance(one, Doubt):
+                self.doubts.append(one)
+            else:
+                self.findings.append(one)
+
+    def settle(self, *, same: bool) -> None:
+        """The probe has spoken about what files left open."""
+        self.findings.extend(doubt.settled(same=same) for doubt in self.doubts)
+        self.doubts.clear()
+
+    def report(
+        self, subject: Path, kind: Literal["adapter", "merged model"], base: models.ModelFolder, placement: Placement
+    ) -> Report:
+        self.settle(same=False)
+        findings = tuple(sorted(self.findings, key=lambda finding: not finding.fails))
+        name, device, dtype = placement.key
+        checked, comparisons = tuple(self.checked), tuple(self.comparisons)
+        return Report(str(subject), kind, base.name, name, device, dtype, checked, findings, comparisons, self.effect)
+
+
+def _judge_files(
+    judgement: _Judgement, adapter: AdapterState, base: models.ModelFolder, fingerprint: Fingerprint | None
+) -> None:
+    """Everything that needs no model: the adapter's values, and the base as the fingerprint knows it."""
+    judgement.add(value_findings(adapter, fingerprint.adapter if fingerprint else None), "adapter values")
+    if fingerprint is not None:
+        method = fingerprint.base.weights.method
+        judgement.add(base_findings(base, fingerprint.base), f"base weights ({method}) and config.json")
+        judgement.add(tokenizer_findings(base, fingerprint.tokenizer), "tokenizer and chat template")
+    elif not judgement.failed:
+        judgement.add(strength_findings(adapter, base), "strength beside the base's weights")
+
+
+# --- the probe -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """The probe's log-probs as they are here; None where the model could not compute them."""
+
+    base: Float32 | None = None
+    adapter: Float32 | None = None
+    noise: Noise | None = None
+
+
+def _own_probe(base: models.ModelFolder) -> Probe:
+    return synthetic_probe(load_tokenizer(base.path), models.model_config(base.path))
+
+
+def _differs_from(fingerprint: Fingerprint | None, dtype: Dtype) -> Callable[[Float32, Float32], bool]:
+    """Whether scores are so far from those recorded that the noise here is worth measuring; always, without any."""
+    if fingerprint is None:
+        return lambda _base, _both: True
+    recorded = fingerprint.measurement(dtype)
+    allowed = tolerance([dtype, recorded.dtype], recorded.noise)
+    return lambda base, both: (
+        not compared("", base, recorded.base, allowed).within
+        or not compared("", both, recorded.adapter, allowed).within
+    )
+
+
+def _compare_adapter(
+    judgement: _Judgement, here: _Scores, fingerprint: Fingerprint, dtype: Dtype, base: models.ModelFolder
+) -> None:
+    """Compare with what was measured where the adapter was trained, and name what no file explains."""
+    if here.base is None:
+        return
+    recorded = fingerprint.measurement(dtype)
+    allowed = tolerance([dtype, recorded.dtype, *_narrower(base, fingerprint)], recorded.noise, here.noise)
+    alone = compared("base", here.base, recorded.base, allowed)
+    judgement.comparisons.append(alone)
+    both = _compared_with_adapter(judgement, here, recorded, allowed)
+    # An adapter that files have found wrong already says nothing about the base.
+    judgement.settle(same=alone.within and (both is None or both.within or bool(judgement.failed)))
+    if not alone.within and not judgement.failed & OF_THE_BASE:
+        message = f"the base's files are what they were, and its log-probs differ by {alone.mean:.2g} nats a token"
+        judgement.findings.append(Finding("backend_differs", message))
+    if both is not None and here.adapter is not None:
+        judgement.effect = Effect(recorded.effect, mean_effect(here.base, here.adapter))
+        _judge_comparison(judgement, both, recorded.base, recorded.adapter, here.adapter)
+
+
+def _compared_with_adapter(
+    judgement: _Judgement, here: _Scores, recorded: Measurement, allowed: Tolerance
+) -> Comparison | None:
+    if here.adapter is None:
+        return None
+    allowed = _for_rounded_factors(judgement, allowed, recorded.base, recorded.adapter)
+    return compared("base with adapter", here.adapter, recorded.adapter, allowed)
+
+
+def _for_rounded_factors(judgement: _Judgement, allowed: Tolerance, before: Float32, after: Float32) -> Tolerance:
+    """A wider tolerance where files have shown that the adapter's factors were rounded."""
+    rounded = any(finding.code == "precision" for finding in judgement.findings)
+    return widened(allowed, ROUNDED_FACTORS, before, after) if rounded else allowed
+
+
+def _narrower(base: models.ModelFolder, fingerprint: Fingerprint) -> list[Dtype]:
+    """The dtype that the base is stored in, if that is another than it was."""
+    stored = {info.dtype for info in models.tensors(base.path).values()} - {fingerprint.base.weights.dtype}
+    return [FLOAT_DTYPES[dtype] for dtype in stored if dtype in FLOAT_DTYPES]
+
+
+def _judge_effect(judgement: _Judgement, here: _Scores) -> None:
+    """Without a fingerprint: whether the adapter does anything that is not noise."""
+    assert here.base is not None
+    assert here.adapter is not None
+    assert here.noise is not None
+    judgement.effect = Effect(None, mean_effect(here.base, here.adapter))
+    if judgement.effect.found <= here.noise.mean and not judgement.failed:
+        message = f"the adapter moves the probe by {judgement.effect.found:.2g} nats a token, which is noise"
+        judgement.findings.append(Finding("no_effect", message))
+
+
+def _probe_merge(
+    judgement: _Judgement,
+    merged: models.ModelFolder,
+    base: models.ModelFolder,
+    adapter: AdapterState,
+    placement: Placement,
+    fingerprint: Fingerprint | None,
+    notice: Notice,
+) -> None:
+    probe = fingerprint.probe if fingerprint else _own_probe(base)
+    after: Float32 | None
+    noise: Noise | None
+    stored = {FLOAT_DTYPES[info.dtype] for info in models.tensors(merged.path).values() if info.dtype in FLOAT_DTYPES}
+    if fingerprint is not None:
+        recorded = fingerprint.measurement(placement.dtype)
+        before, after, noise = recorded.base, recorded.adapter, recorded.noise
+        stored |= {recorded.dtype, *_narrower(base, fingerprint)}
+    else:
+        # A backend may not be able to hold an adapter (of stacked experts, say) that files can judge.
+        measure = _differs_from(None, placement.dtype)
+        here = _scored(judgement, probe, base, placement, adapter, notice, measure, needed=False)
+        if here.base is None:
+            return
+        before, after, noise = here.base, here.adapter, here.noise
+    now = _scored(judgement, probe, merged, placement, None, notice).base
+    if now is None:
+        return
+    if after is None:
+        judgement.effect = Effect(None, mean_effect(before, now))
+        return
+    judgement.effect = Effect(mean_effect(before, after), mean_effect(before, now))
+    allowed = _for_rounded_factors(judgement, tolerance([placement.dtype, *stored], noise), before, after)
+    both = compared("merged model", now, after, allowed)
+    judgement.settle(same=both.within)
+    _judge_comparison(judgement, both, before, after, now)
+
+
+def _judge_comparison(judgement: _Judgement, both: Comparison, before: Float32, after: Float32, now: Float32) -> None:
+    """What the probe says about the adapter's effect, where files have not said it already."""
+    judgement.comparisons.append(both)
+    effect, allowed = mean_effect(before, after), both.tolerance
+    if effect < TELLING * allowed.mean:
+        message = (
+            f"the adapter moves the probe by {effect:.2g} nats a token, {allowed.reason} by up to {allowed.mean:.2g}"
+        )
+        judgement.findings.append(Finding("probe_cannot_tell", f"{message}: judged by the files", fails=False))
+    if not both.within and not judgement.failed:
+        judgement.findings.append(_unexplained(before, after, now, both))
+
+
+def _unexplained(before: Float32, after: Float32, now: Float32, both: Comparison) -> Finding:
+    """Files say that all is well, and the probe does not: what became of the effect."""
+    wanted, found = (values.astype(np.float64) - before for values in (after, now))
+    product, squared, norm = float(wanted @ found), float(wanted @ wanted), float(np.linalg.norm(found))
+    factor = product / max(squared, 1e-300)
+    alike = product / max(squared**0.5 * norm, 1e-300)
+    how = f"log-probs differ by {both.mean:.2g} nats a token"
+    if np.abs(found).mean() <= both.tolerance.mean:
+        return Finding("no_effect", f"the files are right, and the backend computes the base alone: {how}")
+    if factor > 1.2 or 1 - alike <= CURVATURE * (factor - 1) ** 2:
+        message = f"the files are right, and the effect is about {factor:.2g} times as strong: {how}"
+        return Finding("scale", message, factor=factor)
+    if 0 < factor < 1:
+        return Finding("partly_applied", f"the files are right, and {factor:.0%} of the effect is there: {how}")
+    return Finding("backend_differs", f"the files are right, and this backend computes something else: {how}")
+
+
+def _scored(
+    judgement: _Judgement,
+    probe: Probe,
+    model: models.ModelFolder,
+    placement: Placement,
+    adapter: AdapterState | None,
+    notice: Notice,
+    noise_matters: Callable[[Float32, Float32], bool] = lambda _base, _both: False,
+    *,
+    needed: bool = True,
+) -> _Scores:
+    """Load a model and score the probe, without and with the adapter if there is one; measure noise where it matters.
+
+    What cannot be loaded or injected raises if it is `needed`, unless files have explained it already.
+    """
+    engine = Engine(model, notice)
+    base: Float32 | None = None
+    try:
+        engine.load(placement)
+        _check_vocabulary(probe, engine.model.vocab_size, model)
+        base = score(engine.backend, engine.model, probe, adapter=False)
+        judgement.checked.append(f"probe of {probe.tokens} tokens")
+        if adapter is None:
+            return _Scores(base)
+        engine.inject(adapter)
+        both = score(engine.backend, engine.model, probe, adapter=True)
+        if not noise_matters(base, both):
+            return _Scores(base, both)
+        return _Scores(base, both, measure_noise(engine.backend, engine.model, probe, both, adapter=True))
+    except NotFiniteError:
+        if "not_finite" not in judgement.failed:
+            whose = model.name if base is None else "the base with the adapter"
+            judgement.findings.append(Finding("not_finite", f"{whose} computes log-probs that are NaN or infinite"))
+    except (AdapterError, GuardError, ModelError) as error:
+        if needed and not judgement.failed and not judgement.doubts:
+            raise
+        judgement.findings.append(Finding("not_computed", str(error), fails=False))
+    finally:
+        engine.release()
+    return _Scores(base)
+
+
+def _check_vocabulary(probe: Probe, vocabulary: int, model: models.ModelFolder) -> None:
+    greatest = max(int(row.max()) for row in probe.rows)
+    if greatest >= vocabulary:
+        raise ModelError(f"{model.name}: has {vocabulary} tokens, and the probe uses token {greatest}: another base")

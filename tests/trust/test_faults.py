@@ -1,0 +1,71 @@
+"""Every fault of the catalogue is found, and under its right name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import outcomes
+import pytest
+from artefacts import Artefact, convert_to_mlx_lm, make_adapter, make_base, merge_with_peft, placement
+from catalogue import FAULTS, Fault
+
+from mindprint.adapter.peft_format import read_adapter
+from mindprint.errors import MindprintError
+from mindprint.models import ModelFolder, check_model_folder
+from mindprint.trust.fingerprint import read_fingerprint
+from mindprint.trust.report import Report
+from mindprint.trust.verify import verify_adapter, verify_merged
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    artefact = Artefact(tmp_path_factory.mktemp("sound"))
+    make_base(artefact.base, "qwen2", tie_word_embeddings=False, rms_norm_eps=1e-2)
+    make_adapter(artefact)
+    merge_with_peft(artefact)
+    return artefact
+
+
+def verified(fault: Fault, artefact: Artefact) -> Report:
+    """What `mindprint verify` does, on the artefact that the fault has broken."""
+    where = placement("torch")
+    if fault.kind == "conversion":
+        convert_to_mlx_lm(artefact)
+    if fault.kind == "backend":
+        where = type(where)(fault.apply(where.backend), where.device, where.dtype)
+    else:
+        fault.apply(artefact)
+    base = ModelFolder(check_model_folder(artefact.base), "base")
+    if fault.kind != "merge":
+        return verify_adapter(artefact.adapter, base, where)
+    merged = ModelFolder(check_model_folder(artefact.merged), "merged")
+    adapter, _ = read_adapter(artefact.adapter)
+    return verify_merged(merged, base, adapter, where, read_fingerprint(artefact.adapter))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kind}: {fault.name}")
+def test_a_fault_is_found_by_its_name(fault: Fault, sound: Artefact, tmp_path: Path) -> None:
+    found = False
+    try:
+        if fault.finds is None:
+            with pytest.raises(MindprintError, match=re.escape(fault.refusal)) as refused:
+                verified(fault, sound.copy(tmp_path))
+            assert refused.value.exit_code == 2
+            assert "\n" not in str(refused.value)
+        else:
+            report = verified(fault, sound.copy(tmp_path))
+            assert not report.ok
+            assert fault.finds in report.codes, report.findings
+            if fault.factor is not None:
+                (finding,) = [one for one in report.findings if one.code == "scale"]
+                assert finding.factor == pytest.approx(fault.factor, rel=1e-3)
+        found = True
+    finally:
+        outcomes.fault(fault.kind, found=found)
+
+
+def test_the_catalogue_is_large_and_says_where_each_was_seen() -> None:
+    assert len(FAULTS) >= 30
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS)
+    assert all(len(fault.source) > 10 and bool(fault.finds) != bool(fault.refusal) for fault in FAULTS)
