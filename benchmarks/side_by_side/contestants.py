@@ -119,7 +119,7 @@ def trl(stage: str, precompute: bool, folder: Path, shape: str, turn: Turn) -> N
 
 def mlx_lm(folder: Path, shape: str, turn: Turn) -> None:
     """mlx-lm's SFT, with its own padding to a multiple of 32."""
-    import mlx.core as mx
+    _take_fast_blas()
     from mlx_lm.tuner import trainer
 
     model = _mlx_model(folder)
@@ -137,11 +137,11 @@ def mlx_lm(folder: Path, shape: str, turn: Turn) -> None:
             adapter_file=str(Path(output) / "adapters.safetensors"),
         )  # fmt: skip
         trainer.train(model, _adamw(), data, args=arguments, iterate_batches=in_order)
-    mx.clear_cache()
 
 
 def mlx_lm_lora(folder: Path, shape: str, turn: Turn) -> None:
     """mlx-lm-lora's DPO; its reference is a second model, run at every step."""
+    _take_fast_blas()
     from mlx_lm_lora.trainer import dpo_trainer
 
     data = iter(batches(shape, "dpo"))
@@ -184,12 +184,16 @@ class Between:
         return batch
 
 
+def _take_fast_blas() -> None:
+    """Before MLX is imported, so that the peer multiplies with what we do: pip's MLX has the slow reference BLAS."""
+    import mindprint_mlx  # noqa: F401
+
+
 def _mlx_model(folder: Path, *, adapter: bool = True) -> Any:
     import mlx.core as mx
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
 
-    import mindprint_mlx  # noqa: F401  the same BLAS for both: pip's MLX would take the slow reference one
     from mindprint_mlx.blas import prepare
 
     prepare()
