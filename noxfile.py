@@ -131,8 +131,13 @@ def soak(session: nox.Session) -> None:
     run_in_both(session, "pytest", "-s", "tests/integration/test_kill.py", *session.posargs, env=env)
 
 
-@nox.session(python=False, requires=["both"])
+@nox.session(python=PYTHON, default=False)
 def bench(session: nox.Session) -> None:
-    """Measure what the documentation states; prints, and asserts nothing that a noisy machine could turn."""
-    for script in sorted(Path("benchmarks").glob("*.py")):
-        run_in_both(session, "python", str(script), *session.posargs)
+    """Measure what the documentation states, beside the peers; prints, and asserts nothing that noise could turn.
+
+    `nox -s bench -- dpo_torch --steps 3` runs one of them, with its options.
+    """
+    install(session, PACKAGES, "mlx-lm-lora==5.10.2")
+    chosen, options = session.posargs[:1], session.posargs[1:]
+    for script in sorted(Path("benchmarks").glob(f"{chosen[0] if chosen else '*'}.py")):
+        session.run("python", str(script), *options)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import CONFIG_MAPPING
 
 import mindprint
@@ -42,6 +44,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {},
     "qwen3": {"head_dim": 12},
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small lose more to a second thread than they gain, above all beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])

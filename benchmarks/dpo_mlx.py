@@ -1,0 +1,11 @@
+"""DPO, MLX: Mindprint beside mlx-lm-lora's DPO.
+
+    python benchmarks/dpo_mlx.py [--steps 7] [--shapes 147+73 32+200 ragged]
+
+The same rows, dtype and machine, one process each, taking turns step by step.
+"""
+
+from side_by_side.turns import compare
+
+if __name__ == "__main__":
+    compare("DPO, MLX", "mindprint-mlx-dpo", "mlx-lm-lora-dpo")

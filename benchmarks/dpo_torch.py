@@ -1,0 +1,11 @@
+"""DPO, PyTorch: Mindprint beside TRL's DPO trainer, with the reference computed at every step and ahead of training.
+
+    python benchmarks/dpo_torch.py [--steps 7] [--shapes 147+73 32+200 ragged]
+
+The same rows, dtype and machine, one process each, taking turns step by step.
+"""
+
+from side_by_side.turns import compare
+
+if __name__ == "__main__":
+    compare("DPO, PyTorch", "mindprint-torch-dpo", "trl-dpo", "trl-dpo-precomputed")

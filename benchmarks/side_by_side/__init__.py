@@ -1,0 +1,1 @@
+"""What the comparisons share: the work, the contestants, and taking turns."""

@@ -1,0 +1,144 @@
+"""Two processes that take turns at steps, so that whatever else the machine does hits both alike."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import IO, Any
+
+from side_by_side import contestants, work
+
+HERE = Path(__file__).parents[1]
+WARM_UP = 2
+
+
+@dataclass
+class Contestant:
+    """A process that waits for its turn, and what it reported: seconds and processor seconds of each step."""
+
+    name: str
+    process: subprocess.Popen[str]
+    seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    peak_mib: float = 0.0
+    loaded_mib: float = 0.0
+
+    def step(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self.name} ended before its step was done; run it alone to see why")
+        report = json.loads(answer)
+        self.seconds.append(report["seconds"])
+        self.processor.append(report["processor"])
+        self.peak_mib, self.loaded_mib = report["peak_mib"], report["loaded_mib"]
+
+
+def compare(title: str, ours: str, *peers: str) -> None:
+    """Time contestants step by step in turn, for every shape of the work, and print medians and ratios."""
+    parser = argparse.ArgumentParser(description=title)
+    most = work.STEPS - WARM_UP
+    parser.add_argument("--steps", type=int, default=7, choices=range(1, most + 1), metavar=f"1..{most}")
+    parser.add_argument("--shapes", nargs="+", default=list(work.SHAPES), choices=list(work.SHAPES))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work.write_model(Path(folder))
+        for shape in options.shapes:
+            print(f"{title}, {shape} tokens, {options.steps} steps in turn")
+            report(run([ours, *peers], Path(folder), shape, options.steps), shape)
+
+
+def run(names: list[str], folder: Path, shape: str, steps: int) -> list[Contestant]:
+    """All contestants' steps: first that of one, then that of the next, and so on."""
+    started = [Contestant(name, _start(name, folder, shape)) for name in names]
+    try:
+        for _ in range(WARM_UP + steps):
+            for contestant in started:
+                contestant.step()
+    finally:
+        for contestant in started:
+            contestant.process.kill()
+            contestant.process.wait()
+    return started
+
+
+def report(found: list[Contestant], shape: str) -> None:
+    """Medians of steps, and of the ratios of steps that stood side by side, with the least and the greatest of them."""
+    ours = found[0]
+    stage = "dpo" if "dpo" in ours.name else "sft"
+    flops = [work.useful_flops(batch, preference=stage == "dpo") for batch in contestants.batches(shape, stage)]
+    rate = statistics.median(f / s / 1e9 for f, s in zip(flops[WARM_UP:], ours.seconds[WARM_UP:], strict=False))
+    for contestant in found:
+        seconds, processor = contestant.seconds[WARM_UP:], contestant.processor[WARM_UP:]
+        line = f"  {contestant.name:24s} {statistics.median(seconds):7.3f} s  {statistics.median(processor):7.3f} cpu s"
+        line += f"  peak {contestant.peak_mib:6.0f} MiB ({contestant.peak_mib - contestant.loaded_mib:+.0f} by steps)"
+        if contestant is not ours:
+            ratios = [theirs / mine for mine, theirs in zip(ours.seconds[WARM_UP:], seconds, strict=True)]
+            processors = statistics.median(processor) / statistics.median(ours.processor[WARM_UP:])
+            line += f"  = {statistics.median(ratios):.2f} x ours ({min(ratios):.2f} to {max(ratios):.2f}"
+            line += (
+                f"; processor {processors:.2f} x); ours takes {ours.peak_mib / contestant.peak_mib:.2f} of its memory"
+            )
+        print(line, flush=True)
+    print(f"  useful work {rate:.1f} GFLOP/s; a product of two float32 matrices: {peak(ours.name):.1f}", flush=True)
+
+
+def peak(name: str) -> float:
+    """GFLOP/s of a float32 matrix product in the contestant's framework, the best of many, now and here."""
+    code = (
+        "import torch; a = torch.randn(2048, 2048); f = lambda: a @ a"
+        if "torch" in name
+        else "import mindprint_mlx\nfrom mindprint_mlx.blas import prepare\nprepare()\nimport mlx.core as mx\n"
+        "mx.set_default_device(mx.cpu); a = mx.random.normal((2048, 2048)); f = lambda: mx.eval(a @ a)"
+    )
+    timing = "\nimport timeit; print(2 * 2048**3 / min(timeit.repeat(f, number=1, repeat=15)) / 1e9)"
+    done = subprocess.run([sys.executable, "-c", code + timing], check=True, capture_output=True, text=True)
+    return float(done.stdout)
+
+
+def _start(name: str, folder: Path, shape: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "ignore", "-m", "side_by_side.turns", name, str(folder), shape]
+    log = subprocess.DEVNULL if "MINDPRINT_BENCH_LOG" not in os.environ else None
+    return subprocess.Popen(
+        command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+
+@contextmanager
+def turn(out: IO[str], first: dict[str, float]) -> Iterator[None]:
+    """Wait to be told, do the step, and say how long it took. Ends the process when nobody tells any more."""
+    first.setdefault("loaded_mib", _peak_mib())
+    if not sys.stdin.readline():
+        raise SystemExit
+    started, processor = perf_counter(), process_time()
+    yield
+    answer: dict[str, Any] = {"seconds": perf_counter() - started, "processor": process_time() - processor}
+    out.write(json.dumps({**answer, "peak_mib": _peak_mib(), **first}) + "\n")
+    out.flush()
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    # What trainers print must not stand between the answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    seen: dict[str, float] = {}
+    contestants.CONTESTANTS[sys.argv[1]](Path(sys.argv[2]), sys.argv[3], lambda: turn(answers, seen))

@@ -1,0 +1,87 @@
+"""The work: a random 50M-parameter Qwen2, an adapter on all its linear layers, and rows of given lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCABULARY, HIDDEN, INNER, LAYERS, HEADS, KEY_HEADS = 32768, 512, 1536, 11, 8, 2
+EOS, PAD, FIRST_WORD = 0, 1, 2
+RANK, ALPHA, LEARNING_RATE, BETA = 8, 16.0, 5e-6, 0.1
+PAIRS, ROWS, STEPS = 4, 8, 16
+
+SHAPES = {"147+73": (147, 147, 73, 73), "32+200": (32, 32, 200, 200), "ragged": (12, 260, 8, 300)}
+"""Tokens of prompts and of completions, shortest and longest; lengths between them are spread evenly on a log scale."""
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids; a completion ends in the end-of-sequence token. SFT has no `rejected`."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+def rows(shape: str, count: int) -> list[Row]:
+    """The same rows for everybody."""
+    low, high, shortest, longest = SHAPES[shape]
+    rng = np.random.default_rng(7)
+
+    def ids(start: int, stop: int) -> list[int]:
+        length = round(float(np.exp(rng.uniform(np.log(start), np.log(stop)))))
+        return [int(word) for word in rng.integers(FIRST_WORD, VOCABULARY, length)]
+
+    def completion() -> list[int]:
+        return [*ids(shortest, longest)[:-1], EOS]
+
+    return [Row(ids(low, high), completion(), completion()) for _ in range(count)]
+
+
+def text(ids: list[int]) -> str:
+    """What the tokenizer of `write_model` reads as exactly these ids; peers add the end of sequence themselves."""
+    return " ".join(f"w{word}" for word in ids if word != EOS)
+
+
+def write_model(folder: Path) -> None:
+    """Save the model, and a tokenizer with a word for every id."""
+    import torch  # noqa: PLC0415
+    from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=KEY_HEADS, tie_word_embeddings=True,
+        max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    words = {"<eos>": EOS, "<pad>": PAD, **{f"w{word}": word for word in range(FIRST_WORD, VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))  # noqa: S106
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    wrapped: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")  # noqa: S106
+    wrapped.save_pretrained(folder)
+
+
+def useful_flops(batch: list[Row], *, preference: bool) -> float:
+    """What a step cannot do without: base linears, attention and LM head, forward and gradients by activations.
+
+    Unpadded; a prompt counts once. The gradient by activations costs as much as the forward pass, of attention twice.
+    """
+    head_dim = HIDDEN // HEADS
+    layer = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * KEY_HEADS * head_dim + 3 * HIDDEN * INNER
+    total = 0.0
+    for row in batch:
+        completions = (row.chosen, row.rejected) if preference else (row.chosen,)
+        prompt, own = len(row.prompt), [len(completion) - 1 for completion in completions]
+        seen = prompt**2 / 2 + sum(length * prompt + length**2 / 2 for length in own)
+        total += 2 * 2 * LAYERS * layer * (prompt + sum(own))
+        total += 3 * LAYERS * 4 * HIDDEN * seen
+        total += 2 * 2 * HIDDEN * VOCABULARY * sum(map(len, completions))
+    return total
