@@ -99,4 +99,4 @@ def test_a_broken_backend_is_named_with_version_cause_and_remedy(install: Instal
 
 def test_a_broken_backend_breaks_no_other(install: Install, toy: str) -> None:
     install("acme", "1 / 0")
-    assert load_backend(toy).info.name == "toy"
+    assert load_backend(toy).info.name == "hello"
