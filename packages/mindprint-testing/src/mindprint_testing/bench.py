@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,34 +33,27 @@ from mindprint.models import quantization
 
 @dataclass
 class Bench:
-    """A backend and a model folder. Everything it makes follows from seeds; what it loads, `release_all` frees."""
+    """A backend and a model folder. Everything it makes follows from seeds.
+
+    Models are left to Python: releasing each would cost some backends more than all tests together.
+    """
 
     backend: Backend
     folder: Path
     device: str = "cpu"
-    loaded: list[LoadedModel] = field(default_factory=list)
 
     # --- models ------------------------------------------------------------------------------------------------------
 
     def load(self, dtype: Dtype = "float32", folder: Path | None = None) -> LoadedModel:
         """The bare base."""
         folder = folder or self.folder
-        self.loaded.append(self.backend.load_model(ModelSpec(str(folder), self.device, dtype, quantization(folder))))
-        return self.loaded[-1]
+        return self.backend.load_model(ModelSpec(str(folder), self.device, dtype, quantization(folder)))
 
     def ready(self, dtype: Dtype = "float32", *, seed: int = 0, **config: Any) -> LoadedModel:
         """A base with an adapter on all linear sites whose B is not zero, so that every factor has a gradient."""
         model = self.load(dtype)
         self.backend.inject_adapter(model, self.adapter(self.linear_sites(model), seed=seed, **config))
         return model
-
-    def release(self, model: LoadedModel) -> None:
-        self.loaded = [other for other in self.loaded if other is not model]
-        self.backend.release(model)
-
-    def release_all(self) -> None:
-        for model in list(self.loaded):
-            self.release(model)
 
     # --- adapters ----------------------------------------------------------------------------------------------------
 

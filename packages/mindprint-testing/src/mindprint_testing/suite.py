@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,11 +45,9 @@ class BackendConformance(Stating, Loading, Injection, Forward, Sft, Optimizer, P
         return folder if folder.exists() else write_tiny_model(folder)
 
     @pytest.fixture
-    def bench(self, model_folder: Path) -> Iterator[Bench]:
-        """The backend on its model; what a test loads is released at its end."""
-        bench = Bench(load_backend(self.backend_name), model_folder, self.device)
-        yield bench
-        bench.release_all()
+    def bench(self, model_folder: Path) -> Bench:
+        """The backend on its model."""
+        return Bench(load_backend(self.backend_name), model_folder, self.device)
 
 
 BackendConformance.__conformance_tests__ = conformance_tests(BackendConformance)

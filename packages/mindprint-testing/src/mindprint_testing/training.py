@@ -57,7 +57,7 @@ class Sft:
         )
         for name, values in gradient.items():
             along = {name: values}
-            found = reference.slope(bench.backend, model, lambda: _evaluated(bench, model, batch), along, size=3e-2)
+            found = reference.slope(bench.backend, model, lambda: _evaluated(bench, model, batch), along, size=1e-2)
             assert found == pytest.approx(reference.norm(along) ** 2, rel=SLOPE, abs=1e-5), name
 
     def test_the_stated_norm_is_that_of_the_gradient(self, bench: Bench) -> None:
