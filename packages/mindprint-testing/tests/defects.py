@@ -9,6 +9,7 @@ tested like any other.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -328,12 +329,7 @@ DEFECTS = (
 )
 
 MODULE = """
-import sys
-from pathlib import Path
-
 import pytest
-sys.path.insert(0, {site!r})
-sys.path.insert(0, {example!r})
 from mindprint_hello.model_folder import write_model
 from mindprint_testing import BackendConformance
 
@@ -360,7 +356,9 @@ def failures(defects: Sequence[Defect], *, everything: bool = False) -> list[set
         report = folder / "report.xml"
         options = ["-q", "--tb=no", "-p", "no:cacheprovider", f"--rootdir={folder}", f"--junitxml={report}"]
         command = [sys.executable, "-m", "pytest", *options, *([str(module)] if everything else chosen)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        path = os.pathsep.join([str(folder / "site"), str(EXAMPLE.parent)])
+        environment = {**os.environ, "PYTHONPATH": path}
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
         if done.returncode not in (0, 1):
             raise RuntimeError(f"pytest did not run the defects:\n{done.stdout}\n{done.stderr}")
         return _failed(report, len(defects))
@@ -378,8 +376,7 @@ def _install(folder: Path, defects: Sequence[Defect]) -> Path:
     for number, defect in enumerate(defects):
         (site / f"defect_{number}.py").write_text(defect.applied(source), encoding="utf-8")
     module = folder / "test_defects_seeded.py"
-    text = MODULE.format(site=str(site), example=str(EXAMPLE.parent), count=len(defects))
-    module.write_text(text, encoding="utf-8")
+    module.write_text(MODULE.format(count=len(defects)), encoding="utf-8")
     return module
 
 
