@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mindprint_hello.model_folder import write_model
 
+from mindprint_hello.model_folder import write_model
 from mindprint_testing import BackendConformance
 
 
