@@ -10,7 +10,7 @@ sys.path.insert(0, str(SOURCE))
 
 from mindprint_hello.model_folder import write_model as write_toy_model  # noqa: E402
 
-__all__ = ["install_toy", "write_toy_model"]
+__all__ = ["install_dummies", "install_toy", "write_toy_model"]
 
 
 def install_toy(site: Path) -> Path:
@@ -21,3 +21,14 @@ def install_toy(site: Path) -> Path:
     (metadata / "entry_points.txt").write_text("[mindprint.backends]\ntoy = toy_backend\n", encoding="utf-8")
     (site / "toy_backend.py").write_bytes((SOURCE / "mindprint_hello" / "plugin.py").read_bytes())
     return site
+
+
+def install_dummies(site: Path, count: int) -> None:
+    """Install `count` distributions with a plugin in every group, none of which can be imported."""
+    groups = ("backends", "scorers", "trackers", "commands")
+    for number in range(count):
+        metadata = site / f"dummy_{number}-1.0.dist-info"
+        metadata.mkdir(parents=True)
+        points = "".join(f"[mindprint.{group}]\ndummy-{number} = dummy_{number}:it\n" for group in groups)
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: dummy-{number}\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(points)
