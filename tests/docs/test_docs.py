@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import yaml
 
+from mindprint import hookspecs
 from mindprint.cli import main
 from mindprint.config import Config, load_config
 from mindprint.events import StepDone
@@ -44,6 +45,37 @@ def test_the_configuration_reference_is_what_the_code_says() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == generated, "run python docs/generate.py"
 
 
+def test_the_hook_reference_is_what_the_code_says() -> None:
+    generated = script(ROOT / "docs" / "generate.py").hooks()
+    assert (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8") == generated, "run python docs/generate.py"
+
+
+def test_every_hook_is_documented_with_its_signature_and_has_a_test() -> None:
+    page = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
+    pages = [*ROOT.glob("packages/*/tests/*.py"), *ROOT.glob("packages/mindprint-testing/src/**/*.py")]
+    tests = "".join(path.read_text(encoding="utf-8") for path in pages)
+    signature = script(ROOT / "docs" / "generate.py").signature
+    specified = {
+        name: function for name, function in vars(hookspecs).items() if hasattr(function, f"{hookspecs.PROJECT}_spec")
+    }
+    assert len(specified) >= 13
+    for name, function in specified.items():
+        assert f"### {name}\n\n```text\n{signature(name, function)}\n" in page
+        assert re.search(rf"\b{name}\b", tests), f"{name} has no test"
+
+
+def test_the_tutorials_code_is_the_tested_example() -> None:
+    """Every block of Python and TOML in docs/write-a-backend.md is part of a file of examples/mindprint-hello."""
+    page = (ROOT / "docs" / "write-a-backend.md").read_text(encoding="utf-8")
+    example = ROOT / "examples" / "mindprint-hello"
+    files = [*example.rglob("src/**/*.py"), *example.glob("tests/*.py"), example / "pyproject.toml"]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    blocks = re.findall(r"```(?:python|toml)\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) >= 8
+    for block in blocks:
+        assert block.strip("\n") in text, block
+
+
 def test_every_setting_has_a_meaning() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     for section, field in Config.model_fields.items():
@@ -66,7 +98,8 @@ def test_every_metrics_field_is_described() -> None:
     assert {name for name in fields if f"`{name}`" not in page} == set()
 
 
-def test_every_command_is_described(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_is_described(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINDPRINT_DISABLE_PLUGINS", "*")
     assert main(["--help"]) == 0
     listed = re.findall(r"^  (\w+)  ", capsys.readouterr().out, re.MULTILINE)
     assert sorted(listed) == sorted(COMMANDS)
