@@ -19,7 +19,7 @@ from mindprint.events import StepDone
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/README.md")])
-COMMANDS = ("init", "train", "generate", "eval", "plugins", "doctor")
+COMMANDS = ("init", "train", "generate", "eval", "migrate", "plugins", "doctor")
 
 
 def relative(page: Path) -> str:

@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "Train SFT, then DPO, topic by topic, and write one adapter.",
     "generate": "Answer prompts without and with the adapter.",
     "eval": "Measure the voice on held-out pairs, before and after training.",
+    "migrate": "Write a configuration from a training_pipeline.yaml.",
     "plugins": "List the installed plugins; --check says what is usable here.",
     "doctor": "Check versions, devices, and that training really trains here.",
 }
