@@ -24,6 +24,7 @@ CONSTRAINTS = "constraints.txt"
 PACKAGES = ("core", "torch", "mlx", "testing")
 HELLO = "examples/mindprint-hello"
 TESTS = ("pytest", "pytest-timeout")
+TRACKERS = ("tensorboard", "wandb")
 
 
 def install(session: nox.Session, packages: tuple[str, ...], *tools: str) -> None:
@@ -59,7 +60,7 @@ def pythons(session: nox.Session) -> None:
 
 
 def core_tests(session: nox.Session) -> None:
-    install(session, ("core",), *TESTS)
+    install(session, ("core",), *TESTS, *TRACKERS)
     forbid(session, "torch", "mlx")
     session.run("pytest", "packages/mindprint-core/tests", *session.posargs)
 
@@ -99,7 +100,7 @@ def mlx(session: nox.Session) -> None:
 @nox.session(python=PYTHON, default=False)
 def both(session: nox.Session) -> None:
     """The environment that the sessions below share: both backends, and what tests them."""
-    install(session, PACKAGES, *TESTS, "mypy", "types-PyYAML", HELLO)
+    install(session, PACKAGES, *TESTS, "mypy", "types-PyYAML")
 
 
 def run_in_both(session: nox.Session, command: str, *words: str, env: dict[str, str] | None = None) -> None:
@@ -161,7 +162,7 @@ def alone(session: nox.Session, wheel: str, dist: Path, constraints: Path) -> No
     options = ("-q", "-c", str(constraints), "--find-links", str(dist))
     session.run(python, "-m", "pip", "install", *options, wheel, external=True, silent=True)
     with session.chdir(dist):
-        session.run(python, "-c", f"import {folder.name}", external=True)
+        session.run(python, "-c", f"import {folder.name.removesuffix('_core')}", external=True)
     shutil.rmtree(folder)
 
 

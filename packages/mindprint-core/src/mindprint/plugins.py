@@ -109,6 +109,34 @@ def load_object(plugins: Sequence[Plugin]) -> object:
         ) from error
 
 
+def load_trackers(names: Iterable[str]) -> tuple[object, ...]:
+    """The trackers that a configuration names, made anew for one run.
+
+    Raises `PluginError` if one is not installed, cannot be imported, or is no tracker.
+    """
+    return tuple(_tracker(name) for name in names)
+
+
+def _tracker(name: str) -> object:
+    found = installed(TRACKERS)
+    claims = [plugin for plugin in found if plugin.name == name]
+    if not claims:
+        have = ", ".join(plugin.name for plugin in found) or "none"
+        raise PluginError(f"tracker {name!r} is not installed (installed: {have}); take it out of `trackers`")
+    make = load_object(claims)
+    try:
+        tracker: object = make()  # type: ignore[operator]
+    except Exception as error:
+        library = getattr(error, "name", None) or claims[0].distribution
+        raise PluginError(
+            f"{described(claims[0])} cannot start: {type(error).__name__}: {error}; pip install {library}, "
+            "or take it out of `trackers`"
+        ) from error
+    if not hasattr(tracker, "mindprint_event"):
+        raise PluginError(f"{described(claims[0])} has no mindprint_event: it is no tracker")
+    return tracker
+
+
 @cache
 def load_backend_plugin(name: str) -> tuple[Plugin, ModuleType]:
     """Import the backend called `name` and check that it speaks a hook API that this core drives."""
