@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import click
 import pytest
 import yaml
 
 from mindprint import hookspecs
-from mindprint.cli import main
+from mindprint.cli import group, main
 from mindprint.config import Config, load_config
 from mindprint.events import StepDone
 
@@ -134,3 +136,19 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     config.write_text(re.sub(r"steps_per_topic: \d+", "steps_per_topic: 1", short), encoding="utf-8")
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300)
     assert "my-voice/runs/run-001/adapter" in done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_every_command_line_is_one(page: Path) -> None:
+    """Each line of a block that starts with `mindprint` parses: command, options and arguments are those there are.
+
+    It is parsed, not run; the sequence of README.md runs in tests/integration, that of the tutorial in its own tests.
+    """
+    lines = re.findall(r"^(?: {4,})?(mindprint \w+[^\n]*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    for line in lines:
+        _, name, *words = shlex.split(line, comments=True)
+        if name == "hello":  # the example's own, tested there
+            continue
+        command = group.get_command(click.Context(group), name)
+        assert command is not None, line
+        command.make_context(name, words)
