@@ -15,14 +15,16 @@ import nox
 nox.needs_version = ">=2024.4"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "core", "torch", "mlx", "types", "parity", "docs", "demo", "wheels"]
+nox.options.sessions = ["lint", "core", "testing", "hello", "torch", "mlx", "types", "parity", "docs", "demo", "wheels"]
 
 # CPU builds of PyTorch are published for some Pythons only; 3.11 where there is one, else whatever runs nox.
 PYTHON = "3.11" if shutil.which("python3.11") else f"{sys.version_info.major}.{sys.version_info.minor}"
 BOTH = Path(__file__).parent / ".nox" / "both"
 CONSTRAINTS = "constraints.txt"
-PACKAGES = ("core", "torch", "mlx")
+PACKAGES = ("core", "torch", "mlx", "testing")
+HELLO = "examples/mindprint-hello"
 TESTS = ("pytest", "pytest-timeout")
+TRACKERS = ("tensorboard", "wandb")
 
 
 def install(session: nox.Session, packages: tuple[str, ...], *tools: str) -> None:
@@ -48,15 +50,41 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def core(session: nox.Session) -> None:
     """Core's tests, where neither torch nor mlx is installed."""
-    install(session, ("core",), *TESTS)
+    core_tests(session)
+
+
+@nox.session(python=["3.11", "3.12", "3.13"], default=False)
+def pythons(session: nox.Session) -> None:
+    """Core's tests on every Python that is supported; a version that this machine lacks is skipped aloud."""
+    core_tests(session)
+
+
+def core_tests(session: nox.Session) -> None:
+    install(session, ("core",), *TESTS, *TRACKERS)
     forbid(session, "torch", "mlx")
     session.run("pytest", "packages/mindprint-core/tests", *session.posargs)
 
 
 @nox.session(python=PYTHON)
+def testing(session: nox.Session) -> None:
+    """The conformance suite, tested: how many of the seeded defects it catches."""
+    install(session, ("core", "testing"), *TESTS)
+    session.run("pytest", "packages/mindprint-testing/tests", *session.posargs)
+    session.run("python", "packages/mindprint-testing/tests/defects.py")
+
+
+@nox.session(python=PYTHON)
+def hello(session: nox.Session) -> None:
+    """The tutorial's plugin: built as a wheel, installed beside core alone, conforming, and trained."""
+    install(session, ("core", "testing"), *TESTS, HELLO)
+    forbid(session, "torch", "mlx")
+    session.run("pytest", f"{HELLO}/tests", *session.posargs)
+
+
+@nox.session(python=PYTHON)
 def torch(session: nox.Session) -> None:
     """The PyTorch backend's tests, where mlx is not installed."""
-    install(session, ("core", "torch"), *TESTS)
+    install(session, ("core", "torch", "testing"), *TESTS)
     forbid(session, "mlx")
     session.run("pytest", "packages/mindprint-torch/tests", *session.posargs)
 
@@ -64,7 +92,7 @@ def torch(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def mlx(session: nox.Session) -> None:
     """The MLX backend's tests, where torch is not installed."""
-    install(session, ("core", "mlx"), *TESTS)
+    install(session, ("core", "mlx", "testing"), *TESTS)
     forbid(session, "torch")
     session.run("pytest", "packages/mindprint-mlx/tests", *session.posargs)
 
@@ -85,8 +113,8 @@ def run_in_both(session: nox.Session, command: str, *words: str, env: dict[str, 
 @nox.session(python=False, requires=["both"])
 def types(session: nox.Session) -> None:
     """mypy, strict, on every distribution."""
-    for name in PACKAGES:
-        run_in_both(session, "mypy", f"packages/mindprint-{name}/src")
+    for folder in (*(f"packages/mindprint-{name}" for name in PACKAGES), HELLO):
+        run_in_both(session, "mypy", f"{folder}/src")
 
 
 @nox.session(python=False, requires=["both"])
@@ -113,8 +141,8 @@ def wheels(session: nox.Session) -> None:
     session.install("-q", "-c", CONSTRAINTS, "build", "twine")
     dist = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(dist, ignore_errors=True)
-    for name in PACKAGES:
-        session.run("python", "-m", "build", "--outdir", str(dist), f"packages/mindprint-{name}", silent=True)
+    for folder in (*(f"packages/mindprint-{name}" for name in PACKAGES), HELLO):
+        session.run("python", "-m", "build", "--outdir", str(dist), folder, silent=True)
     built = sorted(str(path) for path in dist.iterdir())
     session.run("twine", "check", "--strict", *built)
     wheel = next(path for path in built if Path(path).name.startswith("mindprint_core") and path.endswith(".whl"))
@@ -122,6 +150,20 @@ def wheels(session: nox.Session) -> None:
     session.install("-q", "-c", str(constraints), "--find-links", str(dist), f"{wheel}[all]")
     with session.chdir(dist):
         session.run("python", str(script), *session.posargs)
+    for built_wheel in (path for path in built if path.endswith(".whl")):
+        alone(session, built_wheel, dist, constraints)
+
+
+def alone(session: nox.Session, wheel: str, dist: Path, constraints: Path) -> None:
+    """A wheel in an environment of its own, with the dependencies that it declares, must import."""
+    folder = dist.parent / "alone" / Path(wheel).name.partition("-")[0]
+    session.run("python", "-m", "venv", "--clear", str(folder), silent=True)
+    python = str(folder / ("Scripts" if os.name == "nt" else "bin") / "python")
+    options = ("-q", "-c", str(constraints), "--find-links", str(dist))
+    session.run(python, "-m", "pip", "install", *options, wheel, external=True, silent=True)
+    with session.chdir(dist):
+        session.run(python, "-c", f"import {folder.name.removesuffix('_core')}", external=True)
+    shutil.rmtree(folder)
 
 
 @nox.session(python=False, requires=["both"])

@@ -2,15 +2,23 @@
 
     python benchmarks/startup.py
 
-Medians of seven starts each, beside that of an interpreter that does nothing.
+Medians of seven starts each, beside that of an interpreter that does nothing; then `--help` with thirty dummy plugins
+installed and with none, in turns.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "packages" / "mindprint-core" / "tests"))
+
+from toy_base import install_dummies
 
 COMMANDS = ("--help", "plugins", "--version")
 HEAVY = ("torch", "mlx", "transformers", "datasets", "pandas")
@@ -24,6 +32,22 @@ def main() -> None:
     for command in COMMANDS:
         seconds = median([sys.executable, "-m", "mindprint", command])
         print(f"{'mindprint ' + command:22s} {seconds:6.3f} s   heavy imports: {imported(command) or 'none'}")
+    more = with_dummies(30)
+    print(f"30 dummy plugins cost --help {1000 * more:.0f} ms more than none (must stay under 100)")
+
+
+def with_dummies(count: int) -> float:
+    """Seconds that `--help` takes longer with so many plugins installed; medians of starts in turns."""
+    with tempfile.TemporaryDirectory() as many, tempfile.TemporaryDirectory() as none:
+        install_dummies(Path(many), count)
+        times: dict[str, list[float]] = {many: [], none: []}
+        for _ in range(STARTS):
+            for site, taken in times.items():
+                started = time.perf_counter()
+                command = [sys.executable, "-m", "mindprint", "--help"]
+                subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": site})
+                taken.append(time.perf_counter() - started)
+    return statistics.median(times[many]) - statistics.median(times[none])
 
 
 def median(command: list[str]) -> float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from mindprint import hookspecs
 from mindprint.config import Config
 
 HEADER = """# Configuration
@@ -82,5 +84,35 @@ def _names(annotation: object) -> Iterator[str]:
         yield {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}[annotation.__name__]  # type: ignore[attr-defined]
 
 
+HOOKS_HEADER = """# Hooks
+
+Every hook, as `mindprint/hookspecs.py` specifies it. An implementation is a function of that name, marked with
+`mindprint.hookspecs.hookimpl`; it may leave arguments out that it does not need. Types are in `mindprint/contract.py`.
+What may change, and when: [hook API versions](hook-api.md). How to write them: [write a backend](write-a-backend.md).
+
+<!-- Generated from mindprint.hookspecs by docs/generate.py; do not edit. -->
+"""
+
+
+def hooks() -> str:
+    """The hook reference, Markdown, in the order of the file."""
+    sections = [HOOKS_HEADER]
+    for title, required in (("A backend: all of these", True), ("Beside a backend", False)):
+        sections.append(f"\n## {title}\n")
+        for name, function in vars(hookspecs).items():
+            options = getattr(function, f"{hookspecs.PROJECT}_spec", None)
+            if options and bool(options["firstresult"]) is required:
+                doc = inspect.getdoc(function)
+                sections.append(f"\n### {name}\n\n```text\n{signature(name, function)}\n```\n\n{doc}\n")
+    return "".join(sections)
+
+
+def signature(name: str, function: Callable[..., object]) -> str:
+    """A hook as it is written in Python."""
+    return f"{name}{inspect.signature(function)}".replace("'", "")
+
+
 if __name__ == "__main__":
-    (Path(__file__).parent / "configuration.md").write_text(configuration(), encoding="utf-8")
+    folder = Path(__file__).parent
+    (folder / "configuration.md").write_text(configuration(), encoding="utf-8")
+    (folder / "hooks.md").write_text(hooks(), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -12,11 +13,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
+import click
 import pytest
 import yaml
 
 import mindprint
-from mindprint.cli import main
+from mindprint import hookspecs
+from mindprint.cli import group, main
 from mindprint.config import Config, ModelConfig, load_config
 from mindprint.events import StepDone
 from mindprint.models import resolve_model
@@ -24,7 +27,7 @@ from mindprint.trust.report import MEANINGS, Code
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/README.md")])
-COMMANDS = ("init", "train", "generate", "eval", "verify", "merge", "convert", "plugins", "doctor")
+COMMANDS = ("init", "train", "generate", "eval", "verify", "merge", "convert", "migrate", "plugins", "doctor")
 
 
 def relative(page: Path) -> str:
@@ -48,6 +51,37 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_configuration_reference_is_what_the_code_says() -> None:
     generated = script(ROOT / "docs" / "generate.py").configuration()
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == generated, "run python docs/generate.py"
+
+
+def test_the_hook_reference_is_what_the_code_says() -> None:
+    generated = script(ROOT / "docs" / "generate.py").hooks()
+    assert (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8") == generated, "run python docs/generate.py"
+
+
+def test_every_hook_is_documented_with_its_signature_and_has_a_test() -> None:
+    page = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
+    pages = [*ROOT.glob("packages/*/tests/*.py"), *ROOT.glob("packages/mindprint-testing/src/**/*.py")]
+    tests = "".join(path.read_text(encoding="utf-8") for path in pages)
+    signature = script(ROOT / "docs" / "generate.py").signature
+    specified = {
+        name: function for name, function in vars(hookspecs).items() if hasattr(function, f"{hookspecs.PROJECT}_spec")
+    }
+    assert len(specified) >= 13
+    for name, function in specified.items():
+        assert f"### {name}\n\n```text\n{signature(name, function)}\n" in page
+        assert re.search(rf"\b{name}\b", tests), f"{name} has no test"
+
+
+def test_the_tutorials_code_is_the_tested_example() -> None:
+    """Every block of Python and TOML in docs/write-a-backend.md is part of a file of examples/mindprint-hello."""
+    page = (ROOT / "docs" / "write-a-backend.md").read_text(encoding="utf-8")
+    example = ROOT / "examples" / "mindprint-hello"
+    files = [*example.rglob("src/**/*.py"), *example.glob("tests/*.py"), example / "pyproject.toml"]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    blocks = re.findall(r"```(?:python|toml)\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) >= 8
+    for block in blocks:
+        assert block.strip("\n") in text, block
 
 
 def test_every_setting_has_a_meaning() -> None:
@@ -93,7 +127,8 @@ def test_the_fingerprint_pages_python_runs() -> None:
         assert scope["proven"](str(result.adapter), str(tiny.path)) is True
 
 
-def test_every_command_is_described(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_is_described(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINDPRINT_DISABLE_PLUGINS", "*")
     assert main(["--help"]) == 0
     listed = re.findall(r"^  (\w+)  ", capsys.readouterr().out, re.MULTILINE)
     assert sorted(listed) == sorted(COMMANDS)
@@ -128,3 +163,19 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     config.write_text(re.sub(r"steps_per_topic: \d+", "steps_per_topic: 1", short), encoding="utf-8")
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300)
     assert "my-voice/runs/run-001/adapter" in done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_every_command_line_is_one(page: Path) -> None:
+    """Each line of a block that starts with `mindprint` parses: command, options and arguments are those there are.
+
+    It is parsed, not run; the sequence of README.md runs in tests/integration, that of the tutorial in its own tests.
+    """
+    lines = re.findall(r"^(?: {4,})?(mindprint \w+[^\n]*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    for line in lines:
+        _, name, *words = shlex.split(line, comments=True)
+        if name == "hello":  # the example's own, tested there
+            continue
+        command = group.get_command(click.Context(group), name)
+        assert command is not None, line
+        command.make_context(name, words)

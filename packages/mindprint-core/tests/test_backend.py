@@ -12,13 +12,18 @@ import pytest
 from mindprint import backend as backends
 from mindprint.backend import Backend, choose_backend
 from mindprint.contract import (
+    AdapterState,
     BackendInfo,
     DeviceInfo,
+    Generation,
     LoadedModel,
+    LoraConfig,
+    LoraFactors,
     PreferenceBatch,
     Sampling,
     StepMetrics,
     TokenBatch,
+    TrainingState,
     Update,
 )
 from mindprint.errors import BackendError, ContractError
@@ -66,6 +71,62 @@ def test_a_preference_step_must_answer_for_every_pair() -> None:
 def test_a_step_must_return_metrics() -> None:
     with pytest.raises(ContractError, match="mindprint_sft_step returned dict, the contract asks for StepMetrics"):
         make(sft_step={"loss": 1.0}).sft_step(MODEL, [BATCH], Update(1e-3, 4))
+
+
+def test_log_probs_of_pairs_must_be_finite() -> None:
+    sums = np.array([-1.0, np.inf], np.float32)
+    metrics = StepMetrics(0.7, 1.0, chosen_log_probs=sums, rejected_log_probs=-np.ones(2, np.float32))
+    with pytest.raises(ContractError, match="mindprint_dpo_step returned chosen_log_probs that are not finite"):
+        make(dpo_step=metrics).dpo_step(MODEL, [PAIRS], PreferenceLoss(), Update(1e-3, 6, 2))
+
+
+@pytest.mark.parametrize(
+    ("a", "moment", "words"),
+    [
+        (np.zeros((3, 4), np.float32), None, r"q_proj.A as float32\[3, 4\], the contract asks for float32\[2, 4\]"),
+        (np.zeros((2, 4)), None, r"q_proj.A as float64\[2, 4\]"),
+        (np.full((2, 4), np.nan, np.float32), None, "values of q_proj.A that are not finite"),
+        (np.zeros((2, 4), np.float32), np.zeros((4, 2), np.float32), r"first moment of q_proj.A as float32\[4, 2\]"),
+    ],
+)
+def test_a_saved_state_of_the_wrong_kind(a: np.ndarray, moment: np.ndarray | None, words: str) -> None:
+    """Rank 2, four features in, three out: A is [2, 4], B [3, 2], and so are their moments."""
+    b = np.zeros((3, 2), np.float32)
+    adapter = AdapterState(LoraConfig(2, 4.0, ("q_proj",)), {"q_proj": LoraFactors(a, b)})
+    moments = {} if moment is None else {"q_proj": LoraFactors(moment, b)}
+    with pytest.raises(ContractError, match=f"backend 'acme': mindprint_save returned {words}"):
+        make(save=TrainingState(adapter, moments, moments, len(moments))).save(MODEL)
+
+
+def test_generated_tokens_are_int32() -> None:
+    answer = Generation(np.zeros(2, np.int64), "length")
+    with pytest.raises(ContractError, match=r"mindprint_generate returned tokens as int64\[2\]"):
+        make(generate=[answer]).generate(MODEL, [IDS[0]], Sampling(5, (1,)))
+
+
+def test_a_backend_that_writes_into_its_input() -> None:
+    """Core's rows are used again in the next epoch: the finding names hook and array."""
+    batch = TokenBatch(IDS.copy(), LENGTHS, BATCH.loss_mask)
+
+    def writing(batches: Any, **_: Any) -> StepMetrics:
+        batches[0].tokens[0, 0] = 9
+        return StepMetrics(1.0, 1.0)
+
+    backend = make()
+    backend._hook.mindprint_sft_step = writing
+    with pytest.raises(ContractError, match=r"mindprint_sft_step wrote into its input TokenBatch\.tokens"):
+        backend.sft_step(MODEL, [batch], Update(1e-3, 4))
+
+
+def test_what_a_hook_raises_names_backend_and_hook() -> None:
+    def failing(**_: Any) -> StepMetrics:
+        raise MemoryError("no room")
+
+    backend = make()
+    backend._hook.mindprint_sft_step = failing
+    words = r"backend 'acme' \(acme-backend 3.1\): mindprint_sft_step raised MemoryError: no room; the last checkpoint"
+    with pytest.raises(BackendError, match=words):
+        backend.sft_step(MODEL, [BATCH], Update(1e-3, 4))
 
 
 def test_every_prompt_gets_an_answer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 
 from mindprint import plugins
 from mindprint.backend import load_backend
-from mindprint.errors import BackendError
+from mindprint.contract import ModelSpec
+from mindprint.errors import BackendError, MindprintError
 
 Install = Callable[..., None]
 COUNT = iter(range(1000))
@@ -99,4 +101,37 @@ def test_a_broken_backend_is_named_with_version_cause_and_remedy(install: Instal
 
 def test_a_broken_backend_breaks_no_other(install: Install, toy: str) -> None:
     install("acme", "1 / 0")
-    assert load_backend(toy).info.name == "toy"
+    assert load_backend(toy).info.name == "hello"
+
+
+@pytest.mark.parametrize("named", ["acme", "ACME, other", "acme-backend", "*"])
+def test_a_plugin_can_be_turned_off(install: Install, monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    install("acme", "1 / 0")
+    monkeypatch.setenv("MINDPRINT_DISABLE_PLUGINS", named)
+    assert "acme" not in {plugin.name for plugin in plugins.installed(plugins.BACKENDS)}
+    with pytest.raises(BackendError, match="backend 'acme' is turned off by MINDPRINT_DISABLE_PLUGINS"):
+        plugins.find_backend("acme")
+
+
+def test_a_backend_that_cannot_say_what_it_can_do(install: Install) -> None:
+    """The framework is imported inside a hook, and is what is missing: named like any other failure."""
+    hooks = "".join(f"@hookimpl\ndef {hook}(): import no_such_framework\n" for hook in plugins.backend_hooks())
+    install("acme", STATED + hooks)
+    with pytest.raises(BackendError, match=r"acme-backend 3.1\): mindprint_backend_info raised ModuleNotFoundError"):
+        load_backend("acme")
+
+
+def test_hook_calls_are_traced_on_request(
+    toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a call took, by kind and size, who answered and with what; and nothing of what was in it."""
+    load_backend(toy)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("MINDPRINT_TRACE", "1")
+    backend = load_backend(toy)
+    line = r"mindprint: trace: mindprint_backend_info\(\) \[toy\] \d+\.\d{4} s -> BackendInfo\n"
+    assert re.fullmatch(line, capsys.readouterr().err)
+    with pytest.raises(MindprintError):
+        backend.load_model(ModelSpec("nowhere", "cpu", "float32"))
+    assert "mindprint_load_model(spec=ModelSpec) [toy]" in (error := capsys.readouterr().err)
+    assert "raised FileNotFoundError" in error

@@ -7,6 +7,7 @@ from pathlib import Path
 from time import perf_counter
 
 import pytest
+from toy_base import install_dummies
 
 HEAVY = ("torch", "mlx", "mlx_lm", "transformers", "datasets", "pandas", "pydantic", "rich", "huggingface_hub")
 SECONDS = 0.5
@@ -45,6 +46,16 @@ def test_answers_at_once(command: str, toy_site: Path) -> None:
     assert min(_seconds(command, toy_site) for _ in range(5)) <= SECONDS
 
 
+def test_thirty_plugins_cost_next_to_nothing(tmp_path: Path) -> None:
+    """Thirty distributions, each with a plugin of every group: under 100 ms more than with none; best of five each."""
+    many, none = tmp_path / "many", tmp_path / "none"
+    none.mkdir()
+    install_dummies(many, 30)
+    times = {site: min(_seconds("--help", site) for _ in range(5)) for site in (none, many)}
+    assert "dummy-29" in _mindprint("--help", path=many).stdout
+    assert times[many] - times[none] < 0.1
+
+
 def test_importing_mindprint_imports_nothing_but_itself() -> None:
     code = "import sys; before = set(sys.modules); import mindprint; print(set(sys.modules) - before)"
     added = _python("-c", code).stdout
@@ -64,7 +75,9 @@ def test_a_broken_plugin_breaks_neither_help_nor_the_list(tmp_path: Path) -> Non
     checked = _mindprint("plugins", "--check", path=tmp_path)
     assert checked.returncode == 1
     assert "backend broken: backend 'broken' (broken-things 2.0) failed to import: RuntimeError" in checked.stdout
-    assert "command broken: ModuleNotFoundError: No module named 'nowhere'" in checked.stdout
+    assert (
+        "command broken: command 'broken' (broken-things 2.0) failed to import: ModuleNotFoundError" in checked.stdout
+    )
 
     invoked = _mindprint("broken", path=tmp_path)
     assert invoked.returncode == 2
@@ -75,9 +88,9 @@ def test_a_broken_plugin_breaks_neither_help_nor_the_list(tmp_path: Path) -> Non
 
 
 def test_another_distribution_adds_a_command(tmp_path: Path) -> None:
-    _distribution(tmp_path, "[mindprint.commands]\nhello = hello_command:command\nsize = hello_command:SIZE\n")
+    _distribution(tmp_path, "[mindprint.commands]\ngreet = hello_command:command\nsize = hello_command:SIZE\n")
     (tmp_path / "hello_command.py").write_text(HELLO)
-    assert _mindprint("hello", "--name", "Nan", path=tmp_path).stdout == "hello Nan\n"
+    assert _mindprint("greet", "--name", "Nan", path=tmp_path).stdout == "hello Nan\n"
     wrong = _mindprint("size", path=tmp_path)
     assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
     assert "hello_command:SIZE is a int, no click.Command" in wrong.stderr

@@ -20,7 +20,16 @@ import mindprint
 from mindprint.adapter.peft_format import read_adapter
 from mindprint.config import load_config
 from mindprint.contract import ModelSpec, StepMetrics, TrainingState
-from mindprint.errors import CheckpointError, DataError, GuardError, Interrupted, MindprintError, ModelError, RunError
+from mindprint.errors import (
+    BackendError,
+    CheckpointError,
+    DataError,
+    GuardError,
+    Interrupted,
+    MindprintError,
+    ModelError,
+    RunError,
+)
 from mindprint.events import Event, Notice, RunFinished, StageStarted, StepDone
 from mindprint.hookspecs import hookimpl
 from mindprint.models import base_digest
@@ -394,7 +403,7 @@ def test_an_error_in_the_middle_leaves_the_last_checkpoint(
     mindprint.train(project, run=tmp_path / "whole")
     with monkeypatch.context() as patch:
         broken(patch, "mindprint_dpo_step", raise_in_the_middle)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(BackendError, match="dpo_step raised ZeroDivisionError.*the last checkpoint stands"):
             mindprint.train(project, run=tmp_path / "run")
     mindprint.train(project, run=tmp_path / "run", resume=True)
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")

@@ -108,14 +108,6 @@ def test_factors_stay_float32(make: Callable[..., LoadedModel], dtype: str) -> N
     assert {values.dtype for values in loaded.handle.adapter.factors.values()} == {mx.float32}
 
 
-def test_a_second_adapter_is_refused(make: Callable[..., LoadedModel]) -> None:
-    loaded = make()
-    state = lora(linear_sites(loaded))
-    adapter.inject(loaded.handle, state)
-    with pytest.raises(AdapterError, match="has an adapter already"):
-        adapter.inject(loaded.handle, state)
-
-
 def test_unknown_and_missing_places_are_refused(make: Callable[..., LoadedModel]) -> None:
     loaded = make()
     state = lora(linear_sites(loaded))

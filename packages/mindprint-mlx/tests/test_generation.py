@@ -44,16 +44,6 @@ def test_greedy_decoding_is_its_definition(make: Callable[..., LoadedModel], fam
     assert found[0].tokens.dtype == np.int32
 
 
-def test_it_stops_before_a_stop_token(make: Callable[..., LoadedModel]) -> None:
-    loaded = make()
-    for prompt, free in zip(prompts(), generate(loaded.handle, prompts(), GREEDY, adapter=True), strict=True):
-        stop = int(free.tokens[4])
-        first = free.tokens.tolist().index(stop)
-        (found,) = generate(loaded.handle, [prompt], Sampling(9, (stop, VOCABULARY + 5)), adapter=True)
-        assert found.tokens.tolist() == free.tokens[:first].tolist()
-        assert found.stop_reason == "stop"
-
-
 def test_nothing_may_be_asked_for(make: Callable[..., LoadedModel]) -> None:
     (found,) = generate(make().handle, prompts(1), Sampling(0, ()), adapter=True)
     assert (found.tokens.tolist(), found.stop_reason) == ([], "length")

@@ -106,32 +106,12 @@ def test_what_the_padding_holds_does_not_matter(make: Callable[..., LoadedModel]
     )
 
 
-def test_an_empty_mask(make: Callable[..., LoadedModel]) -> None:
-    batch = token_batch()
-    empty = replace(batch, loss_mask=np.zeros_like(batch.loss_mask))
-    np.testing.assert_array_equal(
-        logprobs.log_probs(make().handle, empty, adapter=True), np.zeros(batch.tokens.shape, np.float32)
-    )
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.15), ("float16", 0.02)])
 def test_reduced_precision_is_near_float32(make: Callable[..., LoadedModel], dtype: str, tolerance: float) -> None:
     batch = token_batch()
     exact = logprobs.log_probs(make().handle, batch, adapter=True)
     found = logprobs.log_probs(make(dtype=dtype).handle, batch, adapter=True)
     np.testing.assert_allclose(found, exact, rtol=0, atol=tolerance)
-
-
-def test_two_models_in_one_process_do_not_touch_each_other(make: Callable[..., LoadedModel]) -> None:
-    batch = token_batch()
-    first = make(seed=0)
-    alone = logprobs.log_probs(first.handle, batch, adapter=True)
-    second = make(seed=9)
-    adapter.inject(second.handle, lora(linear_sites(second)))
-    other = logprobs.log_probs(second.handle, batch, adapter=True)
-    np.testing.assert_array_equal(logprobs.log_probs(first.handle, batch, adapter=True), alone)
-    np.testing.assert_array_equal(logprobs.log_probs(second.handle, batch, adapter=True), other)
-    assert np.abs(other - alone).max() > 0.1
 
 
 @pytest.mark.parametrize("width", [40, 64, 3072, 3101])

@@ -11,17 +11,14 @@ import pytest
 from mlx_samples import linear_sites, lora, preference_batch, rows_of, token_batch
 
 from mindprint.contract import (
-    AdapterState,
     LoadedModel,
-    LoraFactors,
     PreferenceBatch,
     TokenBatch,
-    TrainingState,
     Update,
 )
 from mindprint.errors import AdapterError
 from mindprint.losses import NUMPY, PairLogProbs, PreferenceLoss, sft_loss
-from mindprint_mlx import adapter, digest, logprobs, state, steps
+from mindprint_mlx import adapter, logprobs, state, steps
 
 LOSSES = [
     PreferenceLoss("sigmoid"),
@@ -128,28 +125,6 @@ class TestSft:
         found = gradients(loaded, sft(batch), sft_update(batch))
         assert relative(found, expected) < 1e-5
 
-    def test_the_gradient_norm_is_a_directional_derivative(self, make: Make) -> None:
-        """Central differences of the loss along the gradient give its norm."""
-        loaded, batch = ready(make), token_batch()
-        start = state.save(loaded.handle)
-        found = gradients(loaded, sft(batch), sft_update(batch))
-        norm = np.sqrt(sum((values**2).sum() for values in found.values()))
-
-        def loss(distance: float) -> float:
-            moved = {
-                name: LoraFactors(
-                    *(
-                        (values + distance * found[f"{name}.{letter}"] / norm).astype(np.float32)
-                        for letter, values in zip("ab", pair, strict=True)
-                    )
-                )
-                for name, pair in start.adapter.tensors.items()
-            }
-            state.restore(loaded.handle, TrainingState(AdapterState(start.adapter.config, moved)))
-            return sft_loss(logprobs.log_probs(loaded.handle, batch, adapter=True).astype(np.float64), batch.loss_mask)
-
-        assert (loss(1e-2) - loss(-1e-2)) / 2e-2 == pytest.approx(norm, rel=2e-3)
-
     def test_eight_rows_at_once_and_eight_times_one(self, make: Make, family: str) -> None:
         batch = token_batch(rows=8)
         update = sft_update(batch)
@@ -204,27 +179,6 @@ class TestSft:
         assert np.abs(found[0]["lm_head.a"]).max() > 1e-4
         assert relative(found[1], found[0]) < 1e-6
 
-    def test_training_lowers_the_loss_and_leaves_the_base_alone(self, make: Make) -> None:
-        loaded, batch = ready(make), token_batch()
-        before = digest.base_digest(loaded.handle)
-        base = logprobs.log_probs(loaded.handle, batch, adapter=False)
-        losses = [steps.sft_step(loaded.handle, [batch], sft_update(batch)).loss for _ in range(12)]
-        assert losses[-1] < 0.7 * losses[0]
-        assert digest.base_digest(loaded.handle) == before
-        np.testing.assert_array_equal(logprobs.log_probs(loaded.handle, batch, adapter=False), base)
-
-    def test_learning_rate_zero_changes_no_factor(self, make: Make) -> None:
-        loaded, batch = ready(make), token_batch()
-        before = factors(loaded)
-        steps.sft_step(loaded.handle, [batch], replace(sft_update(batch), learning_rate=0.0))
-        for name, values in factors(loaded).items():
-            np.testing.assert_array_equal(values, before[name])
-
-    def test_a_step_without_adapter_is_refused(self, make: Make) -> None:
-        batch = token_batch()
-        with pytest.raises(AdapterError, match="no adapter"):
-            steps.sft_step(make().handle, [batch], sft_update(batch))
-
 
 class TestDropout:
     def test_it_is_a_function_of_seed_and_micro_batch(self, make: Make) -> None:
@@ -256,22 +210,6 @@ class TestDropout:
         out = np.array(layer(mx.ones((200, 200))))
         assert set(np.unique(out)) == {0.0, np.float32(1 / 0.75)}
         assert (out > 0).mean() == pytest.approx(0.75, abs=0.01)
-
-    def test_it_is_off_in_everything_but_sft(self, make: Make) -> None:
-        batch, pairs = token_batch(), preference_batch()
-        plain, dropping = ready(make), ready(make, dropout=0.5)
-        results = [
-            (
-                logprobs.log_probs(loaded.handle, batch, adapter=True),
-                steps.dpo_step(loaded.handle, [pairs], PreferenceLoss(), dpo_update(pairs)).loss,
-            )
-            for loaded in (plain, dropping)
-        ]
-        np.testing.assert_array_equal(results[0][0], results[1][0])
-        assert results[0][1] == results[1][1]
-        steps.sft_step(dropping.handle, [batch], sft_update(batch))
-        again = logprobs.log_probs(dropping.handle, batch, adapter=True)
-        np.testing.assert_array_equal(again, logprobs.log_probs(dropping.handle, batch, adapter=True))
 
 
 class TestPreference:
@@ -305,22 +243,6 @@ class TestPreference:
         assert apart.loss == pytest.approx(together.loss, rel=1e-6)
         assert apart.grad_norm == pytest.approx(together.grad_norm, rel=1e-5)
         np.testing.assert_allclose(apart.chosen_log_probs, together.chosen_log_probs, rtol=0, atol=2e-5)
-
-    def test_it_learns_to_prefer_the_chosen_answer(self, make: Make) -> None:
-        """A sign turned anywhere would widen the margin the other way."""
-        loaded, batch = ready(make), preference_batch()
-        margins = []
-        for _ in range(6):
-            metrics = steps.dpo_step(loaded.handle, [batch], PreferenceLoss(), dpo_update(batch))
-            margins.append(float((metrics.chosen_log_probs - metrics.rejected_log_probs).mean()))
-        assert margins[-1] > margins[0] + 1
-
-    def test_a_reference_equal_to_the_policy_gives_the_loss_at_zero(self, make: Make) -> None:
-        loaded, batch = ready(make), preference_batch()
-        chosen, rejected = (values.astype(np.float32) for values in sums(loaded, batch))
-        own = replace(batch, reference_chosen=chosen, reference_rejected=rejected)
-        metrics = steps.dpo_step(loaded.handle, [own], PreferenceLoss(), dpo_update(own))
-        assert metrics.loss == pytest.approx(np.log(2), rel=1e-5)
 
 
 class TestState:

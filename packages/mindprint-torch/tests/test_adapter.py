@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,54 +183,8 @@ def test_injection_leaves_the_random_numbers_alone(backend: Backend, load: Load,
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_second_adapter_is_refused(backend: Backend, train: Load, make_adapter: MakeAdapter) -> None:
-    model = train("llama")
-    with pytest.raises(AdapterError, match="has an adapter already"):
-        backend.inject_adapter(model, make_adapter(model))
-
-
 def test_a_site_that_does_not_exist_is_refused(backend: Backend, load: Load) -> None:
     factors = LoraFactors(np.zeros((4, 32), np.float32), np.zeros((32, 4), np.float32))
     adapter = AdapterState(LoraConfig(4, 8.0, ("model.layers.9.q_proj",)), {"model.layers.9.q_proj": factors})
     with pytest.raises(AdapterError, match=r"no module 'model\.layers\.9\.q_proj'"):
         backend.inject_adapter(load("llama"), adapter)
-
-
-def test_factors_of_another_shape_are_refused(backend: Backend, load: Load, make_adapter: MakeAdapter) -> None:
-    model = load("llama")
-    adapter = make_adapter(model)
-    name = adapter.config.target_modules[-1]
-    turned = LoraFactors(adapter.tensors[name].b, adapter.tensors[name].a)
-    with pytest.raises(AdapterError, match="the model needs"):
-        backend.inject_adapter(model, replace(adapter, tensors={**adapter.tensors, name: turned}))
-
-
-def test_steps_without_an_adapter_are_refused(backend: Backend, load: Load, token_batch: MakeBatch) -> None:
-    with pytest.raises(AdapterError, match="no adapter"):
-        backend.sft_step(load("llama"), [token_batch()], Update(1e-3, 10))
-
-
-def test_adapter_off_is_the_base_bit_for_bit(
-    backend: Backend, load: Load, make_adapter: MakeAdapter, token_batch: MakeBatch
-) -> None:
-    model, batch = load("qwen2"), token_batch()
-    base = backend.log_probs(model, batch)
-    backend.inject_adapter(model, make_adapter(model))
-    on = backend.log_probs(model, batch)
-    np.testing.assert_array_equal(backend.log_probs(model, batch, adapter=False), base)
-    assert np.abs(on - base).max() > 0.1
-    np.testing.assert_array_equal(backend.log_probs(model, batch), on)
-    # Switching it off and on again leaves it trainable.
-    assert backend.sft_step(model, [batch], Update(1e-3, batch.loss_tokens)).grad_norm > 0
-
-
-def test_two_models_side_by_side_do_not_meet(backend: Backend, train: Load, token_batch: MakeBatch) -> None:
-    batch = token_batch()
-    one, other, alone = train("qwen2"), train("qwen2", seed=5), train("qwen2")
-    for _ in range(3):
-        backend.sft_step(one, [batch], Update(1e-2, batch.loss_tokens))
-        backend.sft_step(other, [batch], Update(1e-1, batch.loss_tokens))
-    for _ in range(3):
-        backend.sft_step(alone, [batch], Update(1e-2, batch.loss_tokens))
-    np.testing.assert_array_equal(backend.log_probs(one, batch), backend.log_probs(alone, batch))
-    assert np.abs(backend.log_probs(one, batch) - backend.log_probs(other, batch)).max() > 0.1

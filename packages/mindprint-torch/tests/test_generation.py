@@ -50,24 +50,6 @@ def test_greedy_equals_full_passes_and_ignores_neighbours(
         assert same(backend.generate(model, [prompt], Sampling(8, ()))[0], answer)
 
 
-def test_stop_tokens_end_an_answer_and_are_not_part_of_it(backend: Backend, train: Load, prompts: list[Int32]) -> None:
-    model = train("qwen2")
-    free = backend.generate(model, prompts, Sampling(8, ()))
-    stop = int(free[0].tokens[3])
-    for before, after in zip(free, backend.generate(model, prompts, Sampling(8, (60, stop))), strict=True):
-        ends = [position for position, token in enumerate(before.tokens) if token in (60, stop)]
-        assert after.stop_reason == ("stop" if ends else "length")
-        assert after.tokens.tolist() == before.tokens.tolist()[: ends[0] if ends else 8]
-
-
-def test_adapter_off_is_the_base(backend: Backend, load: Load, train: Load, prompts: list[Int32]) -> None:
-    model = train("qwen2")
-    base = backend.generate(load("qwen2"), prompts, Sampling(8, ()))
-    off = backend.generate(model, prompts, Sampling(8, ()), adapter=False)
-    assert all(map(same, base, off))
-    assert not all(map(same, base, backend.generate(model, prompts, Sampling(8, ()))))
-
-
 def test_sampling_is_seeded_and_ignores_neighbours(backend: Backend, train: Load, prompts: list[Int32]) -> None:
     model = train("qwen2")
     sampling = Sampling(8, (), temperature=1.0, top_p=0.9, seed=5)
@@ -78,12 +60,6 @@ def test_sampling_is_seeded_and_ignores_neighbours(backend: Backend, train: Load
         assert same(backend.generate(model, [prompt], sampling)[0], answer)
     other = backend.generate(model, prompts, Sampling(8, (), temperature=1.0, top_p=0.9, seed=6))
     assert not any(map(same, together, other))
-
-
-def test_sampling_at_a_low_temperature_is_greedy(backend: Backend, train: Load, prompts: list[Int32]) -> None:
-    model = train("qwen2")
-    cold = backend.generate(model, prompts, Sampling(8, (), temperature=1e-4))
-    assert all(map(same, cold, backend.generate(model, prompts, Sampling(8, ()))))
 
 
 def test_draw_by_hand() -> None:

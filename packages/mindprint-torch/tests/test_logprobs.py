@@ -150,20 +150,6 @@ def test_more_padding_and_another_row_order_change_nothing(
     np.testing.assert_allclose(backend.log_probs(model, turned), answers[order], atol=1e-5)
 
 
-def test_a_batch_that_asks_nothing(backend: Backend, load: Load, token_batch: MakeBatch) -> None:
-    batch = token_batch()
-    nothing = TokenBatch(batch.tokens, batch.lengths, np.zeros_like(batch.loss_mask))
-    assert np.all(backend.log_probs(load("llama"), nothing) == 0)
-
-
-def test_the_same_twice_bit_for_bit(backend: Backend, load: Load, token_batch: MakeBatch) -> None:
-    batch = token_batch()
-    np.testing.assert_array_equal(
-        backend.log_probs(load("qwen2"), batch),
-        backend.log_probs(load("qwen2"), batch),
-    )
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_trls_fused_head_gives_the_same_numbers(load: Load, architecture: str) -> None:
     """Its tiles are folded by torch operations here; on CUDA the same function runs as Triton kernels."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from mindprint.backend import Backend
 from mindprint.contract import LoadedModel, PreferenceBatch, TokenBatch, TrainingState, Update
-from mindprint.errors import AdapterError
 from mindprint.losses import PreferenceLoss
 
 Load = Callable[..., LoadedModel]
@@ -27,11 +25,6 @@ def assert_equal(one: TrainingState, other: TrainingState) -> None:
         for name in tensors:
             np.testing.assert_array_equal(tensors[name].a, others[name].a)
             np.testing.assert_array_equal(tensors[name].b, others[name].b)
-
-
-def test_a_fresh_adapter_has_no_moments(backend: Backend, train: Load) -> None:
-    state = backend.save(train("llama"))
-    assert (state.first_moments, state.second_moments, state.optimizer_steps, state.loss_scale) == ({}, {}, 0, None)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -63,17 +56,6 @@ def test_resume_is_bit_for_bit_at_every_step(
         assert_equal(backend.save(other), states[4])
 
 
-def test_a_saved_state_is_a_copy(backend: Backend, train: Load, token_batch: Callable[..., TokenBatch]) -> None:
-    model, batch = train("llama"), token_batch()
-    backend.sft_step(model, [batch], Update(1e-2, batch.loss_tokens))
-    state = backend.save(model)
-    name = state.adapter.config.target_modules[0]
-    kept = [values.copy() for values in (*state.adapter.tensors[name], *state.first_moments[name])]
-    backend.sft_step(model, [batch], Update(1e-2, batch.loss_tokens))
-    for values, copy in zip((*state.adapter.tensors[name], *state.first_moments[name]), kept, strict=True):
-        np.testing.assert_array_equal(values, copy)
-
-
 def test_restoring_does_not_write_into_the_state(
     backend: Backend, train: Load, token_batch: Callable[..., TokenBatch]
 ) -> None:
@@ -85,33 +67,3 @@ def test_restoring_does_not_write_into_the_state(
         factors.b.setflags(write=False)
     backend.restore(model, state)
     backend.sft_step(model, [batch], Update(1e-2, batch.loss_tokens))
-
-
-def test_a_state_without_moments_starts_the_optimizer_anew(
-    backend: Backend, train: Load, token_batch: Callable[..., TokenBatch]
-) -> None:
-    """As a stage begins: the next step equals the first step of a freshly injected adapter of the same values."""
-    model, batch = train("llama"), token_batch()
-    for _ in range(3):
-        backend.sft_step(model, [batch], Update(1e-2, batch.loss_tokens))
-    start = backend.save(model).without_optimizer()
-    fresh = train("llama", seed=9)
-    backend.restore(fresh, start)
-    backend.restore(model, start)
-    assert backend.save(model).optimizer_steps == 0
-    for each in (model, fresh):
-        backend.sft_step(each, [batch], Update(1e-2, batch.loss_tokens))
-    assert_equal(backend.save(model), backend.save(fresh))
-
-
-def test_a_state_of_another_configuration_is_refused(backend: Backend, train: Load) -> None:
-    model = train("llama")
-    state = backend.save(model)
-    other = replace(state, adapter=replace(state.adapter, config=replace(state.adapter.config, alpha=64.0)))
-    with pytest.raises(AdapterError, match="another adapter configuration"):
-        backend.restore(model, other)
-
-
-def test_saving_without_an_adapter_is_refused(backend: Backend, load: Load) -> None:
-    with pytest.raises(AdapterError, match="no adapter"):
-        backend.save(load("llama"))

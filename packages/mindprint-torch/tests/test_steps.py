@@ -126,28 +126,6 @@ def test_sft_loss_and_gradients_equal_full_logits(
             np.testing.assert_allclose(moment * 10, reference.numpy(), rtol=1e-4, atol=1e-6 * norm)
 
 
-def test_sft_loss_is_cores_definition(backend: Backend, train: Load, token_batch: MakeBatch) -> None:
-    model, batch = train("qwen2"), token_batch()
-    expected = sft_loss(backend.log_probs(model, batch).astype(np.float64), batch.loss_mask)
-    metrics = backend.sft_step(model, [batch], Update(1e-3, batch.loss_tokens))
-    assert metrics.loss == pytest.approx(expected, abs=1e-6)
-
-
-def test_sft_gradient_by_finite_differences(backend: Backend, train: Load, token_batch: MakeBatch) -> None:
-    """Along the gradient itself, where the loss changes most: (f(x + h g) - f(x - h g)) / 2h = |g|^2."""
-    model, batch = train("llama"), token_batch()
-    state = backend.save(model)
-    gradient = gradients(backend, model, lambda update: backend.sft_step(model, [batch], replace(update, tokens=21)))
-
-    def loss_at(by: float) -> float:
-        backend.restore(model, moved(state, gradient, by))
-        return -float(backend.log_probs(model, batch).astype(np.float64).sum()) / 21
-
-    squared = dot(gradient, gradient)
-    step = 1e-2 / np.sqrt(squared)
-    assert (loss_at(step) - loss_at(-step)) / (2 * step) == pytest.approx(squared, rel=2e-3)
-
-
 def test_eight_micro_batches_are_one_batch_of_eight(backend: Backend, train: Load, token_batch: MakeBatch) -> None:
     batch = token_batch(rows=8)
     singles = [

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
@@ -25,6 +26,7 @@ from mindprint.contract import (
     Generation,
     Int32,
     LoadedModel,
+    LoraFactors,
     ModelSpec,
     PreferenceBatch,
     Sampling,
@@ -33,7 +35,7 @@ from mindprint.contract import (
     TrainingState,
     Update,
 )
-from mindprint.errors import BackendError, ContractError, NotFiniteError
+from mindprint.errors import BackendError, ContractError, MindprintError, NotFiniteError
 from mindprint.losses import PreferenceLoss
 from mindprint.plugins import (
     BACKENDS,
@@ -56,7 +58,7 @@ class Backend:
     def __init__(self, plugin: Plugin, hook: Any) -> None:
         self.plugin = plugin
         self._hook = hook
-        self.info = self._checked("mindprint_backend_info", BackendInfo, hook.mindprint_backend_info())
+        self.info = self._checked("mindprint_backend_info", BackendInfo, self._call("mindprint_backend_info"))
 
     @property
     def name(self) -> str:
@@ -64,31 +66,32 @@ class Backend:
 
     def load_model(self, spec: ModelSpec) -> LoadedModel:
         """Load a base model; see `hookspecs.mindprint_load_model`."""
-        return self._checked("mindprint_load_model", LoadedModel, self._hook.mindprint_load_model(spec=spec))
+        return self._checked("mindprint_load_model", LoadedModel, self._call("mindprint_load_model", spec=spec))
 
     def release(self, model: LoadedModel) -> None:
         """Free a model's memory."""
-        self._hook.mindprint_release(model=model.handle)
+        self._call("mindprint_release", model=model.handle)
 
     def adapter_sites(self, model: LoadedModel) -> tuple[AdapterSite, ...]:
         """Every place of the base that can take LoRA."""
-        sites = tuple(self._hook.mindprint_adapter_sites(model=model.handle))
+        sites = tuple(self._call("mindprint_adapter_sites", model=model.handle))
         for site in sites:
             self._checked("mindprint_adapter_sites", AdapterSite, site)
         return sites
 
     def base_digest(self, model: LoadedModel) -> str:
         """Digest of the base weights in memory."""
-        return self._checked("mindprint_base_digest", str, self._hook.mindprint_base_digest(model=model.handle))
+        return self._checked("mindprint_base_digest", str, self._call("mindprint_base_digest", model=model.handle))
 
     def inject_adapter(self, model: LoadedModel, adapter: AdapterState) -> AdapterFacts:
         """Attach an adapter, trainable."""
-        facts = self._hook.mindprint_inject_adapter(model=model.handle, adapter=adapter)
+        facts = self._call("mindprint_inject_adapter", model=model.handle, adapter=adapter)
         return self._checked("mindprint_inject_adapter", AdapterFacts, facts)
 
     def sft_step(self, model: LoadedModel, batches: Sequence[TokenBatch], update: Update) -> StepMetrics:
         """One optimizer step on the completion loss."""
-        metrics = self._hook.mindprint_sft_step(model=model.handle, batches=batches, update=update)
+        with self._inputs_kept("mindprint_sft_step", batches):
+            metrics = self._call("mindprint_sft_step", model=model.handle, batches=batches, update=update)
         return self._checked("mindprint_sft_step", StepMetrics, metrics)
 
     def dpo_step(
@@ -96,20 +99,24 @@ class Backend:
     ) -> StepMetrics:
         """One optimizer step on a preference loss."""
         hook = "mindprint_dpo_step"
-        metrics = self._hook.mindprint_dpo_step(model=model.handle, batches=batches, loss=loss, update=update)
+        with self._inputs_kept(hook, batches):
+            metrics = self._call(hook, model=model.handle, batches=batches, loss=loss, update=update)
         metrics = self._checked(hook, StepMetrics, metrics)
         pairs = sum(batch.pairs for batch in batches)
         for field in ("chosen_log_probs", "rejected_log_probs"):
-            self._check_array(hook, field, getattr(metrics, field), (pairs,), np.float32)
+            values = getattr(metrics, field)
+            self._check_array(hook, field, values, (pairs,), np.float32)
+            if is_finite(metrics) and not metrics.skipped:
+                self._check_finite(hook, field, values)
         return metrics
 
     def log_probs(self, model: LoadedModel, batch: TokenBatch, *, adapter: bool = True) -> Float32:
         """Per-token log-probs, float32 `[rows, T]`, 0 outside the mask."""
         hook = "mindprint_log_probs"
-        values = self._hook.mindprint_log_probs(model=model.handle, batch=batch, adapter=adapter)
+        with self._inputs_kept(hook, [batch]):
+            values = self._call(hook, model=model.handle, batch=batch, adapter=adapter)
         self._check_array(hook, "log-probs", values, batch.tokens.shape, np.float32)
-        if not np.isfinite(values).all():
-            raise NotFiniteError(f"backend {self.name!r}: {hook} returned log-probs that are not finite")
+        self._check_finite(hook, "log-probs", cast(Float32, values))
         return cast(Float32, values)
 
     def generate(
@@ -118,25 +125,30 @@ class Backend:
         """Continue each prompt, in order."""
         hook = "mindprint_generate"
         answers = tuple(
-            self._hook.mindprint_generate(model=model.handle, prompts=prompts, sampling=sampling, adapter=adapter)
+            self._call("mindprint_generate", model=model.handle, prompts=prompts, sampling=sampling, adapter=adapter)
         )
         if len(answers) != len(prompts):
             raise ContractError(f"backend {self.name!r}: {hook} answered {len(answers)} of {len(prompts)} prompts")
         for answer in answers:
-            self._checked(hook, Generation, answer)
+            tokens = self._checked(hook, Generation, answer).tokens
+            self._check_array(hook, "tokens", tokens, (np.size(tokens),), np.int32)
         return answers
 
     def save(self, model: LoadedModel) -> TrainingState:
         """Copy out adapter, moments and step count."""
-        state = self._checked("mindprint_save", TrainingState, self._hook.mindprint_save(model=model.handle))
+        state = self._checked("mindprint_save", TrainingState, self._call("mindprint_save", model=model.handle))
         for site, factors in state.adapter.tensors.items():
-            for name, values in zip(("A", "B"), factors, strict=True):
-                self._check_array("mindprint_save", f"{site}.{name}", values, np.shape(values), np.float32)
+            rank = state.adapter.config.rank(site)
+            shapes = (rank, np.shape(factors.a)[-1]), (np.shape(factors.b)[0], rank)
+            self._check_factors(site, factors, shapes)
+            for what, moments in (("first", state.first_moments), ("second", state.second_moments)):
+                if moments:
+                    self._check_factors(f"{what} moment of {site}", moments[site], shapes)
         return state
 
     def restore(self, model: LoadedModel, state: TrainingState) -> None:
         """Take over a saved state."""
-        self._hook.mindprint_restore(model=model.handle, state=state)
+        self._call("mindprint_restore", model=model.handle, state=state)
 
     def device(self, name: str) -> DeviceInfo:
         """The device called `name`, or the best usable one for `auto`.
@@ -168,6 +180,44 @@ class Backend:
                 f"backend {self.name!r} does not train in {name} on {device.name} (it can: {', '.join(device.dtypes)})"
             )
         return name
+
+    def _call(self, hook: str, **arguments: Any) -> Any:
+        """Call a hook; what it raises beside a `MindprintError` becomes one that names backend, hook and cause."""
+        try:
+            return getattr(self._hook, hook)(**arguments)
+        except MindprintError:
+            raise
+        except Exception as error:
+            name, version = self.plugin.distribution, self.plugin.version
+            stands = "; the last checkpoint stands" if hook.endswith("_step") else ""
+            raise BackendError(
+                f"backend {self.name!r} ({name} {version}): {hook} raised {type(error).__name__}: {error}{stands} "
+                "(MINDPRINT_DEBUG=1 shows where)"
+            ) from error
+
+    @contextmanager
+    def _inputs_kept(self, hook: str, batches: Sequence[TokenBatch | PreferenceBatch]) -> Iterator[None]:
+        """Raise `ContractError` if the backend wrote into the arrays of these batches: they are core's."""
+        given = [
+            (batch, name, values) for batch in batches for name, values in vars(batch).items() if values is not None
+        ]
+        copies = [values.copy() for _, _, values in given]
+        yield
+        for (batch, name, values), copy in zip(given, copies, strict=True):
+            if not np.array_equal(values, copy):
+                raise ContractError(
+                    f"backend {self.name!r}: {hook} wrote into its input {type(batch).__name__}.{name}; "
+                    "it must copy what it changes"
+                )
+
+    def _check_finite(self, hook: str, what: str, values: np.ndarray) -> None:
+        if not np.isfinite(values).all():
+            raise NotFiniteError(f"backend {self.name!r}: {hook} returned {what} that are not finite")
+
+    def _check_factors(self, what: str, pair: LoraFactors, shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
+        for letter, values, shape in zip("AB", pair, shapes, strict=True):
+            self._check_array("mindprint_save", f"{what}.{letter}", values, shape, np.float32)
+            self._check_finite("mindprint_save", f"values of {what}.{letter}", values)
 
     def _checked(self, hook: str, kind: type[T], value: object) -> T:
         if not isinstance(value, kind):

@@ -205,6 +205,9 @@ class Config(Section):
     checkpoints: CheckpointConfig = CheckpointConfig()
     generation: GenerationConfig = GenerationConfig()
     fingerprint: FingerprintConfig = FingerprintConfig()
+    trackers: Annotated[
+        list[str], Field(description="Plugins that watch the run: `tensorboard`, `wandb` (offline).")
+    ] = []
     seed: Annotated[int, Field(ge=0, description="Order, initial adapter and dropout follow from it.")] = 0
 
     @model_validator(mode="after")

@@ -50,6 +50,10 @@ class BackendError(MindprintError, RuntimeError):
     """The chosen backend is missing, broken, of another hook API, or cannot do what was asked."""
 
 
+class PluginError(MindprintError, RuntimeError):
+    """A plugin that is no backend cannot be had: it does not import, is no such thing, or shares its name."""
+
+
 class ContractError(BackendError, TypeError):
     """A backend's hook returned something that the contract does not allow; the message names hook and finding."""
 

@@ -127,6 +127,7 @@ def mindprint_restore(model: Any, state: TrainingState) -> bool:  # type: ignore
     """Take over a state that any backend saved: adapter values, moments, step count. Returns True.
 
     The adapter is injected already, with the same configuration; a state without moments starts the optimizer anew.
+    Raises `mindprint.errors.AdapterError` without an adapter, or for a state of another configuration.
     """
 
 

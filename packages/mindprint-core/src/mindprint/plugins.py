@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from types import ModuleType
 
 import pluggy
 
 from mindprint import hookspecs
-from mindprint.errors import BackendError
+from mindprint.entries import DISABLE, disabled, entry_points
+from mindprint.errors import BackendError, PluginError
 from mindprint.hookspecs import SUPPORTED_HOOK_APIS
+from mindprint.tracing import trace_if_asked
 
 BACKENDS = "mindprint.backends"
 SCORERS = "mindprint.scorers"
@@ -63,6 +65,8 @@ def find_backend(name: str) -> Plugin:
     """
     plugins = installed(BACKENDS)
     matches = [plugin for plugin in plugins if plugin.name == canonical_name(name)]
+    if not matches and disabled(BACKENDS, canonical_name(name)):
+        raise BackendError(f"backend {name!r} is turned off by {DISABLE}: take its name out of that variable")
     if not matches:
         have = ", ".join(plugin.name for plugin in plugins) or "none"
         requirement = KNOWN_DISTRIBUTIONS.get(canonical_name(name))
@@ -73,8 +77,7 @@ def find_backend(name: str) -> Plugin:
         )
         raise BackendError(f"backend {name!r} is not installed (installed: {have}); {remedy}")
     if len(matches) > 1:
-        claimants = " and ".join(f"{plugin.distribution} {plugin.version}" for plugin in matches)
-        raise BackendError(f"backend {name!r} is claimed by {claimants}; uninstall one of them")
+        raise BackendError(_claimed(matches))
     return matches[0]
 
 
@@ -84,9 +87,54 @@ def load_module(plugin: Plugin) -> ModuleType:
         return importlib.import_module(plugin.module)
     except (Exception, SystemExit) as error:
         raise BackendError(
-            f"{_described(plugin)} failed to import: {type(error).__name__}: {error}; "
+            f"{described(plugin)} failed to import: {type(error).__name__}: {error}; "
             f"reinstall it (pip install --force-reinstall {plugin.distribution}) or choose another backend"
         ) from error
+
+
+def load_object(plugins: Sequence[Plugin]) -> object:
+    """What a plugin that is no backend names (`module:attribute`), from all that claim its name.
+
+    Raises `PluginError` naming distribution, version, cause and remedy if it cannot be had or several claim the name.
+    """
+    plugin = plugins[0]
+    if len(plugins) > 1:
+        raise PluginError(_claimed(plugins))
+    try:
+        return EntryPoint(plugin.name, plugin.module, plugin.group).load()
+    except (Exception, SystemExit) as error:
+        raise PluginError(
+            f"{described(plugin)} failed to import: {type(error).__name__}: {error}; "
+            "reinstall or uninstall its distribution"
+        ) from error
+
+
+def load_trackers(names: Iterable[str]) -> tuple[object, ...]:
+    """The trackers that a configuration names, made anew for one run.
+
+    Raises `PluginError` if one is not installed, cannot be imported, or is no tracker.
+    """
+    return tuple(_tracker(name) for name in names)
+
+
+def _tracker(name: str) -> object:
+    found = installed(TRACKERS)
+    claims = [plugin for plugin in found if plugin.name == name]
+    if not claims:
+        have = ", ".join(plugin.name for plugin in found) or "none"
+        raise PluginError(f"tracker {name!r} is not installed (installed: {have}); take it out of `trackers`")
+    make = load_object(claims)
+    try:
+        tracker: object = make()  # type: ignore[operator]
+    except Exception as error:
+        library = getattr(error, "name", None) or claims[0].distribution
+        raise PluginError(
+            f"{described(claims[0])} cannot start: {type(error).__name__}: {error}; pip install {library}, "
+            "or take it out of `trackers`"
+        ) from error
+    if not hasattr(tracker, "mindprint_event"):
+        raise PluginError(f"{described(claims[0])} has no mindprint_event: it is no tracker")
+    return tracker
 
 
 @cache
@@ -97,14 +145,14 @@ def load_backend_plugin(name: str) -> tuple[Plugin, ModuleType]:
     apis = getattr(module, "MINDPRINT_HOOK_APIS", None)
     if not isinstance(apis, tuple) or not all(isinstance(api, int) for api in apis):
         raise BackendError(
-            f"{_described(plugin)} does not state its hook API: its module needs MINDPRINT_HOOK_APIS = "
+            f"{described(plugin)} does not state its hook API: its module needs MINDPRINT_HOOK_APIS = "
             f"({SUPPORTED_HOOK_APIS[-1]},)"
         )
     if not set(apis) & set(SUPPORTED_HOOK_APIS):
         newer = min(apis) > max(SUPPORTED_HOOK_APIS)
         upgrade = "mindprint-core" if newer else plugin.distribution
         raise BackendError(
-            f"{_described(plugin)} supports hook API {_numbers(apis)}, this mindprint-core drives "
+            f"{described(plugin)} supports hook API {_numbers(apis)}, this mindprint-core drives "
             f"{_numbers(SUPPORTED_HOOK_APIS)}; pip install --upgrade {upgrade}"
         )
     return plugin, module
@@ -120,10 +168,13 @@ def plugin_manager(plugin: Plugin, module: ModuleType, observers: Iterable[objec
             manager.register(observer)
         manager.check_pending()
     except (pluggy.PluginValidationError, ValueError) as error:
-        raise BackendError(f"{_described(plugin)} does not fit the hook contract: {error}") from error
+        raise BackendError(
+            f"{described(plugin)} does not fit the hook contract: {error}; {_upgrade(plugin)}"
+        ) from error
     missing = [hook for hook in backend_hooks() if not getattr(manager.hook, hook).get_hookimpls()]
     if missing:
-        raise BackendError(f"{_described(plugin)} does not implement {', '.join(missing)}")
+        raise BackendError(f"{described(plugin)} does not implement {', '.join(missing)}; {_upgrade(plugin)}")
+    trace_if_asked(manager)
     return manager
 
 
@@ -155,8 +206,23 @@ def _plugin(group: str, point: EntryPoint) -> Plugin:
     return Plugin(group, point.name, point.value, name, version)
 
 
-def _described(plugin: Plugin) -> str:
-    return f"backend {plugin.name!r} ({plugin.distribution} {plugin.version})"
+def kind(plugin: Plugin) -> str:
+    """What a plugin is, in a word: `backend`, `scorer`, `tracker` or `command`."""
+    return plugin.group.rpartition(".")[2].removesuffix("s")
+
+
+def described(plugin: Plugin) -> str:
+    """A plugin as messages name it."""
+    return f"{kind(plugin)} {plugin.name!r} ({plugin.distribution} {plugin.version})"
+
+
+def _claimed(plugins: Sequence[Plugin]) -> str:
+    claimants = " and ".join(f"{plugin.distribution} {plugin.version}" for plugin in plugins)
+    return f"{kind(plugins[0])} {plugins[0].name!r} is claimed by {claimants}; uninstall one of them"
+
+
+def _upgrade(plugin: Plugin) -> str:
+    return f"upgrade it (pip install --upgrade {plugin.distribution}) or choose another backend"
 
 
 def _numbers(values: Iterable[int]) -> str:

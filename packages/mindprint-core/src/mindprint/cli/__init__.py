@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from importlib.metadata import EntryPoint
 
 import click
 
 from mindprint import __version__
 from mindprint.cli.output import PROGRAM, Failure, json_only
-from mindprint.errors import MindprintError
+from mindprint.entries import entry_points
+from mindprint.errors import MindprintError, PluginError
 
 COMMANDS = {
     "init": "Make a project: configuration, sample data, and a README of what goes where.",
@@ -24,6 +24,7 @@ COMMANDS = {
     "verify": "Prove that an adapter, or a merged model, still does what it did in training.",
     "merge": "Write the base with the adapter in it, and verify it.",
     "convert": "Write an adapter in PEFT's or mlx-lm's format.",
+    "migrate": "Write a configuration from a training_pipeline.yaml.",
     "plugins": "List the installed plugins; --check says what is usable here.",
     "doctor": "Check versions, devices, and that training really trains here.",
 }
@@ -50,8 +51,7 @@ class Commands(click.Group):
         if name in COMMANDS:
             command: click.Command = import_module(f"mindprint.cli.{name}").command
             return command
-        points = _third_party().get(name)
-        return _load(points) if points else None
+        return _load(name) if name in _third_party() else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         plugins = {name: f"from {_origin(points[0])}" for name, points in _third_party().items()}
@@ -136,21 +136,15 @@ def _third_party() -> dict[str, list[EntryPoint]]:
     return claims
 
 
-def _load(points: Sequence[EntryPoint]) -> click.Command:
-    point = points[0]
-    if len(points) > 1:
-        claimants = " and ".join(_origin(claim) for claim in points)
-        raise MindprintError(f"command {point.name!r} is claimed by {claimants}; uninstall one of them")
-    try:
-        loaded: Any = point.load()
-    except Exception as error:
-        raise MindprintError(
-            f"command {point.name!r} ({_origin(point)}) failed to import: {type(error).__name__}: {error}; "
-            "reinstall or uninstall its distribution"
-        ) from error
+def _load(name: str) -> click.Command:
+    from mindprint.plugins import COMMANDS, described, installed, load_object  # noqa: PLC0415 (help needs none of it)
+
+    claims = [plugin for plugin in installed(COMMANDS) if plugin.name == name]
+    loaded = load_object(claims)
     if not isinstance(loaded, click.Command):
-        raise MindprintError(
-            f"command {point.name!r} ({_origin(point)}): {point.value} is a {type(loaded).__name__}, no click.Command"
+        raise PluginError(
+            f"{described(claims[0])}: {claims[0].module} is a {type(loaded).__name__}, no click.Command; "
+            "tell its author, or uninstall its distribution"
         )
     return loaded
 

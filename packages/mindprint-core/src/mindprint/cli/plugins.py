@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mindprint.cli.output import emit, json_option, say, table
-from mindprint.plugins import BACKENDS, GROUPS, Plugin, installed, load_backend_plugin
+from mindprint.errors import PluginError
+from mindprint.plugins import (
+    BACKENDS,
+    COMMANDS,
+    GROUPS,
+    Plugin,
+    described,
+    installed,
+    kind,
+    load_backend_plugin,
+    load_object,
+)
 
 if TYPE_CHECKING:
     from mindprint.contract import BackendInfo
@@ -60,15 +70,11 @@ def info_values(info: BackendInfo) -> dict[str, Any]:
 def _described(plugin: Plugin) -> dict[str, Any]:
     return {
         "name": plugin.name,
-        "kind": _kind(plugin),
+        "kind": kind(plugin),
         "distribution": plugin.distribution,
         "version": plugin.version,
         "module": plugin.module,
     }
-
-
-def _kind(plugin: Plugin) -> str:
-    return plugin.group.rpartition(".")[2].removesuffix("s")
 
 
 def _checked(plugin: Plugin) -> dict[str, Any]:
@@ -76,8 +82,8 @@ def _checked(plugin: Plugin) -> dict[str, Any]:
     try:
         return {"ok": True, "cause": None, **(_backend(plugin) if plugin.group == BACKENDS else _imported(plugin))}
     except Exception as error:  # noqa: BLE001 (a broken plugin is what is looked for)
-        kind = "" if type(error).__module__.startswith("mindprint.") else f"{type(error).__name__}: "
-        return {"ok": False, "cause": f"{kind}{error}"}
+        name = "" if type(error).__module__.startswith("mindprint.") else f"{type(error).__name__}: "
+        return {"ok": False, "cause": f"{name}{error}"}
 
 
 def _backend(plugin: Plugin) -> dict[str, Any]:
@@ -89,10 +95,9 @@ def _backend(plugin: Plugin) -> dict[str, Any]:
 
 
 def _imported(plugin: Plugin) -> dict[str, Any]:
-    module, _, attribute = plugin.module.partition(":")
-    loaded: object = import_module(module)
-    for name in filter(None, attribute.split(".")):
-        loaded = getattr(loaded, name)
+    loaded = load_object([other for other in installed(plugin.group) if other.name == plugin.name])
+    if plugin.group == COMMANDS and not isinstance(loaded, click.Command):
+        raise PluginError(f"{described(plugin)}: {plugin.module} is a {type(loaded).__name__}, no click.Command")
     return {}
 
 
@@ -100,9 +105,9 @@ def _show(plugins: list[Plugin], checks: Mapping[Plugin, dict[str, Any]]) -> Non
     if not plugins:
         say('no plugin is installed; a backend is needed: pip install "mindprint-core[torch]" or "mindprint-core[mlx]"')
         return
-    say(table(HEADER, [(_kind(p), p.name, p.distribution, p.version, p.module) for p in plugins]))
+    say(table(HEADER, [(kind(p), p.name, p.distribution, p.version, p.module) for p in plugins]))
     for plugin, found in checks.items():
-        say(f"\n{_kind(plugin)} {plugin.name}: {'works' if found['ok'] else found['cause']}")
+        say(f"\n{kind(plugin)} {plugin.name}: {'works' if found['ok'] else found['cause']}")
         for line in _details(found):
             say(f"  {line}")
 

@@ -33,7 +33,7 @@ from mindprint.events import (
     StepDone,
 )
 from mindprint.hookspecs import HOOK_API
-from mindprint.plugins import observer_hooks
+from mindprint.plugins import load_trackers, observer_hooks
 from mindprint.training.checkpoints import (
     Checkpoint,
     Cursor,
@@ -90,7 +90,8 @@ def train(
     mode: Resume | None = "last" if resume is True else (resume or None)
     prepared = prepare(file)
     folder = _run_folder(file, run, mode)
-    return _Run(prepared, folder, mode, on_event or (lambda _: None), observers).train()
+    watching = (*observers, *load_trackers(file.config.trackers))
+    return _Run(prepared, folder, mode, on_event or (lambda _: None), watching).train()
 
 
 class _Run:

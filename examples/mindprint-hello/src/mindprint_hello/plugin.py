@@ -1,7 +1,7 @@
-"""A whole backend in NumPy, for core's own tests: every hook, honestly, on a model small enough to read.
+"""A whole backend in NumPy: every hook of the contract, on a model small enough to read.
 
 The model predicts the next token from the present one and the mean of all so far, through one hidden layer:
-`x = e[t] + mean(e[..t])`, `h = x + down(tanh(up(x)))`, `logits = h @ head.T`. LoRA goes on `up` and `down`; the
+`x = e[t] + mean(e[..t])`, `h = x + down(tanh(up(x)))`, `logits = h @ head.T`. LoRA goes on `up`, `down` and `head`; the
 gradients are written out by hand.
 """
 
@@ -38,19 +38,21 @@ from mindprint.contract import (
 )
 from mindprint.errors import AdapterError, ModelError
 from mindprint.hookspecs import hookimpl
+from mindprint.layouts import preference_rows
 from mindprint.losses import NUMPY, PairLogProbs, PreferenceLoss
 
 MINDPRINT_HOOK_APIS = (1,)
 
-EMBEDDING, UP, DOWN, HEAD = "embed_tokens", "layers.0.up_proj", "layers.0.down_proj", "lm_head"
+EMBEDDING = "embed_tokens"
+SITES = UP, DOWN, HEAD = "layers.0.up_proj", "layers.0.down_proj", "lm_head"
 
 Array = NDArray[np.float64]
 Factors = dict[str, LoraFactors]
 
 
 @dataclass
-class ToyModel:
-    """The handle. Weights are `[out, in]` float32; the adapter and its moments stay float32, computing is float64."""
+class HelloModel:
+    """The handle. Weights are `[out, in]` float32, as are the adapter and its moments; computing is float64."""
 
     weights: dict[str, Float32]
     adapter: AdapterState | None = None
@@ -62,33 +64,34 @@ class ToyModel:
 @hookimpl
 def mindprint_backend_info() -> BackendInfo:
     cpu = DeviceInfo("cpu", None, "NumPy")
-    return BackendInfo("toy", (cpu,), frozenset({"sampling"}), {"numpy": np.__version__}, ("a toy, for tests",))
+    return BackendInfo("hello", (cpu,), frozenset({"sampling"}), {"numpy": np.__version__}, ("it is an example",))
 
 
 @hookimpl
 def mindprint_load_model(spec: ModelSpec) -> LoadedModel:
     kind = json.loads((Path(spec.path) / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind != "toy":
-        raise ModelError(f"{spec.path}: backend 'toy' computes only models of type 'toy', this is {kind!r}")
-    stored = load_file(Path(spec.path) / "model.safetensors")
-    weights = {name.removesuffix(".weight"): values for name, values in stored.items()}
+    if kind != "hello":
+        raise ModelError(f"{spec.path}: backend 'hello' computes only models of type 'hello', this is {kind!r}")
+    weights = {name.removesuffix(".weight"): w for name, w in load_file(f"{spec.path}/model.safetensors").items()}
+    if missing := {EMBEDDING, *SITES} - set(weights):
+        raise ModelError(f"{spec.path}: the weights of {', '.join(sorted(missing))} are missing")
     elements = sum(values.size for values in weights.values())
-    return LoadedModel(ToyModel(weights), spec.device, spec.dtype, elements, len(weights[HEAD]))
+    return LoadedModel(HelloModel(weights), spec.device, spec.dtype, elements, len(weights[HEAD]))
 
 
 @hookimpl
-def mindprint_release(model: ToyModel) -> bool:
+def mindprint_release(model: HelloModel) -> bool:
     model.weights.clear()
     return True
 
 
 @hookimpl
-def mindprint_adapter_sites(model: ToyModel) -> Sequence[AdapterSite]:
-    return [AdapterSite(name, "linear", *model.weights[name].shape[::-1]) for name in (UP, DOWN, HEAD)]
+def mindprint_adapter_sites(model: HelloModel) -> Sequence[AdapterSite]:
+    return [AdapterSite(name, "linear", *model.weights[name].shape[::-1]) for name in SITES]
 
 
 @hookimpl
-def mindprint_base_digest(model: ToyModel) -> str:
+def mindprint_base_digest(model: HelloModel) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(model.weights):
         digest.update(name.encode() + model.weights[name].tobytes())
@@ -96,89 +99,87 @@ def mindprint_base_digest(model: ToyModel) -> str:
 
 
 @hookimpl
-def mindprint_inject_adapter(model: ToyModel, adapter: AdapterState) -> AdapterFacts:
+def mindprint_inject_adapter(model: HelloModel, adapter: AdapterState) -> AdapterFacts:
     if model.adapter is not None:
         raise AdapterError("the model has an adapter already")
+    if set(adapter.tensors) != set(adapter.config.target_modules):
+        raise AdapterError("the adapter's tensors are not those of its target modules")
     for site, (a, b) in adapter.tensors.items():
-        if site not in (UP, DOWN) or (len(b), a.shape[1]) != model.weights[site].shape:
-            raise AdapterError(f"site {site!r} does not exist, cannot be adapted, or has another shape")
+        if site not in SITES or (len(b), a.shape[1]) != model.weights[site].shape:
+            raise AdapterError(f"site {site!r} does not exist, or its factors have another shape")
     if adapter.config.dropout:
-        raise AdapterError("backend 'toy' has no dropout: set adapter.dropout=0")
+        raise AdapterError("backend 'hello' has no dropout: set adapter.dropout=0")
     model.adapter = adapter
     return AdapterFacts(tuple(adapter.tensors), adapter.elements)
 
 
 @hookimpl
-def mindprint_sft_step(model: ToyModel, batches: Sequence[TokenBatch], update: Update) -> StepMetrics:
-    loss, gradients = 0.0, _zeros(model)
+def mindprint_sft_step(model: HelloModel, batches: Sequence[TokenBatch], update: Update) -> StepMetrics:
+    loss, gradients, tokens = 0.0, _zeros(model), max(update.tokens, 1)
     for batch in batches:
         pass_ = _Pass(model, batch.tokens, adapter=True)
-        loss -= float(pass_.picked[batch.loss_mask].sum()) / update.tokens
-        pass_.add_gradients(gradients, batch.loss_mask / -update.tokens)
+        loss -= float(pass_.picked[batch.loss_mask].sum()) / tokens
+        pass_.add_gradients(gradients, batch.loss_mask / -tokens)
     return StepMetrics(loss, _apply(model, gradients, update))
 
 
 @hookimpl
 def mindprint_dpo_step(
-    model: ToyModel, batches: Sequence[PreferenceBatch], loss: PreferenceLoss, update: Update
+    model: HelloModel, batches: Sequence[PreferenceBatch], loss: PreferenceLoss, update: Update
 ) -> StepMetrics:
-    total, gradients, chosen, rejected = 0.0, _zeros(model), [], []
+    total, gradients, reported = 0.0, _zeros(model), []
     for batch in batches:
-        passes, sums, masks = [], [], []
-        for answers, lengths in ((batch.chosen, batch.chosen_lengths), (batch.rejected, batch.rejected_lengths)):
-            tokens, mask = _joined(batch.prompt, batch.prompt_lengths, answers, lengths)
-            passes.append(_Pass(model, tokens, adapter=True))
-            masks.append(mask)
-            sums.append((passes[-1].picked * mask).sum(axis=1))
-        value, slopes = _preference(loss, batch, sums, update)
+        layout = preference_rows(batch)
+        mask = np.zeros(layout.tokens.shape, np.bool_)
+        mask.flat[layout.sources + 1] = True
+        pass_ = _Pass(model, layout.tokens, adapter=True)
+        chosen, rejected = np.split((pass_.picked * mask).sum(axis=1), 2)
+        value, slopes = _preference(loss, batch, chosen, rejected, update)
         total += value
-        for pass_, mask, slope in zip(passes, masks, slopes, strict=True):
-            pass_.add_gradients(gradients, mask * slope[:, None])
-        chosen.append(sums[0])
-        rejected.append(sums[1])
+        pass_.add_gradients(gradients, mask * slopes[:, None])
+        reported.append((chosen, rejected))
     norm = _apply(model, gradients, update)
-    sides = [np.concatenate(side).astype(np.float32) for side in (chosen, rejected)]
+    sides = [np.concatenate(side).astype(np.float32) for side in zip(*reported, strict=True)]
     return StepMetrics(total, norm, chosen_log_probs=sides[0], rejected_log_probs=sides[1])
 
 
 @hookimpl
-def mindprint_log_probs(model: ToyModel, batch: TokenBatch, adapter: bool) -> Float32:
+def mindprint_log_probs(model: HelloModel, batch: TokenBatch, adapter: bool) -> Float32:
     return np.where(batch.loss_mask, _Pass(model, batch.tokens, adapter=adapter).picked, 0).astype(np.float32)
 
 
 @hookimpl
 def mindprint_generate(
-    model: ToyModel, prompts: Sequence[Int32], sampling: Sampling, adapter: bool
+    model: HelloModel, prompts: Sequence[Int32], sampling: Sampling, adapter: bool
 ) -> Sequence[Generation]:
     return [_generate(model, prompt, sampling, adapter=adapter) for prompt in prompts]
 
 
 @hookimpl
-def mindprint_save(model: ToyModel) -> TrainingState:
-    assert model.adapter is not None
-    return TrainingState(model.adapter, dict(model.first), dict(model.second), model.steps)
+def mindprint_save(model: HelloModel) -> TrainingState:
+    return TrainingState(_adapter(model), dict(model.first), dict(model.second), model.steps)
 
 
 @hookimpl
-def mindprint_restore(model: ToyModel, state: TrainingState) -> bool:
+def mindprint_restore(model: HelloModel, state: TrainingState) -> bool:
+    if _adapter(model).config != state.adapter.config:
+        raise AdapterError("the state is of another adapter configuration than the injected adapter")
     model.adapter = state.adapter
     model.first, model.second = dict(state.first_moments), dict(state.second_moments)
     model.steps = state.optimizer_steps if state.first_moments else 0
     return True
 
 
-# --- forward and backward --------------------------------------------------------------------------------------------
-
-
 class _Pass:
     """One forward pass over `tokens` [rows, T], with what its backward pass needs."""
 
-    def __init__(self, model: ToyModel, tokens: Int32, *, adapter: bool) -> None:
+    def __init__(self, model: HelloModel, tokens: Int32, *, adapter: bool) -> None:
         self.model, self.tokens, self.adapted = model, tokens, adapter and model.adapter is not None
         seen = model.weights[EMBEDDING][tokens].astype(np.float64)
         self.x = seen + np.cumsum(seen, axis=1) / np.arange(1, tokens.shape[1] + 1)[:, None]
         self.z = np.tanh(self.x @ self._weight(UP).T)
-        logits = (self.x + self.z @ self._weight(DOWN).T) @ model.weights[HEAD].T.astype(np.float64)
+        self.h = self.x + self.z @ self._weight(DOWN).T
+        logits = self.h @ self._weight(HEAD).T
         shifted = logits - logits.max(axis=-1, keepdims=True)
         self.log_probs: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
         """Of the next token, `[rows, T, vocabulary]`."""
@@ -191,8 +192,9 @@ class _Pass:
         by_logits = -np.exp(self.log_probs) * np.pad(slopes[:, 1:], ((0, 0), (0, 1)))[..., None]
         index = np.indices(self.tokens[:, 1:].shape)
         by_logits[index[0], index[1], self.tokens[:, 1:]] += slopes[:, 1:]
-        by_hidden = by_logits @ self.model.weights[HEAD]
+        by_hidden = by_logits @ self._weight(HEAD)
         by_inner = (by_hidden @ self._weight(DOWN)) * (1 - self.z**2)
+        self._add(gradients, HEAD, self.h, by_logits)
         self._add(gradients, DOWN, self.z, by_hidden)
         self._add(gradients, UP, self.x, by_inner)
 
@@ -205,24 +207,15 @@ class _Pass:
         return weight + adapter.config.scale(site) * (b.astype(np.float64) @ a)
 
     def _add(self, gradients: dict[str, list[Array]], site: str, inputs: Array, by_output: Array) -> None:
-        if self.model.adapter is None or site not in gradients:
-            return
-        a, b = self.model.adapter.tensors[site]
-        by_weight = self.model.adapter.config.scale(site) * np.einsum("rto,rti->oi", by_output, inputs)
-        gradients[site][0] += b.T @ by_weight
-        gradients[site][1] += by_weight @ a.T
+        if site in gradients:
+            adapter = _adapter(self.model)
+            a, b = adapter.tensors[site]
+            by_weight = adapter.config.scale(site) * np.einsum("rto,rti->oi", by_output, inputs)
+            gradients[site][0] += b.T @ by_weight
+            gradients[site][1] += by_weight @ a.T
 
 
-def _joined(prompts: Int32, prompt_lengths: Int32, answers: Int32, lengths: Int32) -> tuple[Int32, NDArray[np.bool_]]:
-    tokens = np.zeros((len(prompts), int((prompt_lengths + lengths).max())), np.int32)
-    mask = np.zeros(tokens.shape, np.bool_)
-    for row, (p, n) in enumerate(zip(prompt_lengths, lengths, strict=True)):
-        tokens[row, : p + n] = [*prompts[row, :p], *answers[row, :n]]
-        mask[row, p : p + n] = True
-    return tokens, mask
-
-
-def _generate(model: ToyModel, prompt: Int32, sampling: Sampling, *, adapter: bool) -> Generation:
+def _generate(model: HelloModel, prompt: Int32, sampling: Sampling, *, adapter: bool) -> Generation:
     tokens, random = prompt.tolist(), np.random.default_rng([sampling.seed, *prompt.tolist()])
     for _ in range(sampling.max_new_tokens):
         last = _Pass(model, np.array([tokens], np.int32), adapter=adapter).log_probs[0, -1]
@@ -246,29 +239,31 @@ def _draw(log_probs: Array, sampling: Sampling, random: np.random.Generator) -> 
 # --- the update ------------------------------------------------------------------------------------------------------
 
 
-def _zeros(model: ToyModel) -> dict[str, list[Array]]:
-    assert model.adapter is not None, "no adapter was injected"
-    return {site: [np.zeros(part.shape) for part in pair] for site, pair in model.adapter.tensors.items()}
+def _adapter(model: HelloModel) -> AdapterState:
+    if model.adapter is None:
+        raise AdapterError("the model has no adapter: inject one first")
+    return model.adapter
 
 
-def _apply(model: ToyModel, gradients: dict[str, list[Array]], update: Update) -> float:
+def _zeros(model: HelloModel) -> dict[str, list[Array]]:
+    return {site: [np.zeros(part.shape) for part in pair] for site, pair in _adapter(model).tensors.items()}
+
+
+def _apply(model: HelloModel, gradients: dict[str, list[Array]], update: Update) -> float:
     """Clip, then AdamW as `torch.optim.AdamW`. Returns the norm before clipping."""
-    assert model.adapter is not None
+    adapter = _adapter(model)
     norm = float(np.sqrt(sum((part**2).sum() for pair in gradients.values() for part in pair)))
     factor = 1.0 if update.max_grad_norm is None else min(1.0, update.max_grad_norm / (norm + 1e-6))
     model.steps += 1
     tensors: Factors = {}
-    for site, pair in model.adapter.tensors.items():
-        moments = model.first.get(site, _like(pair)), model.second.get(site, _like(pair))
+    for site, pair in adapter.tensors.items():
+        zeros = LoraFactors(np.zeros_like(pair.a), np.zeros_like(pair.b))
+        moments = model.first.get(site, zeros), model.second.get(site, zeros)
         parts = zip(pair, (part * factor for part in gradients[site]), *moments, strict=True)
         new = [_adamw(*part, update, model.steps) for part in parts]
         tensors[site], model.first[site], model.second[site] = (LoraFactors(*side) for side in zip(*new, strict=True))
-    model.adapter = AdapterState(model.adapter.config, tensors)
+    model.adapter = AdapterState(adapter.config, tensors)
     return norm
-
-
-def _like(pair: LoraFactors) -> LoraFactors:
-    return LoraFactors(np.zeros_like(pair.a), np.zeros_like(pair.b))
 
 
 def _adamw(
@@ -283,11 +278,12 @@ def _adamw(
     return moved.astype(np.float32), mean.astype(np.float32), square.astype(np.float32)
 
 
-def _preference(loss: PreferenceLoss, batch: PreferenceBatch, sums: list[Array], update: Update) -> tuple[float, Array]:
-    """The loss, and its derivatives by the chosen and the rejected log-probs, `[2, pairs]`.
+def _preference(
+    loss: PreferenceLoss, batch: PreferenceBatch, chosen: Array, rejected: Array, update: Update
+) -> tuple[float, Array]:
+    """The loss, and its derivatives by the chosen, then the rejected log-probs, `[2 * pairs]`.
 
-    A pair's loss depends on nothing but its own two sums, so central differences over them cost four evaluations
-    and are exact to about 1e-8: far below the float32 of the adapter.
+    Central differences: a pair's loss depends on its own two sums alone, and they are exact to about 1e-8.
     """
 
     def per_pair(chosen: Array, rejected: Array) -> Array:
@@ -296,7 +292,7 @@ def _preference(loss: PreferenceLoss, batch: PreferenceBatch, sums: list[Array],
         values = loss.per_pair(NUMPY, pairs) / update.pairs
         return np.asarray(values - loss.sft_weight * chosen / update.tokens, np.float64)
 
-    (chosen, rejected), h = sums, 1e-4
+    h = 1e-4
     by_chosen = (per_pair(chosen + h, rejected) - per_pair(chosen - h, rejected)) / (2 * h)
     by_rejected = (per_pair(chosen, rejected + h) - per_pair(chosen, rejected - h)) / (2 * h)
-    return float(per_pair(chosen, rejected).sum()), np.stack([by_chosen, by_rejected])
+    return float(per_pair(chosen, rejected).sum()), np.concatenate([by_chosen, by_rejected])

@@ -1,0 +1,135 @@
+"""Generation: the likeliest token or a seeded draw, until a stop token, each prompt by itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mindprint.contract import Generation as Answer
+from mindprint.contract import Int32, LoadedModel, Sampling, TokenBatch
+from mindprint_testing.bench import Bench
+from mindprint_testing.claims import Claims
+from mindprint_testing.injection import EXACT
+
+GREEDY = Sampling(max_new_tokens=6, stop_token_ids=())
+
+
+class Generation(Claims):
+    """`mindprint_generate`."""
+
+    @pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "base"])
+    def test_greedy_takes_the_likeliest_token(self, bench: Bench, adapter: bool) -> None:
+        """Every token generated has the highest log-prob of the vocabulary at its place, by `mindprint_log_probs`.
+
+        If it fails at the first token: logits are read at the wrong position. Later: a cache with wrong positions. With
+        the adapter only: generation ignores it, or `adapter`.
+        """
+        model = bench.ready()
+        for prompt, answer in zip(
+            _prompts(bench), bench.backend.generate(model, _prompts(bench), GREEDY, adapter=adapter), strict=True
+        ):
+            assert answer.tokens.dtype == np.int32
+            assert (len(answer.tokens), answer.stop_reason) == (6, "length")
+            for place in range(6):
+                before = np.concatenate([prompt, answer.tokens[:place]])
+                scores = _next_log_probs(bench, model, before, adapter=adapter)
+                assert scores[answer.tokens[place]] >= scores.max() - EXACT, f"token {place}"
+
+    def test_the_adapter_changes_answers_and_off_restores_them(self, bench: Bench) -> None:
+        """With `adapter=False` answers are those of the bare base; with it, at least one differs.
+
+        If it fails: `adapter` is ignored, or a cache outlives its call.
+        """
+        model = bench.ready(alpha=24.0)
+        base = bench.backend.generate(bench.load(), _prompts(bench), GREEDY)
+        adapted = bench.backend.generate(model, _prompts(bench), GREEDY)
+        off = bench.backend.generate(model, _prompts(bench), GREEDY, adapter=False)
+        assert _words(off) == _words(base)
+        assert _words(adapted) != _words(base)
+
+    def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(self, bench: Bench) -> None:
+        """Cut before the first stop token, of several, with the reason `stop`; else `length`.
+
+        If it fails: the stop token is in the answer (and in every evaluation's text), stop tokens after the first are
+        ignored, or an answer that was cut off says `stop`.
+        """
+        model = bench.ready()
+        free = bench.backend.generate(model, _prompts(bench), GREEDY)
+        stops = (bench.vocab_size - 1, int(free[0].tokens[3]), int(free[1].tokens[2]))
+        stopped = bench.backend.generate(model, _prompts(bench), Sampling(6, stops))
+        assert "stop" in {answer.stop_reason for answer in stopped}
+        for before, after in zip(free, stopped, strict=True):
+            ends = [place for place, token in enumerate(before.tokens) if token in stops]
+            assert after.stop_reason == ("stop" if ends else "length")
+            assert after.tokens.tolist() == before.tokens.tolist()[: ends[0] if ends else 6]
+
+    def test_a_prompt_alone_and_among_others(self, bench: Bench) -> None:
+        """Answers come in the order of the prompts, and each is what its prompt gets alone.
+
+        If it fails: padding on the left is attended to, positions are off for shorter prompts, or answers are sorted.
+        """
+        model, prompts = bench.ready(), _prompts(bench)
+        together = bench.backend.generate(model, prompts, GREEDY)
+        alone = [bench.backend.generate(model, [prompt], GREEDY)[0] for prompt in prompts]
+        assert _words(together) == _words(alone)
+        assert _words(bench.backend.generate(model, prompts[::-1], GREEDY)) == _words(alone)[::-1]
+        assert bench.backend.generate(model, [], GREEDY) == ()
+
+    def test_sampling_follows_its_seed(self, bench: Bench) -> None:
+        """One seed, one answer, alone or among others, whatever was drawn before; another seed, another answer.
+
+        If it fails: draws come from a generator that the process shares. Key them by seed, prompt and place.
+        """
+        self.needs("sampling")
+        model, prompts = bench.ready(), _prompts(bench)
+        sampling = Sampling(6, (), temperature=1.0, seed=5)
+        first = bench.backend.generate(model, prompts, sampling)
+        other = bench.backend.generate(model, prompts, Sampling(6, (), temperature=1.0, seed=6))
+        assert _words(bench.backend.generate(model, prompts, sampling)) == _words(first)
+        assert [_words(bench.backend.generate(model, [prompt], sampling))[0] for prompt in prompts] == _words(first)
+        assert _words(other) != _words(first)
+
+    def test_sampling_when_there_is_no_choice_is_greedy(self, bench: Bench) -> None:
+        """At a temperature near 0, and with a nucleus of one token, a draw is the likeliest token.
+
+        If it fails: temperature multiplies instead of divides, or top-p keeps the wrong end.
+        """
+        self.needs("sampling")
+        model, prompts = bench.ready(), _prompts(bench)
+        greedy = _words(bench.backend.generate(model, prompts, GREEDY))
+        for sampling in (Sampling(6, (), temperature=1e-4), Sampling(6, (), temperature=1.0, top_p=1e-6)):
+            assert _words(bench.backend.generate(model, prompts, sampling)) == greedy
+
+    def test_draws_follow_the_probabilities(self, bench: Bench) -> None:
+        """Of 200 draws at temperature 1 the mean log-prob is the model's own, within four standard errors.
+
+        If it fails: draws are flatter or sharper than the distribution.
+        """
+        self.needs("sampling")
+        model, prompt = bench.ready(), _prompts(bench)[0]
+        scores = _next_log_probs(bench, model, prompt).astype(np.float64)
+        drawn = [
+            bench.backend.generate(model, [prompt], Sampling(1, (), temperature=1.0, seed=seed))[0].tokens[0]
+            for seed in range(200)
+        ]
+        expected = float((np.exp(scores) * scores).sum())
+        deviation = float(np.sqrt((np.exp(scores) * (scores - expected) ** 2).sum() / len(drawn)))
+        assert abs(float(scores[drawn].mean()) - expected) < 4 * deviation
+
+
+def _prompts(bench: Bench) -> list[Int32]:
+    return [bench.tokens(length, seed=20 + length) for length in (5, 2, 7)]
+
+
+def _next_log_probs(bench: Bench, model: LoadedModel, tokens: Int32, *, adapter: bool = True) -> np.ndarray:
+    """Of every token of the vocabulary, behind `tokens`."""
+    size, length = bench.vocab_size, len(tokens) + 1
+    rows = np.concatenate([np.tile(tokens, (size, 1)), np.arange(size)[:, None]], axis=1).astype(np.int32)
+    mask = np.zeros(rows.shape, np.bool_)
+    mask[:, -1] = True
+    batch = TokenBatch(rows, np.full(size, length, np.int32), mask)
+    return bench.backend.log_probs(model, batch, adapter=adapter)[:, -1]
+
+
+def _words(answers: tuple[Answer, ...] | list[Answer]) -> list[tuple[list[int], str]]:
+    return [(answer.tokens.tolist(), answer.stop_reason) for answer in answers]

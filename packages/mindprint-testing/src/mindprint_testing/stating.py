@@ -1,0 +1,76 @@
+"""What a backend says of itself, and what importing it costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mindprint.contract import CAPABILITIES
+from mindprint.plugins import find_backend
+from mindprint_testing.bench import Bench
+from mindprint_testing.claims import Claims
+
+PROBE = """
+import json, sys
+import mindprint.backend
+before = set(sys.modules)
+__import__(sys.argv[1])
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+class Stating(Claims):
+    """`mindprint_backend_info` and the plugin's module."""
+
+    def test_devices_are_stated(self, bench: Bench) -> None:
+        """Every device says either why it cannot be used or with which dtypes it can, float32 among them.
+
+        If it fails: `mindprint plugins --check` and `backend.device` show users something untrue. Look at the
+        `DeviceInfo`s that `mindprint_backend_info` makes.
+        """
+        assert bench.backend.info.devices, "no device is stated"
+        device = bench.backend.device(bench.device)
+        assert "float32" in device.dtypes
+        for each in bench.backend.info.devices:
+            assert each.default_dtype in each.dtypes, each
+            assert each.reason is None or each.reason.strip(), f"{each.name} cannot be used, and does not say why"
+
+    def test_asking_twice_gives_one_answer(self, bench: Bench) -> None:
+        """What the backend says of itself does not depend on when it is asked.
+
+        If it fails: `mindprint_backend_info` changes something, or reads something that training changes; resume
+        compares `libraries` and would warn for nothing. Look at it.
+        """
+        before = bench.backend._hook.mindprint_backend_info()
+        bench.sft_step(bench.ready(), bench.token_batch())
+        assert bench.backend._hook.mindprint_backend_info() == before
+
+    def test_capabilities_are_those_claimed_here(self, bench: Bench) -> None:
+        """What the backend tells users it can do is what its test module claims, and so what is tested.
+
+        If it fails: a capability is offered untested, or claimed here and not offered. Look at `capabilities` of
+        `BackendInfo` and of the test class: both name the optional parts in `mindprint.contract.CAPABILITIES`.
+        """
+        assert bench.backend.info.capabilities == self.capabilities
+        assert self.capabilities <= CAPABILITIES, "unknown capabilities"
+
+    def test_importing_the_plugin_imports_no_framework(self, bench: Bench) -> None:
+        """The plugin's module imports none of the libraries that it states.
+
+        If it fails: `mindprint plugins --check`, auto-selection and every other backend's users wait for, or fail
+        with, this framework. Look at the imports at the top of the plugin's module, and move them into the hooks.
+        """
+        module = find_backend(self.backend_name).module
+        command = [sys.executable, "-c", PROBE, module]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        assert done.returncode == 0, done.stderr
+        named = {name.replace("-", "_") for name in bench.backend.info.libraries}
+        assert named & set(json.loads(done.stdout)) == set()
+
+    @pytest.mark.parametrize("capability", sorted(CAPABILITIES))
+    def test_capability(self, capability: str) -> None:
+        """Every optional part of the contract is listed: claimed, or skipped under its name."""
+        self.needs(capability)

@@ -1,0 +1,53 @@
+"""The class that a backend's test module subclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from mindprint.backend import load_backend
+from mindprint_testing.bench import Bench
+from mindprint_testing.forward import Forward
+from mindprint_testing.generation import Generation
+from mindprint_testing.injection import Injection
+from mindprint_testing.loading import Loading
+from mindprint_testing.optimizer import Optimizer
+from mindprint_testing.optional import Optional
+from mindprint_testing.override import conformance_tests, refuse_quiet_overrides
+from mindprint_testing.preference import Preference
+from mindprint_testing.state import State
+from mindprint_testing.stating import Stating
+from mindprint_testing.tiny import write_tiny_model
+from mindprint_testing.training import Sft
+
+
+class BackendConformance(Stating, Loading, Injection, Forward, Sft, Optimizer, Preference, State, Generation, Optional):
+    """Every test of the contract. Subclass it in a test module, name the backend, and state its capabilities.
+
+    `backend_name` is its entry point's name; `capabilities` the optional parts that it claims, none unless stated;
+    `device` where it is tested. A backend that cannot compute the default model, a tiny Llama, overrides the fixture
+    `model_folder`. An inherited test that is overridden fails unless what replaces it is marked with `@departs`.
+    """
+
+    __conformance_tests__: ClassVar[dict[str, Callable[..., None]]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        refuse_quiet_overrides(BackendConformance, cls)
+
+    @pytest.fixture
+    def model_folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """The folder of the base that the backend is tested on: float32, one safetensors file, an untied head."""
+        folder = tmp_path_factory.getbasetemp() / "mindprint-tiny"
+        return folder if folder.exists() else write_tiny_model(folder)
+
+    @pytest.fixture
+    def bench(self, model_folder: Path) -> Bench:
+        """The backend on its model."""
+        return Bench(load_backend(self.backend_name), model_folder, self.device)
+
+
+BackendConformance.__conformance_tests__ = conformance_tests(BackendConformance)

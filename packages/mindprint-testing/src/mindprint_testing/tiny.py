@@ -1,0 +1,69 @@
+"""The model that a backend is tested on unless it supplies its own: a random Llama, written by NumPy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+VOCABULARY = 61
+HIDDEN, INNER, LAYERS = 32, 48, 2
+HEADS, KEY_HEADS, HEAD = 4, 2, 8
+
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KEY_HEADS,
+    "hidden_act": "silu",
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+
+
+def write_tiny_model(folder: Path, seed: int = 0) -> Path:
+    """Write a model of 21,000 parameters, without a tokenizer; its weights are large enough that every layer matters.
+
+    Its head is not tied and its rope base is far from every library's default.
+    """
+    random = np.random.default_rng(seed)
+    tensors = {
+        name: (0.3 * random.standard_normal(shape) + (len(shape) == 1)).astype(np.float32)
+        for name, shape in _shapes().items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _shapes() -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}"
+        shapes |= {
+            f"{prefix}.self_attn.q_proj.weight": (HEADS * HEAD, HIDDEN),
+            f"{prefix}.self_attn.k_proj.weight": (KEY_HEADS * HEAD, HIDDEN),
+            f"{prefix}.self_attn.v_proj.weight": (KEY_HEADS * HEAD, HIDDEN),
+            f"{prefix}.self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD),
+            f"{prefix}.mlp.gate_proj.weight": (INNER, HIDDEN),
+            f"{prefix}.mlp.up_proj.weight": (INNER, HIDDEN),
+            f"{prefix}.mlp.down_proj.weight": (HIDDEN, INNER),
+            f"{prefix}.input_layernorm.weight": (HIDDEN,),
+            f"{prefix}.post_attention_layernorm.weight": (HIDDEN,),
+        }
+    return shapes | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}

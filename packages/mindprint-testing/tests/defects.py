@@ -1,0 +1,408 @@
+"""Is the suite worth passing? Break a sound backend in one place after another, and see which test notices.
+
+    python packages/mindprint-testing/tests/defects.py          # the test that should catch each defect
+    python packages/mindprint-testing/tests/defects.py --all    # every test that does, which takes minutes
+
+Each defect is an edit of examples/mindprint-hello's one module; a backend is made of each, installed into a folder, and
+tested like any other.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "mindprint-hello" / "src" / "mindprint_hello"
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One mistake: what it is, the test that must catch it, and the edits `(old, new)` that make it."""
+
+    name: str
+    caught_by: str
+    edits: tuple[tuple[str, str], ...]
+
+    def applied(self, source: str) -> str:
+        for old, new in self.edits:
+            if source.count(old) != 1:
+                raise ValueError(f"{self.name}: {old!r} occurs {source.count(old)} times in the example, not once")
+            source = source.replace(old, new)
+        return source
+
+
+def defect(name: str, caught_by: str, *edits: tuple[str, str]) -> Defect:
+    return Defect(name, f"test_{caught_by}", edits)
+
+
+SFT_GRADIENT = "sft_gradients_by_finite_differences"
+DPO_GRADIENT = "preference_gradients_by_finite_differences"
+MERGED = "an_adapter_is_what_merging_it_would_be"
+
+DEFECTS = (
+    # What it says of itself, and loading.
+    defect("a capability that it has not", "capabilities_are_those_claimed_here", ('{"sampling"}', '{"dropout"}')),
+    defect(
+        "the framework is imported with the plugin",
+        "importing_the_plugin_imports_no_framework",
+        ('{"numpy": np.__version__}', '{"safetensors": "0"}'),
+    ),
+    defect("half of the parameters", "facts_of_a_load", ("spec.dtype, elements,", "spec.dtype, elements // 2,")),
+    defect("sites with in and out exchanged", "sites_are_the_folders_modules", (".shape[::-1])", ".shape)")),
+    defect(
+        "missing weights become zeros",
+        "missing_weights_are_refused",
+        (
+            "        raise ModelError(f\"{spec.path}: the weights of {', '.join(sorted(missing))} are missing\")\n",
+            "        weights |= {name: np.zeros((64, 16), np.float32) for name in missing}\n",
+        ),
+    ),
+    defect(
+        "any architecture is taken for its own",
+        "an_unknown_architecture_is_refused",
+        ('if kind != "hello":', 'if kind == "llama":'),
+    ),
+    defect(
+        "a digest of rounded weights",
+        "the_digest_sees_one_changed_element",
+        (".tobytes())", ".astype(np.float16).tobytes())"),
+    ),
+    defect(
+        "the base trains with its adapter",
+        "the_digest_is_of_the_base_alone",
+        (
+            "    model.steps += 1\n",
+            "    model.steps += 1\n    model.weights[DOWN] = np.float32(1.01) * model.weights[DOWN]\n",
+        ),
+    ),
+    # Adapters.
+    defect("alpha is taken for the scale", MERGED, ("adapter.config.scale(site) * (b", "adapter.config.alpha * (b")),
+    defect(
+        "one scale for all sites",
+        MERGED,
+        ("adapter.config.scale(site) * (b", "adapter.config.alpha / adapter.config.r * (b"),
+    ),
+    defect(
+        "a site that has no effect",
+        "each_site_alone_is_what_merging_it_would_be",
+        ("site not in adapter.tensors", "site == UP"),
+    ),
+    defect(
+        "adapter=False is ignored",
+        "adapter_off_is_the_base_bit_for_bit",
+        ("adapter and model.adapter is not None", "model.adapter is not None"),
+    ),
+    defect(
+        "a second adapter replaces the first",
+        "a_second_adapter_is_refused",
+        ("if model.adapter is not None:", "if False:"),
+    ),
+    defect(
+        "factors of any shape",
+        "an_adapter_that_does_not_fit_is_refused",
+        (" or (len(b), a.shape[1]) != model.weights[site].shape", ""),
+    ),
+    defect("dropout is ignored", "dropout_that_is_not_claimed_is_refused", ("if adapter.config.dropout:", "if False:")),
+    defect(
+        "an error of its own without an adapter",
+        "what_needs_an_adapter_says_so",
+        ('raise AdapterError("the model has no adapter: inject one first")', 'raise KeyError("adapter")'),
+    ),
+    # Log-probs.
+    defect(
+        "no softmax",
+        "probabilities_of_all_tokens_sum_to_one",
+        (" - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))", ""),
+    ),
+    defect(
+        "each token is predicted from itself",
+        "probabilities_of_all_tokens_sum_to_one",
+        ("np.take_along_axis(self.log_probs[:, :-1]", "np.take_along_axis(self.log_probs[:, 1:]"),
+    ),
+    defect(
+        "attention that is not causal",
+        "later_tokens_do_not_matter_and_earlier_ones_do",
+        ("np.cumsum(seen, axis=1) / np.arange(1, tokens.shape[1] + 1)[:, None]", "seen.mean(axis=1, keepdims=True)"),
+    ),
+    defect(
+        "the prompt is not seen",
+        "later_tokens_do_not_matter_and_earlier_ones_do",
+        ("np.cumsum(seen, axis=1) / np.arange(1, tokens.shape[1] + 1)[:, None]", "seen"),
+    ),
+    defect(
+        "statistics over the batch",
+        "padding_and_neighbours_change_nothing",
+        ("self.z = np.tanh(self.x @ ", "self.z = np.tanh((self.x - self.x.mean(axis=(0, 1))) @ "),
+    ),
+    defect("values outside the mask", "what_is_not_asked_is_zero", ("np.where(batch.loss_mask, ", "np.where(True, ")),
+    # SFT.
+    defect(
+        "prompt tokens count", "the_sft_loss_is_cores", ("pass_.picked[batch.loss_mask].sum()", "pass_.picked.sum()")
+    ),
+    defect(
+        "a normalizer of its own",
+        "the_normalizer_is_the_updates",
+        ("max(update.tokens, 1)", "max(sum(batch.loss_tokens for batch in batches), 1)"),
+    ),
+    defect("a mean over no tokens", "rows_that_ask_nothing_add_nothing", ("max(update.tokens, 1)", "update.tokens")),
+    defect("A has no gradient", SFT_GRADIENT, ("gradients[site][0] += b.T @ by_weight", "pass")),
+    defect("a derivative left out", SFT_GRADIENT, (" * (1 - self.z**2)", "")),
+    defect("a gradient without the scale", SFT_GRADIENT, ("adapter.config.scale(site) * np.einsum", "np.einsum")),
+    defect(
+        "each micro-batch's gradient replaces the last",
+        "eight_micro_batches_are_one_batch_of_eight",
+        ("gradients[site][0] +=", "gradients[site][0] ="),
+        ("gradients[site][1] +=", "gradients[site][1] ="),
+    ),
+    defect(
+        "a step compiled with the first adapter",
+        "every_step_sees_the_adapter_as_it_is_now",
+        (
+            "pass_ = _Pass(model, batch.tokens, adapter=True)",
+            (
+                "kept = HelloModel(model.weights, vars(model).setdefault('_kept', model.adapter))\n"
+                "        pass_ = _Pass(kept, batch.tokens, adapter=True)"
+            ),
+        ),
+    ),
+    defect(
+        "updates do not reach the adapter that computes",
+        "training_lowers_the_loss_and_leaves_the_base_alone",
+        (
+            "self.model.adapter if self.adapted",
+            'vars(self.model).setdefault("_kept", self.model.adapter) if self.adapted',
+        ),
+    ),
+    defect(
+        "inputs are written to",
+        "inputs_are_not_written_to",
+        ("    loss, gradients, tokens =", "    batches[0].tokens[:, 0] = 0\n    loss, gradients, tokens ="),
+    ),
+    defect(
+        "noise from NumPy's generator",
+        "numpys_own_generator_plays_no_part",
+        ("    model.steps += 1\n", "    model.steps += 1\n    norm *= 1 + 1e-9 * np.random.random()\n"),
+    ),
+    defect(
+        "optimizer state in the module",
+        "two_models_side_by_side_do_not_meet",
+        ("@dataclass\nclass HelloModel", "SHARED: Factors = {}\n\n\n@dataclass\nclass HelloModel"),
+        ("first: Factors = field(default_factory=dict)", "first: Factors = field(default_factory=lambda: SHARED)"),
+    ),
+    # The optimizer.
+    defect("no bias correction", "adamw_is_torchs", ("mean / (1 - one**step)", "mean")),
+    defect(
+        "eps inside the root",
+        "adamw_is_torchs",
+        ("(np.sqrt(square / (1 - two**step)) + settings.eps)", "np.sqrt(square / (1 - two**step) + settings.eps)"),
+    ),
+    defect("decay without the learning rate", "adamw_is_torchs", ("(1 - rate * decay)", "(1 - decay)")),
+    defect("the second moment of a first", "adamw_is_torchs", ("(1 - two) * gradient**2", "(1 - two) * gradient")),
+    defect("nothing is clipped", "gradients_are_clipped_by_their_global_norm", ("(part * factor for", "(part for")),
+    defect(
+        "small gradients are scaled up",
+        "gradients_are_clipped_by_their_global_norm",
+        ("min(1.0, update.max_grad_norm / (norm + 1e-6))", "update.max_grad_norm / (norm + 1e-6)"),
+    ),
+    defect(
+        "the norm after clipping",
+        "the_stated_norm_is_that_of_the_gradient",
+        ("    return norm\n", "    return norm * factor\n"),
+    ),
+    defect(
+        "a learning rate of its own",
+        "a_learning_rate_of_zero_changes_no_factor",
+        (" - rate * change", " - 1e-2 * change"),
+    ),
+    # Preference.
+    defect(
+        "a turned sign",
+        "training_prefers_the_chosen_answer",
+        ("np.concatenate([by_chosen, by_rejected])", "-np.concatenate([by_chosen, by_rejected])"),
+    ),
+    defect(
+        "the rejected answer has no gradient",
+        DPO_GRADIENT,
+        ("[by_chosen, by_rejected]", "[by_chosen, 0 * by_rejected]"),
+    ),
+    defect(
+        "the reference is ignored",
+        "a_policy_that_is_its_reference_has_the_loss_at_zero",
+        ("reference = batch.reference_chosen, batch.reference_rejected", "reference = 0 * chosen, 0 * rejected"),
+    ),
+    defect(
+        "no SFT term beside the loss",
+        "preference_losses_are_cores",
+        ("values - loss.sft_weight * chosen / update.tokens", "values"),
+    ),
+    defect(
+        "the last prompt token counts",
+        "preference_losses_are_cores",
+        ("mask.flat[layout.sources + 1] = True", "mask.flat[layout.sources + 1] = mask.flat[layout.sources] = True"),
+    ),
+    defect(
+        "pairs reported in another order",
+        "pairs_one_by_one_are_pairs_together",
+        ("zip(*reported, strict=True)", "zip(*reported[::-1], strict=True)"),
+    ),
+    # State.
+    defect(
+        "moments are not restored",
+        "resume_is_bit_for_bit",
+        ("dict(state.first_moments), dict(state.second_moments)", "{}, {}"),
+    ),
+    defect(
+        "steps are counted by the process",
+        "the_step_count_is_the_states",
+        ("state.optimizer_steps if state.first_moments else 0", "model.steps if state.first_moments else 0"),
+    ),
+    defect(
+        "a stage starts with the steps of the last",
+        "a_state_without_moments_starts_the_optimizer_anew",
+        ("state.optimizer_steps if state.first_moments else 0", "state.optimizer_steps or model.steps"),
+    ),
+    defect(
+        "the saved state is the live one",
+        "a_saved_state_is_a_copy",
+        ("    return moved.astype(np.float32), mean", "    value[...] = moved\n    return value, mean"),
+    ),
+    defect(
+        "a state of any configuration",
+        "a_state_of_another_configuration_is_refused",
+        ("if _adapter(model).config != state.adapter.config:", "if not _adapter(model):"),
+    ),
+    defect(
+        "the adapter is not restored",
+        "restoring_takes_over_the_adapter_that_computes",
+        ("    model.adapter = state.adapter\n", ""),
+    ),
+    # Generation.
+    defect(
+        "the second likeliest token",
+        "greedy_takes_the_likeliest_token",
+        ("int(log_probs.argmax())", "int(log_probs.argsort()[-2])"),
+    ),
+    defect(
+        "generation without the adapter",
+        "the_adapter_changes_answers_and_off_restores_them",
+        ("np.array([tokens], np.int32), adapter=adapter)", "np.array([tokens], np.int32), adapter=False)"),
+    ),
+    defect(
+        "the stop token is part of the answer",
+        "a_stop_token_ends_an_answer_and_is_not_part_of_it",
+        (
+            'return Generation(np.array(tokens[len(prompt) :], np.int32), "stop")',
+            'return Generation(np.array([*tokens[len(prompt) :], token], np.int32), "stop")',
+        ),
+    ),
+    defect(
+        "only the first stop token stops",
+        "a_stop_token_ends_an_answer_and_is_not_part_of_it",
+        ("in sampling.stop_token_ids:", "in sampling.stop_token_ids[:1]:"),
+    ),
+    defect(
+        "answers in another order",
+        "a_prompt_alone_and_among_others",
+        ("for prompt in prompts]", "for prompt in sorted(prompts, key=len)]"),
+    ),
+    defect(
+        "draws without a seed",
+        "sampling_follows_its_seed",
+        ("default_rng([sampling.seed, *prompt.tolist()])", "default_rng()"),
+    ),
+    defect(
+        "temperature multiplies",
+        "sampling_when_there_is_no_choice_is_greedy",
+        (" / sampling.temperature)", " * sampling.temperature)"),
+    ),
+    defect(
+        "draws sharper than the model",
+        "draws_follow_the_probabilities",
+        (" / sampling.temperature)", " / sampling.temperature * 3)"),
+    ),
+)
+
+MODULE = """
+import pytest
+from mindprint_hello.model_folder import write_model
+from mindprint_testing import BackendConformance
+
+class Defective:
+    capabilities = frozenset({{"sampling"}})
+
+    @pytest.fixture
+    def model_folder(self, tmp_path_factory):
+        folder = tmp_path_factory.getbasetemp() / "hello"
+        return folder if folder.exists() else write_model(folder, hidden=16)
+
+for number in range({count}):
+    bases = (Defective, BackendConformance)
+    globals()[f"Test{{number}}"] = type(f"Test{{number}}", bases, {{"backend_name": f"defect-{{number}}"}})
+"""
+
+
+def failures(defects: Sequence[Defect], *, everything: bool = False) -> list[set[str]]:
+    """The names of the tests that fail on each defect; of all tests, or only of the one that should."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        module = _install(folder, defects)
+        chosen = [f"{module}::Test{number}::{defect.caught_by}" for number, defect in enumerate(defects)]
+        report = folder / "report.xml"
+        options = ["-q", "--tb=no", "-p", "no:cacheprovider", f"--rootdir={folder}", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", *options, *([str(module)] if everything else chosen)]
+        path = os.pathsep.join([str(folder / "site"), str(EXAMPLE.parent)])
+        environment = {**os.environ, "PYTHONPATH": path}
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(f"pytest did not run the defects:\n{done.stdout}\n{done.stderr}")
+        return _failed(report, len(defects))
+
+
+def _install(folder: Path, defects: Sequence[Defect]) -> Path:
+    """A backend of each defect, as a distribution that is installed in a folder; returns the test module."""
+    source = (EXAMPLE / "plugin.py").read_text(encoding="utf-8")
+    site = folder / "site"
+    metadata = site / "defects-1.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: defects\nVersion: 1\n", encoding="utf-8")
+    points = [f"defect-{number} = defect_{number}" for number in range(len(defects))]
+    (metadata / "entry_points.txt").write_text("\n".join(["[mindprint.backends]", *points]), encoding="utf-8")
+    for number, defect in enumerate(defects):
+        (site / f"defect_{number}.py").write_text(defect.applied(source), encoding="utf-8")
+    module = folder / "test_defects_seeded.py"
+    module.write_text(MODULE.format(count=len(defects)), encoding="utf-8")
+    return module
+
+
+def _failed(report: Path, count: int) -> list[set[str]]:
+    found: list[set[str]] = [set() for _ in range(count)]
+    for case in ET.parse(report).iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            number = int(case.attrib["classname"].rpartition("Test")[2])
+            found[number].add(case.attrib["name"].partition("[")[0])
+    return found
+
+
+def caught(defects: Sequence[Defect], found: Sequence[set[str]]) -> Mapping[str, bool]:
+    """Whether the test that should caught each defect."""
+    return {defect.name: defect.caught_by in names for defect, names in zip(defects, found, strict=True)}
+
+
+def main(everything: bool) -> int:
+    found = failures(DEFECTS, everything=everything)
+    results = caught(DEFECTS, found)
+    for defect, names in zip(DEFECTS, found, strict=True):
+        by = ", ".join(sorted(names)) if everything else defect.caught_by
+        print(f"{'caught' if results[defect.name] else 'MISSED':7s} {defect.name}: {by}")
+    print(f"caught {sum(results.values())} of {len(DEFECTS)}")
+    return 0 if all(results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main("--all" in sys.argv[1:]))

@@ -1,0 +1,10 @@
+"""The backend passes the suite that every backend must pass."""
+
+from __future__ import annotations
+
+from mindprint_testing import BackendConformance
+
+
+class TestConformance(BackendConformance):
+    backend_name = "torch"
+    capabilities = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding"})
