@@ -44,8 +44,6 @@ class Copying:
     flagged: tuple[str, ...]
 
 
-def measure_copying(
-    answers: Sequence[str], training: Sequence[str], person: Sequence[str] = ()
-) -> Copying | NotScored:
+def measure_copying(answers: Sequence[str], training: Sequence[str], person: Sequence[str] = ()) -> Copying | NotScored:
     """Lay answers beside the training text and the person's own held-out text; `NotScored` if all are empty."""
     raise NotImplementedError
