@@ -187,7 +187,7 @@ def speed(works: dict[str, list[list[str]]]) -> bool:
     return verdict("1,000 answers of 200 words in under 30 s, fit included", f"{seconds:.1f} s", seconds < 30)
 
 
-def verdict(what: str, figure: str, holds: bool) -> bool:  # noqa: FBT001
+def verdict(what: str, figure: str, holds: bool) -> bool:
     print(f"{'ok    ' if holds else 'FAILED'}  {what}: {figure}")
     return bool(holds)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ from mindprint.voice.ngrams import (
 
 Float64 = NDArray[np.float64]
 
-VOCABULARY = 20_000
+VOCABULARY = 10_000
 """The commonest n-grams that a classifier looks at; rarer ones are names and subjects more than voice."""
 
 RIDGE = 1.0
@@ -85,7 +85,9 @@ class Tfidf:
         return cls((np.log((1 + documents) / (1 + frequencies)) + 1).astype(np.float32))
 
     def __call__(self, counts: Float32, /) -> Float32:
-        return unit_rows((1 + np.log(np.maximum(counts, 1))) * (counts > 0) * self.idf)
+        rows, there = np.zeros_like(counts), counts > 0
+        rows[there] = 1 + np.log(counts[there])
+        return unit_rows(rows * self.idf)
 
 
 def hellinger(counts: Float32) -> Float32:
@@ -109,12 +111,15 @@ class ZScores:
         return cls(rows.mean(axis=0), np.where(deviation > 0, deviation, 1).astype(np.float32), root)
 
     def __call__(self, counts: Float32, /) -> Float32:
-        return ((hellinger(counts) if self.root else relative(counts)) - self.mean) / self.deviation
+        rows = hellinger(counts) if self.root else relative(counts)
+        scores: Float32 = (rows - self.mean) / self.deviation
+        return scores
 
 
 def relative(counts: Float32) -> Float32:
     """Each row divided by its sum; a row of nothing stays nothing."""
-    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    shares: Float32 = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return shares
 
 
 def unit_rows(rows: Float32) -> Float32:
@@ -153,22 +158,38 @@ class RidgeMeasure:
         counts = count_matrix(documents, vocabulary)
         rows = _features(self.features, counts, frequencies)
         labels = np.repeat([1.0, -1.0], [len(own), len(background)])
-        weights, bias = ridge(rows(counts), labels)
-
-        def decide(texts: Sequence[str]) -> Float64:
-            return np.concatenate(
-                [rows(count_matrix(self.ngrams.of(part), vocabulary)) @ weights + bias for part in _parts(texts)]
-            ).astype(np.float64)
-
-        return decide
+        return FittedRidge(self.ngrams, vocabulary, rows, ridge(rows(counts), labels))
 
 
-def ridge(rows: Float32, labels: Float64, penalty: float = RIDGE) -> tuple[Float32, float]:
-    """Weights `[features]` and bias of least squares on labels ±1, both classes weighing the same in all.
+class Ridge(NamedTuple):
+    """`weights` float32 `[features]`; `left_out` float64 `[rows]`: the decision on each row of a fit without it."""
+
+    weights: Float32
+    bias: float
+    left_out: Float64
+
+
+@dataclass(frozen=True, eq=False)
+class FittedRidge:
+    """Decides by what it learned: n-grams of a text → features → weights."""
+
+    ngrams: _NGrams
+    vocabulary: UInt64
+    rows: Rows
+    learned: Ridge
+
+    def __call__(self, texts: Sequence[str], /) -> Float64:
+        parts = [self.rows(count_matrix(self.ngrams.of(part), self.vocabulary)) for part in _parts(texts)]
+        return np.concatenate([part @ self.learned.weights + self.learned.bias for part in parts]).astype(np.float64)
+
+
+def ridge(rows: Float32, labels: Float64, penalty: float = RIDGE) -> Ridge:
+    """Least squares on labels ±1, both classes weighing the same in all.
 
     Solved in the dual, so that the size of the problem is the number of rows: least-squares support vectors with an
     unpenalised bias (Suykens & Vandewalle 1999, eq. 10). The penalty is in units of the rows' mean squared length
-    about their (weighted) mean.
+    about their (weighted) mean. What a fit without row i decides on it is `y_i − α_i / (M⁻¹)_ii`, M being the system's
+    matrix (Cawley & Talbot 2007, eq. 8): no second fit is needed.
     """
     share = np.where(labels > 0, 0.5 / (labels > 0).sum(), 0.5 / (labels < 0).sum())
     kernel = (rows @ rows.T).astype(np.float64)
@@ -177,8 +198,10 @@ def ridge(rows: Float32, labels: Float64, penalty: float = RIDGE) -> tuple[Float
     system = np.ones((size + 1, size + 1))
     system[0, 0] = 0
     system[1:, 1:] = kernel + np.diag(penalty * max(spread, 1e-12) / (size * share))
-    bias, *alphas = np.linalg.solve(system, np.concatenate([[0.0], labels]))
-    return (np.array(alphas) @ rows).astype(np.float32), float(bias)
+    inverse = np.linalg.inv(system)
+    bias, *others = inverse @ np.concatenate([[0.0], labels])
+    alphas = np.array(others)
+    return Ridge((alphas @ rows).astype(np.float32), float(bias), labels - alphas / np.diag(inverse)[1:])
 
 
 def _features(kind: str, counts: Float32, frequencies: NDArray[np.int64]) -> Rows:
@@ -291,7 +314,8 @@ class TfidfCosine:
         mean = unit_rows(rows(count_matrix(documents[: len(own)], vocabulary)).mean(axis=0, keepdims=True))[0]
 
         def decide(texts: Sequence[str]) -> Float64:
-            return (rows(count_matrix(ngrams.of(texts), vocabulary)) @ mean).astype(np.float64)
+            cosines: Float64 = (rows(count_matrix(ngrams.of(texts), vocabulary)) @ mean).astype(np.float64)
+            return cosines
 
         return decide
 
@@ -312,7 +336,9 @@ class CosineDelta:
         mean = unit_rows(scores(count_matrix(documents[: len(own)], vocabulary)).mean(axis=0, keepdims=True))[0]
 
         def decide(texts: Sequence[str]) -> Float64:
-            return (unit_rows(scores(count_matrix(ngrams.of(texts), vocabulary))) @ mean).astype(np.float64)
+            rows = unit_rows(scores(count_matrix(ngrams.of(texts), vocabulary)))
+            cosines: Float64 = (rows @ mean).astype(np.float64)
+            return cosines
 
         return decide
 

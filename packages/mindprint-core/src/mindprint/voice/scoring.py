@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 import numpy as np
 
 from mindprint.contract import Bool
-from mindprint.voice.measures import Fitted, Float64, Measure, measures
+from mindprint.voice.measures import Fitted, FittedRidge, Float64, Measure, measures
 from mindprint.voice.words import passages, word_count
 
 MIN_FITTED_WORDS = 500
@@ -27,7 +28,7 @@ MIN_FITTED_WORDS = 500
 MIN_SCORED_WORDS = 100
 """What a score, a floor and a ceiling need: an interval over less says nothing."""
 
-MAX_PASSAGES = 400
+MAX_PASSAGES = 300
 """Passages fitted of either side, spread evenly over what there is: more change little and cost memory."""
 
 SHORTEST_PASSAGE, LONGEST_PASSAGE = 20, 500
@@ -96,6 +97,9 @@ def fit_scorer(
     return VoiceScorer(tuple(_standardised(m, own, background) for m in (*measures(), *extra)), length, seed)
 
 
+End = tuple[Float64, Sequence[str] | None]
+
+
 @dataclass(frozen=True, eq=False)
 class Standardised:
     """A fitted measure in units of its own spread.
@@ -140,7 +144,7 @@ class VoiceScorer:
             return found
         decided = np.stack([measure(flat) for measure in self.fitted])
         starts = np.cumsum([0, *(len(part) for part in pieces)])
-        for index, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        for index, (start, end) in enumerate(pairwise(starts)):
             if end > start:
                 found[:, index] = decided[:, start:end].mean(axis=1)
         return found
@@ -150,22 +154,26 @@ class VoiceScorer:
 
         `NotScored` where an end has too few words, or where the two differ by no more than chance.
         """
-        for whose, texts in (("the floor", floor), ("the person's held-out text", ceiling)):
+        return self.scale(
+            (np.stack([measure.background for measure in self.fitted]), None)
+            if floor is None
+            else (self.by_measure(floor), floor),
+            (np.stack([measure.own for measure in self.fitted]), None)
+            if ceiling is None
+            else (self.by_measure(ceiling), ceiling),
+        )
+
+    def scale(self, floor: End, ceiling: End) -> Scale | NotScored:
+        """`calibrated`, from decisions float64 `[measures, texts]` and the texts that they are on (None: fitted)."""
+        for whose, (_, texts) in (("the floor", floor), ("the person's held-out text", ceiling)):
             count = MIN_SCORED_WORDS if texts is None else word_count(texts)
             if count < MIN_SCORED_WORDS:
                 return NotScored(f"{whose} has {count} words: {MIN_SCORED_WORDS} are needed", count)
-        low = self._end(floor, np.stack([measure.background for measure in self.fitted]))
-        high = self._end(ceiling, np.stack([measure.own for measure in self.fitted]))
-        scale = Scale(self, low, high)
-        if np.quantile(scale.drawn_ends()[1] - scale.drawn_ends()[0], 0.025) <= 0:
+        scale = Scale(self, *(found[:, ~np.isnan(found[0])] for found, _ in (floor, ceiling)))
+        low, high = scale.drawn_ends()
+        if np.quantile(high - low, 0.025) <= 0:
             return NotScored("the person's held-out text cannot be told from the floor: there is no scale between them")
         return scale
-
-    def _end(self, texts: Sequence[str] | None, left_out: Float64) -> Float64:
-        if texts is None:
-            return left_out
-        found = self.by_measure(texts)
-        return found[:, ~np.isnan(found[0])]
 
     def combined(self, found: Float64) -> Float64:
         """The mean of the built-in measures: float64 `[measures, texts]` to `[texts]`."""
@@ -187,8 +195,11 @@ class Scale:
 
         `NotScored` where there is no text, none has a word, or all have too few together.
         """
+        return self.score_decided(self.scorer.by_measure(texts), texts)
+
+    def score_decided(self, found: Float64, texts: Sequence[str]) -> VoiceScore | NotScored:
+        """The same of texts on which the measures have decided already: `found` is float64 `[measures, texts]`."""
         count = word_count(texts)
-        found = self.scorer.by_measure(texts)
         empty = np.isnan(found[0])
         if empty.all():
             return NotScored(f"all {len(texts)} answers are empty" if texts else "there are no answers")
@@ -229,18 +240,25 @@ class Scale:
 
 
 def _standardised(measure: Measure, own: Sequence[str], background: Sequence[str]) -> Standardised:
+    fitted = measure.fit(own, background)
+    decided = fitted.learned.left_out if isinstance(fitted, FittedRidge) else _by_folds(measure, own, background)
+    person, others = decided[: len(own)], decided[len(own) :]
+    centre = float(others.mean())
+    spread = float(np.sqrt((person.var() + others.var()) / 2)) or 1.0
+    built_in = any(measure is one for one in measures())
+    return Standardised(
+        measure.name, built_in, fitted, centre, spread, (person - centre) / spread, (others - centre) / spread
+    )
+
+
+def _by_folds(measure: Measure, own: Sequence[str], background: Sequence[str]) -> Float64:
+    """Decisions on all texts, own first, each by a fit without its fifth of them."""
     person, others = np.empty(len(own)), np.empty(len(background))
     for fold in range(FOLDS):
         part = slice(fold, None, FOLDS)
         fitted = measure.fit(_without(own, fold), _without(background, fold))
         person[part], others[part] = fitted(own[part]), fitted(background[part])
-    centre = float(others.mean())
-    spread = float(np.sqrt((person.var() + others.var()) / 2)) or 1.0
-    built_in = any(measure is one for one in measures())
-    fitted = measure.fit(own, background)
-    return Standardised(
-        measure.name, built_in, fitted, centre, spread, (person - centre) / spread, (others - centre) / spread
-    )
+    return np.concatenate([person, others])
 
 
 def _without(texts: Sequence[str], fold: int) -> list[str]:
