@@ -175,6 +175,14 @@ class GenerationConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling.")
 
 
+class VoiceConfig(Section):
+    """How `eval` scores the voice."""
+
+    scorers: dict[str, dict[str, Any]] = Field(
+        {}, description="Scorer plugins by name, each with its settings: `lexicon`, or any installed one."
+    )
+
+
 class Config(Section):
     """A whole run."""
 
@@ -186,6 +194,7 @@ class Config(Section):
     dpo: DpoConfig = DpoConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     generation: GenerationConfig = GenerationConfig()
+    voice: VoiceConfig = VoiceConfig()
     seed: Annotated[int, Field(ge=0, description="Order, initial adapter and dropout follow from it.")] = 0
 
     @model_validator(mode="after")

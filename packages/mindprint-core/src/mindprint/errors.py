@@ -50,6 +50,10 @@ class ContractError(BackendError, TypeError):
     """A backend's hook returned something that the contract does not allow; the message names hook and finding."""
 
 
+class ScorerError(MindprintError, RuntimeError):
+    """A scorer plugin that the configuration names is missing or broken."""
+
+
 class GuardError(MindprintError, RuntimeError):
     """Training was stopped because continuing would corrupt the result in silence."""
 

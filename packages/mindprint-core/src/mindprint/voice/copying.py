@@ -53,7 +53,7 @@ class Copying:
 
     `longest` is over all answers. `copy_rate`: share of the answers' words that stand in a verbatim overlap of `N` or
     more words. `recited`: share of answers of which half or more is one overlap. `self_bleu`: mean BLEU-4 of each
-    answer against all others, 0 to 1; None for fewer than two answers. `words`: mean length of an answer; `length`: over
+    answer against all others, 0 to 1; None for fewer than two answers. `words`: mean length of an answer; `length`: by
     the person's mean. The `person_` figures are those of the held-out text of the person, who repeats too; None without
     such. `flagged` says in words what is wrong; it is empty where nothing is.
     """

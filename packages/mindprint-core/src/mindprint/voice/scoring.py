@@ -31,6 +31,9 @@ MIN_SCORED_WORDS = 100
 MAX_PASSAGES = 300
 """Passages fitted of either side, spread evenly over what there is: more change little and cost memory."""
 
+ENOUGH_PASSAGES = 20
+"""Passages of either side from which a classifier learns something; longer texts are cut into that many."""
+
 SHORTEST_PASSAGE, LONGEST_PASSAGE = 20, 500
 """Words of a passage: between these, as many as the person's texts have in the middle."""
 
@@ -89,7 +92,7 @@ def fit_scorer(
         count = word_count(texts)
         if count < MIN_FITTED_WORDS:
             return NotScored(f"{count:,} words {whose}: {MIN_FITTED_WORDS} are needed to fit a voice", count)
-    length = passage_words or _passage_length(reference.own)
+    length = passage_words or _passage_length(reference)
     own, background = (_spread(_cut(texts, length)) for texts in (reference.own, reference.background))
     for whose, pieces in (("the person's training text", own), ("the background", background)):
         if len(pieces) < FOLDS:
@@ -276,9 +279,11 @@ def _spread(texts: list[str]) -> list[str]:
     return [texts[index * len(texts) // MAX_PASSAGES] for index in range(MAX_PASSAGES)]
 
 
-def _passage_length(own: Sequence[str]) -> int:
-    typical = int(median(word_count([text]) for text in own))
-    return min(max(typical, SHORTEST_PASSAGE), LONGEST_PASSAGE)
+def _passage_length(reference: VoiceReference) -> int:
+    """As the person's texts are, in the middle; shorter where either side would make too few passages of that."""
+    typical = int(median(word_count([text]) for text in reference.own if text.strip()))
+    least = min(word_count(reference.own), word_count(reference.background))
+    return min(max(min(typical, least // ENOUGH_PASSAGES), SHORTEST_PASSAGE), LONGEST_PASSAGE)
 
 
 def _resampled(values: Float64, rng: np.random.Generator) -> Float64:
