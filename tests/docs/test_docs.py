@@ -101,3 +101,9 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     config.write_text(re.sub(r"steps_per_topic: \d+", "steps_per_topic: 1", short), encoding="utf-8")
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300)
     assert "my-voice/runs/run-001/adapter" in done.stdout
+
+
+def test_the_voice_pages_python_scores_the_person_as_the_person() -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "voice.md").read_text(encoding="utf-8"), re.DOTALL)[-1]
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    assert float(done.stdout) == pytest.approx(1)

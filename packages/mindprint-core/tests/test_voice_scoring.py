@@ -10,6 +10,7 @@ import pytest
 from voice_samples import writer
 
 from mindprint.voice.assessment import HeldOutAnswers, assess
+from mindprint.voice.copying import Copying
 from mindprint.voice.measures import Float64
 from mindprint.voice.scoring import NotScored, Scale, VoiceReference, VoiceScore, VoiceScorer, fit_scorer
 
@@ -205,9 +206,25 @@ def rows(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_on_the_sample_curriculum_held_out_text_scores_one_and_plain_answers_nought() -> None:
+def curriculum() -> VoiceReference:
     own = [row["completion"] for row in rows("sft.jsonl")] + [row["chosen"] for row in rows("preferences.jsonl")]
-    fitted = fit_scorer(VoiceReference(tuple(own), tuple(row["rejected"] for row in rows("preferences.jsonl"))))
+    return VoiceReference(tuple(own), tuple(row["rejected"] for row in rows("preferences.jsonl")))
+
+
+def test_a_model_that_recites_is_flagged_not_praised() -> None:
+    """It scores as the person does, for it is her text; what stands beside the score says so."""
+    reference, held_out = curriculum(), rows("heldout.jsonl")
+    columns = [[row[name] for row in held_out] for name in ("topic", "prompt", "chosen", "rejected")]
+    for tuned, flagged in ((reference.own[: len(held_out)], True), (tuple(columns[2]), False)):
+        found = assess(reference, HeldOutAnswers(*(tuple(column) for column in columns), tuned)).overall
+        assert score(found.tuned).value > 0.9
+        assert isinstance(found.copying, Copying)
+        assert any("recites training text" in flag for flag in found.copying.flagged) is flagged
+        assert found.copying.recited == (1 if flagged else 0)
+
+
+def test_on_the_sample_curriculum_held_out_text_scores_one_and_plain_answers_nought() -> None:
+    fitted = fit_scorer(curriculum())
     assert isinstance(fitted, VoiceScorer)
     held_out = rows("heldout.jsonl")
     halves = [held_out[::2], held_out[1::2]]

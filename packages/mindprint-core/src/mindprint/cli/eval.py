@@ -12,16 +12,16 @@ from mindprint.cli.generate import backend_section, where
 from mindprint.cli.output import emit, json_option, notice, say, table
 from mindprint.config import ConfigFile, DataConfig, make_config
 from mindprint.data.render import PreferenceExample, render_preferences
-from mindprint.data.rows import PreferenceRow, read_rows
+from mindprint.data.rows import PreferenceRow, Rows, read_rows
 from mindprint.data.tokenizer import Tokenizer
 from mindprint.errors import DataError
 from mindprint.inference import Located, OpenedAdapter, locate_adapter, open_adapter, read_heldout
 from mindprint.plugins import load_scorers
-from mindprint.voice.answers import answer_held_out, reference_of
+from mindprint.voice.answers import answer_held_out, reference_of, unseen
 from mindprint.voice.assessment import Assessed, Assessment, assess
 from mindprint.voice.copying import Copying
 from mindprint.voice.evaluation import Evaluation, Measured, evaluate_heldout
-from mindprint.voice.scoring import NotScored, VoiceReference, VoiceScore
+from mindprint.voice.scoring import NotScored, VoiceScore
 
 HEADER = ("topic", "pairs", "prefers chosen", "a token", "margin", "perplexity", "reward accuracy")
 
@@ -76,12 +76,17 @@ def command(
         _show_voice(assessment)
 
 
-def _assess(opened: OpenedAdapter, file: ConfigFile, held_out: Sequence[PreferenceRow]) -> Assessment:
-    """Score the model's answers to held-out prompts; an adapter in no run has no training text to know the voice by."""
-    known = opened.located.config is not None
-    reference = reference_of(read_rows(file)) if known else VoiceReference((), ())
+def _assess(opened: OpenedAdapter, file: ConfigFile, held_out: tuple[PreferenceRow, ...]) -> Assessment:
+    """Score the model's answers to prompts that it has not seen.
+
+    An adapter that lies in no run has no training text to know the voice by: then nothing is scored, and it says so.
+    """
     extra = load_scorers(file.config.voice.scorers)
-    return assess(reference, answer_held_out(opened, held_out), extra=extra, seed=file.config.seed)
+    rows = Rows((), (), held_out) if opened.located.config is None else read_rows(file)
+    scored = unseen(rows)
+    if len(scored) < len(held_out):
+        notice(f"{len(held_out) - len(scored)} held-out rows stand in the training data: not scored", warning=True)
+    return assess(reference_of(rows), answer_held_out(opened, scored), extra=extra, seed=file.config.seed)
 
 
 def _heldout_config(located: Located, heldout: Path | None) -> ConfigFile:
@@ -130,10 +135,8 @@ def _show_voice(assessment: Assessment) -> None:
     rows = [*assessment.topics.items(), ("all", assessment.overall)]
     say()
     say(table(VOICE_HEADER, [_voice_row(*row) for row in rows], numbers=range(1, len(VOICE_HEADER))))
-    for name in ("tuned", "untuned"):
-        score = getattr(assessment.overall, name)
-        if isinstance(score, NotScored):
-            notice(f"the voice of the {name} model could not be scored: {score.reason}", warning=True)
+    if isinstance(assessment.overall.tuned, NotScored):
+        notice(f"the voice could not be scored: {assessment.overall.tuned.reason}", warning=True)
     for flag in getattr(assessment.overall.copying, "flagged", ()):
         notice(f"tuned model: {flag}", warning=True)
 

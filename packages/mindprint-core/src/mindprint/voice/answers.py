@@ -11,14 +11,22 @@ from mindprint.voice.scoring import VoiceReference
 
 
 def reference_of(rows: Rows) -> VoiceReference:
-    """The person's training text (each once) against the rejected answers; nothing that stands in the held-out rows."""
-    held_out = {text_of(side) for row in rows.heldout for side in (row.chosen, row.rejected)}
+    """The person's training text against the rejected answers, each text once."""
     spoken = [text for row in rows.sft for text in _answers(row.completion)]
     preferred = [text for row in rows.preferences for text in _answers(row.chosen)]
     rejected = [text for row in rows.preferences for text in _answers(row.rejected)]
-    own = dict.fromkeys(text for text in (*spoken, *preferred) if text not in held_out)
-    background = dict.fromkeys(text for text in rejected if text not in held_out and text not in own)
-    return VoiceReference(tuple(own), tuple(background))
+    own = dict.fromkeys((*spoken, *preferred))
+    return VoiceReference(tuple(own), tuple(text for text in dict.fromkeys(rejected) if text not in own))
+
+
+def unseen(rows: Rows) -> tuple[PreferenceRow, ...]:
+    """The held-out rows of which neither the prompt nor an answer stands in a training row."""
+    reference = reference_of(rows)
+    prompts = [row.prompt for row in rows.sft if row.prompt is not None] + [row.prompt for row in rows.preferences]
+    seen = {*reference.own, *reference.background, *(text_of(prompt) for prompt in prompts)}
+    return tuple(
+        row for row in rows.heldout if seen.isdisjoint(text_of(part) for part in (row.prompt, row.chosen, row.rejected))
+    )
 
 
 def answer_held_out(opened: OpenedAdapter, rows: Sequence[PreferenceRow]) -> HeldOutAnswers:

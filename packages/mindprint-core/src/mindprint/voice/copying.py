@@ -71,11 +71,14 @@ class Copying:
 
 
 def measure_copying(answers: Sequence[str], training: Sequence[str], person: Sequence[str] = ()) -> Copying | NotScored:
-    """Lay answers beside the training text and the person's own held-out text; `NotScored` if all are empty."""
+    """Lay answers beside the training text and the person's own held-out text; `NotScored` if either has no word."""
     split = [words(answer) for answer in answers]
     if not any(split):
         return NotScored(f"all {len(split)} answers are empty" if split else "there are no answers")
-    index = TrainingText([words(text) for text in training])
+    sources = [words(text) for text in training]
+    if not any(sources):
+        return NotScored("there is no training text to lay the answers beside")
+    index = TrainingText(sources)
     own = [spoken for text in person if (spoken := words(text))]
     mine, theirs = _against(index, split), _against(index, own) if own else None
     length = float(np.mean([len(answer) for answer in split]))
