@@ -76,6 +76,8 @@ def _names(annotation: object) -> Iterator[str]:
         yield ", ".join(f"`{value}`" for value in typing.get_args(annotation))
     elif origin is list:
         yield f"list of {_type(typing.get_args(annotation)[0])}"
+    elif origin is dict:
+        yield "settings by name"
     elif annotation is type(None):
         yield "null"
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):

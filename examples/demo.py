@@ -22,6 +22,7 @@ ACCURACY = (
     0.90  # of held-out pairs, the share whose implicit DPO reward is higher for the voice (TRL's rewards/accuracies)
 )
 PERPLEXITY = 0.5  # of held-out answers in the voice, after over before
+VOICES = 0.05  # of the greater voice score, how far apart the backends' may be
 CURVES = {"sft": 1e-5, "dpo": 1e-3}  # times (1 + loss), over the first 100 steps of a stage
 CURVES_TO_THE_END = 1e-3
 SECONDS = 300
@@ -35,6 +36,7 @@ def main() -> int:
     prompts = questions(project / "data" / "heldout.jsonl")
     measured = {name: one_backend(project, name, prompts) for name in options.backends}
     results = [check for name, facts in measured.items() for check in voice_checks(name, facts)]
+    results += same_voice_checks(measured)
     runs = [project / "runs" / name for name in options.backends]
     for other in runs[1:]:
         results += curve_checks(runs[0], other)
@@ -77,6 +79,7 @@ def one_backend(project: Path, name: str, prompts: list[str]) -> dict[str, Any]:
     mindprint("train", str(project), f"backend.type={name}", "backend.dtype=float32", "--run", run)
     facts: dict[str, Any] = mindprint("eval", run, as_json=True)
     show_voice(name, facts["overall"])
+    show_score(facts["voice"])
     asked = [word for prompt in prompts for word in ("--prompt", prompt)]
     for answer in mindprint("generate", run, *asked, as_json=True)["prompts"]:
         print(f"\n  {answer['prompt']}\n    before: {answer['base']}\n    after:  {answer['adapter']}")
@@ -95,13 +98,39 @@ def show_voice(name: str, overall: dict[str, Any]) -> None:
     print(f"    {what:50s} {'':9s} {overall['reward_accuracy']:9.3f}")
 
 
+def show_score(voice: dict[str, Any]) -> None:
+    """The voice of the model's own answers, or why it could not be scored."""
+    sides = [voice["overall"][side] for side in ("untuned", "tuned")]
+    shown = [f"{side['value']:9.2f}" if "value" in side else f" ({side['reason']})" for side in sides]
+    print(f"    {'voice of its answers (1: the person)':50s} {' '.join(shown)}")
+
+
 def voice_checks(name: str, facts: dict[str, Any]) -> list[tuple[str, str, bool]]:
     base, tuned = facts["overall"]["base"], facts["overall"]["adapter"]
     accuracy, ratio = facts["overall"]["reward_accuracy"], tuned["perplexity"] / base["perplexity"]
     return [
         (f"{name}: held-out preference accuracy at least {ACCURACY}", f"{accuracy:.3f}", accuracy >= ACCURACY),
         (f"{name}: held-out perplexity at most {PERPLEXITY} of what it was", f"{ratio:.3f}", ratio <= PERPLEXITY),
+        score_check(name, facts["voice"]["overall"]),
     ]
+
+
+def score_check(name: str, voice: dict[str, Any]) -> tuple[str, str, bool]:
+    """Whether the tuned model's voice lies above the untuned one's whole interval, and recites nothing."""
+    untuned, tuned, flags = voice["untuned"], voice["tuned"], voice["copying"].get("flagged", ["no answers"])
+    what = f"{name}: the voice of its answers is above the untuned model's interval, and is not recited"
+    if "value" not in untuned or "value" not in tuned:
+        return what, "could not be scored", False
+    figure = f"{tuned['value']:.2f} ({tuned['low']:.2f} to {tuned['high']:.2f}), untuned up to {untuned['high']:.2f}"
+    return what, "; ".join([figure, *flags]), tuned["low"] > untuned["high"] and not flags
+
+
+def same_voice_checks(measured: dict[str, dict[str, Any]]) -> list[tuple[str, str, bool]]:
+    """Whether the backends' tuned models have the same voice."""
+    values = [facts["voice"]["overall"]["tuned"].get("value", float("nan")) for facts in measured.values()]
+    apart = (max(values) - min(values)) / max(values)
+    what = f"the voice scores of {' and '.join(measured)} are within {VOICES:.0%}"
+    return [(what, f"{apart:.1%}", apart <= VOICES)] if len(values) > 1 else []
 
 
 def curve_checks(first: Path, second: Path) -> list[tuple[str, str, bool]]:

@@ -179,3 +179,9 @@ def test_every_command_line_is_one(page: Path) -> None:
         command = group.get_command(click.Context(group), name)
         assert command is not None, line
         command.make_context(name, words)
+
+
+def test_the_voice_pages_python_scores_the_person_as_the_person() -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "voice.md").read_text(encoding="utf-8"), re.DOTALL)[-1]
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    assert float(done.stdout) == pytest.approx(1)

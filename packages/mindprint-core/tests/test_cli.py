@@ -101,7 +101,15 @@ def test_init_train_generate_eval(run: Run, voice: str) -> None:
 
     evaluated = run("eval", voice)
     assert evaluated.code == 0
-    assert [line.split()[:2] for line in evaluated.out.splitlines()[1:]] == [["sea", "1"], ["land", "2"], ["all", "3"]]
+    pairs, answers = evaluated.out.split("\n\n")
+    assert [line.split()[:2] for line in pairs.splitlines()[1:]] == [["sea", "1"], ["land", "2"], ["all", "3"]]
+    assert [line.split()[0] for line in answers.splitlines()[1:]] == ["all"]
+    assert answers.count("not scored") == 2
+    assert "warning: 3 held-out rows stand in the training data: not scored\n" in evaluated.err
+    assert "the voice could not be scored: " in evaluated.err and "500 are needed to fit a voice" in evaluated.err
+    as_json = run("eval", voice, "--json").json
+    assert set(as_json["voice"]["overall"]["tuned"]) == {"reason", "words"}
+    assert run("eval", voice, "--no-answers", "--json").json == {**as_json, "voice": None}
     assert "only 3 held-out pairs, so that one of them moves an accuracy by 33%" in evaluated.err
 
 
@@ -165,8 +173,12 @@ def test_an_adapter_without_its_run_names_its_base(run: Run, voice: str, toy_mod
     moved = run("generate", "elsewhere", "--model", toy_model, *options).json["prompts"]
     assert moved == run("generate", voice, *options).json["prompts"]
     assert "heldout.jsonl" in run("eval", "elsewhere", "--model", toy_model).error
-    given = run("eval", "elsewhere", "--model", toy_model, "--heldout", "voice/data/heldout.jsonl", "--backend", "toy")
-    assert given.out == run("eval", voice).out
+    heldout = ["--heldout", "voice/data/heldout.jsonl", "--backend", "toy"]
+    given = run("eval", "elsewhere", "--model", toy_model, *heldout, "--no-answers")
+    assert given.out == run("eval", voice, "--no-answers").out
+    unknown = run("eval", "elsewhere", "--model", toy_model, *heldout)
+    assert unknown.out.startswith(given.out) and unknown.code == 0
+    assert "the voice could not be scored: 0 words of the person's training text" in unknown.err
 
 
 def test_verify(run: Run, voice: str) -> None:

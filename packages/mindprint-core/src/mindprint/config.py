@@ -193,6 +193,14 @@ class FingerprintConfig(Section):
     )
 
 
+class VoiceConfig(Section):
+    """How `eval` scores the voice."""
+
+    scorers: dict[str, dict[str, Any]] = Field(
+        {}, description="Scorer plugins by name, each with its settings: `lexicon`, or any installed one."
+    )
+
+
 class Config(Section):
     """A whole run."""
 
@@ -208,6 +216,7 @@ class Config(Section):
     trackers: Annotated[
         list[str], Field(description="Plugins that watch the run: `tensorboard`, `wandb` (offline).")
     ] = []
+    voice: VoiceConfig = VoiceConfig()
     seed: Annotated[int, Field(ge=0, description="Order, initial adapter and dropout follow from it.")] = 0
 
     @model_validator(mode="after")

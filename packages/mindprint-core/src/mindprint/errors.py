@@ -62,6 +62,10 @@ class NotFiniteError(ContractError):
     """A model computed log-probs that are NaN or infinite: its weights or its adapter's are, or overflow."""
 
 
+class ScorerError(MindprintError, RuntimeError):
+    """A scorer plugin that the configuration names is missing or broken."""
+
+
 class GuardError(MindprintError, RuntimeError):
     """Training was stopped because continuing would corrupt the result in silence."""
 

@@ -11,7 +11,7 @@ place; a functional framework can keep its parameters in a handle of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from mindprint.events import Event
     from mindprint.losses import PreferenceLoss
+    from mindprint.voice.measures import Measure
 
 PROJECT = "mindprint"
 
@@ -137,3 +138,12 @@ def mindprint_restore(model: Any, state: TrainingState) -> bool:  # type: ignore
 @hookspec
 def mindprint_event(event: Event) -> None:
     """Watch a run: called for every event of `mindprint.events`, in order, after core's own files are written."""
+
+
+@hookspec
+def mindprint_scorers(settings: Mapping[str, object]) -> Sequence[Measure]:  # type: ignore[empty-body]
+    """Provide measures of a voice, shown beside the score of core and never averaged into it.
+
+    `settings` is what stands under the plugin's name in `voice.scorers`. Raises `mindprint.errors.ConfigError` for
+    settings that it does not understand. Such a plugin stands in the entry-point group `mindprint.scorers`.
+    """

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pluggy
 
 from mindprint import hookspecs
 from mindprint.entries import DISABLE, disabled, entry_points
-from mindprint.errors import BackendError, PluginError
+from mindprint.errors import BackendError, PluginError, ScorerError
 from mindprint.hookspecs import SUPPORTED_HOOK_APIS
 from mindprint.tracing import trace_if_asked
+
+if TYPE_CHECKING:
+    from mindprint.voice.measures import Measure
 
 BACKENDS = "mindprint.backends"
 SCORERS = "mindprint.scorers"
@@ -186,6 +190,37 @@ def observer_hooks(observers: Iterable[object]) -> pluggy.HookRelay:
         manager.register(observer)
     manager.check_pending()
     return manager.hook
+
+
+def load_scorers(wanted: Mapping[str, Mapping[str, object]]) -> tuple[Measure, ...]:
+    """The measures of the scorer plugins that a configuration names, each with its settings.
+
+    Raises `ScorerError` for one that is not installed, claimed twice, broken, or without the hook.
+    """
+    return tuple(measure for name, settings in wanted.items() for measure in _scorer(name, settings))
+
+
+def _scorer(name: str, settings: Mapping[str, object]) -> Sequence[Measure]:
+    plugins = installed(SCORERS)
+    matches = [plugin for plugin in plugins if plugin.name == name]
+    if len(matches) != 1:
+        have = ", ".join(plugin.name for plugin in plugins) or "none"
+        claimants = " and ".join(f"{plugin.distribution} {plugin.version}" for plugin in matches)
+        raise ScorerError(
+            f"voice.scorers.{name}: is claimed by {claimants}; uninstall one of them"
+            if matches
+            else f"voice.scorers.{name}: is not installed (installed: {have})"
+        )
+    try:
+        hooks = observer_hooks([importlib.import_module(matches[0].module)])
+    except Exception as error:
+        raise ScorerError(
+            f"scorer {name!r} ({matches[0].distribution} {matches[0].version}) failed to load: "
+            f"{type(error).__name__}: {error}; reinstall it, or take it out of voice.scorers"
+        ) from error
+    if not hooks.mindprint_scorers.get_hookimpls():
+        raise ScorerError(f"scorer {name!r} ({matches[0].distribution}) does not implement mindprint_scorers")
+    return [measure for found in hooks.mindprint_scorers(settings=settings) for measure in found]
 
 
 @cache

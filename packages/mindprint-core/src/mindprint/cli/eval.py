@@ -1,4 +1,4 @@
-"""`mindprint eval`: the voice on held-out pairs, before and after training."""
+"""`mindprint eval`: the voice on held-out pairs and in answers to their prompts, before and after training."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from mindprint.cli.generate import backend_section, where
 from mindprint.cli.output import emit, json_option, notice, say, table
 from mindprint.config import ConfigFile, DataConfig, make_config
 from mindprint.data.render import PreferenceExample, render_preferences
-from mindprint.data.rows import PreferenceRow
+from mindprint.data.rows import PreferenceRow, Rows, read_rows
 from mindprint.data.tokenizer import Tokenizer
 from mindprint.errors import DataError
-from mindprint.inference import Located, locate_adapter, open_adapter, read_heldout
+from mindprint.inference import Located, OpenedAdapter, locate_adapter, open_adapter, read_heldout
+from mindprint.plugins import load_scorers
+from mindprint.voice.answers import answer_held_out, reference_of, unseen
+from mindprint.voice.assessment import Assessed, Assessment, assess
+from mindprint.voice.copying import Copying
 from mindprint.voice.evaluation import Evaluation, Measured, evaluate_heldout
+from mindprint.voice.scoring import NotScored, VoiceScore
 
 HEADER = ("topic", "pairs", "prefers chosen", "a token", "margin", "perplexity", "reward accuracy")
 
@@ -27,9 +32,17 @@ HEADER = ("topic", "pairs", "prefers chosen", "a token", "margin", "perplexity",
 @click.option("--backend", help="auto, torch, mlx, ...; default: the run's.")
 @click.option("--device", help="auto, cpu, cuda, mps, metal; default: the run's.")
 @click.option("--model", help="Where the base model is, if not where the run or the adapter says.")
+@click.option("--answers/--no-answers", default=True, show_default=True, help="Let it answer, and score the voice.")
 @json_option
 def command(
-    *, path: Path, heldout: Path | None, backend: str | None, device: str | None, model: str | None, as_json: bool
+    *,
+    path: Path,
+    heldout: Path | None,
+    backend: str | None,
+    device: str | None,
+    model: str | None,
+    answers: bool,
+    as_json: bool,
 ) -> None:
     """Measure the voice on held-out pairs, before and after training.
 
@@ -38,6 +51,10 @@ def command(
     `prefers chosen` is the share of pairs whose chosen answer is the more probable as a whole, `a token` on the mean of
     its tokens; margins are log p(chosen) - log p(rejected) in nats, perplexity is that of the chosen answers. `reward
     accuracy` is the share of pairs in which training raised the chosen answer more than the rejected one.
+
+    `voice` is that of the model's own answers to the held-out prompts, where 0 is the untuned model and 1 the person's
+    held-out answers, with its 95 % interval; docs/voice.md says what it can tell. What cannot be scored says
+    why.
     """
     file = _heldout_config(locate_adapter(path), heldout)
     rows = read_heldout(file).heldout
@@ -49,11 +66,27 @@ def command(
     with open_adapter(path, backend_section(backend, device), model=model, notice=notice) as opened:
         examples = _rendered(rows, opened.tokenizer, file.config.data)
         evaluation = evaluate_heldout(opened.backend, opened.model, examples, opened.tokenizer.pad_id)
+        assessment = _assess(opened, file, rows) if answers else None
         facts = where(opened)
     if as_json:
-        emit({**facts, **asdict(evaluation)})
-    else:
-        _show(evaluation)
+        emit({**facts, **asdict(evaluation), "voice": asdict(assessment) if assessment else None})
+        return
+    _show(evaluation)
+    if assessment:
+        _show_voice(assessment)
+
+
+def _assess(opened: OpenedAdapter, file: ConfigFile, held_out: tuple[PreferenceRow, ...]) -> Assessment:
+    """Score the model's answers to prompts that it has not seen.
+
+    An adapter that lies in no run has no training text to know the voice by: then nothing is scored, and it says so.
+    """
+    extra = load_scorers(file.config.voice.scorers)
+    rows = Rows((), (), held_out) if opened.located.config is None else read_rows(file)
+    scored = unseen(rows)
+    if len(scored) < len(held_out):
+        notice(f"{len(held_out) - len(scored)} held-out rows stand in the training data: not scored", warning=True)
+    return assess(reference_of(rows), answer_held_out(opened, scored), extra=extra, seed=file.config.seed)
 
 
 def _heldout_config(located: Located, heldout: Path | None) -> ConfigFile:
@@ -93,3 +126,32 @@ def _row(topic: str, measured: Measured) -> tuple[str, ...]:
         f"{base.perplexity:.1f} → {adapter.perplexity:.1f}",
         f"{measured.reward_accuracy:.0%}",
     )
+
+
+VOICE_HEADER = ("topic", "answers", "words", "voice untuned", "voice tuned", "copied", "longest copy", "length")
+
+
+def _show_voice(assessment: Assessment) -> None:
+    rows = [*assessment.topics.items(), ("all", assessment.overall)]
+    say()
+    say(table(VOICE_HEADER, [_voice_row(*row) for row in rows], numbers=range(1, len(VOICE_HEADER))))
+    if isinstance(assessment.overall.tuned, NotScored):
+        notice(f"the voice could not be scored: {assessment.overall.tuned.reason}", warning=True)
+    for flag in getattr(assessment.overall.copying, "flagged", ()):
+        notice(f"tuned model: {flag}", warning=True)
+
+
+def _voice_row(topic: str, assessed: Assessed) -> tuple[str, ...]:
+    tuned, copying = assessed.tuned, assessed.copying
+    counts = (str(tuned.texts), str(tuned.words)) if isinstance(tuned, VoiceScore) else ("-", str(tuned.words))
+    copied = ("-", "-", "-")
+    if isinstance(copying, Copying):
+        length = "-" if copying.length is None else f"{copying.length:.2f}"
+        copied = (f"{copying.copy_rate:.0%}", f"{copying.longest.words} words", length)
+    return (topic, *counts, _interval(assessed.untuned), _interval(tuned), *copied)
+
+
+def _interval(score: VoiceScore | NotScored) -> str:
+    if isinstance(score, NotScored):
+        return "not scored"
+    return f"{score.value:.2f} ({score.low:.2f} to {score.high:.2f})"

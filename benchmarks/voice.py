@@ -1,0 +1,196 @@
+"""Can the voice score tell an author whom it has read in one work from others, in another work?
+
+    python benchmarks/voice.py FOLDER [--seeds 3]
+
+FOLDER holds a folder an author with two works each (`austen/emma.txt`, ...). The scorer is fitted on 20 passages of one
+work of an author, with 20 passages each of the other authors as background, and decides on passages of the author's
+*other* work and of other works of the others. Both directions, several seeds. Prints the area under the ROC curve by
+author and passage length, for the combined score, each measure in it, and the two classical measures beside it; then
+what text that nothing was fitted on scores between floor and ceiling; then the time that 1,000 answers take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mindprint.voice.measures import CosineDelta, TfidfCosine
+from mindprint.voice.scoring import NotScored, Scale, VoiceReference, VoiceScore, VoiceScorer, fit_scorer
+
+LENGTHS = (100, 250, 500)
+AT_LEAST = {100: 0.86, 250: 0.93, 500: 0.96}
+REFERENCE = 20
+TESTED = 40
+EDGES = 500  # words left out at both ends of a work: title pages, tables of contents, notes
+SCORED_TOGETHER = 20  # passages behind one calibrated score
+
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One author, one direction, one seed."""
+
+    author: str
+    reference: VoiceReference
+    own: list[str]
+    others: list[str]
+    held_out: list[str]  # of the work that the reference is from
+    held_out_background: list[str]
+
+
+def main() -> int:
+    options = arguments()
+    works = read(options.folder)
+    print(f"{len(works)} authors, {REFERENCE} passages each, {TESTED} tested of each author, {options.seeds} seeds\n")
+    holds = [discrimination(works, length, options.seeds) for length in LENGTHS]
+    print()
+    holds += [calibration(works, length) for length in LENGTHS]
+    print()
+    holds.append(speed(works))
+    return 0 if all(holds) else 1
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    return parser.parse_args()
+
+
+def read(folder: Path) -> dict[str, list[list[str]]]:
+    """The words of each author's first two works, as separated by spaces."""
+    authors = sorted(path for path in folder.iterdir() if path.is_dir())
+    works = {a.name: [w.read_text(encoding="utf-8").split() for w in sorted(a.glob("*.txt"))[:2]] for a in authors}
+    short = [name for name, texts in works.items() if len(texts) < 2]
+    if short or len(works) < 2:
+        raise SystemExit(f"{folder}: needs two authors or more, with two works each ({', '.join(short) or 'too few'})")
+    return works
+
+
+def trials(works: dict[str, list[list[str]]], length: int, seed: int) -> Iterator[Trial]:
+    for direction in (0, 1):
+        rng = np.random.default_rng([seed, direction, length])
+        known = {a: passages(texts[direction], length, REFERENCE + SCORED_TOGETHER, rng) for a, texts in works.items()}
+        other = {a: passages(texts[1 - direction], length, TESTED, rng) for a, texts in works.items()}
+        for author in works:
+            rest = [a for a in works if a != author]
+            yield Trial(
+                author,
+                VoiceReference(
+                    tuple(known[author][:REFERENCE]), tuple(text for a in rest for text in known[a][:REFERENCE])
+                ),
+                other[author],
+                [text for a in rest for text in other[a]],
+                known[author][REFERENCE:],
+                [text for a in rest for text in known[a][REFERENCE:]],
+            )
+
+
+def passages(words: list[str], length: int, count: int, rng: np.random.Generator) -> list[str]:
+    """Passages drawn without overlap."""
+    inner = words[EDGES:-EDGES]
+    starts = rng.permutation(len(inner) // length)[:count] * length
+    return [" ".join(inner[start : start + length]) for start in starts]
+
+
+def discrimination(works: dict[str, list[list[str]]], length: int, seeds: int) -> bool:
+    found: dict[str, dict[str, list[float]]] = {}
+    for seed in range(seeds):
+        for trial in trials(works, length, seed):
+            for name, area in areas(trial, length).items():
+                found.setdefault(name, {}).setdefault(trial.author, []).append(area)
+    print(f"ROC AUC, {length:3d} words  " + "".join(f"{author[:10]:>11s}" for author in works) + "       mean")
+    for name, by_author in found.items():
+        means = [float(np.mean(by_author[author])) for author in works]
+        print(f"  {name:20s}" + "".join(f"{mean:11.3f}" for mean in means) + f"{np.mean(means):11.3f}")
+    combined = float(np.mean([np.mean(areas) for areas in found["combined"].values()]))
+    return verdict(
+        f"combined at {length} words at least {AT_LEAST[length]}", f"{combined:.3f}", combined >= AT_LEAST[length]
+    )
+
+
+def areas(trial: Trial, length: int) -> dict[str, float]:
+    scorer = fitted(trial.reference, length)
+    texts = [*trial.own, *trial.others]
+    by_measure = scorer.by_measure(texts)
+    decided = {"combined": scorer.combined(by_measure)}
+    decided |= {measure.name: row for measure, row in zip(scorer.fitted, by_measure, strict=True)}
+    for measure in (TfidfCosine(), CosineDelta()):
+        decided[f"({measure.name})"] = measure.fit(trial.reference.own, trial.reference.background)(texts)
+    return {name: auc(row[: len(trial.own)], row[len(trial.own) :]) for name, row in decided.items()}
+
+
+def auc(positive: Float64, negative: Float64) -> float:
+    """The chance that a positive scores higher than a negative, ties counting half."""
+    difference = positive[:, None] - negative
+    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
+
+
+def fitted(reference: VoiceReference, length: int) -> VoiceScorer:
+    scorer = fit_scorer(reference, passage_words=length)
+    if isinstance(scorer, NotScored):
+        raise SystemExit(scorer.reason)
+    return scorer
+
+
+def calibration(works: dict[str, list[list[str]]], length: int) -> bool:
+    """Ends from one half of the held-out passages (and from the fitted ones, left out in turn); scored, the other."""
+    print(
+        f"scores, {length:3d} words      " + f"{'own, held out':>15s}{'others, held out':>18s}{'own, other work':>17s}"
+    )
+    means = []
+    for author in works:
+        scores = np.array(
+            [
+                s
+                for seed in range(4)
+                for t in trials(works, length, seed)
+                if t.author == author
+                for s in [ends(t, length)]
+            ]
+        )
+        print(
+            f"  {author:20s}"
+            + "".join(f"{mean:{width}.2f}" for mean, width in zip(scores.mean(axis=0), (15, 18, 17), strict=True))
+        )
+        means.append(scores.mean(axis=0))
+    own, others, _ = np.mean(means, axis=0)
+    holds = abs(own - 1) <= 0.1 and abs(others) <= 0.1
+    return verdict("held-out text scores 1 ± 0.1 and others' 0 ± 0.1", f"{own:.2f} and {others:.2f}", holds)
+
+
+def ends(trial: Trial, length: int) -> list[float]:
+    half, third = len(trial.held_out) // 2, trial.held_out_background
+    scale = fitted(trial.reference, length).calibrated(floor=third[::2], ceiling=trial.held_out[:half])
+    return [value(scale, texts) for texts in (trial.held_out[half:], third[1::2], trial.own)]
+
+
+def value(scale: Scale | NotScored, texts: Sequence[str]) -> float:
+    score = scale if isinstance(scale, NotScored) else scale.score(texts)
+    return score.value if isinstance(score, VoiceScore) else float("nan")
+
+
+def speed(works: dict[str, list[list[str]]]) -> bool:
+    trial = next(trials(works, 250, 0))
+    words = next(iter(works.values()))[0]
+    answers = [" ".join(words[start : start + 200]) for start in range(0, 100_000, 100)][:1000]
+    started = time.perf_counter()
+    value(fitted(trial.reference, 250).calibrated(), answers)
+    seconds = time.perf_counter() - started
+    return verdict("1,000 answers of 200 words in under 30 s, fit included", f"{seconds:.1f} s", seconds < 30)
+
+
+def verdict(what: str, figure: str, holds: bool) -> bool:
+    print(f"{'ok    ' if holds else 'FAILED'}  {what}: {figure}")
+    return bool(holds)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

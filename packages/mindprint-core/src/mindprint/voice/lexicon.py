@@ -1,0 +1,168 @@
+"""The lexicon: phrases that a person uses, phrases that she never would, and things that she never confuses.
+
+A scorer plugin that ships with core: `voice.scorers: {lexicon: {wanted: [...], unwanted: [...], distinctions: [...]}}`.
+It measures what somebody listed beforehand, so it is shown beside the voice score and never averaged into it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import Field, ValidationError, field_validator
+
+from mindprint.config import Section
+from mindprint.errors import ConfigError
+from mindprint.hookspecs import hookimpl
+from mindprint.voice.measures import Fitted, Float64, Measure
+from mindprint.voice.words import plain, words
+
+NEGATIONS = frozenset(
+    [
+        "not",
+        "no",
+        "never",
+        "nor",
+        "neither",
+        "none",
+        "without",
+        "cannot",
+        "can't",
+        "won't",
+        "don't",
+        "doesn't",
+        "didn't",
+        "isn't",
+        "aren't",
+        "wasn't",
+        "weren't",
+        "wouldn't",
+        "shouldn't",
+        "couldn't",
+        "hasn't",
+        "haven't",
+        "hadn't",
+        "hardly",
+    ]
+)
+REACH = 4
+"""Words before a phrase in which a negation is about it, within a clause (NegEx, Chapman et al. 2001, uses five)."""
+
+LINKS = frozenset(["is", "are", "was", "were", "be", "means", "mean", "equals", "called"])
+"""What says that one thing is another."""
+
+_CLAUSE = re.compile(r"[.!?;:,()\"]|--|\bbut\b", re.IGNORECASE)
+
+
+class LexiconConfig(Section):
+    """What the lexicon looks for. Case and punctuation do not matter."""
+
+    wanted: list[str] = Field([], description="Phrases of the person.")
+    unwanted: list[str] = Field([], description="Phrases that she never uses.")
+    distinctions: list[list[str]] = Field([], description="Pairs of things that are never called one another.")
+
+    @field_validator("wanted", "unwanted")
+    @classmethod
+    def _words(cls, phrases: list[str]) -> list[str]:
+        if empty := [phrase for phrase in phrases if not words(phrase)]:
+            raise ValueError(f"{empty[0]!r} has no word")
+        if cut := [phrase for phrase in phrases if _CLAUSE.search(plain(phrase))]:
+            raise ValueError(f"{cut[0]!r} spans clauses: give its parts as phrases of their own")
+        return phrases
+
+    @field_validator("distinctions")
+    @classmethod
+    def _pairs(cls, pairs: list[list[str]]) -> list[list[str]]:
+        for pair in pairs:
+            if len(pair) != 2 or not all(words(side) for side in pair) or words(pair[0]) == words(pair[1]):
+                raise ValueError(f"{pair!r} is not a pair of two different phrases")
+        return pairs
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a text has of the lexicon, phrase by phrase as often as it stands there, negated ones left out."""
+
+    wanted: tuple[str, ...]
+    unwanted: tuple[str, ...]
+    confused: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """Phrases wanted and unwanted, and pairs never to be confused."""
+
+    wanted: tuple[str, ...] = ()
+    unwanted: tuple[str, ...] = ()
+    distinctions: tuple[tuple[str, str], ...] = ()
+    name: str = "lexicon"
+
+    def find(self, text: str) -> Finding:
+        """Look in each clause of a text. A phrase under a negation (`never say X`) is not used, and does not count.
+
+        A pair is confused where a clause says that one is the other (`a tide is a current`), and does not deny it. A
+        phrase that itself begins with a negation (`never you`) counts as it stands.
+        """
+        clauses = [words(clause) for clause in _CLAUSE.split(plain(text))]
+        return Finding(
+            tuple(phrase for phrase in self.wanted for clause in clauses for _ in _used(words(phrase), clause)),
+            tuple(phrase for phrase in self.unwanted for clause in clauses for _ in _used(words(phrase), clause)),
+            tuple(
+                pair
+                for pair in self.distinctions
+                for clause in clauses
+                if _confused(words(pair[0]), words(pair[1]), clause)
+            ),
+        )
+
+    def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:  # noqa: ARG002 (nothing to learn)
+        """Wanted phrases less unwanted ones and confusions, in a hundred words."""
+
+        def decide(texts: Sequence[str]) -> Float64:
+            return np.array([self._rate(text) for text in texts], dtype=np.float64)
+
+        return decide
+
+    def _rate(self, text: str) -> float:
+        found = self.find(text)
+        balance = len(found.wanted) - len(found.unwanted) - len(found.confused)
+        return 100 * balance / max(len(words(text)), 1)
+
+
+@hookimpl
+def mindprint_scorers(settings: Mapping[str, object]) -> Sequence[Measure]:
+    """The lexicon of a configuration."""
+    try:
+        config = LexiconConfig.model_validate(settings)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(["voice.scorers.lexicon", *(str(part) for part in problem["loc"])])
+        raise ConfigError(f"{where}: {problem['msg']}") from error
+    pairs = tuple((first, second) for first, second in config.distinctions)
+    return [Lexicon(tuple(config.wanted), tuple(config.unwanted), pairs)]
+
+
+def _used(phrase: Sequence[str], clause: Sequence[str]) -> Iterator[int]:
+    """Where a phrase stands in a clause without a negation before it."""
+    for start in _places(phrase, clause):
+        if NEGATIONS.isdisjoint(clause[max(0, start - REACH) : start]):
+            yield start
+
+
+def _places(phrase: Sequence[str], clause: Sequence[str]) -> list[int]:
+    size = len(phrase)
+    return [start for start in range(len(clause) - size + 1) if list(clause[start : start + size]) == list(phrase)]
+
+
+def _confused(first: Sequence[str], second: Sequence[str], clause: Sequence[str]) -> bool:
+    """Whether a clause says, undenied, that one is the other: `the first is a second`, in either order."""
+    for one, other in ((first, second), (second, first)):
+        for start in _places(one, clause):
+            for end in _places(other, clause):
+                between = clause[start + len(one) : end]
+                denied = not NEGATIONS.isdisjoint([*clause[max(0, start - REACH) : start], *between])
+                if 0 < len(between) <= REACH and not LINKS.isdisjoint(between) and not denied:
+                    return True
+    return False

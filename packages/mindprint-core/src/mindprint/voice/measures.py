@@ -1,0 +1,354 @@
+"""The measures of a voice: each is fitted on a person against a background and then gives every text a number.
+
+Four look at a text in ways that err differently; `scoring` standardises and averages them:
+
+- `characters`: 1- to 5-grams of characters, TF-IDF, a ridge classifier. Character n-grams with TF-IDF are the baseline
+  of PAN's authorship verification tasks (Kestemont et al. 2020), there compared by cosine.
+- `words`: single words and pairs with punctuation as root frequencies (Hellinger distance), a ridge classifier.
+- `delta`: z-scores of word frequencies, as in Burrows's Delta (2002), a ridge classifier in place of a distance.
+- `surprise`: nats a character under a character model of the background, less those under the person's: compression
+  as attribution (Teahan & Harper 2003), with interpolated Witten-Bell smoothing (1991).
+
+`TfidfCosine` and `CosineDelta` are the classical forms, for comparison; benchmarks/voice.py prints them beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mindprint.voice.ngrams import (
+    Float32,
+    UInt64,
+    characters,
+    count_matrix,
+    document_frequencies,
+    grams,
+    joined,
+    lookup,
+    word_tokens,
+)
+
+Float64 = NDArray[np.float64]
+
+VOCABULARY = 10_000
+"""The commonest n-grams that a classifier looks at; rarer ones are names and subjects more than voice."""
+
+RIDGE = 1.0
+"""Weight of the ridge penalty in units of the mean squared length of the centred rows."""
+
+MODEL_ORDER = 3
+"""Characters of context in `surprise`."""
+
+
+class Fitted(Protocol):
+    """A measure that knows a person."""
+
+    def __call__(self, texts: Sequence[str], /) -> Float64:
+        """A number a text, float64 `[texts]`: higher is more like the person."""
+
+
+class Measure(Protocol):
+    """A way to look at a text. Scorer plugins provide these too."""
+
+    @property
+    def name(self) -> str:
+        """How results call it."""
+
+    def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:
+        """Learn to tell the person's texts from others'. Neither is empty."""
+
+
+# --- what a classifier sees ------------------------------------------------------------------------------------------
+
+
+class Rows(Protocol):
+    """Turns counts of n-grams into rows of features."""
+
+    def __call__(self, counts: Float32, /) -> Float32:
+        """float32 `[texts, vocabulary]` to the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tfidf:
+    """`(1 + ln count) · (ln((1 + N) / (1 + df)) + 1)`, each row of length 1 (scikit-learn's smooth, sublinear form)."""
+
+    idf: Float32
+
+    @classmethod
+    def of(cls, frequencies: NDArray[np.int64], documents: int) -> Tfidf:
+        return cls((np.log((1 + documents) / (1 + frequencies)) + 1).astype(np.float32))
+
+    def __call__(self, counts: Float32, /) -> Float32:
+        rows, there = np.zeros_like(counts), counts > 0
+        rows[there] = 1 + np.log(counts[there])
+        return unit_rows(rows * self.idf)
+
+
+def hellinger(counts: Float32) -> Float32:
+    """Roots of relative frequencies: Euclidean distance between rows is √2 times Hellinger's."""
+    root: Float32 = np.sqrt(relative(counts))
+    return root
+
+
+@dataclass(frozen=True, eq=False)
+class ZScores:
+    """Each feature less its mean over its standard deviation among the fitted texts (Burrows 2002)."""
+
+    mean: Float32
+    deviation: Float32
+    root: bool = False
+
+    @classmethod
+    def of(cls, counts: Float32, *, root: bool = False) -> ZScores:
+        rows = hellinger(counts) if root else relative(counts)
+        deviation = rows.std(axis=0)
+        return cls(rows.mean(axis=0), np.where(deviation > 0, deviation, 1).astype(np.float32), root)
+
+    def __call__(self, counts: Float32, /) -> Float32:
+        rows = hellinger(counts) if self.root else relative(counts)
+        scores: Float32 = (rows - self.mean) / self.deviation
+        return scores
+
+
+def relative(counts: Float32) -> Float32:
+    """Each row divided by its sum; a row of nothing stays nothing."""
+    shares: Float32 = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return shares
+
+
+def unit_rows(rows: Float32) -> Float32:
+    """Each row divided by its length; a row of nothing stays nothing."""
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return (rows / np.where(length > 0, length, 1)).astype(np.float32)
+
+
+# --- classifiers -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _NGrams:
+    """Which n-grams of which symbols."""
+
+    symbols: str  # "characters" or "words"
+    lowest: int
+    highest: int
+
+    def of(self, texts: Sequence[str]) -> list[UInt64]:
+        read = characters if self.symbols == "characters" else word_tokens
+        return [joined(read(text), self.lowest, self.highest) for text in texts]
+
+
+@dataclass(frozen=True)
+class RidgeMeasure:
+    """A ridge classifier on n-grams. `features` is `tfidf`, `hellinger` or `zscores`."""
+
+    name: str
+    ngrams: _NGrams
+    features: str
+
+    def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:
+        documents = self.ngrams.of([*own, *background])
+        vocabulary, frequencies = document_frequencies(documents, 2, VOCABULARY)
+        counts = count_matrix(documents, vocabulary)
+        rows = _features(self.features, counts, frequencies)
+        labels = np.repeat([1.0, -1.0], [len(own), len(background)])
+        return FittedRidge(self.ngrams, vocabulary, rows, ridge(rows(counts), labels))
+
+
+class Ridge(NamedTuple):
+    """`weights` float32 `[features]`; `left_out` float64 `[rows]`: the decision on each row of a fit without it."""
+
+    weights: Float32
+    bias: float
+    left_out: Float64
+
+
+@dataclass(frozen=True, eq=False)
+class FittedRidge:
+    """Decides by what it learned: n-grams of a text → features → weights."""
+
+    ngrams: _NGrams
+    vocabulary: UInt64
+    rows: Rows
+    learned: Ridge
+
+    def __call__(self, texts: Sequence[str], /) -> Float64:
+        parts = [self.rows(count_matrix(self.ngrams.of(part), self.vocabulary)) for part in _parts(texts)]
+        return np.concatenate([part @ self.learned.weights + self.learned.bias for part in parts]).astype(np.float64)
+
+
+def ridge(rows: Float32, labels: Float64, penalty: float = RIDGE) -> Ridge:
+    """Least squares on labels ±1, both classes weighing the same in all.
+
+    Solved in the dual, so that the size of the problem is the number of rows: least-squares support vectors with an
+    unpenalised bias (Suykens & Vandewalle 1999, eq. 10). The penalty is in units of the rows' mean squared length
+    about their (weighted) mean. What a fit without row i decides on it is `y_i − α_i / (M⁻¹)_ii`, M being the system's
+    matrix (Cawley & Talbot 2007, eq. 8): no second fit is needed.
+    """
+    share = np.where(labels > 0, 0.5 / (labels > 0).sum(), 0.5 / (labels < 0).sum())
+    kernel = (rows @ rows.T).astype(np.float64)
+    spread = float(np.mean(np.diag(kernel) - 2 * kernel @ share + share @ kernel @ share))
+    size = len(labels)
+    system = np.ones((size + 1, size + 1))
+    system[0, 0] = 0
+    system[1:, 1:] = kernel + np.diag(penalty * max(spread, 1e-12) / (size * share))
+    inverse = np.linalg.inv(system)
+    bias, *others = inverse @ np.concatenate([[0.0], labels])
+    alphas = np.array(others)
+    return Ridge((alphas @ rows).astype(np.float32), float(bias), labels - alphas / np.diag(inverse)[1:])
+
+
+def _features(kind: str, counts: Float32, frequencies: NDArray[np.int64]) -> Rows:
+    if kind == "tfidf":
+        return Tfidf.of(frequencies, len(counts))
+    return ZScores.of(counts, root=True) if kind == "zscores" else hellinger
+
+
+def _parts(texts: Sequence[str], size: int = 200) -> Sequence[Sequence[str]]:
+    """A few texts at a time, so that a thousand answers need no gigabyte."""
+    return [texts[start : start + size] for start in range(0, len(texts), size)] or [[]]
+
+
+# --- surprise --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Order:
+    """Counts of n-grams by key; of their contexts, how often each was seen and how many symbols followed it."""
+
+    keys: UInt64
+    counts: NDArray[np.int64]
+    contexts: UInt64
+    totals: NDArray[np.int64]
+    kinds: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class CharacterModel:
+    """A character model, each order interpolated with the one below (Witten & Bell 1991, method C).
+
+    `p_n(c | h) = (count(h c) + kinds(h) · p_{n-1}(c | h')) / (total(h) + kinds(h))`, with 1 / `alphabet` at the bottom.
+    """
+
+    orders: tuple[_Order, ...]
+    alphabet: int
+
+    @classmethod
+    def of(cls, texts: Sequence[str], order: int = MODEL_ORDER, alphabet: int = 128) -> CharacterModel:
+        symbols = [_padded(text, order) for text in texts]
+        return cls(tuple(_order(symbols, n, order) for n in range(order + 1)), alphabet)
+
+    def log_prob(self, text: str) -> float:
+        """Mean log-prob of a character of the plain text, in nats."""
+        order = len(self.orders) - 1
+        symbols = _padded(text, order)
+        p = np.full(len(symbols) - order, 1 / self.alphabet)
+        for n, level in enumerate(self.orders):
+            contexts, keys = _with_contexts(symbols, n, order)
+            place, known = lookup(level.contexts, contexts)
+            total, kinds = level.totals[place] * known, level.kinds[place] * known
+            place, seen = lookup(level.keys, keys)
+            count = level.counts[place] * seen
+            p = np.where(known, (count + kinds * p) / np.maximum(total + kinds, 1), p)
+        return float(np.log(p).mean())
+
+
+def _padded(text: str, order: int) -> UInt64:
+    """The characters with `order` spaces before them, so that the first has a context; never none."""
+    return np.concatenate([np.full(order, ord(" "), dtype=np.uint64), characters(text)])
+
+
+def _with_contexts(symbols: UInt64, n: int, order: int) -> tuple[UInt64, UInt64]:
+    """For each character after the padding, the keys of the `n` before it, and of those with it."""
+    length = len(symbols) - order
+    keys = grams(symbols[order - n :], n + 1, n + 1)[0]
+    if n == 0:
+        return np.zeros(length, dtype=np.uint64), keys
+    return grams(symbols[order - n :], n, n)[0][:length], keys
+
+
+def _order(texts: Sequence[UInt64], n: int, order: int) -> _Order:
+    parts = [_with_contexts(symbols, n, order) for symbols in texts]
+    contexts, keys = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
+    unique, first, counts = np.unique(keys, return_index=True, return_counts=True)
+    heads, inverse = np.unique(contexts[first], return_inverse=True)
+    totals = np.bincount(inverse, weights=counts).astype(np.int64)
+    return _Order(unique, counts, heads, totals, np.bincount(inverse))
+
+
+@dataclass(frozen=True)
+class Surprise:
+    """How much less a text surprises a model of the person than one of the background, in nats a character."""
+
+    name: str = "surprise"
+
+    def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:
+        person, others = CharacterModel.of(own), CharacterModel.of(background)
+
+        def decide(texts: Sequence[str]) -> Float64:
+            return np.array([person.log_prob(text) - others.log_prob(text) for text in texts], dtype=np.float64)
+
+        return decide
+
+
+# --- the classical forms ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TfidfCosine:
+    """Cosine of character 4-gram TF-IDF with the person's mean (the baseline of PAN 2020 and after)."""
+
+    name: str = "tfidf cosine"
+
+    def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:
+        ngrams = _NGrams("characters", 4, 4)
+        documents = ngrams.of([*own, *background])
+        vocabulary, frequencies = document_frequencies(documents, 1, VOCABULARY)
+        rows = Tfidf.of(frequencies, len(documents))
+        mean = unit_rows(rows(count_matrix(documents[: len(own)], vocabulary)).mean(axis=0, keepdims=True))[0]
+
+        def decide(texts: Sequence[str]) -> Float64:
+            cosines: Float64 = (rows(count_matrix(ngrams.of(texts), vocabulary)) @ mean).astype(np.float64)
+            return cosines
+
+        return decide
+
+
+@dataclass(frozen=True)
+class CosineDelta:
+    """Cosine of z-scored frequencies of the commonest words with the person's mean (Evert et al. 2017, section 2.2)."""
+
+    name: str = "cosine delta"
+    most_frequent: int = 150
+
+    def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:
+        ngrams = _NGrams("words", 1, 1)
+        documents = ngrams.of([*own, *background])
+        keys, counts = np.unique(np.concatenate(documents), return_counts=True)
+        vocabulary = np.sort(keys[np.argsort(-counts, kind="stable")[: self.most_frequent]])
+        scores = ZScores.of(count_matrix(documents, vocabulary))
+        mean = unit_rows(scores(count_matrix(documents[: len(own)], vocabulary)).mean(axis=0, keepdims=True))[0]
+
+        def decide(texts: Sequence[str]) -> Float64:
+            rows = unit_rows(scores(count_matrix(ngrams.of(texts), vocabulary)))
+            cosines: Float64 = (rows @ mean).astype(np.float64)
+            return cosines
+
+        return decide
+
+
+@cache
+def measures() -> tuple[Measure, ...]:
+    """The measures of a voice score."""
+    return (
+        RidgeMeasure("characters", _NGrams("characters", 1, 5), "tfidf"),
+        RidgeMeasure("words", _NGrams("words", 1, 2), "hellinger"),
+        RidgeMeasure("delta", _NGrams("words", 1, 1), "zscores"),
+        Surprise(),
+    )
