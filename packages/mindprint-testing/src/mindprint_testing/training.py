@@ -132,7 +132,8 @@ class Sft:
         """
         batch, pairs, model = bench.token_batch(), bench.preference_batch(), bench.load()
         adapter = bench.adapter(bench.linear_sites(model))
-        given = [*vars(batch).values(), *vars(pairs).values(), *(f for pair in adapter.tensors.values() for f in pair)]
+        handed = [*vars(batch).values(), *vars(pairs).values(), *(f for pair in adapter.tensors.values() for f in pair)]
+        given = [values for values in handed if values is not None]
         before = [values.copy() for values in given]
         bench.backend.inject_adapter(model, adapter)
         bench.backend.log_probs(model, batch)
