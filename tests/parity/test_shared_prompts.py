@@ -79,7 +79,8 @@ class Watch:
 
     @hookimpl(wrapper=True)
     def mindprint_log_probs(self, batch: TokenBatch) -> Any:
-        self.references.add(batch.shared is not None)
+        if not self.steps:  # what comes after the steps is the fingerprint's probe, whose rows are not pairs
+            self.references.add(batch.shared is not None)
         return (yield)
 
 
