@@ -10,6 +10,7 @@ import click
 
 from mindprint.cli.generate import backend_section, where
 from mindprint.cli.output import emit, json_option, notice, say, table
+from mindprint.cli.runs_table import show_compared
 from mindprint.config import ConfigFile, DataConfig, make_config
 from mindprint.data.render import PreferenceExample, render_preferences
 from mindprint.data.rows import PreferenceRow, Rows, read_rows
@@ -27,7 +28,8 @@ HEADER = ("topic", "pairs", "prefers chosen", "a token", "margin", "perplexity",
 
 
 @click.command("eval", short_help="Measure the voice.")
-@click.argument("path", type=click.Path(path_type=Path), default=".")
+@click.argument("paths", metavar="[PATH]", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--compare", is_flag=True, help="Show the figures of two or more runs, given as PATHs, side by side.")
 @click.option("--heldout", type=click.Path(path_type=Path), help="Pairs to measure with; default: the project's.")
 @click.option("--backend", help="auto, torch, mlx, ...; default: the run's.")
 @click.option("--device", help="auto, cpu, cuda, mps, metal; default: the run's.")
@@ -36,7 +38,8 @@ HEADER = ("topic", "pairs", "prefers chosen", "a token", "margin", "perplexity",
 @json_option
 def command(
     *,
-    path: Path,
+    paths: tuple[Path, ...],
+    compare: bool,
     heldout: Path | None,
     backend: str | None,
     device: str | None,
@@ -55,7 +58,15 @@ def command(
     `voice` is that of the model's own answers to the held-out prompts, where 0 is the untuned model and 1 the person's
     held-out answers, with its 95 % interval; docs/voice.md says what it can tell. What cannot be scored says
     why.
+
+    With --compare nothing is computed: the figures are those that each run's own final evaluation found.
     """
+    if compare:
+        show_compared(paths, as_json=as_json)
+        return
+    if len(paths) > 1:
+        raise click.UsageError("one PATH is measured at a time; --compare shows runs side by side")
+    path = paths[0] if paths else Path()
     file = _heldout_config(locate_adapter(path), heldout)
     rows = read_heldout(file).heldout
     if not rows:
