@@ -52,7 +52,7 @@ def command(
     CONFIG is a folder with mindprint.yaml (default: this one), a YAML file, or the folder of a run. KEY=VALUE changes
     a setting for this run: `backend.type=mlx`, `sft.learning_rate=1e-4`.
     """
-    path, overrides = _project_and_overrides(config)
+    path, overrides = project_and_overrides(config)
     if backend:
         overrides.append(f"backend.type={backend}")
     file, run = _named_run(path, overrides, run, resumed=resume is not None)
@@ -74,7 +74,7 @@ def _with_resume_value(arguments: Sequence[str]) -> list[str]:
     return result
 
 
-def _project_and_overrides(words: Sequence[str]) -> tuple[Path, list[str]]:
+def project_and_overrides(words: Sequence[str]) -> tuple[Path, list[str]]:
     """The first word is the project, unless it is a setting and no such file exists."""
     if not words or ("=" in words[0] and not Path(words[0]).exists()):
         return Path(), list(words)
