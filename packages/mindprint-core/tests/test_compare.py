@@ -21,7 +21,7 @@ from mindprint.cli import main
 from mindprint.comparison import adapter_difference, deviation
 from mindprint.contract import AdapterState, LoraConfig, LoraFactors
 from mindprint.curriculum.records import AnswerRecord, EvaluationRecord, Figures, Interval, as_line
-from mindprint.training.costs import COSTS_FILE, peak_bytes
+from mindprint.training.costs import COSTS_FILE
 
 RATE = "update.learning_rate"
 
@@ -95,6 +95,10 @@ def test_equal_backends_are_equivalent_and_each_ran_alone(project: Path, capsys:
     ]  # fmt: skip
     assert [one["tolerance"] for one in found["stages"]] == [1e-5, 1e-3]
     assert found["adapter"] == {"change": 0.0, "greatest": 0.0}
+    page = project / "runs" / "compare-001" / "comparison.html"
+    assert found["page"] == str(page)
+    assert page.read_text(encoding="utf-8").count('class="line first"') == 2  # the first run's curves: SFT, DPO
+    assert "Equivalent in its losses: " in page.read_text(encoding="utf-8")
     for side, name in zip(found["sides"], ("one", "two"), strict=True):
         run = project / "runs" / "compare-001" / name
         assert (side["name"], side["backend"], side["run"]) == (name, name, str(run))

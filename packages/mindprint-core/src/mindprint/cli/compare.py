@@ -27,6 +27,8 @@ from mindprint.errors import BackendError
 from mindprint.events import StageName
 from mindprint.plugins import canonical_name, find_backend
 from mindprint.reports import read_run
+from mindprint.reports.compared import write_comparison
+from mindprint.reports.document import Table
 from mindprint.reports.phrases import interval
 from mindprint.training.prepare import prepare
 
@@ -58,10 +60,11 @@ def command(*, config: tuple[str, ...], backends: str | None, runs: tuple[Path, 
         raise click.UsageError("--runs takes no CONFIG: each run has its own")
     paths = runs if runs is not None else _train(config, _two(backends or ""))
     found = compare(*(read_run(path) for path in paths))
+    page = None if runs is not None else write_comparison(paths[0].parent, found, _tables(found), _verdict(found))
     if as_json:
-        emit(_as_values(found))
+        emit({**_as_values(found), "page": page and str(page)})
     else:
-        _show(found)
+        _show(found, page)
     return 0 if found.equivalent else 1
 
 
@@ -96,25 +99,28 @@ def _new_folder(parent: Path) -> Path:
 # --- showing ---------------------------------------------------------------------------------------------------------
 
 
-def _show(found: Comparison) -> None:
-    say(table(("", *(side.name for side in found.sides)), list(_rows(found)), numbers=(1, 2)))
-    say()
-    header = (
-        "topic",
-        "stage",
-        "steps",
-        *(f"loss on {side.name}" for side in found.sides),
-        "greatest deviation",
-        "allowed",
-    )
-    say(table(header, [_stage_row(one) for one in found.stages], numbers=(2, 5, 6)))
+def _show(found: Comparison, page: Path | None) -> None:
+    for shown in _tables(found):
+        say(table(shown.header, shown.rows, numbers=sorted(shown.numbers)) + "\n")
     say(
-        f"\nadapter: the change differs by {found.adapter.change:.1e} (relative Frobenius norm), "
+        f"adapter: the change differs by {found.adapter.change:.1e} (relative Frobenius norm), "
         f"an element by {found.adapter.greatest:.1e} at most"
     )
     for line in _told_answers(found):
         say(line)
+    if page:
+        say(f"curves: {page}")
     say("\n" + _verdict(found))
+
+
+def _tables(found: Comparison) -> tuple[Table, Table]:
+    names = [side.name for side in found.sides]
+    header = ("topic", "stage", "steps", *(f"loss on {name}" for name in names), "greatest deviation", "allowed")
+    stages = tuple(_stage_row(one) for one in found.stages)
+    return (
+        Table("Costs, and the voice", ("", *names), tuple(_rows(found)), frozenset({1, 2})),
+        Table("Losses, stage by stage; deviations are |a - b| / (1 + a)", header, stages, frozenset({2, 5, 6})),
+    )
 
 
 def _rows(found: Comparison) -> Iterator[tuple[str, ...]]:
