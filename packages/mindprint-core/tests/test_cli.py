@@ -446,7 +446,10 @@ def test_a_project_without_held_out_pairs(run: Run, voice: str) -> None:
     run("train", voice, *SETTINGS)
     Path("voice/data/heldout.jsonl").unlink()
     error = run("eval", voice).error
-    assert error.startswith("voice: has no held-out pairs to measure with; add heldout.jsonl")
+    assert error == (
+        "voice: no held-out rows: 6 prompts at 0.1 hold out none; raise data.heldout_fraction or add heldout.jsonl, "
+        "or name a file with --heldout"
+    )
     assert run("train", voice, *SETTINGS).out.splitlines()[-1] == "try it:  mindprint generate voice --prompt 'sea 0?'"
 
 

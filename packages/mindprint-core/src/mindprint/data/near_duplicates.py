@@ -227,7 +227,7 @@ def _by_products(grams: _Grams, texts: Ints, labels: Ints) -> Ints:
         rows = slice(start, start + BLOCK)
         least = np.searchsorted(sizes, THRESHOLD * sizes[start] - 1e-9)
         mine = _matrix(grams, column, texts[rows])
-        for other in range(int(least), start + 1, BLOCK):
+        for other in range(int(least), min(start + BLOCK, len(texts)), BLOCK):
             those = slice(other, min(other + BLOCK, start + BLOCK))
             shared = mine @ _matrix(grams, column, texts[those]).T
             near = _alike(shared, sizes[rows, None], sizes[None, those])
