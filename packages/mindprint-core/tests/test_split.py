@@ -273,3 +273,9 @@ def test_read_split_holds_quizzes_out(tmp_path: Path) -> None:
     found = read_split(make_config({"dpo": {"enabled": False}}, tmp_path))
     assert [row.prompt for row in found.train.sft] == ["Who rang?"]
     assert found.held_out.questions[0].question == "When is tea?"
+
+
+def test_the_quiz_of_the_documentation(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "data-formats.md").read_text(encoding="utf-8")
+    quiz(tmp_path, page.partition("<!-- quiz -->\n```json\n")[2].partition("```")[0].encode())
+    assert [len(one.key_concepts) for one in read(tmp_path).questions] == [1, 2]

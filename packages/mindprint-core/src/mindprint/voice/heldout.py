@@ -66,7 +66,7 @@ def _candidates(file: ConfigFile, split: Split, heldout: Path | None) -> tuple[H
     near = nearly_trained(pairs, split.train, file.config.data)
     kept = tuple(row for row, trained in zip(pairs, near, strict=True) if not trained)
     count = len(pairs) - len(kept)
-    notes = (f"{_rows(count)} of {heldout} not scored: training rows ask the same, exactly or nearly",) if count else ()
+    notes = (f"{heldout}: {_rows(count)} not scored: training rows ask the same, exactly or nearly",) if count else ()
     return HeldOut(kept, (), split.held_out.questions), notes
 
 
