@@ -68,6 +68,11 @@ class DataConfig(Section):
     heldout: str | list[str] | None = Field(
         None, description="Pairs never trained on, for `mindprint eval`. Default: `heldout.jsonl` in `path`, if there."
     )
+    heldout_fraction: Fraction = Field(
+        0.1,
+        description="Share of the prompts that is never trained on, drawn by a hash of each, in topics that "
+        "`heldout` has no pairs of; 0 holds out none.",
+    )
     format: Literal["chat", "raw"] = Field(
         "chat", description="`chat` uses the tokenizer's template; `raw` is plain text and end-of-sequence."
     )

@@ -175,6 +175,8 @@ class _Run:
     def _write_facts(self) -> None:
         prepared = self.prepared
         atomic.write_text(self.folder.config, dump_config(_portable(prepared.config_file, self.folder.path)))
+        facts = prepared.split.facts
+        self.folder.write_split(facts.trained, facts.held_out)
         self.folder.write_manifest(
             {
                 "mindprint": __version__,
@@ -185,6 +187,7 @@ class _Run:
                     "sft": {topic: len(rows) for topic, rows in prepared.sft.items()},
                     "preferences": {topic: len(rows) for topic, rows in prepared.preferences.items()},
                 },
+                "splits": facts.stated(),
                 "stages": [
                     {"topic": plan.topic, "stage": plan.stage, "steps": plan.steps, "backend": place.backend.name,
                      "device": place.device, "dtype": place.dtype}

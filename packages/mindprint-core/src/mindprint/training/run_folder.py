@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +30,7 @@ class RunFolder:
         self._lock = path / ".lock"
         self.config = path / CONFIG_FILE
         self.manifest = path / MANIFEST_FILE
+        self.split = path / "split.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.references = path / "references"
@@ -69,6 +70,19 @@ class RunFolder:
 
     def write_manifest(self, content: Mapping[str, Any]) -> None:
         atomic.write_text(self.manifest, json.dumps(content, indent=2) + "\n")
+
+    def write_split(self, trained: Sequence[str], held_out: Sequence[str]) -> None:
+        """Hashes of the prompts on either side, for whoever scores the run later."""
+        atomic.write_text(self.split, json.dumps({"trained": trained, "held_out": held_out}, indent=1) + "\n")
+
+    def trained_prompts(self) -> frozenset[str]:
+        """Hashes of the prompts that were trained on; none are known of a run that an older version began."""
+        if not self.split.exists():
+            return frozenset()
+        try:
+            return frozenset(json.loads(self.split.read_text(encoding="utf-8"))["trained"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self.split}: cannot be read, so what was trained on is unknown: {error}") from error
 
     def append_step(self, event: StepDone) -> None:
         """One line of metrics.jsonl; what does not apply to the stage is left out."""
