@@ -13,6 +13,7 @@ from mindprint.adapter.formats import read_any_adapter
 from mindprint.adapter.peft_format import adapter_digest
 from mindprint.config import Config, ConfigFile
 from mindprint.contract import AdapterState
+from mindprint.curriculum.outline import Outline, read_outline
 from mindprint.data.quizzes import Quizzes, read_quizzes
 from mindprint.data.render import PreferenceExample, Rendered, SftExample, render_preferences, render_sft
 from mindprint.data.rows import PreferenceRow, check_topics, read_rows
@@ -39,6 +40,7 @@ class Prepared:
     identity: Mapping[str, str]
     probe: Probe
     split: Split
+    outline: Outline
     notes: tuple[Notice, ...]
     start: AdapterState | None = None
     """The adapter that training goes on from, if the configuration names one."""
@@ -60,13 +62,16 @@ def prepare(file: ConfigFile) -> Prepared:
     sft = render_sft(split.train.sft, tokenizer, config.data)
     preferences = render_preferences(split.train.preferences, tokenizer, config.data)
     by_topic = _by_topic(sft.examples), _by_topic(preferences.examples)
-    plans = plan_run(config, *({topic: len(rows) for topic, rows in stage.items()} for stage in by_topic))
+    named = read_outline(file, list(dict.fromkeys([*by_topic[0], *by_topic[1]])))
+    outline = named.chosen(config.curriculum.topics, config.curriculum.max_topics)
+    counts = ({topic: len(rows) for topic, rows in stage.items()} for stage in by_topic)
+    plans = plan_run(config, outline.topics, *counts)
     start = _start(file, model)
     identity = _identity(config, model, tokenizer, sft.examples, preferences.examples, start)
     probe = _probe(file, model, tokenizer, split.held_out.pairs)
     notes = dict.fromkeys([*tokenizer.notes, *sft.notes, *preferences.notes, *_cuts(config, sft, preferences)])
     told = (*(Notice(note) for note in notes), *_of_split(split, quizzes), *_publishes(probe))
-    return Prepared(file, model, tokenizer, *by_topic, plans, identity, probe, split, told, start)
+    return Prepared(file, model, tokenizer, *by_topic, plans, identity, probe, split, outline, told, start)
 
 
 def _readable(quizzes: Quizzes) -> Quizzes:
@@ -144,6 +149,7 @@ def _identity(
     rows.update(rows_digest(preferences).encode())
     # How a step is computed may change when a run goes on; what it computes may not.
     stages = {name: getattr(config, name).model_dump(exclude={"backend", "share_prompts"}) for name in ("sft", "dpo")}
+    stages |= {name: getattr(config, name).model_dump() for name in ("curriculum", "evaluation")}
     # Where an adapter to go on from lies may change; what it is may not.
     adapter = config.adapter.model_dump(exclude={"start_from"})
     if start is not None:
