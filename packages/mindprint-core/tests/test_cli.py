@@ -597,8 +597,10 @@ def test_quizzes_are_held_out_and_asked(run: Run, unsplit: str) -> None:
     assert said.code == 2 and said.out.splitlines()[0].split() == [
         "topic", "questions", "concepts", "untuned", "concepts", "tuned",
     ]  # fmt: skip
-    assert said.err.splitlines()[-1].endswith(
-        "has no `reference_answers`: write at least one: not evaluated; the rest was"
-    )
+    problem = "voice/data/quiz.json: question 2: has no `reference_answers`: write at least one"
+    assert said.err.splitlines()[-1] == f"mindprint: warning: not evaluated: {problem}"
+    as_json = run("eval", unsplit, "--json")
+    assert as_json.code == 2 and as_json.json["not_evaluated"] == [problem]
+    assert as_json.json["quiz"]["overall"]["questions"] == 1 and as_json.json["overall"] is None
     Path("voice/data/quiz.json").write_text("[{]")
     assert "quiz.json: line 1: not valid JSON" in run("train", unsplit, *SETTINGS).error

@@ -52,7 +52,7 @@ def command(
     model: str | None,
     answers: bool,
     as_json: bool,
-) -> None:
+) -> int:
     """Measure the voice on held-out text, before and after training.
 
     PATH is a project (its newest complete run), the folder of a run, or that of an adapter. Held out are the pairs of
@@ -85,9 +85,9 @@ def command(
         emit({**facts, **measured, **found, "not_evaluated": list(scored.problems)})
     else:
         _show_all(evaluation, texts, assessment, quiz)
-    if scored.problems:
-        first, *more = scored.problems
-        raise DataError(f"{first}{f' (and {len(more)} more)' if more else ''}: not evaluated; the rest was")
+    for problem in scored.problems:
+        notice(f"not evaluated: {problem}", warning=True)
+    return DataError.exit_code if scored.problems else 0
 
 
 def _read(opened: OpenedAdapter, scored: Scored) -> tuple[Evaluation | None, TextEvaluation | None]:
@@ -121,9 +121,10 @@ def _assess(opened: OpenedAdapter, scored: Scored) -> Assessment | None:
     kept = unread(asked, reference)
     if len(kept) < len(asked):
         notice(f"{len(asked) - len(kept)} held-out rows stand in the training data: not scored", warning=True)
-    return (
-        assess(reference, answer_held_out(opened, kept), extra=extra, seed=scored.file.config.seed) if asked else None
-    )
+    if not asked:
+        notice("no held-out row has a prompt to answer: the voice is not scored", warning=True)
+        return None
+    return assess(reference, answer_held_out(opened, kept), extra=extra, seed=scored.file.config.seed)
 
 
 def _ask(opened: OpenedAdapter, questions: Sequence[Question]) -> QuizEvaluation | None:

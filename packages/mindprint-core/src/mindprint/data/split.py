@@ -314,9 +314,12 @@ def _facts(table: _Table, groups: _Groups, sides: Sequence[Side], kept: int, fra
     for side, places in zip(sides, table.rows, strict=True):
         on[side].update(_short(table.texts[place]) for place in places)
     on["held_out"].update(_short(table.texts[place]) for place in table.explicit)
+    rows: dict[str, list[int]] = {topic: [] for topic in table.topics}
+    for row, (_, topic) in enumerate(table.owners):
+        rows[topic].append(row)
     return SplitFacts(
         fraction=fraction,
-        topics={topic: _topic(table, sides, topic) for topic in table.topics},
+        topics={topic: _topic(table, sides, topic, mine) for topic, mine in rows.items()},
         trained=tuple(sorted(on["train"])),
         held_out=tuple(sorted(on["held_out"])),
         groups=groups.several,
@@ -325,9 +328,7 @@ def _facts(table: _Table, groups: _Groups, sides: Sequence[Side], kept: int, fra
     )
 
 
-def _topic(table: _Table, sides: Sequence[Side], topic: str) -> TopicSplit:
-    mine = [row for row, (_, name) in enumerate(table.owners) if name == topic]
-
+def _topic(table: _Table, sides: Sequence[Side], topic: str, mine: Sequence[int]) -> TopicSplit:
     def share(kind: Kind) -> Share:
         counts = Counter(sides[row] for row in mine if table.owners[row][0] == kind)
         return Share(counts["train"], counts["held_out"], counts["removed"])
