@@ -15,7 +15,9 @@ import nox
 nox.needs_version = ">=2024.4"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "core", "testing", "hello", "torch", "mlx", "types", "parity", "docs", "demo", "wheels"]
+nox.options.sessions = [
+    "lint", "core", "testing", "hello", "torch", "mlx", "types", "parity", "integration", "docs", "demo", "wheels",
+]  # fmt: skip
 
 # CPU builds of PyTorch are published for some Pythons only; 3.11 where there is one, else whatever runs nox.
 PYTHON = "3.11" if shutil.which("python3.11") else f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -23,14 +25,20 @@ BOTH = Path(__file__).parent / ".nox" / "both"
 CONSTRAINTS = "constraints.txt"
 PACKAGES = ("core", "torch", "mlx", "testing")
 HELLO = "examples/mindprint-hello"
-TESTS = ("pytest", "pytest-timeout")
+TESTS = ("pytest", "pytest-timeout", "pytest-xdist")
+IN_PARALLEL = ("-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile")
+"""For many small tests. `-n 0` after a session's `--` undoes it: then `-s` shows what the tests print."""
+UNCOMPILED = ("--no-compile",)
+"""Most of what is installed is never imported; what is, Python compiles then."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""For the same: models this small lose more to a second thread than they gain."""
 TRACKERS = ("tensorboard", "wandb")
 
 
 def install(session: nox.Session, packages: tuple[str, ...], *tools: str) -> None:
     """Install distributions of this repository from wheels built now, and tools, at the tested versions."""
     paths = [f"packages/mindprint-{name}" for name in packages]
-    session.install("-q", "-c", CONSTRAINTS, *tools, *paths)
+    session.install("-q", *UNCOMPILED, "-c", CONSTRAINTS, *tools, *paths)
 
 
 def forbid(session: nox.Session, *modules: str) -> None:
@@ -62,7 +70,7 @@ def pythons(session: nox.Session) -> None:
 def core_tests(session: nox.Session) -> None:
     install(session, ("core",), *TESTS, *TRACKERS)
     forbid(session, "torch", "mlx")
-    session.run("pytest", "packages/mindprint-core/tests", *session.posargs)
+    session.run("pytest", "packages/mindprint-core/tests", *IN_PARALLEL, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(python=PYTHON)
@@ -70,7 +78,6 @@ def testing(session: nox.Session) -> None:
     """The conformance suite, tested: how many of the seeded defects it catches."""
     install(session, ("core", "testing"), *TESTS)
     session.run("pytest", "packages/mindprint-testing/tests", *session.posargs)
-    session.run("python", "packages/mindprint-testing/tests/defects.py")
 
 
 @nox.session(python=PYTHON)
@@ -86,7 +93,7 @@ def torch(session: nox.Session) -> None:
     """The PyTorch backend's tests, where mlx is not installed."""
     install(session, ("core", "torch", "testing"), *TESTS)
     forbid(session, "mlx")
-    session.run("pytest", "packages/mindprint-torch/tests", *session.posargs)
+    session.run("pytest", "packages/mindprint-torch/tests", *IN_PARALLEL, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(python=PYTHON)
@@ -94,13 +101,13 @@ def mlx(session: nox.Session) -> None:
     """The MLX backend's tests, where torch is not installed."""
     install(session, ("core", "mlx", "testing"), *TESTS)
     forbid(session, "torch")
-    session.run("pytest", "packages/mindprint-mlx/tests", *session.posargs)
+    session.run("pytest", "packages/mindprint-mlx/tests", *IN_PARALLEL, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(python=PYTHON, default=False)
 def both(session: nox.Session) -> None:
-    """The environment that the sessions below share: both backends, and what tests them."""
-    install(session, PACKAGES, *TESTS, "mypy", "types-PyYAML")
+    """The environment that the sessions below share: both backends, as `mindprint-core[all]`, and what tests them."""
+    install(session, PACKAGES, "packages/mindprint-core[all]", *TESTS, "mypy", "types-PyYAML")
 
 
 def run_in_both(session: nox.Session, command: str, *words: str, env: dict[str, str] | None = None) -> None:
@@ -119,8 +126,15 @@ def types(session: nox.Session) -> None:
 
 @nox.session(python=False, requires=["both"])
 def parity(session: nox.Session) -> None:
-    """What needs both backends: the same numbers, TRL and PEFT as witnesses, whole runs from the command line."""
-    run_in_both(session, "pytest", "tests", "--ignore=tests/docs", *session.posargs)
+    """The same numbers on both backends, TRL, PEFT and mlx-lm as witnesses, and the faults that verify finds."""
+    folders = ("tests/parity", "tests/interop", "tests/trust")
+    run_in_both(session, "pytest", *folders, *IN_PARALLEL, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(python=False, requires=["both"])
+def integration(session: nox.Session) -> None:
+    """Whole runs on both backends from the command line, killed and resumed, with as many threads as users have."""
+    run_in_both(session, "pytest", "tests/integration", *session.posargs)
 
 
 @nox.session(python=False, requires=["both"])
@@ -131,38 +145,56 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(python=False, requires=["both"])
 def demo(session: nox.Session) -> None:
-    """Train the embedded example on both backends and show what changed."""
-    run_in_both(session, "python", "examples/demo.py", *session.posargs)
+    """Train the embedded example on both backends and show what changed; installed, away from the source tree."""
+    script = Path("examples/demo.py").resolve()
+    with session.chdir(session.create_tmp()):
+        run_in_both(session, "python", str(script), *session.posargs)
 
 
 @nox.session(python=PYTHON)
 def wheels(session: nox.Session) -> None:
-    """Build every wheel, check its metadata, and run the demo from the wheels, away from the source tree."""
-    session.install("-q", "-c", CONSTRAINTS, "build", "twine")
+    """Build every wheel from its source distribution, check its metadata, and use each in an environment of its own.
+
+    `nox -s wheels -- hello` looks at one of them.
+    """
+    session.install("-q", "-c", CONSTRAINTS, "build", "hatchling", "twine")
     dist = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     for folder in (*(f"packages/mindprint-{name}" for name in PACKAGES), HELLO):
-        session.run("python", "-m", "build", "--outdir", str(dist), folder, silent=True)
-    built = sorted(str(path) for path in dist.iterdir())
-    session.run("twine", "check", "--strict", *built)
-    wheel = next(path for path in built if Path(path).name.startswith("mindprint_core") and path.endswith(".whl"))
-    constraints, script = Path(CONSTRAINTS).resolve(), Path("examples/demo.py").resolve()
-    session.install("-q", "-c", str(constraints), "--find-links", str(dist), f"{wheel}[all]")
-    with session.chdir(dist):
-        session.run("python", str(script), *session.posargs)
-    for built_wheel in (path for path in built if path.endswith(".whl")):
-        alone(session, built_wheel, dist, constraints)
+        session.run("python", "-m", "build", "--no-isolation", "--outdir", str(dist), folder, silent=True)
+    session.run("twine", "check", "--strict", *sorted(str(path) for path in dist.iterdir()))
+    constraints = Path(CONSTRAINTS).resolve()
+    for name in session.posargs or ALONE:
+        alone(session, name, dist, constraints)
 
 
-def alone(session: nox.Session, wheel: str, dist: Path, constraints: Path) -> None:
-    """A wheel in an environment of its own, with the dependencies that it declares, must import."""
-    folder = dist.parent / "alone" / Path(wheel).name.partition("-")[0]
-    session.run("python", "-m", "venv", "--clear", str(folder), silent=True)
-    python = str(folder / ("Scripts" if os.name == "nt" else "bin") / "python")
-    options = ("-q", "-c", str(constraints), "--find-links", str(dist))
-    session.run(python, "-m", "pip", "install", *options, wheel, external=True, silent=True)
-    with session.chdir(dist):
-        session.run(python, "-c", f"import {folder.name.removesuffix('_core')}", external=True)
+HELLO_RUN = ("mindprint", "train", "voice", "--backend", "hello", "sft.epochs_per_topic=null", "sft.steps_per_topic=2")
+
+ALONE = {
+    "core": (("mindprint", "init", "voice"), ("mindprint", "plugins", "--check")),
+    "testing": (("pytest", "--version"), ("python", "-c", "import mindprint_testing")),
+    "hello": (("mindprint", "hello", "base"), ("mindprint", "init", "voice", "--model", "base"), HELLO_RUN),
+    "torch": (("mindprint", "doctor", "--backend", "torch"),),
+    "mlx": (("mindprint", "doctor", "--backend", "mlx"),),
+}
+"""What is run where a distribution is installed alone: `doctor` trains a few steps on each device."""
+
+
+def alone(session: nox.Session, name: str, dist: Path, constraints: Path) -> None:
+    """A wheel in an environment of its own, with the dependencies that it declares and no others, must do its work."""
+    folder = dist.parent / "alone" / name
+    session.run("python", "-m", "venv", "--clear", "--without-pip", str(folder), silent=True)
+    programs = folder / ("Scripts" if os.name == "nt" else "bin")
+    wheel = next(str(path) for path in dist.glob(f"mindprint_{name}-*.whl"))
+    pip = ("python", "-m", "pip", "--python", str(programs / "python"))
+    options = ("-q", *UNCOMPILED, "-c", str(constraints), "--find-links", str(dist))
+    session.run(*pip, "install", *options, wheel, silent=True)
+    session.run(*pip, "check")
+    work = folder / "work"
+    work.mkdir()
+    with session.chdir(work):
+        for command, *words in ALONE[name]:
+            session.run(str(programs / command), *words, external=True)
     shutil.rmtree(folder)
 
 

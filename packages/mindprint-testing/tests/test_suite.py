@@ -44,10 +44,13 @@ def run(folder: Path, body: str, *options: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_every_seeded_defect_is_caught_by_the_test_that_should() -> None:
+def test_every_seeded_defect_is_caught_by_the_test_that_should(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints how many; `python packages/mindprint-testing/tests/defects.py` says which, and by which test."""
     assert len(DEFECTS) >= 20
     assert len({defect.name for defect in DEFECTS}) == len(DEFECTS)
     results = caught(DEFECTS, failures(DEFECTS))
+    with capsys.disabled():
+        print(f"\nseeded defects caught: {sum(results.values())} of {len(results)}")
     assert [name for name, seen in results.items() if not seen] == []
 
 
