@@ -78,6 +78,12 @@ def test_what_is_not_claimed_is_listed_by_name(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_what_cannot_be_tested_cannot_be_claimed(tmp_path: Path) -> None:
+    output = run(tmp_path, "    capabilities = frozenset({'sampling', 'experts'})\n", "-k", "test_capability")
+    assert "1 failed, 1 passed" in output
+    assert "experts: reserved, no core drives it yet and no test of it exists" in output
+
+
 @pytest.mark.parametrize(
     "body",
     [
