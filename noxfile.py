@@ -139,8 +139,8 @@ def integration(session: nox.Session) -> None:
 
 @nox.session(python=False, requires=["both"])
 def docs(session: nox.Session) -> None:
-    """Documentation that cannot drift: links, settings, commands and code blocks are tested."""
-    run_in_both(session, "pytest", "tests/docs", *session.posargs)
+    """Documentation that cannot drift: links and settings are tested, code and command blocks run."""
+    run_in_both(session, "pytest", "tests/docs", *IN_PARALLEL[:2], *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(python=False, requires=["both"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +41,23 @@ def test_from_nothing_to_an_adapter(tmp_path: Path) -> None:
     assert sft[-1]["first_loss"] < sft[0]["first_loss"] - 0.5
     assert all(stage["last_loss"] < stage["first_loss"] for stage in dpo)
     assert (tmp_path / "voice" / "runs" / "run-001" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("page", ["examples/mindprint-hello/README.md", "docs/write-a-backend.md"])
+def test_the_commands_of_the_pages_run(page: str, tmp_path: Path) -> None:
+    """As written; the project that `init` makes is made short."""
+    text = (Path(__file__).parents[3] / page).read_text(encoding="utf-8")
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"(?m)^ *mindprint (.+)$", text)]
+    assert [words[0] for words in commands] == ["hello", "init", "train"]
+    for words in commands:
+        mindprint(tmp_path, *words)
+        if words[0] == "init":
+            config = tmp_path / words[1] / "mindprint.yaml"
+            short = re.sub(r"(epochs|steps)_per_topic: \d+", "steps_per_topic: 1", config.read_text(encoding="utf-8"))
+            config.write_text(
+                f"{short}\ndata: {{max_length: 64}}\n" if "\ndata:" not in short else short, encoding="utf-8"
+            )
+    assert list(tmp_path.glob("*/runs/run-001/adapter/adapter_model.safetensors"))
 
 
 def test_its_scorer_stands_beside_the_score(tmp_path: Path) -> None:
