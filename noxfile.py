@@ -112,7 +112,7 @@ def both(session: nox.Session) -> None:
 
 def run_in_both(session: nox.Session, command: str, *words: str, env: dict[str, str] | None = None) -> None:
     """Run a command of the shared environment."""
-    folder = BOTH / ("Scripts" if os.name == "nt" else "bin")
+    folder = programs(BOTH)
     path = os.pathsep.join([str(folder), os.environ.get("PATH", "")])
     session.run(str(folder / command), *words, external=True, env={"PATH": path, **(env or {})})
 
@@ -166,36 +166,66 @@ def wheels(session: nox.Session) -> None:
     constraints = Path(CONSTRAINTS).resolve()
     for name in session.posargs or ALONE:
         alone(session, name, dist, constraints)
+    if not session.posargs:
+        uninstalled(session, dist, constraints)
 
 
-HELLO_RUN = ("mindprint", "train", "voice", "--backend", "hello", "sft.epochs_per_topic=null", "sft.steps_per_topic=2")
+SHORT = ("sft.epochs_per_topic=null", "sft.steps_per_topic=2", "dpo.steps_per_topic=2")
 
 ALONE = {
     "core": (("mindprint", "init", "voice"), ("mindprint", "plugins", "--check")),
     "testing": (("pytest", "--version"), ("python", "-c", "import mindprint_testing")),
-    "hello": (("mindprint", "hello", "base"), ("mindprint", "init", "voice", "--model", "base"), HELLO_RUN),
+    "hello": (("mindprint", "hello", "base"), ("mindprint", "init", "voice", "--model", "base"),
+              ("mindprint", "train", "voice", "--backend", "hello", *SHORT)),
     "torch": (("mindprint", "doctor", "--backend", "torch"),),
     "mlx": (("mindprint", "doctor", "--backend", "mlx"),),
-}
+}  # fmt: skip
 """What is run where a distribution is installed alone: `doctor` trains a few steps on each device."""
 
 
 def alone(session: nox.Session, name: str, dist: Path, constraints: Path) -> None:
     """A wheel in an environment of its own, with the dependencies that it declares and no others, must do its work."""
-    folder = dist.parent / "alone" / name
-    session.run("python", "-m", "venv", "--clear", "--without-pip", str(folder), silent=True)
-    programs = folder / ("Scripts" if os.name == "nt" else "bin")
-    wheel = next(str(path) for path in dist.glob(f"mindprint_{name}-*.whl"))
-    pip = ("python", "-m", "pip", "--python", str(programs / "python"))
-    options = ("-q", *UNCOMPILED, "-c", str(constraints), "--find-links", str(dist))
-    session.run(*pip, "install", *options, wheel, silent=True)
+    folder, pip = environment(session, dist.parent / "alone" / name, dist, constraints, name)
     session.run(*pip, "check")
-    work = folder / "work"
-    work.mkdir()
-    with session.chdir(work):
-        for command, *words in ALONE[name]:
-            session.run(str(programs / command), *words, external=True)
+    use(session, folder, *ALONE[name])
     shutil.rmtree(folder)
+
+
+def uninstalled(session: nox.Session, dist: Path, constraints: Path) -> None:
+    """Two backends side by side; when one is uninstalled, the other, core and the project they shared go on working."""
+    folder, pip = environment(session, dist.parent / "uninstalled", dist, constraints, "hello", "mlx")
+    use(session, folder, *ALONE["hello"], ("mindprint", "doctor", "--backend", "mlx"))
+    session.run(*pip, "uninstall", "-q", "-y", "mindprint-hello")
+    use(session, folder, ("mindprint", "plugins", "--check"), ("mindprint", "doctor"), ("mindprint", "init", "other"),
+        ("mindprint", "train", "other", *SHORT))  # fmt: skip
+    session.run(str(programs(folder) / "mindprint"), "generate", str(folder / "work" / "voice"), "--prompt", "Tea?",
+                external=True, success_codes=[2])  # fmt: skip
+    shutil.rmtree(folder)
+
+
+def environment(
+    session: nox.Session, folder: Path, dist: Path, constraints: Path, *names: str
+) -> tuple[Path, tuple[str, ...]]:
+    """A new environment with these distributions' wheels and what they declare; and the pip that works on it."""
+    session.run("python", "-m", "venv", "--clear", "--without-pip", str(folder), silent=True)
+    pip = ("python", "-m", "pip", "--python", str(programs(folder) / "python"))
+    options = ("-q", *UNCOMPILED, "-c", str(constraints), "--find-links", str(dist))
+    built = [str(next(dist.glob(f"mindprint_{name}-*.whl"))) for name in names]
+    session.run(*pip, "install", *options, *built, silent=True)
+    return folder, pip
+
+
+def use(session: nox.Session, folder: Path, *commands: tuple[str, ...]) -> None:
+    """Run commands of an environment, away from the source tree."""
+    work = folder / "work"
+    work.mkdir(exist_ok=True)
+    with session.chdir(work):
+        for command, *words in commands:
+            session.run(str(programs(folder) / command), *words, external=True)
+
+
+def programs(folder: Path) -> Path:
+    return folder / ("Scripts" if os.name == "nt" else "bin")
 
 
 @nox.session(python=False, requires=["both"])
