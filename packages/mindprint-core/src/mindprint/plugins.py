@@ -113,15 +113,23 @@ def load_object(plugins: Sequence[Plugin]) -> object:
         ) from error
 
 
-def load_trackers(names: Iterable[str]) -> tuple[object, ...]:
+@dataclass(frozen=True, eq=False)
+class Tracker:
+    """A tracker that was made for one run, behind hooks of its own: what it raises can be told from what others do."""
+
+    plugin: Plugin
+    hooks: pluggy.HookRelay
+
+
+def load_trackers(names: Iterable[str]) -> tuple[Tracker, ...]:
     """The trackers that a configuration names, made anew for one run.
 
-    Raises `PluginError` if one is not installed, cannot be imported, or is no tracker.
+    Raises `PluginError` if one is not installed, cannot be imported, is no tracker, or does not fit the contract.
     """
     return tuple(_tracker(name) for name in names)
 
 
-def _tracker(name: str) -> object:
+def _tracker(name: str) -> Tracker:
     found = installed(TRACKERS)
     claims = [plugin for plugin in found if plugin.name == name]
     if not claims:
@@ -130,15 +138,19 @@ def _tracker(name: str) -> object:
     make = load_object(claims)
     try:
         tracker: object = make()  # type: ignore[operator]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         library = getattr(error, "name", None) or claims[0].distribution
         raise PluginError(
             f"{described(claims[0])} cannot start: {type(error).__name__}: {error}; pip install {library}, "
             "or take it out of `trackers`"
         ) from error
-    if not hasattr(tracker, "mindprint_event"):
-        raise PluginError(f"{described(claims[0])} has no mindprint_event: it is no tracker")
-    return tracker
+    try:
+        hooks = observer_hooks([tracker], claims[0].name)
+    except PluginError as error:
+        raise PluginError(f"{described(claims[0])}: {error}; upgrade it, or take it out of `trackers`") from error
+    if not hooks.mindprint_event.get_hookimpls():
+        raise PluginError(f"{described(claims[0])} has no mindprint_event marked with hookimpl: it is no tracker")
+    return Tracker(claims[0], hooks)
 
 
 @cache
@@ -182,13 +194,21 @@ def plugin_manager(plugin: Plugin, module: ModuleType, observers: Iterable[objec
     return manager
 
 
-def observer_hooks(observers: Iterable[object]) -> pluggy.HookRelay:
-    """The hooks of observers alone, for what happens outside any backend."""
+def observer_hooks(observers: Sequence[object], name: str | None = None) -> pluggy.HookRelay:
+    """The hooks of observers alone, for what happens outside any backend; `name` is what a trace calls a single one.
+
+    Raises `PluginError` for hooks that do not fit the contract.
+    """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    for observer in observers:
-        manager.register(observer)
-    manager.check_pending()
+    try:
+        for observer in observers:
+            manager.register(observer, name=name)
+        manager.check_pending()
+    except (pluggy.PluginValidationError, ValueError) as error:
+        raise PluginError(f"does not fit the hook contract: {error}") from error
+    if observers:
+        trace_if_asked(manager)
     return manager.hook
 
 
@@ -212,8 +232,8 @@ def _scorer(name: str, settings: Mapping[str, object]) -> Sequence[Measure]:
             else f"voice.scorers.{name}: is not installed (installed: {have})"
         )
     try:
-        hooks = observer_hooks([importlib.import_module(matches[0].module)])
-    except Exception as error:
+        hooks = observer_hooks([importlib.import_module(matches[0].module)], name)
+    except (Exception, SystemExit) as error:
         raise ScorerError(
             f"scorer {name!r} ({matches[0].distribution} {matches[0].version}) failed to load: "
             f"{type(error).__name__}: {error}; reinstall it, or take it out of voice.scorers"

@@ -61,6 +61,7 @@ from mindprint.training.reference import (
 from mindprint.training.results import RunResult, stage_results, verdicts
 from mindprint.training.run_folder import RunFolder, new_run_path, newest_run
 from mindprint.training.stages import DpoStage, SftStage, Stage
+from mindprint.training.watching import Trackers
 from mindprint.trust.measurement import take_fingerprint
 
 Resume = Literal["last", "latest"]
@@ -81,7 +82,8 @@ def train(
     `config` is a folder with `mindprint.yaml`, a YAML file, or the values themselves; `overrides` are merged into it
     (`backend="mlx"`, `sft={"learning_rate": 1e-4}`). `run` names the run's folder (default: a new one under `runs/`
     beside the configuration); with `resume` the newest run there goes on from its last checkpoint, or, with
-    `resume="latest"`, from the newest that is sound. `on_event` and the plugins in `observers` see every event.
+    `resume="latest"`, from the newest that is sound. `on_event` and the plugins in `observers` see every event; what
+    they raise ends the run. A tracker that the configuration names and that raises is turned off, with a warning.
 
     Raises a `MindprintError` for every wrong input before anything is trained, `GuardError` when training would corrupt
     its result, and `Interrupted` after a checkpoint when the user stops it.
@@ -92,8 +94,8 @@ def train(
     mode: Resume | None = "last" if resume is True else (resume or None)
     prepared = prepare(file)
     folder = _run_folder(file, run, mode)
-    watching = (*observers, *load_trackers(file.config.trackers))
-    return _Run(prepared, folder, mode, on_event or (lambda _: None), watching).train()
+    trackers = Trackers(load_trackers(file.config.trackers))
+    return _Run(prepared, folder, mode, on_event or (lambda _: None), observers, trackers).train()
 
 
 class _Run:
@@ -106,6 +108,7 @@ class _Run:
         resume: Resume | None,
         on_event: OnEvent,
         observers: Sequence[object],
+        trackers: Trackers,
     ) -> None:
         self.prepared = prepared
         self.folder = folder
@@ -113,6 +116,7 @@ class _Run:
         self._on_event = on_event
         self._observers = observers
         self._hooks = observer_hooks(observers)
+        self._trackers = trackers
         self.engine = Engine(prepared.model, self._notice)
         self.placements: tuple[Placement, ...] = ()
         extra = load_scorers(prepared.config.voice.scorers)
@@ -392,6 +396,8 @@ class _Run:
     def _emit(self, event: Event) -> None:
         self._on_event(event)
         self._hooks.mindprint_event(event=event)
+        for failure in self._trackers.tell(event):
+            self._notice(failure, warning=True)
 
     def _notice(self, message: str, *, warning: bool = False) -> None:
         self._emit(Notice(message, warning))
