@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 
 import mindprint
+from mindprint.cli import main
 from mindprint.errors import PluginError
 from mindprint.events import Event, Notice, RunFinished
 from mindprint.plugins import TRACKERS, installed, load_trackers
@@ -176,7 +177,10 @@ def test_an_interrupt_in_one_is_the_users(
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("class Tracker:\n    def mindprint_event(self, event): ...", "no mindprint_event marked with hookimpl"),
+        (
+            "class Tracker:\n    def mindprint_event(self, event): ...",
+            "does not implement mindprint_event, marked with hookimpl",
+        ),
         (
             BAD.format(error="OSError").replace("self, event", "self, events"),
             r"does not fit the hook contract: .*events",
@@ -191,6 +195,19 @@ def test_one_that_is_none_is_refused(bad: Callable[[str], ModuleType], code: str
     bad(code)
     with pytest.raises(PluginError, match=rf"(?s)tracker 'bad' \(bad-tracker 0.3\).*{words}"):
         load_trackers(["bad"])
+
+
+@pytest.mark.parametrize(
+    "code", ["class Tracker: ...", BAD.format(error="OSError").replace("self, event", "self, events")]
+)
+def test_the_check_finds_it(
+    bad: Callable[[str], ModuleType], code: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad(code)
+    monkeypatch.setenv("MINDPRINT_DISABLE_PLUGINS", "torch, mlx, hello")
+    assert main(["plugins", "--check", "--json"]) == 1
+    checks = {(p["kind"], p["name"]): p["check"] for p in json.loads(capsys.readouterr().out)["plugins"]}
+    assert [key for key, check in checks.items() if not check["ok"]] == [("tracker", "bad")]
 
 
 def test_what_they_see_is_traced_on_request(

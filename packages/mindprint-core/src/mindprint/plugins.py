@@ -20,7 +20,7 @@ import pluggy
 
 from mindprint import hookspecs
 from mindprint.entries import DISABLE, disabled, entry_points
-from mindprint.errors import BackendError, PluginError, ScorerError
+from mindprint.errors import BackendError, MindprintError, PluginError, ScorerError
 from mindprint.hookspecs import SUPPORTED_HOOK_APIS
 from mindprint.tracing import trace_if_asked
 
@@ -144,13 +144,24 @@ def _tracker(name: str) -> Tracker:
             f"{described(claims[0])} cannot start: {type(error).__name__}: {error}; pip install {library}, "
             "or take it out of `trackers`"
         ) from error
+    return Tracker(claims[0], fitting_hooks(claims[0], tracker))
+
+
+def fitting_hooks(plugin: Plugin, loaded: object) -> pluggy.HookRelay:
+    """The hooks of a tracker (or its class) or of a scorer's module.
+
+    Raises `PluginError` if they do not fit the contract, or the one that makes it what it is is missing.
+    """
+    needed = {TRACKERS: "mindprint_event", SCORERS: "mindprint_scorers"}[plugin.group]
     try:
-        hooks = observer_hooks([tracker], claims[0].name)
+        hooks = observer_hooks([loaded], plugin.name)
     except PluginError as error:
-        raise PluginError(f"{described(claims[0])}: {error}; upgrade it, or take it out of `trackers`") from error
-    if not hooks.mindprint_event.get_hookimpls():
-        raise PluginError(f"{described(claims[0])} has no mindprint_event marked with hookimpl: it is no tracker")
-    return Tracker(claims[0], hooks)
+        raise PluginError(f"{described(plugin)} {error}; upgrade it, or take it out of the configuration") from error
+    if not getattr(hooks, needed).get_hookimpls():
+        raise PluginError(
+            f"{described(plugin)} does not implement {needed}, marked with hookimpl: it is no {kind(plugin)}"
+        )
+    return hooks
 
 
 @cache
@@ -215,7 +226,8 @@ def observer_hooks(observers: Sequence[object], name: str | None = None) -> plug
 def load_scorers(wanted: Mapping[str, Mapping[str, object]]) -> tuple[Measure, ...]:
     """The measures of the scorer plugins that a configuration names, each with its settings.
 
-    Raises `ScorerError` for one that is not installed, claimed twice, broken, or without the hook.
+    Raises `ScorerError` for one that is not installed, claimed twice or broken, `PluginError` for one whose hooks do
+    not fit, and `ConfigError` for settings that it refuses.
     """
     return tuple(measure for name, settings in wanted.items() for measure in _scorer(name, settings))
 
@@ -232,15 +244,22 @@ def _scorer(name: str, settings: Mapping[str, object]) -> Sequence[Measure]:
             else f"voice.scorers.{name}: is not installed (installed: {have})"
         )
     try:
-        hooks = observer_hooks([importlib.import_module(matches[0].module)], name)
+        module = importlib.import_module(matches[0].module)
     except (Exception, SystemExit) as error:
         raise ScorerError(
             f"scorer {name!r} ({matches[0].distribution} {matches[0].version}) failed to load: "
             f"{type(error).__name__}: {error}; reinstall it, or take it out of voice.scorers"
         ) from error
-    if not hooks.mindprint_scorers.get_hookimpls():
-        raise ScorerError(f"scorer {name!r} ({matches[0].distribution}) does not implement mindprint_scorers")
-    return [measure for found in hooks.mindprint_scorers(settings=settings) for measure in found]
+    hooks = fitting_hooks(matches[0], module)
+    try:
+        return [measure for found in hooks.mindprint_scorers(settings=settings) for measure in found]
+    except MindprintError:
+        raise
+    except Exception as error:
+        raise ScorerError(
+            f"{described(matches[0])}: mindprint_scorers raised {type(error).__name__}: {error}; "
+            "upgrade it, or take it out of voice.scorers"
+        ) from error
 
 
 @cache
