@@ -279,7 +279,14 @@ def test_init_writes_what_can_be_loaded(run: Run) -> None:
     config = load_config("my voice").config
     assert (config.model.name, config.backend.type) == ("builtin:tiny", "auto")
     names = sorted(path.relative_to("my voice").as_posix() for path in Path("my voice").rglob("*") if path.is_file())
-    assert names == ["README.md", "data/curriculum.yaml", "data/heldout.jsonl", "data/preferences.jsonl", "data/sft.jsonl", "mindprint.yaml"]
+    assert names == [
+        "README.md",
+        "data/curriculum.yaml",
+        "data/heldout.jsonl",
+        "data/preferences.jsonl",
+        "data/sft.jsonl",
+        "mindprint.yaml",
+    ]
 
 
 def test_init_for_a_large_model(run: Run) -> None:
