@@ -27,7 +27,7 @@ from mindprint.trust.report import MEANINGS, Code
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/README.md")])
-COMMANDS = ("init", "train", "generate", "eval", "verify", "merge", "convert", "migrate", "plugins", "doctor")
+COMMANDS = ("init", "train", "generate", "eval", "report", "verify", "merge", "convert", "migrate", "plugins", "doctor")
 
 
 def relative(page: Path) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from mindprint.adapter import merging
 from mindprint.cli import COMMANDS, main
-from mindprint.cli.train import _project_and_overrides, _with_resume_value
+from mindprint.cli.train import _with_resume_value, project_and_overrides
 from mindprint.config import load_config
 from mindprint.plugins import BACKENDS, Plugin, installed
 from mindprint.training.run_folder import RunFolder
@@ -343,9 +343,9 @@ def test_resume_takes_only_latest(words: list[str], expected: list[str]) -> None
 def test_settings_without_a_project_are_for_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a=b").mkdir()
-    assert _project_and_overrides(["seed=1"]) == (Path(), ["seed=1"])
-    assert _project_and_overrides(["a=b", "seed=1"]) == (Path("a=b"), ["seed=1"])
-    assert _project_and_overrides([]) == (Path(), [])
+    assert project_and_overrides(["seed=1"]) == (Path(), ["seed=1"])
+    assert project_and_overrides(["a=b", "seed=1"]) == (Path("a=b"), ["seed=1"])
+    assert project_and_overrides([]) == (Path(), [])
 
 
 def test_interrupt_and_resume(run: Run, voice: str) -> None:

@@ -12,6 +12,7 @@ import click
 
 from mindprint.cli.generate import backend_section, where
 from mindprint.cli.output import emit, json_option, notice, say, table
+from mindprint.cli.runs_table import show_compared
 from mindprint.data.quizzes import Question
 from mindprint.data.render import PreferenceExample, Rendered, SftExample, render_preferences, render_sft
 from mindprint.errors import DataError
@@ -36,7 +37,8 @@ HEADER = ("topic", "pairs", "prefers chosen", "a token", "margin", "perplexity",
 
 
 @click.command("eval", short_help="Measure the voice.")
-@click.argument("path", type=click.Path(path_type=Path), default=".")
+@click.argument("paths", metavar="[PATH]", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--compare", is_flag=True, help="Show the figures of two or more runs, given as PATHs, side by side.")
 @click.option("--heldout", type=click.Path(path_type=Path), help="Pairs to measure with; default: the project's.")
 @click.option("--backend", help="auto, torch, mlx, ...; default: the run's.")
 @click.option("--device", help="auto, cpu, cuda, mps, metal; default: the run's.")
@@ -45,7 +47,8 @@ HEADER = ("topic", "pairs", "prefers chosen", "a token", "margin", "perplexity",
 @json_option
 def command(
     *,
-    path: Path,
+    paths: tuple[Path, ...],
+    compare: bool,
     heldout: Path | None,
     backend: str | None,
     device: str | None,
@@ -66,7 +69,15 @@ def command(
     `voice` is that of the model's own answers to the held-out prompts, where 0 is the untuned model and 1 the person's
     held-out answers, with its 95 % interval; docs/voice.md says what it can tell. What cannot be scored says
     why. `concepts` is the share of a quiz's key concepts that the answers mention.
+
+    With --compare nothing is computed: the figures are those that each run's own final evaluation found.
     """
+    if compare:
+        show_compared(paths, as_json=as_json)
+        return 0
+    if len(paths) > 1:
+        raise click.UsageError("one PATH is measured at a time; --compare shows runs side by side")
+    path = paths[0] if paths else Path()
     scored = read_scored(locate_adapter(path), heldout)
     if scored.empty:
         why = scored.why_none or "no held-out rows that are not trained on: add heldout.jsonl to the data folder"

@@ -65,7 +65,7 @@ def command(
     A topic (chapter, unit, or the run) that misses a threshold of the configuration, or could not be evaluated against
     it, is named, and the exit code is 1; the adapter is written all the same.
     """
-    path, overrides = _project_and_overrides(config)
+    path, overrides = project_and_overrides(config)
     if backend:
         overrides.append(f"backend.type={backend}")
     if topics:
@@ -94,7 +94,7 @@ def _with_resume_value(arguments: Sequence[str]) -> list[str]:
     return result
 
 
-def _project_and_overrides(words: Sequence[str]) -> tuple[Path, list[str]]:
+def project_and_overrides(words: Sequence[str]) -> tuple[Path, list[str]]:
     """The first word is the project, unless it is a setting and no such file exists."""
     if not words or ("=" in words[0] and not Path(words[0]).exists()):
         return Path(), list(words)
@@ -133,6 +133,7 @@ def _summarize(result: RunResult, path: Path, file: ConfigFile) -> None:
     header = ("topic", "stage", "backend", "steps", "loss", "seconds")
     say(table(header, rows, numbers=(3, 4, 5)))
     say(f"\nadapter: {_shown(result.adapter)}")
+    say(f"report:  {_shown(result.run / 'report.html')}")
     say(f"try it:  mindprint generate {_project_or_run(result, path, file)} --prompt {_prompt(file)}")
 
 

@@ -35,6 +35,7 @@ from mindprint.events import (
 )
 from mindprint.hookspecs import HOOK_API
 from mindprint.plugins import load_scorers, load_trackers, observer_hooks
+from mindprint.reports import write_reports
 from mindprint.training.checkpoints import (
     Checkpoint,
     Cursor,
@@ -135,6 +136,7 @@ class _Run:
                 self._write_adapter(state.adapter)
             finally:
                 self.engine.release()
+        write_reports(self.folder)
         self._emit(RunFinished(str(self.folder.path), str(self.folder.adapter), perf_counter() - started))
         return RunResult(self.folder.path, self.folder.adapter, stage_results(self.folder), verdicts(self.folder))
 
