@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from mindprint.config import Level
 from mindprint.events import StageName
 
-Level = Literal["topic", "chapter", "unit", "final"]
 LEVELS: tuple[Level, ...] = ("topic", "chapter", "unit", "final")
 
 Outcome = Literal["measured", "passed", "failed", "not evaluated"]
@@ -38,6 +38,8 @@ class Figures:
     Voices lie on the run's scale: 0 the untuned model, 1 the person. Shares are 0 to 1, margins in nats, lengths in
     words over the person's. `untuned_` and `person_` figures are those of the untuned model and of the person's own
     held-out texts. `stopped`: share of answers that ended by themselves; `empty`: share without a word.
+    `preference_accuracy` and `preference_margin` are the reward accuracy and margin of `voice.evaluation.Measured`:
+    whether, and by how much, training raised the chosen answer more than the rejected one.
     """
 
     prompts: int = 0
@@ -57,9 +59,7 @@ class Figures:
     empty: float | None = None
     pairs: int = 0
     preference_accuracy: float | None = None
-    untuned_preference_accuracy: float | None = None
     preference_margin: float | None = None
-    untuned_preference_margin: float | None = None
     perplexity: float | None = None
     untuned_perplexity: float | None = None
     questions: int = 0

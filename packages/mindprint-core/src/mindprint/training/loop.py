@@ -70,6 +70,7 @@ def _event(engine: Engine, stage: Stage, step: int, outcome: StepOutcome, second
         reward_rejected=rewards.rejected if rewards else None,
         reward_margin=rewards.margin if rewards else None,
         reward_accuracy=rewards.accuracy if rewards else None,
+        attempt=plan.attempt if plan.attempt > 1 else None,
     )
 
 
