@@ -19,7 +19,7 @@ import pytest
 import mindprint
 from mindprint.adapter.peft_format import read_adapter
 from mindprint.config import load_config
-from mindprint.contract import ModelSpec, StepMetrics, TrainingState
+from mindprint.contract import ModelSpec, StepMetrics, TrainingState, Update
 from mindprint.errors import (
     BackendError,
     CheckpointError,
@@ -293,6 +293,31 @@ def test_observers_see_what_the_caller_sees(project: Project, tmp_path: Path) ->
     assert watcher.events == mine
     assert isinstance(mine[-1], RunFinished)
     assert [event.stage for event in mine if isinstance(event, StageStarted)] == ["sft", "dpo", "sft", "dpo"]
+
+
+def test_gradient_checkpointing_is_asked_for_by_backend_section_and_may_change_on_resume(
+    project: Project, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    class Watcher:
+        @hookimpl(wrapper=True)
+        def mindprint_sft_step(self, update: Update) -> Any:
+            asked.append(("sft", update.gradient_checkpointing))
+            return (yield)
+
+        @hookimpl(wrapper=True)
+        def mindprint_dpo_step(self, update: Update) -> Any:
+            asked.append(("dpo", update.gradient_checkpointing))
+            return (yield)
+
+    toy, run = project["backend"], tmp_path / "run"
+    for_dpo = {"backend": {"type": toy, "gradient_checkpointing": True}}
+    with pytest.raises(Interrupted):
+        mindprint.train(project, run=run, dpo=for_dpo, observers=[Watcher()], on_event=ctrl_c_at(SFT_STEPS + 1))
+    assert asked == [("sft", False)] * SFT_STEPS + [("dpo", True)]
+    mindprint.train(project, run=run, resume=True, observers=[Watcher()])
+    assert set(asked[SFT_STEPS + 1 :]) == {("sft", False), ("dpo", False)}
 
 
 def test_a_topic_without_pairs_is_refused_before_anything_is_written(project: Project, tmp_path: Path) -> None:

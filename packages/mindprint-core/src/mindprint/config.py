@@ -50,6 +50,9 @@ class BackendConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Dtype of the base's weights; the adapter is float32 always."
     )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again instead of keeping them: less memory, more time, same numbers."
+    )
 
 
 class DataConfig(Section):

@@ -256,6 +256,10 @@ class Update:
 
     `share_prompts` allows a preference step to read each prompt once for both of its completions. It changes no numbers
     but their rounding, and a backend may do without.
+
+    `gradient_checkpointing` asks for less memory at the price of time (Chen et al. 2016, arXiv 1604.06174): activations
+    within a layer are computed again on the way back instead of being kept. It changes no numbers but their rounding
+    (dropout masks are the same again), and a backend may do without.
     """
 
     learning_rate: float
@@ -265,6 +269,7 @@ class Update:
     max_grad_norm: float | None = 1.0
     seed: int = 0
     share_prompts: bool = True
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True)

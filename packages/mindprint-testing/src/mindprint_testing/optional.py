@@ -34,6 +34,19 @@ class Optional(Claims):
         assert loss(1) != loss(2)
         assert loss(1) != loss(1, copies=2)
 
+    def test_dropout_masks_survive_gradient_checkpointing(self, bench: Bench) -> None:
+        """A step with dropout has the same gradient whether activations are kept or computed again.
+
+        If it fails: the second computation draws masks of its own, and the gradient is that of no loss at all.
+        """
+        self.needs("dropout")
+        batch, found = bench.token_batch(), []
+        for checkpointing in (False, True):
+            model = bench.ready(dropout=0.4)
+            bench.sft_step(model, batch, seed=3, gradient_checkpointing=checkpointing)
+            found.append(reference.flat(bench.backend.save(model).first_moments))
+        assert reference.distance(found[1], found[0]) < 1e-4
+
     def test_dropout_is_off_outside_sft(self, bench: Bench) -> None:
         """Log-probs and preference steps are those of an adapter without dropout, before and after SFT steps.
 

@@ -125,6 +125,26 @@ class Sft:
             expected = _evaluated(bench, model, batch)
             assert bench.sft_step(model, batch).loss == pytest.approx(expected, abs=LOSS * (1 + expected))
 
+    def test_gradient_checkpointing_changes_no_numbers(self, bench: Bench) -> None:
+        """With and without `update.gradient_checkpointing`, SFT and preference steps have the same loss and gradient.
+
+        If it fails: what is computed again differs from what was computed first (other dropout masks, another adapter),
+        or gradients of the factors inside a recomputed layer are lost.
+        """
+        batch, pairs = bench.token_batch(), bench.preference_batch()
+        found = []
+        for checkpointing in (False, True):
+            sft, dpo = bench.ready(), bench.ready()
+            metrics = [
+                bench.sft_step(sft, batch, gradient_checkpointing=checkpointing),
+                bench.dpo_step(dpo, pairs, gradient_checkpointing=checkpointing),
+            ]
+            moments = [reference.flat(bench.backend.save(model).first_moments) for model in (sft, dpo)]
+            found.append(list(zip(metrics, moments, strict=True)))
+        for (plain, kept), (again, recomputed) in zip(*found, strict=True):
+            assert again.loss == pytest.approx(plain.loss, abs=LOSS * (1 + plain.loss))
+            assert reference.distance(recomputed, kept) < 1e-4
+
     def test_inputs_are_not_written_to(self, bench: Bench) -> None:
         """After every hook, the arrays that core handed over are what they were.
 

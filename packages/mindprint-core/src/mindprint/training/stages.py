@@ -128,6 +128,7 @@ def _update(plan: StagePlan, step: int, tokens: int, pairs: int = 0) -> Update:
         max_grad_norm=settings.max_grad_norm,
         seed=seed,
         share_prompts=isinstance(settings, DpoConfig) and settings.share_prompts,
+        gradient_checkpointing=plan.backend.gradient_checkpointing,
     )
 
 
