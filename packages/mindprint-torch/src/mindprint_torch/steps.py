@@ -15,6 +15,7 @@ from mindprint_torch.adapter import Adapter, dropout, require_adapter
 from mindprint_torch.arrays import TORCH, on_device
 from mindprint_torch.logprobs import chosen_layout, layout_log_probs, placed_log_probs
 from mindprint_torch.model import TorchModel
+from mindprint_torch.recompute import recomputed
 
 TOKENS_AT_ONCE = 1280
 """On a CPU, more tokens than this are read in parts: products are as fast, and what lies between them is nearer."""
@@ -28,7 +29,10 @@ def sft_step(model: TorchModel, batches: Sequence[TokenBatch], update: Update) -
     adapter = require_adapter(model)
     losses = []
     for index, batch in enumerate(batches):
-        with dropout(model, seed=update.seed, micro_batch=index):
+        with (
+            recomputed(model.network, enabled=update.gradient_checkpointing),
+            dropout(model, seed=update.seed, micro_batch=index),
+        ):
             for rows in _groups(model, batch.lengths):
                 log_probs = layout_log_probs(model, sequences(token_rows(batch, rows)))
                 losses.append(_backward(adapter, -log_probs.sum() / max(update.tokens, 1)))
@@ -44,9 +48,10 @@ def dpo_step(
     for batch in batches:
         of_batch = torch.empty((2, batch.pairs), device=model.device)
         for rows in _groups(model, batch.prompt_lengths + batch.chosen_lengths + batch.rejected_lengths):
-            pairs = pair_log_probs(model, pairs_of(batch, rows), share_prompts=update.share_prompts)
-            total = loss.total(TORCH, pairs, pair_count=update.pairs, chosen_token_count=update.tokens)
-            losses.append(_backward(adapter, total))
+            with recomputed(model.network, enabled=update.gradient_checkpointing):
+                pairs = pair_log_probs(model, pairs_of(batch, rows), share_prompts=update.share_prompts)
+                total = loss.total(TORCH, pairs, pair_count=update.pairs, chosen_token_count=update.tokens)
+                losses.append(_backward(adapter, total))
             policy = torch.stack([pairs.policy_chosen, pairs.policy_rejected])
             of_batch[:, on_device(model.device, rows)] = policy.detach()
         sums.append(of_batch)
