@@ -21,7 +21,7 @@ nox.options.sessions = [
 
 # CPU builds of PyTorch are published for some Pythons only; 3.11 where there is one, else whatever runs nox.
 PYTHON = "3.11" if shutil.which("python3.11") else f"{sys.version_info.major}.{sys.version_info.minor}"
-BOTH = Path(__file__).parent / ".nox" / "both"
+BOTH = Path(__file__).resolve().parent / ".nox" / "both"
 CONSTRAINTS = "constraints.txt"
 PACKAGES = ("core", "torch", "mlx", "testing")
 HELLO = "examples/mindprint-hello"

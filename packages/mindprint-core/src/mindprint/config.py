@@ -86,6 +86,11 @@ class DataConfig(Section):
         "all", description="Which assistant turns of a conversation are trained: `all`, or only the `last`."
     )
     max_length: Positive = Field(1024, description="Longest sequence in tokens; what is longer is cut at its end.")
+    length_window: Positive = Field(
+        1,
+        description="Micro-batches within which rows of like length go together, which saves padding; 1: rows meet at "
+        "random, as in TRL.",
+    )
 
 
 class AdapterConfig(Section):

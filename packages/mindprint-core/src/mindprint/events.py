@@ -48,8 +48,9 @@ class StageStarted(Event):
 class StepDone(Event):
     """One optimizer step, as the line of metrics.jsonl has it. `step` counts over the whole run, from 1.
 
-    `tokens` are those that the model read, without padding; rewards are means over the step's pairs.
-    `attempt` is given from a topic's second on.
+    `tokens` are those that the model read, without padding, and `padding` is the share that it would be of the batches'
+    arrays (`data.length_window` makes it smaller); rewards are means over the step's pairs. `attempt` is given from a
+    topic's second on.
     """
 
     topic: str
@@ -62,6 +63,7 @@ class StepDone(Event):
     grad_norm: float
     tokens: int
     seconds: float
+    padding: float = 0.0
     skipped: bool = False
     loss_scale: float | None = None
     reward_chosen: float | None = None

@@ -47,9 +47,16 @@ class StagePlan:
 
 
 def plan_run(
-    config: Config, topics: Sequence[str], sft_rows: Mapping[str, int], pairs: Mapping[str, int]
+    config: Config,
+    topics: Sequence[str],
+    sft_rows: Mapping[str, int],
+    pairs: Mapping[str, int],
+    lengths: Mapping[tuple[str, StageName], Sequence[int]] | None = None,
 ) -> tuple[StagePlan, ...]:
-    """SFT, then DPO, for each topic in the order given. The mappings count the rows of each topic."""
+    """SFT, then DPO, for each topic in the order given. The mappings count the rows of each topic.
+
+    `lengths` are the tokens of the rows of each topic and stage, for batches by length.
+    """
     plans: list[StagePlan] = []
     for topic in topics:
         stages: tuple[tuple[StageName, SftConfig | DpoConfig, int], ...] = (
@@ -59,7 +66,8 @@ def plan_run(
         for stage, settings, rows in stages:
             if settings.enabled and rows:
                 first_step = plans[-1].first_step + plans[-1].steps if plans else 0
-                order = _order(config, settings, topic, stage, rows)
+                of_rows = (lengths or {}).get((topic, stage))
+                order = _order(config, settings, topic, stage, rows, of_rows)
                 backend = settings.backend or config.backend
                 plans.append(StagePlan(len(plans), topic, stage, settings, backend, order, first_step))
     return tuple(plans)
@@ -70,10 +78,26 @@ def total_steps(plans: Sequence[StagePlan]) -> int:
     return sum(plan.steps for plan in plans)
 
 
-def _order(config: Config, settings: SftConfig | DpoConfig, topic: str, stage: StageName, rows: int) -> StageOrder:
+def _order(
+    config: Config,
+    settings: SftConfig | DpoConfig,
+    topic: str,
+    stage: StageName,
+    rows: int,
+    lengths: Sequence[int] | None,
+) -> StageOrder:
     epochs, steps = settings.epochs_per_topic, settings.steps_per_topic
     if epochs is None and steps is None:
         epochs, steps = (DEFAULT_SFT_EPOCHS, None) if stage == "sft" else (None, DEFAULT_DPO_STEPS)
     return StageOrder(
-        rows, settings.batch_size, settings.gradient_accumulation, config.seed, topic, stage, epochs=epochs, steps=steps
+        rows,
+        settings.batch_size,
+        settings.gradient_accumulation,
+        config.seed,
+        topic,
+        stage,
+        epochs=epochs,
+        steps=steps,
+        lengths=None if lengths is None else tuple(lengths),
+        length_window=config.data.length_window,
     )

@@ -20,7 +20,7 @@ from mindprint.data.rows import PreferenceRow, check_topics, read_rows
 from mindprint.data.split import Split, split_rows
 from mindprint.data.tokenizer import Tokenizer, load_tokenizer
 from mindprint.errors import AdapterError, DataError
-from mindprint.events import Notice
+from mindprint.events import Notice, StageName
 from mindprint.training.plan import StagePlan, plan_run
 from mindprint.training.reference import rows_digest
 from mindprint.trust.adapters import copy_findings
@@ -64,8 +64,8 @@ def prepare(file: ConfigFile) -> Prepared:
     by_topic = _by_topic(sft.examples), _by_topic(preferences.examples)
     named = read_outline(file, list(dict.fromkeys([*by_topic[0], *by_topic[1]])))
     outline = named.chosen(config.curriculum.topics, config.curriculum.max_topics)
-    counts = ({topic: len(rows) for topic, rows in stage.items()} for stage in by_topic)
-    plans = plan_run(config, outline.topics, *counts)
+    sft_rows, pairs = ({topic: len(rows) for topic, rows in stage.items()} for stage in by_topic)
+    plans = plan_run(config, outline.topics, sft_rows, pairs, _lengths(*by_topic))
     start = _start(file, model)
     identity = _identity(config, model, tokenizer, sft.examples, preferences.examples, start)
     probe = _probe(file, model, tokenizer, split.held_out.pairs)
@@ -134,6 +134,20 @@ def _by_topic(examples: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
     return {topic: tuple(rows) for topic, rows in topics.items()}
 
 
+def _lengths(
+    sft: Mapping[str, Sequence[SftExample]], preferences: Mapping[str, Sequence[PreferenceExample]]
+) -> dict[tuple[str, StageName], list[int]]:
+    """Tokens of each row, or of each pair's prompt and two completions, by topic and stage."""
+    singles: dict[tuple[str, StageName], list[int]] = {
+        (topic, "sft"): [len(row.tokens) for row in rows] for topic, rows in sft.items()
+    }
+    pairs: dict[tuple[str, StageName], list[int]] = {
+        (topic, "dpo"): [len(row.prompt) + len(row.chosen) + len(row.rejected) for row in rows]
+        for topic, rows in preferences.items()
+    }
+    return singles | pairs
+
+
 def _identity(
     config: Config,
     model: models.ModelFolder,
@@ -160,8 +174,13 @@ def _identity(
         "chat template": tokenizer.template_digest,
         "dataset": rows.hexdigest(),
         "adapter configuration": _digest(adapter),
-        "training configuration": _digest({**stages, "seed": config.seed}),
+        "training configuration": _digest({**stages, "seed": config.seed, **_grouping(config)}),
     }
+
+
+def _grouping(config: Config) -> dict[str, int]:
+    """Batches by length are another order; without them, a run is the one it was before there was such a setting."""
+    return {"length_window": config.data.length_window} if config.data.length_window > 1 else {}
 
 
 def _digest(value: object) -> str:
