@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from mindprint.cli import main
-from mindprint.curriculum.records import AnswerRecord, as_line
-from mindprint.inference import open_adapter
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "packages" / "mindprint-core" / "tests"))
-
-from run_samples import write_lines
-
-PROMPTS = ("What is the use of a fender?", "Who lights the lamps?", "What do bees eat?")
+TRAINED = dict.fromkeys(("What is the use of a fender?", "Who lights the lamps?", "What do bees eat?"), "Aye, my dear.")
+HELD_OUT = {
+    "Where does the ferry land?": "By the old steps, mind you.",
+    "Why is the harbour wall curved?": "To turn the waves aside, as any child knows.",
+}
+SETTINGS = """
+model: {name: "builtin:tiny"}
+sft: {steps_per_topic: 4, learning_rate: 1e-3}
+dpo: {steps_per_topic: 3, learning_rate: 1e-4}
+generation: {max_new_tokens: 16}
+"""
 
 
 def test_torch_and_mlx_are_equivalent(
@@ -24,15 +28,12 @@ def test_torch_and_mlx_are_equivalent(
 ) -> None:
     """Losses within the tolerances, adapters that change the base alike, and the same greedy answers."""
     monkeypatch.chdir(tmp_path)
-    rows = [
-        {"topic": "sea", "prompt": f"{prompt} {n}", "completion": "Aye, my dear."} for n, prompt in enumerate(PROMPTS)
-    ]
-    pairs = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "Yes.", "topic": "sea"} for r in rows]
     Path("data").mkdir()
-    write_lines(Path("data/sft.jsonl"), rows)
-    write_lines(Path("data/preferences.jsonl"), pairs)
-    stages = "sft: {steps_per_topic: 4, learning_rate: 1e-3}\ndpo: {steps_per_topic: 3, learning_rate: 1e-4}\n"
-    Path("mindprint.yaml").write_text(f"model: {{name: 'builtin:tiny'}}\n{stages}", encoding="utf-8")
+    write_pairs(Path("data/preferences.jsonl"), TRAINED)
+    write_pairs(Path("data/heldout.jsonl"), HELD_OUT)
+    rows = [{"topic": "sea", "prompt": prompt, "completion": said} for prompt, said in TRAINED.items()]
+    Path("data/sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    Path("mindprint.yaml").write_text(SETTINGS, encoding="utf-8")
 
     assert main(["compare", "--backends", "torch,mlx", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -44,12 +45,12 @@ def test_torch_and_mlx_are_equivalent(
     assert [side["name"] for side in found["sides"]] == ["torch", "mlx"]
     torch, mlx = (side["costs"]["peak_bytes"] / 2**20 for side in found["sides"])
     assert 50 < mlx < torch < 4000  # PyTorch's libraries alone are larger than all of MLX's process
+    assert sorted(one["prompt"] for one in found["answers"]) == sorted(HELD_OUT)
+    assert all(one["texts"][0] == one["texts"][1] != "" for one in found["answers"])
+    assert [side["voice"] for side in found["sides"]] == [None, None]  # too few words: said to be so
+    assert all("words" in side["voice_missing"] for side in found["sides"])
 
-    runs = [Path("runs/compare-001") / name for name in ("torch", "mlx")]
-    for run in runs:
-        with open_adapter(run) as opened:
-            said = [answer.text for answer in opened.answer(PROMPTS)]
-        lines = [as_line(AnswerRecord("sea", *one)) for one in zip(PROMPTS, PROMPTS, PROMPTS, said, strict=True)]
-        write_lines(run / "answers.jsonl", lines)
-    assert main(["compare", "--runs", *map(str, runs)]) == 0
-    assert "answers: 3 of 3 identical, word for word" in capsys.readouterr().out
+
+def write_pairs(file: Path, answers: Mapping[str, str]) -> None:
+    pairs = [{"topic": "sea", "prompt": prompt, "chosen": said, "rejected": "Yes."} for prompt, said in answers.items()]
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
