@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx_samples
 import numpy as np
 import pytest
 from mlx_samples import linear_sites, lora, preference_batch, token_batch
@@ -122,8 +123,9 @@ def test_an_error_in_a_group_is_raised(make: Make, cores: int) -> None:
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
-        groups.side_by_side(device, [lambda: mx.array(1.0), fail])
-    assert [float(one) for one in groups.side_by_side(device, [lambda: mx.array(1.0), lambda: mx.array(2.0)])] == [1, 2]
+        list(groups.side_by_side(device, [lambda: mx.array(1.0), fail, fail]))
+    found = groups.side_by_side(device, [lambda: mx.array(1.0), lambda: mx.array(2.0)])
+    assert [float(one) for one in found] == [1, 2]
 
 
 def test_steps_compute_with_the_weights_as_they_are(make: Make, cores: int) -> None:
@@ -142,17 +144,20 @@ def test_steps_compute_with_the_weights_as_they_are(make: Make, cores: int) -> N
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_gradient_checkpointing_takes_less_memory(make: Make, stage: str) -> None:
-    """Of the activations of all layers, those of one and what goes into each."""
+def test_gradient_checkpointing_takes_less_memory(make: Make, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the activations of eight layers, those of one and what goes into each. On one core: timing plays no part."""
+    monkeypatch.setattr(groups, "cores", lambda _: 1)
+    monkeypatch.setattr(mlx_samples, "LAYERS", 8)
     peaks = {}
     for checkpointing in (False, True):
-        loaded = ready(make)
+        loaded = make("qwen2", num_hidden_layers=8)
+        adapter.inject(loaded.handle, lora(linear_sites(loaded)))
         update = Update(1e-3, tokens=40, pairs=8, gradient_checkpointing=checkpointing)
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         if stage == "sft":
-            steps.sft_step(loaded.handle, [token_batch(rows=24, width=100)], update)
+            steps.sft_step(loaded.handle, [token_batch(rows=12, width=60)], update)
         else:
-            steps.dpo_step(loaded.handle, [preference_batch(pairs=200)], PreferenceLoss(), update)
+            steps.dpo_step(loaded.handle, [preference_batch(pairs=100)], PreferenceLoss(), update)
         peaks[checkpointing] = mx.get_peak_memory() - before
-    assert peaks[True] < 0.8 * peaks[False]
+    assert peaks[True] < 0.5 * peaks[False]

@@ -7,7 +7,7 @@ activations at once. Gradients are sums over rows, so that nothing changes but t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import cache
@@ -42,20 +42,24 @@ def cores(device: mx.Device) -> int:
     return min(blas.prepare().threads, MOST_THREADS) if device == mx.Device(mx.cpu) else 1
 
 
-def side_by_side(device: mx.Device, tasks: Sequence[Callable[[], T]]) -> list[T]:
-    """What each task makes: arrays, which are then evaluated, each task's on a core of its own.
+def side_by_side(device: mx.Device, tasks: Sequence[Callable[[], T]]) -> Iterator[T]:
+    """What each task makes: arrays, evaluated, each task's on a core of its own. In the order of the tasks.
 
     Of the tasks themselves, which make the graphs, only one runs at a time.
     """
     if len(tasks) == 1:
-        results = [task() for task in tasks]
-        mx.eval(results)
-        return results
-    pool = _threads(len(tasks))
+        result = tasks[0]()
+        mx.eval(result)
+        yield result
+        return
+    pool = _threads(cores(device))
     with blas.threads(1):
         futures = [pool.submit(_computed, device, task) for task in tasks]
-        wait(futures)
-    return [future.result() for future in futures]
+        try:
+            while futures:
+                yield futures.pop(0).result()
+        finally:
+            wait(futures)
 
 
 @cache

@@ -6,7 +6,7 @@ hidden states are gathered first, and the head sees only those that predict a to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
@@ -33,23 +33,15 @@ BLOCK = 64
 def log_probs(handle: Handle, batch: TokenBatch, *, adapter: bool) -> Float32:
     """Log-probs under the mask, float32 `[rows, T]`, 0 elsewhere, of the base alone or with its adapter."""
     values = np.zeros(batch.tokens.shape, np.float32)
+    rows = groups.token_groups(batch, groups.cores(handle.device))
+    layouts = [chosen_layout(handle, groups.rows_of(batch, some)) for some in rows]
     with handle.in_use(adapter=adapter):
-        for rows in _rounds(handle, batch):
-            layouts = [chosen_layout(handle, groups.rows_of(batch, some)) for some in rows]
-            found = groups.side_by_side(handle.device, [partial(answers, handle, layout, {}) for layout in layouts])
-            for some, layout, answered in zip(rows, layouts, found, strict=True):
-                part = np.zeros(layout.shape, np.float32)
-                part.reshape(-1)[layout.slots] = to_numpy(answered)
-                values[some, : part.shape[1]] = part
+        found = groups.side_by_side(handle.device, [partial(answers, handle, layout, {}) for layout in layouts])
+        for some, layout, answered in zip(rows, layouts, found, strict=True):
+            part = np.zeros(layout.shape, np.float32)
+            part.reshape(-1)[layout.slots] = to_numpy(answered)
+            values[some, : part.shape[1]] = part
     return values
-
-
-def _rounds(handle: Handle, batch: TokenBatch) -> Iterator[list[groups.Rows]]:
-    """The groups of a batch that are read at once."""
-    count = groups.cores(handle.device)
-    rows = groups.token_groups(batch, count)
-    for start in range(0, len(rows), count):
-        yield rows[start : start + count]
 
 
 def chosen_layout(handle: Handle, batch: TokenBatch, *, share_prompts: bool = True) -> Layout | Continued:

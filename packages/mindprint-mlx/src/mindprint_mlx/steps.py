@@ -7,7 +7,7 @@ micro-batch is evaluated before the next is built: memory is that of one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -146,25 +146,17 @@ def _accumulated(
     total, reported = 0.0, []
     gradients: Factors = {}
     try:
-        for pieces in _rounds(parts, groups.cores(handle.device)):
-            done = groups.side_by_side(handle.device, [partial(_piece_done, adapter, piece, scale) for piece in pieces])
-            for loss, extra, fresh in done:
+        for pieces in parts:
+            tasks = [partial(_piece_done, adapter, piece, scale) for piece in pieces]
+            for loss, extra, fresh in groups.side_by_side(handle.device, tasks):
                 gradients = {name: gradients[name] + fresh[name] for name in fresh} if gradients else fresh
+                mx.eval(gradients)
                 total += scalar(loss)
                 reported.append(tuple(to_numpy(values) for values in extra))
-            mx.eval(gradients)
-            del done, fresh
     finally:
         adapters.use_dropout(adapter, None)
         adapters.assign(adapter, adapter.factors)
     return total, gradients, reported
-
-
-def _rounds(parts: Sequence[Sequence[Piece]], count: int) -> Iterator[Sequence[Piece]]:
-    """So many pieces at a time, of one micro-batch: memory is never that of two."""
-    for pieces in parts:
-        for start in range(0, len(pieces), count):
-            yield pieces[start : start + count]
 
 
 def _piece_done(adapter: Adapter, piece: Piece, scale: float) -> tuple[mx.array, list[mx.array], Factors]:
