@@ -106,8 +106,8 @@ def mlx(session: nox.Session) -> None:
 
 @nox.session(python=PYTHON, default=False)
 def both(session: nox.Session) -> None:
-    """The environment that the sessions below share: both backends, as `mindprint-core[all]`, and what tests them."""
-    install(session, PACKAGES, "packages/mindprint-core[all]", *TESTS, "mypy", "types-PyYAML")
+    """The environment that the sessions below share: both backends, all of core's scorers, and what tests them."""
+    install(session, PACKAGES, "packages/mindprint-core[all,embeddings]", *TESTS, "mypy", "types-PyYAML")
 
 
 def run_in_both(session: nox.Session, command: str, *words: str, env: dict[str, str] | None = None) -> None:

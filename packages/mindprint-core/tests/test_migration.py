@@ -17,7 +17,7 @@ OLD = """
 backend: {type: pytorch, device: cpu, dtype: bf16}
 sft: {learning_rate: 3e-4, num_epochs: 2, per_device_train_batch_size: 8, lora_r: 16, lora_alpha: 32}
 dpo: {lr: 5e-6, max_steps: 80, beta: 0.2, loss_type: ipo, lora_r: 16}
-thresholds: {min_accuracy: 0.7}
+thresholds: {preference_accuracy: 0.7, min_accuracy: 0.7, voice: 60}
 pipeline: {seed: 7, merge_after_topic: true}
 paths: {base_model: builtin:tiny, data_dir: rows, output_dir: out}
 """
@@ -27,12 +27,13 @@ def test_every_section_is_translated_or_named(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "old.yaml").write_text(OLD)
     assert main(["migrate", str(tmp_path / "old.yaml"), "--json"]) == 0
     left = json.loads(capsys.readouterr().out)["without_counterpart"]
-    assert left == ["thresholds.min_accuracy", "pipeline.merge_after_topic", "paths.output_dir"]
+    assert left == ["thresholds.min_accuracy", "thresholds.voice", "pipeline.merge_after_topic", "paths.output_dir"]
     config = load_config(tmp_path).config
     assert (config.backend.type, config.backend.device, config.backend.dtype) == ("torch", "cpu", "bfloat16")
     assert (config.sft.learning_rate, config.sft.epochs_per_topic, config.sft.batch_size) == (3e-4, 2, 8)
     assert (config.dpo.learning_rate, config.dpo.steps_per_topic, config.dpo.beta) == (5e-6, 80, 0.2)
     assert (config.dpo.loss, config.adapter.r, config.adapter.alpha, config.seed) == ("ipo", 16, 32.0, 7)
+    assert config.evaluation.topic.preference_accuracy == 0.7
     assert (config.model.name, config.data.path) == ("builtin:tiny", "rows")
 
 

@@ -49,7 +49,11 @@ TABLE: Mapping[str, Mapping[str, str]] = {
     "backend": {"type": "backend.type", "device": "backend.device", "dtype": "backend.dtype"},
     "sft": {**{old: f"sft.{new}" for old, new in _STAGE.items()}, **_SHARED},
     "dpo": {**{old: f"dpo.{new}" for old, new in _STAGE.items()}, **_SHARED, **_DPO},
-    "thresholds": {},
+    "thresholds": {
+        "preference_accuracy": "evaluation.topic.preference_accuracy",
+        "concept_coverage": "evaluation.topic.concept_coverage",
+        "copy_rate": "evaluation.topic.copy_rate",
+    },
     "pipeline": {"seed": "seed", "save_every": "checkpoints.every", "checkpoint_every": "checkpoints.every"},
     "paths": {
         "model": "model.name",
@@ -62,7 +66,7 @@ TABLE: Mapping[str, Mapping[str, str]] = {
         "heldout": "data.heldout",
     },
 }
-"""Old section and key → new setting."""
+"""Old section and key → new setting. Thresholds on a voice have none: the old score and this one are different scales."""
 
 VALUES: Mapping[str, Mapping[object, object]] = {
     "backend.type": {"pytorch": "torch", None: "auto"},
@@ -123,6 +127,9 @@ def _translated(setting: str, value: object) -> object:
 def _nested(settings: Mapping[str, object]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in settings.items():
-        section, _, key = name.rpartition(".")
-        (result.setdefault(section, {}) if section else result)[key] = value
+        *sections, key = name.split(".")
+        inner = result
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[key] = value
     return result

@@ -1,0 +1,116 @@
+"""A scorer of text embeddings, from the extra `mindprint-core[embeddings]`: LUAR, StyleDistance, or another.
+
+    voice:
+      scorers:
+        embeddings: {model: StyleDistance/styledistance}
+
+LUAR (Rivera-Soto et al. 2021) and StyleDistance (Patel et al. 2025) are trained so that texts of one writer, or of one
+style, lie close together whatever they are about. sentence-transformers loads them, from the hub or from a folder, and
+is imported only when a voice is fitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mindprint.errors import ConfigError, ScorerError
+from mindprint.hookspecs import hookimpl
+from mindprint.voice.measures import Fitted, Float64, Measure
+
+
+class EmbeddingsConfig(BaseModel):
+    """What a configuration says under `voice.scorers.embeddings`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(min_length=1)
+    revision: str | None = None
+    device: str = "cpu"
+    batch_size: Annotated[int, Field(gt=0)] = 32
+    trust_remote_code: bool = False
+
+
+class Encoder(Protocol):
+    """What is used of `sentence_transformers.SentenceTransformer`."""
+
+    def encode(self, sentences: list[str], **options: Any) -> Any:
+        """float32 `[texts, features]`."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Cosine with the centre of the person's texts less that with the background's.
+
+    `model` is a hub name or a folder.
+    """
+
+    config: EmbeddingsConfig
+
+    @property
+    def name(self) -> str:
+        return f"embeddings ({Path(self.config.model).name})"
+
+    def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:
+        """Take the centres of both sides. Raises `ScorerError` where the model cannot be had."""
+        centres = [self._unit(self._embedded(side).mean(axis=0, keepdims=True))[0] for side in (own, background)]
+        towards = centres[0] - centres[1]
+
+        def decide(texts: Sequence[str]) -> Float64:
+            decided: Float64 = self._embedded(texts) @ towards
+            return decided
+
+        return decide
+
+    def _embedded(self, texts: Sequence[str]) -> Float64:
+        """Unit vectors, float64 `[texts, features]`."""
+        made = self._encoder.encode(
+            list(texts), batch_size=self.config.batch_size, convert_to_numpy=True, show_progress_bar=False
+        )
+        return self._unit(np.asarray(made, dtype=np.float64))
+
+    @staticmethod
+    def _unit(vectors: Float64) -> Float64:
+        unit: Float64 = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return unit
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        try:
+            library: Any = import_module("sentence_transformers")
+        except ImportError as error:
+            raise ScorerError(
+                "scorer 'embeddings' needs sentence-transformers: pip install 'mindprint-core[embeddings]', or take it "
+                "out of voice.scorers"
+            ) from error
+        config = self.config
+        try:
+            loaded: Encoder = library.SentenceTransformer(
+                config.model,
+                revision=config.revision,
+                device=config.device,
+                trust_remote_code=config.trust_remote_code,
+            )
+        except Exception as error:  # what a hub or a folder can do wrong is anything
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ScorerError(f"scorer 'embeddings': {config.model!r} cannot be loaded: {reason}") from error
+        return loaded
+
+
+@hookimpl
+def mindprint_scorers(settings: dict[str, object]) -> Sequence[Measure]:
+    """The embedding model of a configuration."""
+    try:
+        config = EmbeddingsConfig.model_validate(settings)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(["voice.scorers.embeddings", *(str(part) for part in problem["loc"])])
+        raise ConfigError(f"{where}: {problem['msg']}") from error
+    return [Embeddings(config)]
