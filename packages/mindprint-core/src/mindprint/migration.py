@@ -66,7 +66,7 @@ TABLE: Mapping[str, Mapping[str, str]] = {
         "heldout": "data.heldout",
     },
 }
-"""Old section and key → new setting. Thresholds on a voice have none: the old score and this one are different scales."""
+"""Old section and key → new setting. Thresholds on a voice have none: the old score lies on another scale."""
 
 VALUES: Mapping[str, Mapping[object, object]] = {
     "backend.type": {"pytorch": "torch", None: "auto"},
