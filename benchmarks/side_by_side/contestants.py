@@ -163,6 +163,7 @@ def mlx_lm(folder: Path, shape: str, turn: Turn) -> None:
 def mlx_lm_lora(folder: Path, shape: str, turn: Turn) -> None:
     """mlx-lm-lora's DPO; its reference is a second model, run at every step."""
     _take_fast_blas()
+    import mlx.core as mx
     from mlx_lm_lora.trainer import dpo_trainer
 
     data = iter(batches(shape, "dpo"))
@@ -180,6 +181,9 @@ def mlx_lm_lora(folder: Path, shape: str, turn: Turn) -> None:
         ]
         return own(**{**options, "dataset": rows})
 
+    # It asks for a limit that only Metal knows, and stops where there is none.
+    facts = mx.device_info
+    mx.device_info = lambda *device: {"max_recommended_working_set_size": 0, **facts(*device)}  # type: ignore[assignment]
     steps = Between(turn)
     dpo_trainer.iterate_dpo_batches = lambda **options: steps.before(in_order(**options))
     with tempfile.TemporaryDirectory() as output:

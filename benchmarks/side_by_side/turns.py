@@ -33,6 +33,7 @@ class Contestant:
     processor: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
     loaded_mib: float = 0.0
+    blas: str = ""
 
     def step(self) -> None:
         assert self.process.stdin is not None
@@ -45,7 +46,7 @@ class Contestant:
         report = json.loads(answer)
         self.seconds.append(report["seconds"])
         self.processor.append(report["processor"])
-        self.peak_mib, self.loaded_mib = report["peak_mib"], report["loaded_mib"]
+        self.peak_mib, self.loaded_mib, self.blas = report["peak_mib"], report["loaded_mib"], report["blas"]
 
 
 def compare(title: str, ours: str, *peers: str) -> None:
@@ -93,6 +94,7 @@ def report(found: list[Contestant], shape: str) -> None:
             line += (
                 f"; processor {processors:.2f} x); ours takes {ours.peak_mib / contestant.peak_mib:.2f} of its memory"
             )
+        line += f"  [{contestant.blas}]" if "mlx" in contestant.name else ""
         print(line, flush=True)
     if reference := [contestant for contestant in found if contestant.name.endswith("-reference")]:
         end_to_end(ours, reference[0], [peer for peer in found[1:] if peer is not reference[0]])
@@ -138,8 +140,16 @@ def turn(out: IO[str], first: dict[str, float]) -> Iterator[None]:
     started, processor = perf_counter(), process_time()
     yield
     answer: dict[str, Any] = {"seconds": perf_counter() - started, "processor": process_time() - processor}
-    out.write(json.dumps({**answer, "peak_mib": _peak_mib(), **first}) + "\n")
+    out.write(json.dumps({**answer, "peak_mib": _peak_mib(), "blas": _blas(), **first}) + "\n")
     out.flush()
+
+
+def _blas() -> str:
+    """The fast libraries for matrix products that this process has mapped, by file name."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    names = {Path(line.split()[-1]).name for line in lines}
+    return ", ".join(sorted(name for name in names if name.startswith(("libopenblas", "libmkl_rt"))))
 
 
 def _peak_mib() -> float:

@@ -91,6 +91,7 @@ def test_init_train_generate_eval(run: Run, voice: str) -> None:
         ["land", "dpo", "toy", "3"],
     ]
     assert "0.6931 → " in lines[2]
+    assert lines[-3] == "report:  voice/runs/run-001/report.html"
     assert lines[-2:] == ["adapter: voice/runs/run-001/adapter", "try it:  mindprint generate voice --prompt 'who?'"]
     assert "mindprint: backend: toy on cpu, float32\n" in trained.err
 
@@ -117,7 +118,7 @@ def test_train_as_json(run: Run, voice: str) -> None:
     said = run("train", voice, *SETTINGS, "--json")
     assert said.code == 0
     result = said.json
-    assert set(result) == {"run", "adapter", "stages"}
+    assert set(result) == {"run", "adapter", "stages", "verdicts"}
     assert result["adapter"] == str(Path("voice/runs/run-001/adapter").resolve())
     keys = {"topic", "stage", "backend", "steps", "first_loss", "last_loss", "seconds"}
     assert all(set(stage) == keys for stage in result["stages"])
@@ -281,7 +282,6 @@ def test_init_writes_what_can_be_loaded(run: Run) -> None:
     names = sorted(path.relative_to("my voice").as_posix() for path in Path("my voice").rglob("*") if path.is_file())
     assert names == [
         "README.md",
-        "data/curriculum.yaml",
         "data/heldout.jsonl",
         "data/preferences.jsonl",
         "data/sft.jsonl",
@@ -611,3 +611,13 @@ def test_quizzes_are_held_out_and_asked(run: Run, unsplit: str) -> None:
     assert as_json.json["quiz"]["overall"]["questions"] == 1 and as_json.json["overall"] is None
     Path("voice/data/quiz.json").write_text("[{]")
     assert "quiz.json: line 1: not valid JSON" in run("train", unsplit, *SETTINGS).error
+
+
+def test_a_failed_topic_is_named_and_the_exit_code_says_so(run: Run, voice: str) -> None:
+    said = run("train", voice, *SETTINGS, "evaluation.final.perplexity_ratio=0.001", "--json")
+    assert said.code == 1
+    assert said.json["verdicts"][-1]["outcome"] == "failed"
+    assert "the final evaluation failed: perplexity_ratio" in said.err
+    assert (Path(voice) / "runs" / "run-001" / "adapter" / "adapter_model.safetensors").is_file()
+    assert "--topic" in run("train", "--help").out
+    assert "'rain' is in no row" in run("train", voice, "--topic", "rain").error

@@ -143,9 +143,10 @@ def test_what_cannot_be_evaluated_is_neither_failed_nor_zero(project: Project, t
     evaluation = {"final": {"voice": 0.0}, "topic": {"voice": 0.0}}
     result = train(project, tmp_path / "run", evaluation=evaluation, curriculum={"retries": 3})
     assert [decision for _, decision, _ in decisions(result.run)] == ["not evaluated"] * 3
-    assert [one.outcome for one in result.failed] == ["not evaluated"] * 4
-    assert str(result.failed[-1]).startswith("the final evaluation could not be evaluated: voice: ")
-    assert result.failed[0] == Verdict("topic", TOPICS[0], "not evaluated", result.failed[0].why)
+    assert [one.outcome for one in result.verdicts] == ["not evaluated"] * 4
+    assert result.not_evaluated == result.verdicts and result.failed == ()
+    assert str(result.verdicts[-1]).startswith("the final evaluation could not be evaluated: voice: ")
+    assert result.verdicts[0] == Verdict("topic", TOPICS[0], "not evaluated", result.verdicts[0].why)
 
 
 def test_without_dpo_a_run_is_that_of_sft_alone(project: Project, tmp_path: Path) -> None:

@@ -63,7 +63,6 @@ class StepDone(Event):
     grad_norm: float
     tokens: int
     seconds: float
-    padding: float = 0.0
     skipped: bool = False
     loss_scale: float | None = None
     reward_chosen: float | None = None
@@ -71,6 +70,7 @@ class StepDone(Event):
     reward_margin: float | None = None
     reward_accuracy: float | None = None
     attempt: int | None = None
+    padding: float = 0.0
 
 
 @dataclass(frozen=True)

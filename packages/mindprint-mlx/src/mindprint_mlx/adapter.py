@@ -8,6 +8,7 @@ float32 then, and cast it to the dtype of the activations before they add it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -135,9 +136,28 @@ def _lora_layer(place: Place, config: LoraConfig) -> Any:
     embedding = isinstance(place.layer, nn.Embedding)
     kind = _lora_embedding(lora.LoRAEmbedding) if embedding else lora.LoRALinear
     layer = kind.from_base(place.layer, r=config.rank(place.site), scale=config.scale(place.site))
+    if not embedding:
+        layer.__class__ = _folded(kind)
     # PEFT has no dropout on embeddings: there is no activation before the factors.
     layer.dropout = KeyedDropout(0.0 if embedding else config.dropout)
     return layer
+
+
+@cache
+def _folded(kind: Any) -> Any:
+    """mlx-lm's layer, multiplying by the scale where rows are `r` wide, and adding as it multiplies by B."""
+
+    class FoldedLoRA(kind):  # type: ignore[misc]
+        def __call__(self, x: mx.array) -> mx.array:
+            base: mx.array = self.linear(x)
+            inner = self.scale * (self.dropout(x) @ self.lora_a)
+            if base.dtype == inner.dtype:
+                base = mx.addmm(base, inner, self.lora_b)
+            else:
+                base = base + (inner @ self.lora_b).astype(base.dtype)
+            return base
+
+    return FoldedLoRA
 
 
 def _lora_embedding(kind: Any) -> Any:

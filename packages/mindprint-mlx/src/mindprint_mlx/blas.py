@@ -11,8 +11,9 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -24,10 +25,19 @@ INSTALL = "install OpenBLAS (Debian: libopenblas0-pthread) or MKL (pip install m
 
 @dataclass(frozen=True)
 class Blas:
-    """What matrix products run on: a name with version and threads, and a line for the user if it is not a fast one."""
+    """What matrix products run on: a name with version and threads, and a line for the user if it is not a fast one.
+
+    `library` is OpenBLAS, whose threads can be told how many to be; None for others.
+    """
 
     name: str
     note: str | None = None
+    library: ctypes.CDLL | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def threads(self) -> int:
+        """How many threads a product takes, where that is ours to say; else 1."""
+        return int(self.library.openblas_get_num_threads()) if self.library else 1
 
 
 @cache
@@ -39,6 +49,21 @@ def prepare() -> Blas:
     if "mlx.core" in sys.modules:
         return Blas("unknown", f"mlx was imported before mindprint_mlx, too early to give it a fast BLAS ({INSTALL})")
     return next(filter(None, (_load(library, describe) for library, describe in _candidates())), _REFERENCE)
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Let products take so many threads, where that is ours to say; None leaves it as it is."""
+    library = prepare().library
+    if library is None or count is None:
+        yield
+        return
+    before = library.openblas_get_num_threads()
+    library.openblas_set_num_threads(count)
+    try:
+        yield
+    finally:
+        library.openblas_set_num_threads(before)
 
 
 def precision_note() -> str | None:
@@ -56,7 +81,7 @@ def _load(library: str, describe: Callable[[ctypes.CDLL], str]) -> Blas | None:
         loaded = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     except OSError:
         return None
-    return Blas(describe(loaded))
+    return Blas(describe(loaded), library=loaded if describe is _openblas else None)
 
 
 def _candidates() -> tuple[tuple[str, Callable[[ctypes.CDLL], str]], ...]:

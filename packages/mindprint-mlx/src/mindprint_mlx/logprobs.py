@@ -6,8 +6,10 @@ hidden states are gathered first, and the head sees only those that predict a to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -15,11 +17,13 @@ import numpy as np
 from mindprint.contract import Float32, TokenBatch
 from mindprint.layouts import Continued, Layout, continued, sequences
 from mindprint_mlx import adapter as adapters
+from mindprint_mlx import cpu, groups
 from mindprint_mlx.arrays import to_numpy
 from mindprint_mlx.model import Handle
 from mindprint_mlx.prompts import hidden_states
+from mindprint_mlx.recompute import checkpointed
 
-LOGITS_BYTES = 256 * 2**20
+LOGITS_BYTES = 64 * 2**20
 """No float32 array of logits is larger than this."""
 
 BLOCK = 64
@@ -28,11 +32,15 @@ BLOCK = 64
 
 def log_probs(handle: Handle, batch: TokenBatch, *, adapter: bool) -> Float32:
     """Log-probs under the mask, float32 `[rows, T]`, 0 elsewhere, of the base alone or with its adapter."""
-    layout = chosen_layout(handle, batch)
-    values = np.zeros(layout.shape, np.float32)
-    if len(layout):
-        with handle.in_use(adapter=adapter):
-            values.reshape(-1)[layout.slots] = to_numpy(answers(handle, layout, {}))
+    values = np.zeros(batch.tokens.shape, np.float32)
+    rows = groups.token_groups(batch, groups.cores(handle.device))
+    layouts = [chosen_layout(handle, groups.rows_of(batch, some)) for some in rows]
+    with handle.in_use(adapter=adapter):
+        found = groups.side_by_side(handle.device, [partial(answers, handle, layout, {}) for layout in layouts])
+        for some, layout, answered in zip(rows, layouts, found, strict=True):
+            part = np.zeros(layout.shape, np.float32)
+            part.reshape(-1)[layout.slots] = to_numpy(answered)
+            values[some, : part.shape[1]] = part
     return values
 
 
@@ -46,23 +54,74 @@ def chosen_layout(handle: Handle, batch: TokenBatch, *, share_prompts: bool = Tr
 
 
 def answers(
-    handle: Handle, layout: Layout | Continued, factors: Mapping[str, mx.array], chunk: int | None = None
+    handle: Handle,
+    layout: Layout | Continued,
+    factors: Mapping[str, mx.array],
+    chunk: int | None = None,
+    *,
+    gradient_checkpointing: bool = False,
 ) -> mx.array:
     """The log-prob of every target of a layout, float32 `[n]`; differentiable in `factors`, if any are given.
 
     `chunk` is how many positions the head takes at once; by default as many as `LOGITS_BYTES` allows.
     """
     _assign(handle, factors)
-    states = hidden_states(handle.head, len(handle.module.layers), layout)[mx.array(layout.sources)]
-    targets = mx.array(layout.targets)
-    chunk = chunk or max(1, LOGITS_BYTES // (4 * handle.head.vocab_size))
-    if len(layout) <= chunk:
-        return _head_log_probs(handle, targets, states, {})
-    own = adapters.outside_layers(factors)
-    starts = range(0, len(layout), chunk)
-    # Recomputed when gradients are taken: the logits of all chunks together would be what chunks are to avoid.
-    heads = [mx.checkpoint(partial(_head_log_probs, handle, targets[at : at + chunk])) for at in starts]
-    return mx.concatenate([head(states[at : at + chunk], own) for at, head in zip(starts, heads, strict=True)])
+    if not len(layout):
+        return mx.zeros(0)
+    with cpu.in_place_of_mlx(handle.module) if cpu.replaces(handle.device) else nullcontext():
+        with checkpointed(handle, factors) if gradient_checkpointing else nullcontext():
+            states = hidden_states(handle.head, len(handle.module.layers), layout)[mx.array(layout.sources)]
+        targets = mx.array(layout.targets)
+        chunk = chunk or max(1, LOGITS_BYTES // (4 * handle.head.vocab_size))
+        starts = range(0, len(layout), chunk)
+        scored = _scored(handle, adapters.outside_layers(factors), split=len(starts) > 1)
+        return mx.concatenate([scored(states[at : at + chunk], targets[at : at + chunk]) for at in starts])
+
+
+def _scored(handle: Handle, own: Mapping[str, mx.array], *, split: bool) -> Callable[[mx.array, mx.array], mx.array]:
+    """From states `[n, hidden]` and targets `[n]` to log-probs `[n]`. `own` are factors that sit in the head itself."""
+    if handle.head.body is not None and not own and handle.loss_scale is None:
+        return _with_gradient(handle)
+
+    def scores(states: mx.array, targets: mx.array) -> mx.array:
+        part = partial(_head_log_probs, handle, targets)
+        # Recomputed when gradients are taken: the logits of all chunks together would be what chunks are to avoid.
+        return (mx.checkpoint(part) if split else part)(states, own)
+
+    return scores
+
+
+def _with_gradient(handle: Handle) -> Callable[[mx.array, mx.array], mx.array]:
+    """Log-probs whose gradient by the states is taken at once, while the logits are there.
+
+    A log-prob depends on one state only, so that whatever the loss makes of it multiplies that state's gradient by one
+    number. Logits are then neither kept nor computed again. In float16 the loss scale comes too late for this.
+    """
+
+    def log_probs(states: mx.array, targets: mx.array) -> mx.array:
+        return _log_softmax_at(handle.head.logits(states), targets, fast=cpu.replaces(handle.device))
+
+    @mx.custom_function
+    def scored(states: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        def total(states: mx.array) -> tuple[mx.array, mx.array]:
+            values = log_probs(states, targets)
+            return mx.sum(values), values
+
+        (_, values), gradient = mx.value_and_grad(total)(states)
+        return values, gradient
+
+    @scored.vjp
+    def scored_vjp(
+        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+    ) -> tuple[mx.array, mx.array]:
+        slopes = outputs[1] * cotangents[0][:, None]
+        return slopes.astype(primals[0].dtype), mx.zeros_like(primals[1])
+
+    def values(states: mx.array, targets: mx.array) -> mx.array:
+        found: Any = scored(states, targets)
+        return cast(mx.array, found[0])
+
+    return values
 
 
 def row_sums(layout: Layout | Continued, values: mx.array) -> mx.array:
@@ -75,13 +134,20 @@ def row_sums(layout: Layout | Continued, values: mx.array) -> mx.array:
 
 
 def _head_log_probs(handle: Handle, targets: mx.array, states: mx.array, factors: Mapping[str, mx.array]) -> mx.array:
-    """Log-softmax in float32 at the targets, `[n]`. `factors` are those that sit in the head itself.
+    """Log-probs of targets, `[n]`. `factors` are those that sit in the head itself."""
+    _assign(handle, factors)
+    return _log_softmax_at(handle.head.logits(states), targets, fast=cpu.replaces(handle.device))
+
+
+def _log_softmax_at(logits: mx.array, targets: mx.array, *, fast: bool) -> mx.array:
+    """Log-softmax in float32 at the targets, `[n]`.
 
     Each row is shifted by its target first: `logit - logsumexp(logits)` would round a log-prob near 0 to the spacing of
     float32 at the size of the logits, 8e-6 at 100, always upwards.
     """
-    _assign(handle, factors)
-    logits = handle.head.logits(states).astype(mx.float32)
+    logits = logits.astype(mx.float32)
+    if fast:
+        return cpu.log_softmax_at(logits, targets)
     return -log_sum_exp(logits - mx.take_along_axis(logits, targets[:, None], axis=-1))
 
 

@@ -7,7 +7,6 @@ is used, and every parameter of the model comes from it.
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from mlx import nn
 
 from mindprint.contract import LoadedModel, LoraConfig, ModelSpec
 from mindprint.errors import ModelError
-from mindprint_mlx import architectures, devices
+from mindprint_mlx import architectures, devices, memory
 from mindprint_mlx.arrays import DTYPES, parameters_of
 from mindprint_mlx.head import Head
 from mindprint_mlx.imports import mlx_lm_module
@@ -109,6 +108,7 @@ def load(spec: ModelSpec) -> LoadedModel:
     config = read_config(folder)
     _refuse_quantized(spec, config)
     architecture = architectures.architecture(config)
+    memory.prepare(devices.device(spec.device))
     with mx.stream(devices.device(spec.device)):
         module = _built(architecture, folder)
         names = _load_weights(module, _read_weights(folder), DTYPES[spec.dtype], folder)
@@ -131,13 +131,12 @@ def load(spec: ModelSpec) -> LoadedModel:
 
 
 def release(handle: Handle) -> bool:
-    """Drop every array that the handle holds and return MLX's cached buffers."""
+    """Drop every array that the handle holds and give its memory back."""
     handle.adapter = None
     handle.places = ()
     handle.module = nn.Module()
     handle.head = Head(handle.module, 0)
-    gc.collect()
-    mx.clear_cache()
+    memory.give_back()
     return True
 
 

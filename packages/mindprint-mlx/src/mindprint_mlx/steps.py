@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +19,7 @@ from mindprint.contract import PreferenceBatch, StepMetrics, TokenBatch, Update
 from mindprint.errors import AdapterError
 from mindprint.losses import PairLogProbs, PreferenceLoss
 from mindprint_mlx import adapter as adapters
-from mindprint_mlx import optimizer
+from mindprint_mlx import groups, optimizer
 from mindprint_mlx.arrays import NAMESPACE, scalar, to_numpy
 from mindprint_mlx.logprobs import answers, chosen_layout, row_sums
 from mindprint_mlx.model import Adapter, Handle
@@ -27,8 +28,8 @@ Factors = Mapping[str, mx.array]
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """A differentiable part of the step: its share of the loss, and the arrays that are reported beside it.
+class Piece:
+    """A differentiable part of a micro-batch: its share of the loss, and the arrays that are reported beside it.
 
     `dropout` is the key of its dropout masks; None trains without dropout.
     """
@@ -39,22 +40,45 @@ class MicroBatch:
 
 def sft_step(handle: Handle, batches: Sequence[TokenBatch], update: Update) -> StepMetrics:
     """One step on `-sum(log p) / update.tokens`, with dropout keyed by the step's seed and the micro-batch."""
-    keys = [dropout_key(update.seed, index) for index in range(len(batches))]
-    parts = [MicroBatch(_sft_loss(handle, batch, update), key) for batch, key in zip(batches, keys, strict=True)]
+    parts = [_sft_pieces(handle, batch, update, dropout_key(update.seed, at)) for at, batch in enumerate(batches)]
     return _step(handle, parts, update)[0]
 
 
 def dpo_step(handle: Handle, batches: Sequence[PreferenceBatch], loss: PreferenceLoss, update: Update) -> StepMetrics:
     """One step on `loss.total`, without dropout; reports the policy's summed log-probs before the update."""
-    parts = [MicroBatch(_dpo_loss(handle, batch, loss, update)) for batch in batches]
+    count = groups.cores(handle.device)
+    rows = [groups.pair_groups(batch, count) for batch in batches]
+    parts = [
+        [Piece(_dpo_loss(handle, groups.pairs_of(batch, pairs), loss, update)) for pairs in each]
+        for batch, each in zip(batches, rows, strict=True)
+    ]
     metrics, reported = _step(handle, parts, update)
-    chosen, rejected = (np.concatenate([sums[half] for sums in reported]) for half in (0, 1))
+    # Pieces are of pairs in the order of their lengths.
+    places = np.argsort(
+        np.concatenate([pairs + start for each, start in zip(rows, _starts(batches), strict=True) for pairs in each])
+    )
+    chosen, rejected = (np.concatenate([sums[half] for sums in reported])[places] for half in (0, 1))
     return replace(metrics, chosen_log_probs=chosen, rejected_log_probs=rejected)
+
+
+def _starts(batches: Sequence[PreferenceBatch]) -> Sequence[int]:
+    """How many pairs come before each batch."""
+    return [sum(batch.pairs for batch in batches[:at]) for at in range(len(batches))]
 
 
 def dropout_key(seed: int, micro_batch: int) -> mx.array:
     """The key of a micro-batch's dropout masks: a function of (step seed, index) alone, so that resume is exact."""
     return mx.random.key(int(np.random.SeedSequence((seed, micro_batch)).generate_state(1, np.uint64)[0]))
+
+
+def _sft_pieces(handle: Handle, batch: TokenBatch, update: Update, key: mx.array) -> list[Piece]:
+    rows = groups.token_groups(batch, groups.cores(handle.device))
+    keys = [key] if len(rows) == 1 else list(mx.random.split(key, len(rows)))
+    mx.eval(keys)  # for other threads
+    return [
+        Piece(_sft_loss(handle, groups.rows_of(batch, some), update), part)
+        for some, part in zip(rows, keys, strict=True)
+    ]
 
 
 def _sft_loss(
@@ -65,7 +89,8 @@ def _sft_loss(
     def loss(factors: Factors) -> tuple[mx.array, tuple[mx.array, ...]]:
         if not len(layout):
             return mx.array(0.0), ()
-        return -mx.sum(answers(handle, layout, factors)) / update.tokens, ()
+        values = answers(handle, layout, factors, gradient_checkpointing=update.gradient_checkpointing)
+        return -mx.sum(values) / update.tokens, ()
 
     return loss
 
@@ -77,7 +102,8 @@ def _dpo_loss(
     layout = chosen_layout(handle, joined, share_prompts=update.share_prompts)
 
     def loss(factors: Factors) -> tuple[mx.array, tuple[mx.array, ...]]:
-        sums = row_sums(layout, answers(handle, layout, factors))
+        values = answers(handle, layout, factors, gradient_checkpointing=update.gradient_checkpointing)
+        sums = row_sums(layout, values)
         chosen, rejected = sums[: batch.pairs], sums[batch.pairs :]
         pairs = PairLogProbs(chosen, rejected, *_constants(batch))
         total = preference.total(NAMESPACE, pairs, pair_count=update.pairs, chosen_token_count=update.tokens)
@@ -93,7 +119,7 @@ def _constants(batch: PreferenceBatch) -> tuple[mx.array | None, ...]:
 
 
 def _step(
-    handle: Handle, parts: Sequence[MicroBatch], update: Update
+    handle: Handle, parts: Sequence[Sequence[Piece]], update: Update
 ) -> tuple[StepMetrics, list[tuple[np.ndarray, ...]]]:
     """Accumulate, unscale, clip, update; with each micro-batch's reported arrays."""
     adapter = handle.adapter
@@ -101,7 +127,7 @@ def _step(
         raise AdapterError("the model has no adapter to train; inject one first")
     with handle.in_use():
         scale = handle.loss_scale
-        loss, gradients, reported = _accumulated(adapter, parts, scale or 1.0)
+        loss, gradients, reported = _accumulated(handle, adapter, parts, scale or 1.0)
         if scale is not None:
             gradients = {name: gradient / scale for name, gradient in gradients.items()}
         norm = optimizer.global_norm(gradients)
@@ -114,28 +140,35 @@ def _step(
 
 
 def _accumulated(
-    adapter: Adapter, parts: Sequence[MicroBatch], scale: float
+    handle: Handle, adapter: Adapter, parts: Sequence[Sequence[Piece]], scale: float
 ) -> tuple[float, Factors, list[tuple[np.ndarray, ...]]]:
-    """The step's loss, its gradients times `scale`, and what each micro-batch reports."""
+    """The step's loss, its gradients times `scale`, and what each piece reports."""
     total, reported = 0.0, []
     gradients: Factors = {}
     try:
-        for part in parts:
-            adapters.use_dropout(adapter, part.dropout)
-            (_, loss, *extra), fresh = _differentiated(part, scale)(adapter.factors)
-            gradients = {name: gradients[name] + fresh[name] for name in fresh} if gradients else fresh
-            mx.eval(loss, extra, gradients)
-            total += scalar(loss)
-            reported.append(tuple(to_numpy(values) for values in extra))
+        for pieces in parts:
+            tasks = [partial(_piece_done, adapter, piece, scale) for piece in pieces]
+            for loss, extra, fresh in groups.side_by_side(handle.device, tasks):
+                gradients = {name: gradients[name] + fresh[name] for name in fresh} if gradients else fresh
+                mx.eval(gradients)
+                total += scalar(loss)
+                reported.append(tuple(to_numpy(values) for values in extra))
     finally:
         adapters.use_dropout(adapter, None)
         adapters.assign(adapter, adapter.factors)
     return total, gradients, reported
 
 
-def _differentiated(part: MicroBatch, scale: float) -> Callable[[Factors], tuple[tuple[mx.array, ...], Factors]]:
+def _piece_done(adapter: Adapter, piece: Piece, scale: float) -> tuple[mx.array, list[mx.array], Factors]:
+    """A piece's loss, what it reports, and its gradients times `scale`."""
+    adapters.use_dropout(adapter, piece.dropout)
+    (_, loss, *extra), gradients = _differentiated(piece, scale)(adapter.factors)
+    return loss, extra, gradients
+
+
+def _differentiated(piece: Piece, scale: float) -> Callable[[Factors], tuple[tuple[mx.array, ...], Factors]]:
     def scaled(factors: Factors) -> tuple[mx.array, ...]:
-        loss, extra = part.loss(factors)
+        loss, extra = piece.loss(factors)
         return (loss * scale, loss, *extra)
 
     differentiated: Callable[[Factors], tuple[tuple[mx.array, ...], Factors]] = mx.value_and_grad(scaled)

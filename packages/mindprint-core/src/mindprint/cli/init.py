@@ -14,7 +14,7 @@ from mindprint import atomic
 from mindprint.cli.output import emit, json_option, say
 from mindprint.errors import RunError
 
-SAMPLE_FILES = ("sft.jsonl", "preferences.jsonl", "heldout.jsonl", "curriculum.yaml")
+SAMPLE_FILES = ("sft.jsonl", "preferences.jsonl", "heldout.jsonl")
 STAGED = ".mindprint-init"
 
 TINY = "builtin:tiny"
@@ -38,7 +38,7 @@ backend:
   dtype: auto
 
 data:
-  path: data  # sft.jsonl, preferences.jsonl, heldout.jsonl, curriculum.yaml
+  path: data  # sft.jsonl, preferences.jsonl, heldout.jsonl, and curriculum.yaml for titles and order
   max_length: {max_length}  # in tokens; what is longer is cut at its end, and counted
 
 adapter:
@@ -61,8 +61,8 @@ dpo:  # then: prefer it to the plain answer
 evaluation:  # on held-out text, while it trains
   levels: [topic, chapter, unit, final]
   prompts_per_topic: 8
-  topic: {{perplexity_ratio: 0.95, preference_accuracy: 0.6}}  # what a topic must reach, or it has failed
-  final: {{voice: 0.5, copy_rate: 0.5}}  # voice: 0 is the untuned model, 1 the person
+  topic: {{perplexity_ratio: 1.0}}  # held-out text must not have become less probable, or the topic has failed
+  final: {{perplexity_ratio: 1.0, copy_rate: 0.5}}  # add voice: 0.5 (0: untuned, 1: the person) to ask for more
 
 curriculum:
   dpo: always  # always, never, or a number: only where the voice after SFT is below it
@@ -87,7 +87,7 @@ A voice for `{model}`, trained with Mindprint.
 | texts to imitate | `data/sft.jsonl`: a JSON object a line, with `prompt` and `completion` (or `messages`) |
 | pairs to prefer by | `data/preferences.jsonl`: `prompt`, `chosen` (the voice), `rejected` (not the voice) |
 | pairs to measure with | `data/heldout.jsonl`: the same, never trained on |
-| order and titles of units, chapters, topics | `data/curriculum.yaml`; leave it out to follow the rows |
+| order and titles of units, chapters, topics | `data/curriculum.yaml`, if you want others than the rows' |
 | results | `runs/run-001/adapter/`: a PEFT adapter; beside it `metrics.jsonl`, checkpoints and the settings used |
 
 `topic` in a row groups rows; training goes topic by topic, and every topic needs rows in both files. The texts that

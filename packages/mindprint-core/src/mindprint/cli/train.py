@@ -62,8 +62,8 @@ def command(
     CONFIG is a folder with mindprint.yaml (default: this one), a YAML file, or the folder of a run. KEY=VALUE changes
     a setting for this run: `backend.type=mlx`, `sft.learning_rate=1e-4`.
 
-    A topic (chapter, unit, or the run) that misses a threshold of the configuration, or could not be evaluated against
-    it, is named, and the exit code is 1; the adapter is written all the same.
+    A topic (chapter, unit, or the run) that misses a threshold of the configuration has failed: it is named, and the
+    exit code is 1; the adapter is written all the same. What could not be evaluated is named too, and is no failure.
     """
     path, overrides = project_and_overrides(config)
     if backend:
@@ -79,7 +79,7 @@ def command(
         emit(_as_json(result))
     else:
         _summarize(result, path, file)
-    for verdict in result.failed:
+    for verdict in (*result.failed, *result.not_evaluated):
         notice(str(verdict), warning=True)
     return 1 if result.failed else 0
 
@@ -132,8 +132,8 @@ def _summarize(result: RunResult, path: Path, file: ConfigFile) -> None:
     ]
     header = ("topic", "stage", "backend", "steps", "loss", "seconds")
     say(table(header, rows, numbers=(3, 4, 5)))
-    say(f"\nadapter: {_shown(result.adapter)}")
-    say(f"report:  {_shown(result.run / 'report.html')}")
+    say(f"\nreport:  {_shown(result.run / 'report.html')}")
+    say(f"adapter: {_shown(result.adapter)}")
     say(f"try it:  mindprint generate {_project_or_run(result, path, file)} --prompt {_prompt(file)}")
 
 

@@ -52,8 +52,12 @@ class RunResult:
 
     @property
     def failed(self) -> tuple[Verdict, ...]:
-        """What did not pass: failures, and what had a threshold and could not be held against it."""
-        return tuple(one for one in self.verdicts if one.outcome != "passed")
+        return tuple(one for one in self.verdicts if one.outcome == "failed")
+
+    @property
+    def not_evaluated(self) -> tuple[Verdict, ...]:
+        """What had a threshold and could not be held against it: neither passed nor failed."""
+        return tuple(one for one in self.verdicts if one.outcome == "not evaluated")
 
 
 def stage_results(folder: RunFolder) -> tuple[StageResult, ...]:

@@ -1,0 +1,192 @@
+"""What MLX computes slowly on Linux CPUs, computed otherwise: the same functions, rounded no worse.
+
+MLX's wheels for Linux are built for the oldest processors, where each `exp` is a row of calls into the C library: 22 ns
+a number, against 4 ns for `pow`, and most of a step of a small model. So exponentials are powers here. Softmax and
+SwiGLU are written out with their gradients, so that what was computed on the way forward is not computed again.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+
+from mindprint_mlx.imports import mlx_lm_module
+
+STEPS = 64.0
+BASE = float(np.float32(math.exp(STEPS)))
+"""What rounds exp(64) to a float32 counts a 64th in the exponent."""
+
+HIDDEN = -3.4e38
+"""Added to the score of what a token does not see."""
+
+
+def replaces(device: mx.Device) -> bool:
+    """Whether computing on this device gains by this module."""
+    return device == mx.Device(mx.cpu) and platform.system() == "Linux" and platform.machine() == "x86_64"
+
+
+@contextmanager
+def in_place_of_mlx(module: nn.Module) -> Iterator[None]:
+    """Let the code of a model's class, while graphs are made of it, call the functions here under mlx-lm's names."""
+    replaced = [
+        ("swiglu", mlx_lm_module("models.activations").swiglu, swiglu),
+        ("scaled_dot_product_attention", mlx_lm_module("models.base").scaled_dot_product_attention, attention),
+    ]
+    found = [
+        (code, name, own, ours) for code in _code_of(module) for name, own, ours in replaced if code.get(name) is own
+    ]
+    try:
+        for code, name, _, ours in found:
+            code[name] = ours
+        yield
+    finally:
+        for code, name, own, _ in found:
+            code[name] = own
+
+
+def _code_of(module: nn.Module) -> list[dict[str, Any]]:
+    """The globals of the modules of mlx-lm that the classes of a model come from."""
+    kinds = {kind for _, part in module.named_modules() for kind in type(part).__mro__}
+    names = sorted({kind.__module__ for kind in kinds if kind.__module__.startswith("mlx_lm.models.")})
+    return [vars(sys.modules[name]) for name in names]
+
+
+def exp(x: mx.array) -> mx.array:
+    """`exp` of float32, with a relative error below 2e-7."""
+    return mx.power(mx.array(BASE), x * (1 / STEPS))
+
+
+def _first(outputs: Any) -> mx.array:
+    """What a function computes; what it keeps for its gradient comes after it."""
+    out: mx.array = outputs[0]
+    return out
+
+
+# --- SwiGLU ----------------------------------------------------------------------------------------------------------
+
+
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """`silu(gate) * x` (Shazeer 2020, arXiv 2002.05202), float32; other dtypes are left to MLX."""
+    if gate.dtype != mx.float32:
+        plain: mx.array = nn.silu(gate) * x
+        return plain
+    return _first(_swiglu(gate, x))
+
+
+@mx.custom_function
+def _swiglu(gate: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
+    sigmoid = 1 / (1 + exp(-gate))
+    return gate * sigmoid * x, sigmoid
+
+
+@_swiglu.vjp
+def _swiglu_vjp(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> tuple[mx.array, mx.array]:
+    (gate, x), ahead, sigmoid = primals, cotangents[0], outputs[1]
+    return ahead * x * (sigmoid * (1 + gate * (1 - sigmoid))), ahead * (gate * sigmoid)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, sinks: Any = None
+) -> mx.array:
+    """mlx-lm's `scaled_dot_product_attention`: queries `[B, heads, L, D]`, keys and values `[B, groups, K, D]`."""
+    if sinks is not None or hasattr(cache, "bits") or queries.dtype != mx.float32:
+        original: Callable[..., mx.array] = mlx_lm_module("models.base").scaled_dot_product_attention
+        return original(queries, keys, values, cache, scale, mask, sinks)
+    batch, heads, length, width = queries.shape
+    groups, seen = keys.shape[1], keys.shape[2]
+    rows = (queries * scale).reshape(batch, groups, heads // groups * length, width)
+    out = _first(_attention(rows, keys, values, _bias(mask, length, seen)))
+    return out.reshape(batch, heads, length, values.shape[-1])
+
+
+def _bias(mask: Any, length: int, seen: int) -> mx.array:
+    """What is added to scores `[B, groups, heads / groups, L, K]`."""
+    if mask is None:
+        return mx.array(0.0)
+    if isinstance(mask, str):
+        mask = mx.arange(seen - length, seen)[:, None] >= mx.arange(seen)
+    if mask.dtype == mx.bool_:
+        mask = mx.where(mask, 0.0, HIDDEN)
+    return mx.expand_dims(mask, -3) if mask.ndim > 2 else mask
+
+
+@mx.custom_function
+def _attention(
+    queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Its output, and what its gradient needs again: exponentials, and what divides each row of them."""
+    batch, groups, rows, _ = queries.shape
+    length = bias.shape[-2] if bias.ndim > 1 else rows
+    scores = (queries @ keys.swapaxes(-1, -2)).reshape(batch, groups, rows // length, length, -1) + bias
+    scores = scores.reshape(batch, groups, rows, -1)
+    exponentials = exp(scores - mx.max(scores, axis=-1, keepdims=True))
+    total = mx.sum(exponentials, axis=-1, keepdims=True)
+    return (exponentials @ values) / total, exponentials, total
+
+
+@_attention.vjp
+def _attention_vjp(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> tuple[mx.array, ...]:
+    (queries, keys, values, bias), (out, exponentials, total) = primals, outputs
+    ahead = cotangents[0] / total
+    along = mx.sum(ahead * out, axis=-1, keepdims=True)
+    scores = exponentials * (ahead @ values.swapaxes(-1, -2) - along)
+    return scores @ keys, scores.swapaxes(-1, -2) @ queries, exponentials.swapaxes(-1, -2) @ ahead, mx.zeros_like(bias)
+
+
+# --- log-softmax -----------------------------------------------------------------------------------------------------
+
+BLOCK = 64
+"""How many terms are added one after another."""
+
+
+def log_softmax_at(logits: mx.array, targets: mx.array) -> mx.array:
+    """The log-softmax of float32 logits `[n, vocabulary]` at the targets `[n]`, `[n]`.
+
+    Rows are shifted by their target first, as in `logprobs`.
+    """
+    return _first(_log_softmax_at(logits, targets[:, None]))
+
+
+@mx.custom_function
+def _log_softmax_at(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Also what its gradient needs again: exponentials, and what divides each row of them."""
+    shifted = logits - mx.take_along_axis(logits, targets, axis=-1)
+    greatest = mx.max(shifted, axis=-1, keepdims=True)
+    exponentials = exp(shifted - greatest)
+    total = _block_sum(exponentials)[:, None]
+    return -(greatest + mx.log(total))[:, 0], exponentials, total
+
+
+@_log_softmax_at.vjp
+def _log_softmax_at_vjp(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> tuple[mx.array, mx.array]:
+    ahead, targets = cotangents[0][:, None], primals[1]
+    _, exponentials, total = outputs
+    slopes = exponentials * (-ahead / total)
+    at_targets = ahead + mx.take_along_axis(slopes, targets, axis=-1)
+    return mx.put_along_axis(slopes, targets, at_targets, axis=-1), mx.zeros_like(targets)
+
+
+def _block_sum(values: mx.array) -> mx.array:
+    """Sums over the last axis in blocks and blocks of blocks: of thousands of terms each small one would be lost."""
+    while (width := values.shape[-1]) > BLOCK:
+        whole = width - width % BLOCK
+        sums = mx.sum(values[:, :whole].reshape(len(values), -1, BLOCK), axis=-1)
+        values = sums if whole == width else mx.concatenate([sums, values[:, whole:]], axis=-1)
+    return mx.sum(values, axis=-1)

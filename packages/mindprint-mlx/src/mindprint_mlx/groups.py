@@ -1,0 +1,124 @@
+"""How a micro-batch is cut for a CPU: groups of rows of like length, which its cores read side by side.
+
+MLX computes on one thread a stream, and only matrix products use more. So rows are dealt to as many threads as there
+are cores, each with a stream of its own, and products that take no other core. It also takes less padding, and fewer
+activations at once. Gradients are sums over rows, so that nothing changes but their rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
+from functools import cache
+from threading import Lock, local
+from typing import TypeVar
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from mindprint.contract import Int32, PreferenceBatch, TokenBatch
+from mindprint_mlx import blas
+
+Rows = NDArray[np.intp]
+
+MOST_THREADS = 8
+GROUP_TOKENS = 512
+"""About how many tokens a group has: enough for products to run at full speed, few enough for caches and memory."""
+
+LEAST_TOKENS = 64
+"""A batch with fewer tokens a core is not worth cutting."""
+
+
+BUILDING = Lock()
+"""Held while a graph is made: the layers of a model then hold what gradients are traced through."""
+
+T = TypeVar("T")
+
+
+def cores(device: mx.Device) -> int:
+    """How many groups are computed at once: as many as the BLAS has threads, on a CPU whose BLAS is ours to tell."""
+    return min(blas.prepare().threads, MOST_THREADS) if device == mx.Device(mx.cpu) else 1
+
+
+def side_by_side(device: mx.Device, tasks: Sequence[Callable[[], T]]) -> Iterator[T]:
+    """What each task makes: arrays, evaluated, each task's on a core of its own. In the order of the tasks.
+
+    Of the tasks themselves, which make the graphs, only one runs at a time.
+    """
+    if len(tasks) == 1:
+        result = tasks[0]()
+        mx.eval(result)
+        yield result
+        return
+    pool = _threads(cores(device))
+    with blas.threads(1):
+        futures = [pool.submit(_computed, device, task) for task in tasks]
+        try:
+            while futures:
+                yield futures.pop(0).result()
+        finally:
+            wait(futures)
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="mindprint-mlx")
+
+
+def _computed(device: mx.Device, task: Callable[[], T]) -> T:
+    with mx.stream(_own_stream(device)):
+        with BUILDING:
+            result = task()
+        mx.eval(result)
+    return result
+
+
+_own = local()
+
+
+def _own_stream(device: mx.Device) -> mx.Stream:
+    """A thread's stream: MLX allows no other thread to use it."""
+    if not hasattr(_own, "stream"):
+        _own.stream = mx.new_stream(device)
+    stream: mx.Stream = _own.stream
+    return stream
+
+
+def row_groups(lengths: Int32, count: int) -> list[Rows]:
+    """Rows in groups of like length, for so many cores; one group where there is nothing to gain."""
+    total = int(lengths.sum())
+    if count == 1 or total < count * LEAST_TOKENS:
+        return [np.arange(len(lengths))]
+    groups = count * -(-total // (count * GROUP_TOKENS))
+    order = np.argsort(lengths, kind="stable")
+    middles = np.cumsum(lengths[order]) - lengths[order] / 2
+    numbers = (middles * groups / total).astype(int)
+    return [order[numbers == number] for number in np.unique(numbers)]
+
+
+def token_groups(batch: TokenBatch, count: int) -> list[Rows]:
+    """Groups of a batch's rows; rows that share a prompt stay together, and a group's first halves come first."""
+    if batch.shared is None:
+        return row_groups(batch.lengths, count)
+    half = len(batch.shared)
+    own = batch.lengths[:half] + batch.lengths[half:] - batch.shared
+    return [np.concatenate([pairs, pairs + half]) for pairs in row_groups(own, count)]
+
+
+def pair_groups(batch: PreferenceBatch, count: int) -> list[Rows]:
+    """Groups of a batch's pairs."""
+    return row_groups(batch.prompt_lengths + batch.chosen_lengths + batch.rejected_lengths, count)
+
+
+def rows_of(batch: TokenBatch, rows: Rows) -> TokenBatch:
+    """Some rows of a batch, in the order of `token_groups`."""
+    shared = None if batch.shared is None else batch.shared[rows[: len(rows) // 2]]
+    width = int(batch.lengths[rows].max(initial=1))
+    return TokenBatch(batch.tokens[rows, :width], batch.lengths[rows], batch.loss_mask[rows, :width], shared)
+
+
+def pairs_of(batch: PreferenceBatch, pairs: Rows) -> PreferenceBatch:
+    """Some pairs of a batch."""
+    return replace(batch, **{name: values[pairs] for name, values in vars(batch).items() if values is not None})

@@ -1,0 +1,163 @@
+"""A micro-batch read in groups on several cores gives the step that it gives as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx_samples
+import numpy as np
+import pytest
+from mlx_samples import linear_sites, lora, preference_batch, token_batch
+
+from mindprint import layouts
+from mindprint.contract import LoadedModel, StepMetrics, TrainingState, Update
+from mindprint.losses import PreferenceLoss
+from mindprint_mlx import adapter, blas, groups, logprobs, state, steps
+
+Make = Callable[..., LoadedModel]
+LENGTHS = np.array([40, 7, 33, 8, 21, 39], np.int32)
+
+
+@pytest.fixture(params=[1, 2, 3], ids=lambda count: f"{count}-cores")
+def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """So many cores, and every batch worth cutting."""
+    monkeypatch.setattr(groups, "cores", lambda _: request.param)
+    monkeypatch.setattr(groups, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(groups, "GROUP_TOKENS", 20)
+    return int(request.param)
+
+
+def test_rows_are_dealt_once_each_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "GROUP_TOKENS", 50)
+    monkeypatch.setattr(groups, "LEAST_TOKENS", 32)
+    found = groups.row_groups(LENGTHS, 2)
+    assert [list(LENGTHS[rows]) for rows in found] == [[7, 8, 21], [33], [39], [40]]
+    assert [list(rows) for rows in groups.row_groups(LENGTHS, 1)] == [[0, 1, 2, 3, 4, 5]]
+    assert [list(rows) for rows in groups.row_groups(LENGTHS[:2], 2)] == [[0, 1]]
+
+
+def step(loaded: LoadedModel, stage: str, checkpointing: bool = False) -> tuple[StepMetrics, TrainingState]:
+    """The first step of an adapter."""
+    update = Update(1e-3, tokens=40, pairs=7, max_grad_norm=None, gradient_checkpointing=checkpointing)
+    if stage == "sft":
+        metrics = steps.sft_step(loaded.handle, [token_batch(rows=8), token_batch(rows=3, width=5)], update)
+    else:
+        batches = [preference_batch(pairs=5), preference_batch(pairs=2)]
+        metrics = steps.dpo_step(loaded.handle, batches, PreferenceLoss(sft_weight=0.3), update)
+    return metrics, state.save(loaded.handle)
+
+
+def ready(make: Make, family: str = "qwen2", **config: object) -> LoadedModel:
+    loaded = make(family)
+    adapter.inject(loaded.handle, lora(linear_sites(loaded), **config))
+    return loaded
+
+
+def assert_same(found: tuple[StepMetrics, TrainingState], wanted: tuple[StepMetrics, TrainingState]) -> None:
+    assert found[0].loss == pytest.approx(wanted[0].loss, rel=2e-6)
+    assert found[0].grad_norm == pytest.approx(wanted[0].grad_norm, rel=2e-5)
+    for half in ("chosen_log_probs", "rejected_log_probs"):
+        if getattr(wanted[0], half) is not None:
+            np.testing.assert_allclose(getattr(found[0], half), getattr(wanted[0], half), rtol=0, atol=2e-5)
+    for site, factors in found[1].first_moments.items():
+        for mine, theirs in zip(factors, wanted[1].first_moments[site], strict=True):
+            assert np.linalg.norm(mine - theirs) <= 2e-5 * np.linalg.norm(theirs), site
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_step_is_the_same(make: Make, family: str, stage: str, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss, gradients, and the log-probs of each pair in its place."""
+    found = step(ready(make, family), stage)
+    monkeypatch.undo()
+    monkeypatch.setattr(groups, "cores", lambda _: 1)
+    assert_same(found, step(ready(make, family), stage))
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_gradient_checkpointing_is_the_same(make: Make, family: str, stage: str, cores: int) -> None:
+    assert_same(step(ready(make, family), stage, checkpointing=True), step(ready(make, family), stage))
+
+
+def test_the_same_step_twice_to_the_last_bit(make: Make, cores: int) -> None:
+    """Threads finish in any order; what they found is added in one."""
+    first, second = step(ready(make), "sft"), step(ready(make), "sft")
+    assert first[0] == second[0]
+    for site, factors in first[1].adapter.tensors.items():
+        for mine, theirs in zip(factors, second[1].adapter.tensors[site], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_dropout_follows_from_the_seed(make: Make, cores: int) -> None:
+    batch = token_batch(rows=8)
+
+    def loss(seed: int, checkpointing: bool = False) -> float:
+        update = Update(1e-3, batch.loss_tokens, seed=seed, gradient_checkpointing=checkpointing)
+        return steps.sft_step(ready(make, dropout=0.3).handle, [batch], update).loss
+
+    assert loss(1) == loss(1) == loss(1, checkpointing=True)
+    assert loss(1) != loss(2)
+
+
+def test_log_probs_are_the_same(make: Make, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = ready(make)
+    for batch in (token_batch(rows=8), layouts.preference_sequences(preference_batch(pairs=5))):
+        found = logprobs.log_probs(loaded.handle, batch, adapter=True)
+        monkeypatch.setattr(groups, "cores", lambda _: 1)
+        whole = logprobs.log_probs(loaded.handle, replace(batch, shared=None), adapter=True)
+        monkeypatch.setattr(groups, "cores", lambda _: cores)
+        np.testing.assert_allclose(found, whole, rtol=0, atol=2e-5)
+
+
+def test_products_have_their_threads_back(make: Make, cores: int) -> None:
+    before = blas.prepare().threads
+    step(ready(make), "sft")
+    assert blas.prepare().threads == before
+
+
+def test_an_error_in_a_group_is_raised(make: Make, cores: int) -> None:
+    device = make().handle.device
+
+    def fail() -> mx.array:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        list(groups.side_by_side(device, [lambda: mx.array(1.0), fail, fail]))
+    found = groups.side_by_side(device, [lambda: mx.array(1.0), lambda: mx.array(2.0)])
+    assert [float(one) for one in found] == [1, 2]
+
+
+def test_steps_compute_with_the_weights_as_they_are(make: Make, cores: int) -> None:
+    """Nothing of the adapter or the base is kept from one step to the next but in the model."""
+    loaded = ready(make)
+    start = state.save(loaded.handle)
+    first = step(loaded, "sft")[0].loss
+    assert step(loaded, "sft")[0].loss != first, "the adapter has moved"
+    state.restore(loaded.handle, start)
+    assert step(loaded, "sft")[0].loss == first
+    state.restore(loaded.handle, start)
+    norm = loaded.handle.module.model.norm
+    norm.weight = norm.weight * 1.5
+    mx.eval(norm.weight)
+    assert abs(step(loaded, "sft")[0].loss - first) > 1e-3, "the base has changed"
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_gradient_checkpointing_takes_less_memory(make: Make, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the activations of eight layers, those of one and what goes into each. On one core: timing plays no part."""
+    monkeypatch.setattr(groups, "cores", lambda _: 1)
+    monkeypatch.setattr(mlx_samples, "LAYERS", 8)
+    peaks = {}
+    for checkpointing in (False, True):
+        loaded = make("qwen2", num_hidden_layers=8)
+        adapter.inject(loaded.handle, lora(linear_sites(loaded)))
+        update = Update(1e-3, tokens=40, pairs=8, gradient_checkpointing=checkpointing)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        if stage == "sft":
+            steps.sft_step(loaded.handle, [token_batch(rows=12, width=60)], update)
+        else:
+            steps.dpo_step(loaded.handle, [preference_batch(pairs=100)], PreferenceLoss(), update)
+        peaks[checkpointing] = mx.get_peak_memory() - before
+    assert peaks[True] < 0.5 * peaks[False]
