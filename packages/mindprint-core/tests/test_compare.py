@@ -28,14 +28,15 @@ RATE = "update.learning_rate"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three backends: `one` and `two` are the same, `drifting` trains 5 % faster than it is told."""
+    """`one` and `two` are the same, `drifting` trains 5 % faster than it is told, and `idle` does not train at all."""
     folder = tmp_path_factory.mktemp("backends")
-    for name in ("one", "two", "drifting"):
+    for name, factor in {"one": None, "two": None, "drifting": 1.05, "idle": 0.0}.items():
         install_toy(folder, name)
-    plugin = folder / "drifting_backend.py"
-    code = plugin.read_text(encoding="utf-8")
-    assert RATE in code
-    plugin.write_text(code.replace(RATE, f"1.05 * {RATE}"), encoding="utf-8")
+        plugin = folder / f"{name}_backend.py"
+        code = plugin.read_text(encoding="utf-8")
+        assert RATE in code
+        if factor is not None:
+            plugin.write_text(code.replace(RATE, f"{factor} * {RATE}"), encoding="utf-8")
     return folder
 
 
@@ -208,6 +209,11 @@ def test_what_fails_in_its_own_process_is_told_here(project: Path, capfd: pytest
     """The toy backend has no dropout, which it says only when the adapter is injected."""
     assert main(["compare", str(project), "--backends", "one,two", "adapter.dropout=0.1"]) == 2
     assert "failed: backend 'hello' has no dropout: set adapter.dropout=0" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_a_guard_that_stops_a_run_is_a_failed_check(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(project), "--backends", "idle,two"]) == 1
+    assert "compare-001/idle failed: " in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_runs_of_other_things_are_refused(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ from mindprint.reports import read_run, write_reports
 from mindprint.reports.advice import advice
 from mindprint.reports.content import contents
 from mindprint.reports.curves import MOST_POINTS, boundaries, curves, thinned
-from mindprint.reports.document import Document, DotChart, Table
+from mindprint.reports.document import Document, DotChart, Paragraph, Table
 from mindprint.reports.markdown import as_markdown
 from mindprint.reports.page import as_page
 from mindprint.reports.svg import ticks
@@ -108,15 +108,16 @@ def test_what_is_no_run_is_refused_in_one_line(
 
 
 def test_the_first_paragraph_says_what_came_out(run: Path) -> None:
-    paragraph = as_markdown(contents(read_run(run))).split("## What came out\n\n")[1].split("\n")[0]
+    paragraph = contents(read_run(run)).sections[0].blocks[0]
+    assert isinstance(paragraph, Paragraph)
     for words in (
         "from 0.01 (-0.12 to 0.14) before training to 0.83 (0.71 to 0.95) after it: it rose beyond what chance",
         "612 words of answers to 16 held-out prompts",
         "1 passed; 1 failed (Ferry",
         "1 could not be evaluated (unit-02/chapter-01/bees)",
-        "(12% of the words)",
+        "Flagged: Ferry & <script>alert(1)</script>: recites training text: 40% of the answers.",
     ):
-        assert words in paragraph
+        assert words in paragraph.text
 
 
 @pytest.mark.parametrize(

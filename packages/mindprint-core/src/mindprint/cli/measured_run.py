@@ -14,7 +14,7 @@ from pathlib import Path
 from mindprint.cli.output import json_only
 from mindprint.cli.progress import progress
 from mindprint.config import load_config
-from mindprint.errors import MindprintError, RunError
+from mindprint.errors import GuardError, MindprintError, RunError
 from mindprint.training.costs import Costs, LoadTimer, peak_bytes, write_costs
 from mindprint.training.run import train
 
@@ -22,13 +22,14 @@ from mindprint.training.run import train
 def train_measured(config: Path, overrides: Sequence[str], run: Path) -> None:
     """Train into `run`, with its `costs.json`, in a process of its own; progress goes to standard error.
 
-    Raises `RunError` with that process's own message if it fails.
+    Raises `GuardError` where a guard stopped it and else `RunError`, with that process's own message.
     """
     command = [sys.executable, "-m", "mindprint.cli.measured_run", str(config), str(run), *overrides]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603 (our own program)
     if done.returncode:
         said = done.stdout.strip() or f"its process ended with exit code {done.returncode}"
-        raise RunError(f"training into {run} failed: {said}")
+        stopped = done.stdout and done.returncode == GuardError.exit_code
+        raise (GuardError if stopped else RunError)(f"training into {run} failed: {said}")
 
 
 def main(arguments: Sequence[str]) -> int:

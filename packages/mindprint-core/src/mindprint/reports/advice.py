@@ -39,7 +39,7 @@ def advice(record: RunRecord) -> tuple[Advice, ...]:
         *_broken_steps(record),
         *_collapse(record),
         *_not_evaluated(record),
-        *_copying(figures),
+        *_copying(record, figures),
         *_voice(figures),
         *_failed(record),
         *_forgotten(record),
@@ -121,15 +121,23 @@ def _more_text(figures: Figures) -> str:
     return "mend what the reason names, then evaluate again with `mindprint eval`"
 
 
-def _copying(figures: Figures) -> Iterator[Advice]:
-    for flag in figures.flagged:
+def topic_flags(record: RunRecord) -> tuple[tuple[str, str], ...]:
+    """Topics of which the answers are flagged, as last looked at, with each flag."""
+    found = [(topic, record.at_the_end(topic) or record.trained(topic)) for topic in record.topics]
+    return tuple((topic, flag) for topic, one in found if one for flag in one.figures.flagged)
+
+
+def _copying(record: RunRecord, figures: Figures) -> Iterator[Advice]:
+    flagged = [("all topics together", flag) for flag in figures.flagged]
+    flagged += [(record.title(topic), flag) for topic, flag in topic_flags(record)]
+    for where, flag in flagged:
         if "recites" in flag:
             yield Advice(
-                f"the model {flag}; a high voice proves nothing then",
+                f"{where}: {flag}; a high voice proves nothing then",
                 "train fewer epochs (sft.epochs_per_topic), or give more and more varied text",
             )
         elif "repeat each other" in flag:
-            yield Advice(flag, "train fewer epochs, and vary the prompts and their answers in the data")
+            yield Advice(f"{where}: {flag}", "train fewer epochs, and vary the prompts and their answers in the data")
 
 
 def _voice(figures: Figures) -> Iterator[Advice]:

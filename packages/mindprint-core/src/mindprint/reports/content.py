@@ -10,7 +10,7 @@ from typing import Any
 from mindprint.config import Config
 from mindprint.curriculum.records import AnswerRecord, Decision, EvaluationRecord, Figures, Interval
 from mindprint.events import StageName
-from mindprint.reports.advice import advice, forgotten
+from mindprint.reports.advice import advice, forgotten, topic_flags
 from mindprint.reports.curves import boundaries, curves
 from mindprint.reports.document import (
     Block,
@@ -130,8 +130,10 @@ def _copying_sentence(record: RunRecord) -> str:
     figures = record.final.figures if record.final else None
     if figures is None or figures.copy_rate is None:
         return f"Copying {MISSING}: {why_missing(figures, 'copy_rate')}."
-    if figures.flagged:
-        return f"Flagged: {'; '.join(figures.flagged)}."
+    flagged = [f"all topics together: {flag}" for flag in figures.flagged]
+    flagged += [f"{record.title(topic)}: {flag}" for topic, flag in topic_flags(record)]
+    if flagged:
+        return f"Flagged: {listed(flagged, 3)}."
     return f"Nothing in the answers was flagged as copied or repeated ({percent(figures.copy_rate)} of the words)."
 
 

@@ -23,10 +23,6 @@ from mindprint.errors import MindprintError, RunError
 from mindprint.events import StageName
 from mindprint.training.run_folder import RunFolder
 
-EVALUATIONS_FILE = "evaluations.jsonl"
-DECISIONS_FILE = "decisions.jsonl"
-ANSWERS_FILE = "answers.jsonl"
-
 Record = TypeVar("Record")
 
 _VERDICTS = {"pass": "passed", "fail": "failed", "not evaluated": "not evaluated"}
@@ -152,9 +148,9 @@ def read_run(path: Path) -> RunRecord:
         titles={str(name): str(title) for name, title in titles.items()} if isinstance(titles, Mapping) else {},
         stages=tuple(PlannedStage(**stage) for stage in manifest.get("stages", ())),
         steps=_read(folder.metrics, _step, broken) or (),
-        evaluations=_read(path / EVALUATIONS_FILE, evaluation_from, broken),
-        decisions=_read(path / DECISIONS_FILE, decision_from, broken),
-        answers=_read(path / ANSWERS_FILE, answer_from, broken),
+        evaluations=_read(folder.evaluations_file, evaluation_from, broken),
+        decisions=_read(folder.decisions_file, decision_from, broken),
+        answers=_read(folder.answers_file, answer_from, broken),
         broken=tuple(broken),
     )
 
