@@ -25,17 +25,17 @@ def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     """So many cores, and every batch worth cutting."""
     monkeypatch.setattr(groups, "cores", lambda _: request.param)
     monkeypatch.setattr(groups, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(groups, "LEAST_WORK", 1)
     monkeypatch.setattr(groups, "GROUP_TOKENS", 20)
     return int(request.param)
 
 
 def test_rows_are_dealt_once_each_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "GROUP_TOKENS", 50)
-    monkeypatch.setattr(groups, "LEAST_TOKENS", 32)
-    found = groups.row_groups(LENGTHS, 2)
+    found = groups.row_groups(LENGTHS, 2, least=32)
     assert [list(LENGTHS[rows]) for rows in found] == [[7, 8, 21], [33], [39], [40]]
     assert [list(rows) for rows in groups.row_groups(LENGTHS, 1)] == [[0, 1, 2, 3, 4, 5]]
-    assert [list(rows) for rows in groups.row_groups(LENGTHS[:2], 2)] == [[0, 1]]
+    assert [list(rows) for rows in groups.row_groups(LENGTHS[:2], 2, least=32)] == [[0, 1]]
 
 
 def step(loaded: LoadedModel, stage: str, checkpointing: bool = False) -> tuple[StepMetrics, TrainingState]:

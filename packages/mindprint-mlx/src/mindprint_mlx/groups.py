@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mindprint.contract import Int32, PreferenceBatch, TokenBatch
 from mindprint_mlx import blas
+from mindprint_mlx.model import Handle
 
 Rows = NDArray[np.intp]
 
@@ -28,7 +29,8 @@ GROUP_TOKENS = 512
 """About how many tokens a group has: enough for products to run at full speed, few enough for caches and memory."""
 
 LEAST_TOKENS = 64
-"""A batch with fewer tokens a core is not worth cutting."""
+LEAST_WORK = 10**9
+"""A batch with fewer tokens a core, or fewer times the model's parameters, is not worth a graph for each group."""
 
 
 BUILDING = Lock()
@@ -86,10 +88,10 @@ def _own_stream(device: mx.Device) -> mx.Stream:
     return stream
 
 
-def row_groups(lengths: Int32, count: int) -> list[Rows]:
-    """Rows in groups of like length, for so many cores; one group where there is nothing to gain."""
+def row_groups(lengths: Int32, count: int, least: int = 1) -> list[Rows]:
+    """Rows in groups of like length, for so many cores; one group where a core would have less than `least` tokens."""
     total = int(lengths.sum())
-    if count == 1 or total < count * LEAST_TOKENS:
+    if count == 1 or total < count * least:
         return [np.arange(len(lengths))]
     groups = count * -(-total // (count * GROUP_TOKENS))
     order = np.argsort(lengths, kind="stable")
@@ -98,18 +100,23 @@ def row_groups(lengths: Int32, count: int) -> list[Rows]:
     return [order[numbers == number] for number in np.unique(numbers)]
 
 
-def token_groups(batch: TokenBatch, count: int) -> list[Rows]:
+def token_groups(handle: Handle, batch: TokenBatch) -> list[Rows]:
     """Groups of a batch's rows; rows that share a prompt stay together, and a group's first halves come first."""
     if batch.shared is None:
-        return row_groups(batch.lengths, count)
+        return _groups(handle, batch.lengths)
     half = len(batch.shared)
     own = batch.lengths[:half] + batch.lengths[half:] - batch.shared
-    return [np.concatenate([pairs, pairs + half]) for pairs in row_groups(own, count)]
+    return [np.concatenate([pairs, pairs + half]) for pairs in _groups(handle, own)]
 
 
-def pair_groups(batch: PreferenceBatch, count: int) -> list[Rows]:
+def pair_groups(handle: Handle, batch: PreferenceBatch) -> list[Rows]:
     """Groups of a batch's pairs."""
-    return row_groups(batch.prompt_lengths + batch.chosen_lengths + batch.rejected_lengths, count)
+    return _groups(handle, batch.prompt_lengths + batch.chosen_lengths + batch.rejected_lengths)
+
+
+def _groups(handle: Handle, lengths: Int32) -> list[Rows]:
+    least = max(LEAST_TOKENS, LEAST_WORK // max(handle.parameters, 1))
+    return row_groups(lengths, cores(handle.device), least)
 
 
 def rows_of(batch: TokenBatch, rows: Rows) -> TokenBatch:

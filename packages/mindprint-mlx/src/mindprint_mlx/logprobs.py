@@ -33,7 +33,7 @@ BLOCK = 64
 def log_probs(handle: Handle, batch: TokenBatch, *, adapter: bool) -> Float32:
     """Log-probs under the mask, float32 `[rows, T]`, 0 elsewhere, of the base alone or with its adapter."""
     values = np.zeros(batch.tokens.shape, np.float32)
-    rows = groups.token_groups(batch, groups.cores(handle.device))
+    rows = groups.token_groups(handle, batch)
     layouts = [chosen_layout(handle, groups.rows_of(batch, some)) for some in rows]
     with handle.in_use(adapter=adapter):
         found = groups.side_by_side(handle.device, [partial(answers, handle, layout, {}) for layout in layouts])

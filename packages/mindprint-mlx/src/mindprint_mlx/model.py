@@ -74,6 +74,7 @@ class Handle:
     slides: bool
     continues_rows: bool = False
     longest_shared: int = 0
+    parameters: int = 0
     adapter: Adapter | None = None
 
     def new_cache(self) -> list[Any]:
@@ -126,8 +127,8 @@ def load(spec: ModelSpec) -> LoadedModel:
     with handle.in_use():
         handle.continues_rows = can_continue_rows(module, handle.new_cache())
         handle.longest_shared = longest_shared(head, handle.new_cache(), window)
-    elements = sum(values.size for _, values in parameters_of(module))
-    return LoadedModel(handle, spec.device, spec.dtype, elements, head.vocab_size, architecture.notes)
+    handle.parameters = sum(values.size for _, values in parameters_of(module))
+    return LoadedModel(handle, spec.device, spec.dtype, handle.parameters, head.vocab_size, architecture.notes)
 
 
 def release(handle: Handle) -> bool:

@@ -46,8 +46,7 @@ def sft_step(handle: Handle, batches: Sequence[TokenBatch], update: Update) -> S
 
 def dpo_step(handle: Handle, batches: Sequence[PreferenceBatch], loss: PreferenceLoss, update: Update) -> StepMetrics:
     """One step on `loss.total`, without dropout; reports the policy's summed log-probs before the update."""
-    count = groups.cores(handle.device)
-    rows = [groups.pair_groups(batch, count) for batch in batches]
+    rows = [groups.pair_groups(handle, batch) for batch in batches]
     parts = [
         [Piece(_dpo_loss(handle, groups.pairs_of(batch, pairs), loss, update)) for pairs in each]
         for batch, each in zip(batches, rows, strict=True)
@@ -72,7 +71,7 @@ def dropout_key(seed: int, micro_batch: int) -> mx.array:
 
 
 def _sft_pieces(handle: Handle, batch: TokenBatch, update: Update, key: mx.array) -> list[Piece]:
-    rows = groups.token_groups(batch, groups.cores(handle.device))
+    rows = groups.token_groups(handle, batch)
     keys = [key] if len(rows) == 1 else list(mx.random.split(key, len(rows)))
     mx.eval(keys)  # for other threads
     return [
