@@ -241,10 +241,10 @@ class EvaluationConfig(Section):
         "are always evaluated.",
     )
     prompts_per_topic: Positive = Field(8, description="Held-out prompts of each topic that are answered, at most.")
-    topic: Thresholds = Thresholds()
-    chapter: Thresholds = Thresholds()
-    unit: Thresholds = Thresholds()
-    final: Thresholds = Thresholds()
+    topic: Thresholds = Field(Thresholds(), description="What each topic must reach.")
+    chapter: Thresholds = Field(Thresholds(), description="What each chapter must reach.")
+    unit: Thresholds = Field(Thresholds(), description="What each unit must reach.")
+    final: Thresholds = Field(Thresholds(), description="What the whole run must reach.")
 
     def thresholds(self, level: Level) -> Thresholds:
         found: Thresholds = getattr(self, level)
