@@ -15,22 +15,30 @@ import nox
 nox.needs_version = ">=2024.4"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "core", "testing", "hello", "torch", "mlx", "types", "parity", "docs", "demo", "wheels"]
+nox.options.sessions = [
+    "lint", "core", "testing", "hello", "torch", "mlx", "types", "parity", "integration", "docs", "demo", "wheels",
+]  # fmt: skip
 
 # CPU builds of PyTorch are published for some Pythons only; 3.11 where there is one, else whatever runs nox.
 PYTHON = "3.11" if shutil.which("python3.11") else f"{sys.version_info.major}.{sys.version_info.minor}"
-BOTH = Path(__file__).parent / ".nox" / "both"
+BOTH = Path(__file__).resolve().parent / ".nox" / "both"
 CONSTRAINTS = "constraints.txt"
 PACKAGES = ("core", "torch", "mlx", "testing")
 HELLO = "examples/mindprint-hello"
-TESTS = ("pytest", "pytest-timeout")
+TESTS = ("pytest", "pytest-timeout", "pytest-xdist")
+IN_PARALLEL = ("-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile")
+"""For many small tests. `-n 0` after a session's `--` undoes it: then `-s` shows what the tests print."""
+UNCOMPILED = ("--no-compile",)
+"""Most of what is installed is never imported; what is, Python compiles then."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""For the same: models this small lose more to a second thread than they gain."""
 TRACKERS = ("tensorboard", "wandb")
 
 
 def install(session: nox.Session, packages: tuple[str, ...], *tools: str) -> None:
     """Install distributions of this repository from wheels built now, and tools, at the tested versions."""
     paths = [f"packages/mindprint-{name}" for name in packages]
-    session.install("-q", "-c", CONSTRAINTS, *tools, *paths)
+    session.install("-q", *UNCOMPILED, "-c", CONSTRAINTS, *tools, *paths)
 
 
 def forbid(session: nox.Session, *modules: str) -> None:
@@ -62,7 +70,7 @@ def pythons(session: nox.Session) -> None:
 def core_tests(session: nox.Session) -> None:
     install(session, ("core",), *TESTS, *TRACKERS)
     forbid(session, "torch", "mlx")
-    session.run("pytest", "packages/mindprint-core/tests", *session.posargs)
+    session.run("pytest", "packages/mindprint-core/tests", *IN_PARALLEL, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(python=PYTHON)
@@ -70,7 +78,6 @@ def testing(session: nox.Session) -> None:
     """The conformance suite, tested: how many of the seeded defects it catches."""
     install(session, ("core", "testing"), *TESTS)
     session.run("pytest", "packages/mindprint-testing/tests", *session.posargs)
-    session.run("python", "packages/mindprint-testing/tests/defects.py")
 
 
 @nox.session(python=PYTHON)
@@ -86,7 +93,7 @@ def torch(session: nox.Session) -> None:
     """The PyTorch backend's tests, where mlx is not installed."""
     install(session, ("core", "torch", "testing"), *TESTS)
     forbid(session, "mlx")
-    session.run("pytest", "packages/mindprint-torch/tests", *session.posargs)
+    session.run("pytest", "packages/mindprint-torch/tests", *IN_PARALLEL, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(python=PYTHON)
@@ -94,18 +101,18 @@ def mlx(session: nox.Session) -> None:
     """The MLX backend's tests, where torch is not installed."""
     install(session, ("core", "mlx", "testing"), *TESTS)
     forbid(session, "torch")
-    session.run("pytest", "packages/mindprint-mlx/tests", *session.posargs)
+    session.run("pytest", "packages/mindprint-mlx/tests", *IN_PARALLEL, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(python=PYTHON, default=False)
 def both(session: nox.Session) -> None:
-    """The environment that the sessions below share: both backends, and what tests them."""
-    install(session, PACKAGES, *TESTS, "mypy", "types-PyYAML")
+    """The environment that the sessions below share: both backends, as `mindprint-core[all]`, and what tests them."""
+    install(session, PACKAGES, "packages/mindprint-core[all]", *TESTS, "mypy", "types-PyYAML")
 
 
 def run_in_both(session: nox.Session, command: str, *words: str, env: dict[str, str] | None = None) -> None:
     """Run a command of the shared environment."""
-    folder = BOTH / ("Scripts" if os.name == "nt" else "bin")
+    folder = programs(BOTH)
     path = os.pathsep.join([str(folder), os.environ.get("PATH", "")])
     session.run(str(folder / command), *words, external=True, env={"PATH": path, **(env or {})})
 
@@ -119,51 +126,106 @@ def types(session: nox.Session) -> None:
 
 @nox.session(python=False, requires=["both"])
 def parity(session: nox.Session) -> None:
-    """What needs both backends: the same numbers, TRL and PEFT as witnesses, whole runs from the command line."""
-    run_in_both(session, "pytest", "tests", "--ignore=tests/docs", *session.posargs)
+    """The same numbers on both backends, TRL, PEFT and mlx-lm as witnesses, and the faults that verify finds."""
+    folders = ("tests/parity", "tests/interop", "tests/trust")
+    run_in_both(session, "pytest", *folders, *IN_PARALLEL, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(python=False, requires=["both"])
+def integration(session: nox.Session) -> None:
+    """Whole runs on both backends from the command line, killed and resumed, with as many threads as users have."""
+    run_in_both(session, "pytest", "tests/integration", *session.posargs)
 
 
 @nox.session(python=False, requires=["both"])
 def docs(session: nox.Session) -> None:
-    """Documentation that cannot drift: links, settings, commands and code blocks are tested."""
-    run_in_both(session, "pytest", "tests/docs", *session.posargs)
+    """Documentation that cannot drift: links and settings are tested, code and command blocks run."""
+    run_in_both(session, "pytest", "tests/docs", *IN_PARALLEL[:2], *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(python=False, requires=["both"])
 def demo(session: nox.Session) -> None:
-    """Train the embedded example on both backends and show what changed."""
-    run_in_both(session, "python", "examples/demo.py", *session.posargs)
+    """Train the embedded example on both backends and show what changed; installed, away from the source tree."""
+    script = Path("examples/demo.py").resolve()
+    with session.chdir(session.create_tmp()):
+        run_in_both(session, "python", str(script), *session.posargs)
 
 
 @nox.session(python=PYTHON)
 def wheels(session: nox.Session) -> None:
-    """Build every wheel, check its metadata, and run the demo from the wheels, away from the source tree."""
-    session.install("-q", "-c", CONSTRAINTS, "build", "twine")
+    """Build every wheel from its source distribution, check its metadata, and use each in an environment of its own.
+
+    `nox -s wheels -- hello` looks at one of them.
+    """
+    session.install("-q", "-c", CONSTRAINTS, "build", "hatchling", "twine")
     dist = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     for folder in (*(f"packages/mindprint-{name}" for name in PACKAGES), HELLO):
-        session.run("python", "-m", "build", "--outdir", str(dist), folder, silent=True)
-    built = sorted(str(path) for path in dist.iterdir())
-    session.run("twine", "check", "--strict", *built)
-    wheel = next(path for path in built if Path(path).name.startswith("mindprint_core") and path.endswith(".whl"))
-    constraints, script = Path(CONSTRAINTS).resolve(), Path("examples/demo.py").resolve()
-    session.install("-q", "-c", str(constraints), "--find-links", str(dist), f"{wheel}[all]")
-    with session.chdir(dist):
-        session.run("python", str(script), *session.posargs)
-    for built_wheel in (path for path in built if path.endswith(".whl")):
-        alone(session, built_wheel, dist, constraints)
+        session.run("python", "-m", "build", "--no-isolation", "--outdir", str(dist), folder, silent=True)
+    session.run("twine", "check", "--strict", *sorted(str(path) for path in dist.iterdir()))
+    constraints = Path(CONSTRAINTS).resolve()
+    for name in session.posargs or ALONE:
+        alone(session, name, dist, constraints)
+    if not session.posargs:
+        uninstalled(session, dist, constraints)
 
 
-def alone(session: nox.Session, wheel: str, dist: Path, constraints: Path) -> None:
-    """A wheel in an environment of its own, with the dependencies that it declares, must import."""
-    folder = dist.parent / "alone" / Path(wheel).name.partition("-")[0]
-    session.run("python", "-m", "venv", "--clear", str(folder), silent=True)
-    python = str(folder / ("Scripts" if os.name == "nt" else "bin") / "python")
-    options = ("-q", "-c", str(constraints), "--find-links", str(dist))
-    session.run(python, "-m", "pip", "install", *options, wheel, external=True, silent=True)
-    with session.chdir(dist):
-        session.run(python, "-c", f"import {folder.name.removesuffix('_core')}", external=True)
+SHORT = ("sft.epochs_per_topic=null", "sft.steps_per_topic=2", "dpo.steps_per_topic=2")
+
+ALONE = {
+    "core": (("mindprint", "init", "voice"), ("mindprint", "plugins", "--check")),
+    "testing": (("pytest", "--version"), ("python", "-c", "import mindprint_testing")),
+    "hello": (("mindprint", "hello", "base"), ("mindprint", "init", "voice", "--model", "base"),
+              ("mindprint", "train", "voice", "--backend", "hello", *SHORT)),
+    "torch": (("mindprint", "doctor", "--backend", "torch"),),
+    "mlx": (("mindprint", "doctor", "--backend", "mlx"),),
+}  # fmt: skip
+"""What is run where a distribution is installed alone: `doctor` trains a few steps on each device."""
+
+
+def alone(session: nox.Session, name: str, dist: Path, constraints: Path) -> None:
+    """A wheel in an environment of its own, with the dependencies that it declares and no others, must do its work."""
+    folder, pip = environment(session, dist.parent / "alone" / name, dist, constraints, name)
+    session.run(*pip, "check")
+    use(session, folder, *ALONE[name])
     shutil.rmtree(folder)
+
+
+def uninstalled(session: nox.Session, dist: Path, constraints: Path) -> None:
+    """Two backends side by side; when one is uninstalled, the other, core and the project they shared go on working."""
+    folder, pip = environment(session, dist.parent / "uninstalled", dist, constraints, "hello", "mlx")
+    use(session, folder, *ALONE["hello"], ("mindprint", "doctor", "--backend", "mlx"))
+    session.run(*pip, "uninstall", "-q", "-y", "mindprint-hello")
+    use(session, folder, ("mindprint", "plugins", "--check"), ("mindprint", "doctor"), ("mindprint", "init", "other"),
+        ("mindprint", "train", "other", *SHORT))  # fmt: skip
+    session.run(str(programs(folder) / "mindprint"), "generate", str(folder / "work" / "voice"), "--prompt", "Tea?",
+                external=True, success_codes=[2])  # fmt: skip
+    shutil.rmtree(folder)
+
+
+def environment(
+    session: nox.Session, folder: Path, dist: Path, constraints: Path, *names: str
+) -> tuple[Path, tuple[str, ...]]:
+    """A new environment with these distributions' wheels and what they declare; and the pip that works on it."""
+    session.run("python", "-m", "venv", "--clear", "--without-pip", str(folder), silent=True)
+    pip = ("python", "-m", "pip", "--python", str(programs(folder) / "python"))
+    options = ("-q", *UNCOMPILED, "-c", str(constraints), "--find-links", str(dist))
+    built = [str(next(dist.glob(f"mindprint_{name}-*.whl"))) for name in names]
+    session.run(*pip, "install", *options, *built, silent=True)
+    return folder, pip
+
+
+def use(session: nox.Session, folder: Path, *commands: tuple[str, ...]) -> None:
+    """Run commands of an environment, away from the source tree."""
+    work = folder / "work"
+    work.mkdir(exist_ok=True)
+    with session.chdir(work):
+        for command, *words in commands:
+            session.run(str(programs(folder) / command), *words, external=True)
+
+
+def programs(folder: Path) -> Path:
+    return folder / ("Scripts" if os.name == "nt" else "bin")
 
 
 @nox.session(python=False, requires=["both"])

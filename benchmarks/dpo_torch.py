@@ -2,10 +2,12 @@
 
     python benchmarks/dpo_torch.py [--steps 7] [--shapes 147+73 32+200 ragged]
 
-The same rows, dtype and machine, one process each, taking turns step by step.
+The same rows, dtype and machine, one process each, taking turns step by step; our pass for the reference takes turns
+too, for the ratios over whole epochs. TRL's own pass, where it computes the reference ahead, is in none of them.
 """
 
 from side_by_side.turns import compare
 
 if __name__ == "__main__":
-    compare("DPO, PyTorch", "mindprint-torch-dpo", "trl-dpo", "trl-dpo-precomputed")
+    peers = ("trl-dpo", "trl-dpo-precomputed")
+    compare("DPO, PyTorch", "mindprint-torch-dpo", "mindprint-torch-dpo-reference", *peers)

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mindprint import hookspecs
-from mindprint.config import Config
+from mindprint.config import BackendConfig, Config
 
 HEADER = """# Configuration
 
@@ -34,10 +34,21 @@ def configuration() -> str:
     for name, field in Config.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             sections.append(f"\n## {name}\n\n{field.annotation.__doc__}\n\n{_table(field.annotation)}")
+            sections.extend(_nested(name, field.annotation))
         else:
             top.append((name, field))
     rows = "".join(_row(name, field) for name, field in top)
     return "".join(sections) + f"\n## Top level\n\n{_TABLE_HEAD}{rows}"
+
+
+def _nested(name: str, section: type[BaseModel]) -> Iterator[str]:
+    """The sections within a section, each kind once."""
+    kinds: dict[type[BaseModel], list[str]] = {}
+    for key, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            kinds.setdefault(field.annotation, []).append(f"{name}.{key}")
+    for kind, keys in kinds.items():
+        yield f"\n### {', '.join(keys)}\n\n{kind.__doc__}\n\n{_table(kind)}"
 
 
 _TABLE_HEAD = "| setting | type | default | meaning |\n|---|---|---|---|\n"
@@ -53,6 +64,8 @@ def _row(name: str, field: FieldInfo) -> str:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, BaseModel):
+        return "`{}`"
     text = (
         {None: "null", True: "true", False: "false"}.get(value)
         if value is None or value is True or value is False
@@ -81,7 +94,7 @@ def _names(annotation: object) -> Iterator[str]:
     elif annotation is type(None):
         yield "null"
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield "backend section"
+        yield "backend section" if annotation is BackendConfig else "section"
     else:
         yield {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}[annotation.__name__]  # type: ignore[attr-defined]
 

@@ -121,7 +121,7 @@ def trajectory_project(model: Path, data: Path, steps: int) -> dict[str, Any]:
     return {
         "model": {"name": str(model)},
         "backend": {"dtype": "float32", "device": "cpu"},
-        "data": {"path": str(data), "max_length": 120},
+        "data": {"path": str(data), "max_length": 120, "heldout_fraction": 0.0},
         "adapter": {"r": 8, "alpha": 32.0},
         "sft": {**stage, "learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 5},
         "dpo": {**stage, "learning_rate": 1e-4},

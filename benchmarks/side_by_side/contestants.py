@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,23 +20,26 @@ Turn = Callable[[], AbstractContextManager[None]]
 # ruff: noqa: PLC0415  a contestant imports its own framework and no other
 
 
-def ours(backend_name: str, stage: str, folder: Path, shape: str, turn: Turn) -> None:
-    """Our backends, through the hooks that a run calls; the reference is cached."""
-    from mindprint.adapter.initial import initial_adapter
-    from mindprint.adapter.targets import resolve_targets
-    from mindprint.backend import load_backend
-    from mindprint.contract import LoraConfig, ModelSpec, Update
+def ours(
+    backend_name: str,
+    stage: str,
+    folder: Path,
+    shape: str,
+    turn: Turn,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Our backends, through the hooks that a run calls; the reference is cached.
+
+    The stage `reference` computes the reference of the pairs instead of taking the step on them.
+    """
+    from mindprint.contract import Update
     from mindprint.data.collate import preference_batch, sft_batch
     from mindprint.data.render import PreferenceExample, SftExample
     from mindprint.data.rows import Origin
     from mindprint.losses import PreferenceLoss
     from mindprint.training.reference import compute_reference
 
-    backend = load_backend(backend_name)
-    model = backend.load_model(ModelSpec(str(folder), "cpu", "float32"))
-    sites = backend.adapter_sites(model)
-    config = LoraConfig(work.RANK, work.ALPHA, resolve_targets(sites, "all-linear"))
-    backend.inject_adapter(model, initial_adapter(sites, config, seed=0))
+    backend, model = loaded(backend_name, folder, dtype)
     origin = Origin("rows", 1)
 
     def ids(values: list[int]) -> np.ndarray:
@@ -50,7 +53,10 @@ def ours(backend_name: str, stage: str, folder: Path, shape: str, turn: Turn) ->
         return SftExample("t", ids([*row.prompt, *row.chosen]), mask, origin)
 
     for batch in batches(shape, stage):
-        if stage == "dpo":
+        if stage == "reference":
+            with turn():
+                compute_reference(backend, model, [pair(row) for row in batch], work.PAD)
+        elif stage == "dpo":
             pairs = [pair(row) for row in batch]
             reference = compute_reference(backend, model, pairs, work.PAD)
             with turn():
@@ -61,6 +67,21 @@ def ours(backend_name: str, stage: str, folder: Path, shape: str, turn: Turn) ->
             with turn():
                 tokens = sft_batch([single(row) for row in batch], work.PAD)
                 backend.sft_step(model, [tokens], Update(work.LEARNING_RATE, tokens.loss_tokens))
+
+
+def loaded(backend_name: str, folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> tuple[Any, Any]:
+    """One of our backends, and the model on it with a new adapter on every linear layer."""
+    from mindprint.adapter.initial import initial_adapter
+    from mindprint.adapter.targets import resolve_targets
+    from mindprint.backend import load_backend
+    from mindprint.contract import LoraConfig, ModelSpec
+
+    backend = load_backend(backend_name)
+    model = backend.load_model(ModelSpec(str(folder), "cpu", dtype))
+    sites = backend.adapter_sites(model)
+    config = LoraConfig(work.RANK, work.ALPHA, resolve_targets(sites, "all-linear"))
+    backend.inject_adapter(model, initial_adapter(sites, config, seed=0))
+    return backend, model
 
 
 def trl(stage: str, precompute: bool, folder: Path, shape: str, turn: Turn) -> None:
@@ -219,13 +240,16 @@ def _adamw() -> Any:
 
 def batches(shape: str, stage: str) -> list[list[work.Row]]:
     """The rows of each step."""
-    size = work.PAIRS if stage == "dpo" else work.ROWS
+    size = work.ROWS if stage == "sft" else work.PAIRS
     data = work.rows(shape, size * work.STEPS)
     return [data[start : start + size] for start in range(0, len(data), size)]
 
 
 CONTESTANTS: dict[str, Callable[[Path, str, Turn], None]] = {
     "mindprint-torch-dpo": partial(ours, "torch", "dpo"),
+    "mindprint-torch-dpo-reference": partial(ours, "torch", "reference"),
+    "mindprint-torch-dpo-bfloat16": partial(ours, "torch", "dpo", dtype="bfloat16"),
+    "mindprint-torch-sft-bfloat16": partial(ours, "torch", "sft", dtype="bfloat16"),
     "mindprint-torch-sft": partial(ours, "torch", "sft"),
     "mindprint-mlx-dpo": partial(ours, "mlx", "dpo"),
     "mindprint-mlx-sft": partial(ours, "mlx", "sft"),

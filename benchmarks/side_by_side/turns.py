@@ -96,7 +96,17 @@ def report(found: list[Contestant], shape: str) -> None:
             )
         line += f"  [{contestant.blas}]" if "mlx" in contestant.name else ""
         print(line, flush=True)
+    if reference := [contestant for contestant in found if contestant.name.endswith("-reference")]:
+        end_to_end(ours, reference[0], [peer for peer in found[1:] if peer is not reference[0]])
     print(f"  useful work {rate:.1f} GFLOP/s; a product of two float32 matrices: {peak(ours.name):.1f}", flush=True)
+
+
+def end_to_end(ours: Contestant, reference: Contestant, peers: list[Contestant]) -> None:
+    """How much longer peers take for whole epochs, our pass for the reference included; start-up left out of both."""
+    medians = {c.name: statistics.median(c.seconds[WARM_UP:]) for c in (ours, reference, *peers)}
+    for peer in peers:
+        ratios = [n * medians[peer.name] / (n * medians[ours.name] + medians[reference.name]) for n in (1, 3)]
+        print(f"  {peer.name:24s} with our reference pass: {ratios[0]:.2f} x over 1 epoch, {ratios[1]:.2f} x over 3")
 
 
 def peak(name: str) -> float:

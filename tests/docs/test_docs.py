@@ -27,7 +27,20 @@ from mindprint.trust.report import MEANINGS, Code
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/README.md")])
-COMMANDS = ("init", "train", "generate", "eval", "verify", "merge", "convert", "migrate", "plugins", "doctor")
+COMMANDS = (
+    "init",
+    "train",
+    "generate",
+    "eval",
+    "compare",
+    "report",
+    "verify",
+    "merge",
+    "convert",
+    "migrate",
+    "plugins",
+    "doctor",
+)
 
 
 def relative(page: Path) -> str:
@@ -169,7 +182,7 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_every_command_line_is_one(page: Path) -> None:
     """Each line of a block that starts with `mindprint` parses: command, options and arguments are those there are.
 
-    It is parsed, not run; the sequence of README.md runs in tests/integration, that of the tutorial in its own tests.
+    Those in blocks run as well, in test_commands.py; here are the others, and those that are marked as not run.
     """
     lines = re.findall(r"^(?: {4,})?(mindprint \w+[^\n]*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     for line in lines:

@@ -49,7 +49,7 @@ def trained(request: pytest.FixtureRequest, qwen2: Path, tmp_path_factory: pytes
     config = {
         "model": {"name": str(qwen2)},
         "backend": {"type": request.param, "device": "cpu", "dtype": "float32"},
-        "data": {"path": str(folder)},
+        "data": {"path": str(folder), "heldout_fraction": 0.0},
         "sft": {"learning_rate": 1e-2, "steps_per_topic": 15},
         "dpo": {"enabled": False},
     }

@@ -171,7 +171,7 @@ def project(qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {
         "model": {"name": str(qwen2)},
         "backend": {"dtype": "float32", "device": "cpu"},
-        "data": {"path": str(data), "max_length": 80},
+        "data": {"path": str(data), "max_length": 80, "heldout_fraction": 0.0},
         "adapter": {"r": 4, "alpha": 8.0},
         "sft": {**stage, **adam, **warm_up, "learning_rate": 1e-2, "batch_size": 3, "max_grad_norm": 0.3},
         "dpo": {**stage, "learning_rate": 1e-3, "batch_size": 2, "schedule": "linear"},
@@ -462,7 +462,8 @@ def test_trl_against_itself(
 
 @pytest.fixture(scope="module")
 def conversations(project: dict[str, Any]) -> dict[str, Any]:
-    data = {"path": None, "sft": str(Path(project["data"]["path"]) / "conversations.jsonl"), "max_length": 200}
+    rows = str(Path(project["data"]["path"]) / "conversations.jsonl")
+    data = {"path": None, "sft": rows, "max_length": 200, "heldout_fraction": 0.0}
     return project | {"data": data, "dpo": {"enabled": False}}
 
 

@@ -96,7 +96,7 @@ def project(qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {
         "model": {"name": str(qwen2)},
         "backend": {"dtype": "float32", "device": "cpu"},
-        "data": {"path": str(data)},
+        "data": {"path": str(data), "heldout_fraction": 0.0},
         "sft": {"enabled": False},
         "dpo": {"steps_per_topic": 12, "batch_size": 3, "learning_rate": 1e-4},
         "checkpoints": {"every": 5},

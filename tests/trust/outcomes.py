@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 _SEEN: dict[str, Counter[str]] = {"faults": Counter(), "found": Counter(), "sound": Counter(), "alarms": Counter()}
 
@@ -17,6 +18,17 @@ def sound(kind: str, *, alarm: bool) -> None:
     """A sound artefact was verified; whether something failed."""
     _SEEN["sound"][kind] += 1
     _SEEN["alarms"][kind] += alarm
+
+
+def seen() -> dict[str, dict[str, int]]:
+    """All of it as plain values, for another process."""
+    return {name: dict(counter) for name, counter in _SEEN.items()}
+
+
+def add(others: Mapping[str, Mapping[str, int]]) -> None:
+    """Add what another process saw."""
+    for name, counts in others.items():
+        _SEEN[name].update(counts)
 
 
 def table() -> list[str]:

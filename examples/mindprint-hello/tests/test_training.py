@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from mindprint.errors import ConfigError
+from mindprint.plugins import load_scorers
 
 
 def mindprint(folder: Path, *words: str) -> str:
@@ -36,10 +43,64 @@ def test_from_nothing_to_an_adapter(tmp_path: Path) -> None:
     assert (tmp_path / "voice" / "runs" / "run-001" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("page", ["examples/mindprint-hello/README.md", "docs/write-a-backend.md"])
+def test_the_commands_of_the_pages_run(page: str, tmp_path: Path) -> None:
+    """As written; the project that `init` makes is made short."""
+    text = (Path(__file__).parents[3] / page).read_text(encoding="utf-8")
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"(?m)^ *mindprint (.+)$", text)]
+    assert [words[0] for words in commands] == ["hello", "init", "train"]
+    for words in commands:
+        mindprint(tmp_path, *words)
+        if words[0] == "init":
+            config = tmp_path / words[1] / "mindprint.yaml"
+            short = re.sub(r"(epochs|steps)_per_topic: \d+", "steps_per_topic: 1", config.read_text(encoding="utf-8"))
+            config.write_text(
+                f"{short}\ndata: {{max_length: 64}}\n" if "\ndata:" not in short else short, encoding="utf-8"
+            )
+    assert list(tmp_path.glob("*/runs/run-001/adapter/adapter_model.safetensors"))
+
+
+def test_its_scorer_stands_beside_the_score(tmp_path: Path) -> None:
+    """Named by the configuration, `eval` shows it on the score's own scale, where the person's text is 1."""
+    mindprint(tmp_path, "hello", "base")
+    mindprint(tmp_path, "init", "voice", "--model", "base")
+    lengths = (
+        "sft.epochs_per_topic=null",
+        "sft.steps_per_topic=1",
+        "dpo.steps_per_topic=1",
+        "generation.max_new_tokens=24",
+    )
+    settings = ("data.max_length=64", "backend.type=hello", "voice.scorers={hello: {}}")
+    mindprint(tmp_path, "train", "voice", *settings, *lengths)
+    voice = json.loads(mindprint(tmp_path, "eval", "voice", "--json"))["voice"]
+    measures = {side: voice["overall"][side]["measures"] for side in ("untuned", "person")}
+    assert set(measures["person"]) > {"sentence length"}
+    assert measures["untuned"]["sentence length"] == pytest.approx(0, abs=1e-9)
+    assert measures["person"]["sentence length"] == pytest.approx(1)
+
+
+def test_its_scorer_tells_long_sentences_from_short_ones() -> None:
+    """By hand: the person writes 4 words a sentence, others 2. 4 words: |4 - 2| - |4 - 4| = 2; 2 words: 0 - 2 = -2.
+
+    With `;` as the end of a sentence the person writes 2, others 1, and the text 4: |4 - 1| - |4 - 2| = 1.
+    """
+    (measure,) = load_scorers({"hello": {}})
+    fitted = measure.fit(["one two three four. a b c d!"], ["one two. a b."])
+    assert fitted(["aye aye aye aye.", "aye aye.", "a b c. a b c?"]).tolist() == [2, -2, 0]
+    (measure,) = load_scorers({"hello": {"ends": ";"}})
+    assert measure.fit(["a b; c d"], ["a; b"])(["a b. c d"]).tolist() == [1]
+
+
+def test_its_scorers_settings_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"voice\.scorers\.hello: takes `ends`"):
+        load_scorers({"hello": {"end": "."}})
+
+
 def test_it_is_listed_and_works(tmp_path: Path) -> None:
     listed = json.loads(mindprint(tmp_path, "plugins", "--json"))["plugins"]
     assert {(plugin["kind"], plugin["name"]) for plugin in listed if plugin["distribution"] == "mindprint-hello"} == {
         ("backend", "hello"),
+        ("scorer", "hello"),
         ("command", "hello"),
     }
     assert "hello" in mindprint(tmp_path, "--help")

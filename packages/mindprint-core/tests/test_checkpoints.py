@@ -121,6 +121,7 @@ def test_half_written_folders_do_not_count(tmp_path: Path) -> None:
 
 def test_pruning_keeps_the_newest_and_the_stage_starts(tmp_path: Path) -> None:
     for step in (0, 5, 10, 15, 20, 25):
-        write(tmp_path, step)
-    prune_checkpoints(tmp_path, keep=2, stage_starts=(0, 10))
+        cursor = Cursor(step, step // 10, step % 10, "toy", {})
+        write_checkpoint(tmp_path, state(), cursor, IDENTITY, "toy")
+    prune_checkpoints(tmp_path, keep=2, stages=2)
     assert [int(path.name) for path in list_checkpoints(tmp_path)] == [0, 10, 20, 25]

@@ -13,7 +13,7 @@ import pytest
 
 from mindprint.adapter import merging
 from mindprint.cli import COMMANDS, main
-from mindprint.cli.train import _project_and_overrides, _with_resume_value
+from mindprint.cli.train import _with_resume_value, project_and_overrides
 from mindprint.config import load_config
 from mindprint.plugins import BACKENDS, Plugin, installed
 from mindprint.training.run_folder import RunFolder
@@ -91,6 +91,7 @@ def test_init_train_generate_eval(run: Run, voice: str) -> None:
         ["land", "dpo", "toy", "3"],
     ]
     assert "0.6931 → " in lines[2]
+    assert lines[-3] == "report:  voice/runs/run-001/report.html"
     assert lines[-2:] == ["adapter: voice/runs/run-001/adapter", "try it:  mindprint generate voice --prompt 'who?'"]
     assert "mindprint: backend: toy on cpu, float32\n" in trained.err
 
@@ -117,7 +118,7 @@ def test_train_as_json(run: Run, voice: str) -> None:
     said = run("train", voice, *SETTINGS, "--json")
     assert said.code == 0
     result = said.json
-    assert set(result) == {"run", "adapter", "stages"}
+    assert set(result) == {"run", "adapter", "stages", "verdicts"}
     assert result["adapter"] == str(Path("voice/runs/run-001/adapter").resolve())
     keys = {"topic", "stage", "backend", "steps", "first_loss", "last_loss", "seconds"}
     assert all(set(stage) == keys for stage in result["stages"])
@@ -279,7 +280,13 @@ def test_init_writes_what_can_be_loaded(run: Run) -> None:
     config = load_config("my voice").config
     assert (config.model.name, config.backend.type) == ("builtin:tiny", "auto")
     names = sorted(path.relative_to("my voice").as_posix() for path in Path("my voice").rglob("*") if path.is_file())
-    assert names == ["README.md", "data/heldout.jsonl", "data/preferences.jsonl", "data/sft.jsonl", "mindprint.yaml"]
+    assert names == [
+        "README.md",
+        "data/heldout.jsonl",
+        "data/preferences.jsonl",
+        "data/sft.jsonl",
+        "mindprint.yaml",
+    ]
 
 
 def test_init_for_a_large_model(run: Run) -> None:
@@ -336,9 +343,9 @@ def test_resume_takes_only_latest(words: list[str], expected: list[str]) -> None
 def test_settings_without_a_project_are_for_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a=b").mkdir()
-    assert _project_and_overrides(["seed=1"]) == (Path(), ["seed=1"])
-    assert _project_and_overrides(["a=b", "seed=1"]) == (Path("a=b"), ["seed=1"])
-    assert _project_and_overrides([]) == (Path(), [])
+    assert project_and_overrides(["seed=1"]) == (Path(), ["seed=1"])
+    assert project_and_overrides(["a=b", "seed=1"]) == (Path("a=b"), ["seed=1"])
+    assert project_and_overrides([]) == (Path(), [])
 
 
 def test_interrupt_and_resume(run: Run, voice: str) -> None:
@@ -446,7 +453,10 @@ def test_a_project_without_held_out_pairs(run: Run, voice: str) -> None:
     run("train", voice, *SETTINGS)
     Path("voice/data/heldout.jsonl").unlink()
     error = run("eval", voice).error
-    assert error.startswith("voice: has no held-out pairs to measure with; add heldout.jsonl")
+    assert error == (
+        "voice: no held-out rows: 6 prompts at 0.1 hold out none; raise data.heldout_fraction or add heldout.jsonl, "
+        "or name a file with --heldout"
+    )
     assert run("train", voice, *SETTINGS).out.splitlines()[-1] == "try it:  mindprint generate voice --prompt 'sea 0?'"
 
 
@@ -518,3 +528,96 @@ def test_doctor_finds_what_is_wrong(run: Run, voice: str, toy_model: Path) -> No
     assert "sft.jsonl: the file is empty" in said.out
     assert "2 of 3 checks failed" in said.out
     assert run("doctor", "--backend", "absent").code == 1
+
+
+# --- held out --------------------------------------------------------------------------------------------------------
+
+
+def many_prompts(count: int = 40) -> list[str]:
+    return [f"what of the {['ferry', 'harbour', 'garden', 'kettle'][n % 4]} number {n}" for n in range(count)]
+
+
+@pytest.fixture
+def unsplit(run: Run, toy: str, toy_model: Path) -> str:
+    """A project of one topic with forty prompts, each as SFT row and as pair, and no held-out file."""
+    assert run("init", "voice", "--model", toy_model, "--backend", toy).code == 0
+    data = Path("voice/data")
+    (data / "heldout.jsonl").unlink()
+    write_rows(data / "sft.jsonl", [{"prompt": p, "completion": f"aye {p}"} for p in many_prompts()])
+    write_rows(
+        data / "preferences.jsonl", [{"prompt": p, "chosen": f"aye, {p}", "rejected": "yes"} for p in many_prompts()]
+    )
+    return "voice"
+
+
+def test_held_out_by_the_split(run: Run, unsplit: str) -> None:
+    assert run("train", unsplit, *SETTINGS, "data.heldout_fraction=0.2").code == 0
+    manifest = json.loads(Path("voice/runs/run-001/manifest.json").read_text())
+    shares = manifest["splits"]["topics"]["main"]
+    held_out = shares["sft"]["held_out"]
+    assert 0 < held_out < 20 and shares["sft"] == {"train": 40 - held_out, "held_out": held_out, "removed": 0}
+    assert shares["preferences"] == shares["sft"]
+    assert manifest["rows"] == {"sft": {"main": 40 - held_out}, "preferences": {"main": 40 - held_out}}
+    assert manifest["splits"]["prompts"] == {"trained": 40 - held_out, "held_out": held_out}
+    found = run("eval", unsplit, "--json").json
+    assert (found["overall"]["pairs"], found["texts"]["overall"]["texts"]) == (held_out, held_out)
+    assert found["texts"]["overall"]["base"] > 1
+    shown = run("eval", unsplit, "--no-answers").out.split("\n\n")
+    assert shown[1].splitlines()[0].split() == ["topic", "texts", "tokens", "perplexity"]
+
+
+def test_rows_added_after_the_run_are_scored_and_trained_ones_never(run: Run, unsplit: str) -> None:
+    """At 0.2 some prompts are held out; a run that trained on all of them is scored on none of them."""
+    run("train", unsplit, *SETTINGS, "data.heldout_fraction=0.0")
+    assert "40 prompts at 0 hold out none" in run("eval", unsplit).error
+    config = Path("voice/runs/run-001/config.yaml")
+    config.write_text(config.read_text().replace("heldout_fraction: 0.0", "heldout_fraction: 0.2"))
+    assert run("eval", unsplit).error == (
+        "voice: no held-out rows that are not trained on: add heldout.jsonl to the data folder, "
+        "or name a file with --heldout"
+    )
+    new = [{"prompt": p, "chosen": "aye", "rejected": "yes"} for p in ("When is tea?", "WHAT of the ferry number 4?")]
+    write_rows(Path("new.jsonl"), new)
+    said = run("eval", unsplit, "--heldout", "new.jsonl", "--no-answers", "--json")
+    assert said.json["overall"]["pairs"] == 1
+    assert "warning: new.jsonl: 1 held-out row is not scored: training rows ask the same" in said.err
+
+
+def test_a_run_does_not_go_on_with_another_split(run: Run, unsplit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("train", unsplit, *SETTINGS)
+    shutil.rmtree("voice/runs/run-001/adapter")
+    said = run("train", unsplit, *SETTINGS, "data.heldout_fraction=0.3", "--resume")
+    assert said.code == 2 and "dataset" in said.err
+    assert run("train", unsplit, *SETTINGS, "--resume").code == 0
+
+
+def test_quizzes_are_held_out_and_asked(run: Run, unsplit: str) -> None:
+    quiz = [
+        {"question": many_prompts()[5] + "?", "reference_answers": ["It is old."], "key_concepts": ["old"]},
+        {"question": "Who rang?", "reference_answers": []},
+    ]
+    Path("voice/data/quiz.json").write_text(json.dumps(quiz))
+    trained = run("train", unsplit, *SETTINGS, "data.heldout_fraction=0.0")
+    assert "warning: 2 rows are left out of training: the prompt stands" in trained.err
+    assert "quiz.json: question 2: has no `reference_answers`: write at least one\n" in trained.err
+    said = run("eval", unsplit)
+    assert said.code == 2 and said.out.splitlines()[0].split() == [
+        "topic", "questions", "concepts", "untuned", "concepts", "tuned",
+    ]  # fmt: skip
+    problem = "voice/data/quiz.json: question 2: has no `reference_answers`: write at least one"
+    assert said.err.splitlines()[-1] == f"mindprint: warning: not evaluated: {problem}"
+    as_json = run("eval", unsplit, "--json")
+    assert as_json.code == 2 and as_json.json["not_evaluated"] == [problem]
+    assert as_json.json["quiz"]["overall"]["questions"] == 1 and as_json.json["overall"] is None
+    Path("voice/data/quiz.json").write_text("[{]")
+    assert "quiz.json: line 1: not valid JSON" in run("train", unsplit, *SETTINGS).error
+
+
+def test_a_failed_topic_is_named_and_the_exit_code_says_so(run: Run, voice: str) -> None:
+    said = run("train", voice, *SETTINGS, "evaluation.final.perplexity_ratio=0.001", "--json")
+    assert said.code == 1
+    assert said.json["verdicts"][-1]["outcome"] == "failed"
+    assert "the final evaluation failed: perplexity_ratio" in said.err
+    assert (Path(voice) / "runs" / "run-001" / "adapter" / "adapter_model.safetensors").is_file()
+    assert "--topic" in run("train", "--help").out
+    assert "'rain' is in no row" in run("train", voice, "--topic", "rain").error

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from mindprint.contract import PreferenceBatch, TokenBatch
-from mindprint.layouts import continued, forked, preference_rows, preference_sequences, sees, sequences
+from mindprint.layouts import (
+    continued,
+    forked,
+    groups_of_like_length,
+    preference_rows,
+    preference_sequences,
+    sees,
+    sequences,
+)
 
 
 def test_sequences() -> None:
@@ -113,3 +121,27 @@ def test_continued_prompts() -> None:
 def test_rows_that_share_nothing_cannot_share(layout: Callable[[TokenBatch], object]) -> None:
     with pytest.raises(ValueError, match="not said to share prompts"):
         layout(replace(SHARING, shared=None))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("most_tokens", "overhead"), [(10_000, 0), (10_000, 20), (60, 5), (10_000, 1000)])
+def test_groups_of_like_length_cost_least(seed: int, most_tokens: int, overhead: int) -> None:
+    """Against every way to divide six rows into groups."""
+    lengths = np.random.default_rng(seed).integers(1, 80, 6).astype(np.int32)
+
+    def cost(groups: list[list[int]]) -> float:
+        padded = [len(group) * int(lengths[group].max()) for group in groups]
+        if any(size > most_tokens and len(group) > 1 for size, group in zip(padded, groups, strict=True)):
+            return float("inf")
+        return sum(padded) + overhead * len(groups)
+
+    def divisions(rows: list[int]) -> list[list[list[int]]]:
+        if not rows:
+            return [[]]
+        smaller = divisions(rows[1:])
+        joined = [[*way[:at], [rows[0], *way[at]], *way[at + 1 :]] for way in smaller for at in range(len(way))]
+        return [[[rows[0]], *way] for way in smaller] + joined
+
+    found = [group.tolist() for group in groups_of_like_length(lengths, most_tokens, overhead)]
+    assert sorted(row for group in found for row in group) == list(range(6))
+    assert cost(found) == min(map(cost, divisions(list(range(6)))))

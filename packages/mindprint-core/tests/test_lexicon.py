@@ -1,9 +1,11 @@
 """The lexicon: what is used, what is denied, what is confused; and its way in as a plugin."""
 
+from pathlib import Path
+
 import pytest
 
 from mindprint.config import make_config
-from mindprint.errors import ConfigError, ScorerError
+from mindprint.errors import ConfigError, MindprintError, ScorerError
 from mindprint.plugins import load_scorers
 from mindprint.voice.lexicon import Lexicon, mindprint_scorers
 
@@ -85,3 +87,30 @@ def test_settings_that_make_no_sense(settings: dict[str, object], message: str) 
 def test_a_scorer_that_is_not_installed() -> None:
     with pytest.raises(ScorerError, match=r"voice\.scorers\.nonesuch: is not installed \(installed: .*lexicon"):
         load_scorers({"nonesuch": {}})
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (
+            "def mindprint_scorers(settings): 1 / 0",
+            "mindprint_scorers raised ZeroDivisionError: .*out of voice.scorers",
+        ),
+        ("def mindprint_scorers(wanted): return []", "does not fit the hook contract: .*wanted"),
+        ("def mindprint_scorer(settings): return []", "unknown hook 'mindprint_scorer'"),
+        ("import nowhere_at_all", "failed to load: ModuleNotFoundError"),
+        ("raise SystemExit(3)", "failed to load: SystemExit: 3"),
+        ("", "does not implement mindprint_scorers"),
+    ],
+)
+def test_a_broken_scorer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, words: str) -> None:
+    metadata = tmp_path / "bad_scorer-0.3.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: bad-scorer\nVersion: 0.3\n")
+    module = f"bad_scorer_{abs(hash(words))}"
+    (metadata / "entry_points.txt").write_text(f"[mindprint.scorers]\nbad = {module}\n")
+    marked = f"from mindprint.hookspecs import hookimpl\n@hookimpl\n{code}\n" if code.startswith("def") else f"{code}\n"
+    (tmp_path / f"{module}.py").write_text(marked)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(MindprintError, match=rf"(?s)scorer 'bad' \(bad-scorer 0.3\).*{words}"):
+        load_scorers({"bad": {}})

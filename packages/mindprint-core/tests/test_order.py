@@ -51,3 +51,29 @@ def test_stages_topics_and_seeds_have_orders_of_their_own() -> None:
         for stage in ("sft", "dpo")
     ]
     assert len(set(orders)) == 8
+
+
+def test_rows_of_like_length_meet_within_their_window() -> None:
+    lengths = tuple(int(length) for length in random_bits(23, 5, "lengths") % 90 + 10)
+    plain = StageOrder(23, 2, 2, seed=3, topic="t", stage="sft", epochs=2)
+    grouped = StageOrder(23, 2, 2, seed=3, topic="t", stage="sft", epochs=2, lengths=lengths, length_window=4)
+
+    def micro_batches(order: StageOrder) -> list[tuple[int, ...]]:
+        return [micro for step in range(order.steps_per_epoch) for micro in order.micro_batches(step)]
+
+    before, after = micro_batches(plain), micro_batches(grouped)
+    assert [len(micro) for micro in after] == [2] * 11 + [1]
+    for start in (0, 4, 8):
+        rows = sorted(chain.from_iterable(after[start : start + 4]), key=lambda row: lengths[row])
+        assert set(rows) == set(chain.from_iterable(before[start : start + 4]))
+        pairs = {frozenset(micro) for micro in after[start : start + 4]}
+        assert {frozenset(rows[at : at + 2]) for at in range(0, len(rows), 2)} == pairs
+    longest = [max(lengths[row] for row in micro) for micro in after]
+    assert any(longest[start : start + 4] != sorted(longest[start : start + 4]) for start in (0, 4))
+    assert grouped.micro_batches(0) != grouped.micro_batches(6)
+
+
+def test_a_window_of_one_is_no_window() -> None:
+    plain = StageOrder(9, 2, 1, seed=3, topic="t", stage="sft", epochs=1)
+    of_one = StageOrder(9, 2, 1, seed=3, topic="t", stage="sft", epochs=1, lengths=tuple(range(9)), length_window=1)
+    assert [plain.micro_batches(step) for step in range(5)] == [of_one.micro_batches(step) for step in range(5)]

@@ -53,6 +53,7 @@ def test_thirty_plugins_cost_next_to_nothing(tmp_path: Path) -> None:
     install_dummies(many, 30)
     times = {site: min(_seconds("--help", site) for _ in range(5)) for site in (none, many)}
     assert "dummy-29" in _mindprint("--help", path=many).stdout
+    print(f"help takes {times[none]:.3f} s without plugins, {times[many] - times[none]:+.3f} s with thirty")
     assert times[many] - times[none] < 0.1
 
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import mindprint
+from mindprint.cli import main
 from mindprint.errors import PluginError
+from mindprint.events import Event, Notice, RunFinished
 from mindprint.plugins import TRACKERS, installed, load_trackers
+from mindprint.training.checkpoints import list_checkpoints
+
+COUNT = iter(range(1000))
 
 TRAIN = """
 import json, sys, mindprint
@@ -85,6 +95,139 @@ def test_wandb_offline_holds_what_was_trained(toy_site: Path, toy_model: Path, t
 def test_none_is_loaded_unless_named() -> None:
     assert {plugin.name for plugin in installed(TRACKERS)} >= {"tensorboard", "wandb"}
     assert load_trackers([]) == ()
+
+
+BAD = """
+from mindprint.events import StepDone
+from mindprint.hookspecs import hookimpl
+
+class Tracker:
+    seen = []
+
+    @hookimpl
+    def mindprint_event(self, event):
+        self.seen.append(type(event).__name__)
+        if isinstance(event, StepDone) and event.step == 2:
+            raise {error}
+"""
+
+
+@pytest.fixture
+def bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Install a tracker `bad`; returns its module."""
+
+    def install(code: str) -> ModuleType:
+        site = tmp_path / "site"
+        metadata = site / "bad_tracker-0.3.dist-info"
+        metadata.mkdir(parents=True)
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: bad-tracker\nVersion: 0.3\n")
+        module = f"bad_tracker_{next(COUNT)}"
+        (metadata / "entry_points.txt").write_text(f"[mindprint.trackers]\nbad = {module}:Tracker\n")
+        (site / f"{module}.py").write_text(code)
+        monkeypatch.syspath_prepend(str(site))
+        return importlib.import_module(module)
+
+    return install
+
+
+def watched(toy: str, toy_model: Path, folder: Path) -> list[Event]:
+    """Every event of a run of three steps that `bad` and TensorBoard watch."""
+    (folder / "data").mkdir()
+    rows = [{"topic": "sea", "prompt": f"{n}?", "completion": "aye"} for n in range(4)]
+    (folder / "data" / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "model": {"name": str(toy_model)}, "backend": toy, "data": {"path": str(folder / "data")}, "adapter": {"r": 2},
+        "trackers": ["bad", "tensorboard"], "sft": {"steps_per_topic": 3}, "dpo": {"enabled": False},
+        "checkpoints": {"every": 1},
+    }  # fmt: skip
+    events: list[Event] = []
+    mindprint.train(config, run=folder / "run", on_event=events.append)
+    return events
+
+
+@pytest.mark.parametrize("error", ["OSError('disk full')", "SystemExit('disk full')"])
+def test_one_that_raises_is_named_once_and_the_run_goes_on(
+    bad: Callable[[str], ModuleType], error: str, toy: str, toy_model: Path, tmp_path: Path
+) -> None:
+    """It sees nothing after what it raised at; the other tracker sees everything, and the run is complete."""
+    tracker = bad(BAD.format(error=error)).Tracker
+    events = watched(toy, toy_model, tmp_path)
+    assert tracker.seen.count("StepDone") == 2
+    assert tracker.seen[-1] == "StepDone"
+    (warning,) = [event for event in events if isinstance(event, Notice) and event.warning]
+    assert warning.message == (
+        f"tracker 'bad' (bad-tracker 0.3) raised {error.partition('(')[0]}: disk full, at StepDone; "
+        "it sees no more of this run, which goes on"
+    )
+    assert isinstance(events[-1], RunFinished)
+    read = json.loads(python(READ_TENSORBOARD, str(tmp_path / "run" / "tensorboard"), path=tmp_path))
+    assert [step for step, _ in read["sft/loss"]] == [1, 2, 3]
+
+
+def test_an_interrupt_in_one_is_the_users(
+    bad: Callable[[str], ModuleType], toy: str, toy_model: Path, tmp_path: Path
+) -> None:
+    """It passes; the checkpoint before that step stands."""
+    bad(BAD.format(error="KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        watched(toy, toy_model, tmp_path)
+    assert [int(path.name) for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (
+            "class Tracker:\n    def mindprint_event(self, event): ...",
+            "does not implement mindprint_event, marked with hookimpl",
+        ),
+        (
+            BAD.format(error="OSError").replace("self, event", "self, events"),
+            r"does not fit the hook contract: .*events",
+        ),
+        (BAD.format(error="OSError").replace("t_event", "t_evnt"), "unknown hook 'mindprint_evnt'"),
+        ("class Tracker:\n    def __init__(self): raise SystemExit(3)", "cannot start: SystemExit: 3"),
+        ("Tracker = 3", "cannot start: TypeError"),
+    ],
+)
+def test_one_that_is_none_is_refused(bad: Callable[[str], ModuleType], code: str, words: str) -> None:
+    """Before anything is trained, and with its distribution's name."""
+    bad(code)
+    with pytest.raises(PluginError, match=rf"(?s)tracker 'bad' \(bad-tracker 0.3\).*{words}"):
+        load_trackers(["bad"])
+
+
+@pytest.mark.parametrize(
+    "code", ["class Tracker: ...", BAD.format(error="OSError").replace("self, event", "self, events")]
+)
+def test_the_check_finds_it(
+    bad: Callable[[str], ModuleType], code: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad(code)
+    monkeypatch.setenv("MINDPRINT_DISABLE_PLUGINS", "torch, mlx, hello")
+    assert main(["plugins", "--check", "--json"]) == 1
+    checks = {(p["kind"], p["name"]): p["check"] for p in json.loads(capsys.readouterr().out)["plugins"]}
+    assert [key for key, check in checks.items() if not check["ok"]] == [("tracker", "bad")]
+
+
+def test_what_they_see_is_traced_on_request(
+    bad: Callable[[str], ModuleType],
+    toy: str,
+    toy_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad(BAD.format(error="OSError('disk full')"))
+    monkeypatch.setenv("MINDPRINT_TRACE", "1")
+    watched(toy, toy_model, tmp_path)
+    traced = re.findall(r"mindprint_event\(event=StepDone\) \[(\w+)\] \S+ s -> (\w+)", capsys.readouterr().err)
+    assert traced == [
+        ("bad", "nothing"),
+        ("tensorboard", "nothing"),
+        ("bad", "raised"),
+        *[("tensorboard", "nothing")] * 2,
+    ]
 
 
 def test_a_tracker_that_is_not_there() -> None:

@@ -13,13 +13,13 @@ from mindprint_hello.model_folder import write_model as write_toy_model  # noqa:
 __all__ = ["install_dummies", "install_toy", "write_toy_model"]
 
 
-def install_toy(site: Path) -> Path:
-    """Install the backend as `toy` into a folder for `sys.path` or PYTHONPATH: a module and its metadata, no more."""
-    metadata = site / "toy_backend-1.0.dist-info"
+def install_toy(site: Path, name: str = "toy") -> Path:
+    """Install the backend as `name` into a folder for `sys.path` or PYTHONPATH: a module and its metadata, no more."""
+    metadata = site / f"{name}_backend-1.0.dist-info"
     metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-backend\nVersion: 1.0\n", encoding="utf-8")
-    (metadata / "entry_points.txt").write_text("[mindprint.backends]\ntoy = toy_backend\n", encoding="utf-8")
-    (site / "toy_backend.py").write_bytes((SOURCE / "mindprint_hello" / "plugin.py").read_bytes())
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-backend\nVersion: 1.0\n", encoding="utf-8")
+    (metadata / "entry_points.txt").write_text(f"[mindprint.backends]\n{name} = {name}_backend\n", encoding="utf-8")
+    (site / f"{name}_backend.py").write_bytes((SOURCE / "mindprint_hello" / "plugin.py").read_bytes())
     return site
 
 

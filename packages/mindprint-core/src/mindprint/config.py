@@ -26,7 +26,10 @@ FILE_NAME = "mindprint.yaml"
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Schedule = Literal["constant", "linear", "cosine"]
+Level = Literal["topic", "chapter", "unit", "final"]
+"""What an evaluation looks back on."""
 
 
 class Section(BaseModel):
@@ -68,6 +71,14 @@ class DataConfig(Section):
     heldout: str | list[str] | None = Field(
         None, description="Pairs never trained on, for `mindprint eval`. Default: `heldout.jsonl` in `path`, if there."
     )
+    heldout_fraction: Fraction = Field(
+        0.1,
+        description="Share of the prompts that is never trained on, drawn by a hash of each, in topics that "
+        "`heldout` has no pairs of; 0 holds out none.",
+    )
+    curriculum: str | None = Field(
+        None, description="File with titles and order of units, chapters, topics. Default: `curriculum.yaml` in `path`."
+    )
     format: Literal["chat", "raw"] = Field(
         "chat", description="`chat` uses the tokenizer's template; `raw` is plain text and end-of-sequence."
     )
@@ -75,6 +86,11 @@ class DataConfig(Section):
         "all", description="Which assistant turns of a conversation are trained: `all`, or only the `last`."
     )
     max_length: Positive = Field(1024, description="Longest sequence in tokens; what is longer is cut at its end.")
+    length_window: Positive = Field(
+        1,
+        description="Micro-batches within which rows of like length go together, which saves padding; 1: rows meet at "
+        "random, as in TRL.",
+    )
 
 
 class AdapterConfig(Section):
@@ -196,6 +212,71 @@ class FingerprintConfig(Section):
     )
 
 
+class Thresholds(Section):
+    """What an evaluation must reach to pass. By default nothing: then it is measured, and neither passes nor fails."""
+
+    voice: Annotated[float, Field(ge=-1, le=2)] | None = Field(
+        None, description="At least this voice: 0 is the untuned model, 1 the person."
+    )
+    preference_accuracy: Share | None = Field(
+        None, description="At least this share of held-out pairs in which training raised the chosen answer the more."
+    )
+    concept_coverage: Share | None = Field(None, description="At least this share of a quiz's key concepts.")
+    copy_rate: Share | None = Field(None, description="At most this share of words copied from the training text.")
+    perplexity_ratio: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="At most this perplexity of held-out text, over the untuned model's."
+    )
+
+    @property
+    def any_set(self) -> bool:
+        return any(value is not None for value in self.model_dump().values())
+
+
+class EvaluationConfig(Section):
+    """When a run evaluates itself on held-out text, and what it must reach."""
+
+    levels: list[Level] = Field(
+        ["final"],
+        description="When: after each `topic`, `chapter`, `unit`, and at the end (`final`). Levels with thresholds "
+        "are always evaluated.",
+    )
+    prompts_per_topic: Positive = Field(8, description="Held-out prompts of each topic that are answered, at most.")
+    topic: Thresholds = Thresholds()
+    chapter: Thresholds = Thresholds()
+    unit: Thresholds = Thresholds()
+    final: Thresholds = Thresholds()
+
+    def thresholds(self, level: Level) -> Thresholds:
+        found: Thresholds = getattr(self, level)
+        return found
+
+    def happens(self, level: Level) -> bool:
+        return level in self.levels or self.thresholds(level).any_set
+
+
+class CurriculumConfig(Section):
+    """What follows from evaluations, topic by topic. By default nothing does."""
+
+    topics: list[str] | None = Field(None, description="Train only these topics, or those of these chapters or units.")
+    max_topics: Positive | None = Field(None, description="Train only the first so many of them.")
+    dpo: Literal["always", "never"] | Annotated[float, Field(ge=-1, le=2)] = Field(
+        "always",
+        description="Whether a topic's DPO follows its SFT: `always`, `never`, or a number: where its voice is below.",
+    )
+    retries: Annotated[int, Field(ge=0)] = Field(
+        0, description="How often a topic that failed its thresholds is trained anew from where it began."
+    )
+    retry_learning_rate: Annotated[float, Field(gt=0)] = Field(
+        0.5, description="Learning rates of a retry, as a multiple of those of the attempt before."
+    )
+    roll_back: bool = Field(
+        False, description="Undo a stage after which the model's answers have collapsed; otherwise it is a warning."
+    )
+    stop_after: Level | None = Field(
+        None, description="End the run early, after the first failure at this level; default: the other topics go on."
+    )
+
+
 class VoiceConfig(Section):
     """How `eval` scores the voice."""
 
@@ -220,12 +301,25 @@ class Config(Section):
         list[str], Field(description="Plugins that watch the run: `tensorboard`, `wandb` (offline).")
     ] = []
     voice: VoiceConfig = VoiceConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
     seed: Annotated[int, Field(ge=0, description="Order, initial adapter and dropout follow from it.")] = 0
 
     @model_validator(mode="after")
     def _trains_something(self) -> Config:
         if not (self.sft.enabled or self.dpo.enabled):
             raise ValueError("sft.enabled and dpo.enabled are both false: there is nothing to train")
+        return self
+
+    @model_validator(mode="after")
+    def _retries_on_failure(self) -> Config:
+        if self.curriculum.retries and not self.evaluation.topic.any_set:
+            raise ValueError(
+                "curriculum.retries needs a threshold to fail: set one under evaluation.topic, such as voice"
+            )
+        level = self.curriculum.stop_after
+        if level is not None and not self.evaluation.thresholds(level).any_set:
+            raise ValueError(f"curriculum.stop_after is {level}: set a threshold to fail under evaluation.{level}")
         return self
 
 

@@ -65,7 +65,10 @@ class BackendInfo:
 
 
 CAPABILITIES = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding", "experts"})
-"""What a backend may claim beyond the required minimum (float32, greedy generation, LoRA on linear layers)."""
+"""What a backend may claim beyond the required minimum (float32, greedy generation, LoRA on linear layers).
+
+`experts` is reserved: core does not train stacked experts yet.
+"""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from mindprint.curriculum.records import Decision, EvaluationRecord
 
 StageName = Literal["sft", "dpo"]
 
@@ -45,7 +48,9 @@ class StageStarted(Event):
 class StepDone(Event):
     """One optimizer step, as the line of metrics.jsonl has it. `step` counts over the whole run, from 1.
 
-    `tokens` are those that the model read, without padding; rewards are means over the step's pairs.
+    `tokens` are those that the model read, without padding, and `padding` is the share that it would be of the batches'
+    arrays (`data.length_window` makes it smaller); rewards are means over the step's pairs. `attempt` is given from a
+    topic's second on.
     """
 
     topic: str
@@ -64,6 +69,8 @@ class StepDone(Event):
     reward_rejected: float | None = None
     reward_margin: float | None = None
     reward_accuracy: float | None = None
+    attempt: int | None = None
+    padding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,24 @@ class StageFinished(Event):
     first_loss: float | None
     last_loss: float | None
     seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """The run evaluated itself on held-out text; the line of evaluations.jsonl."""
+
+    record: EvaluationRecord
+
+
+@dataclass(frozen=True)
+class Decided(Event):
+    """A gate, a retry, a roll-back, a verdict: the line of decisions.jsonl.
+
+    `total_steps` are the run's as now planned: those taken, and those still to come.
+    """
+
+    decision: Decision
+    total_steps: int
 
 
 @dataclass(frozen=True)

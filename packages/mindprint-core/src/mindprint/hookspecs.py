@@ -137,7 +137,11 @@ def mindprint_restore(model: Any, state: TrainingState) -> bool:  # type: ignore
 
 @hookspec
 def mindprint_event(event: Event) -> None:
-    """Watch a run: called for every event of `mindprint.events`, in order, after core's own files are written."""
+    """Watch a run: called for every event of `mindprint.events`, in order, after core's own files are written.
+
+    A tracker that the configuration names and that raises is named in a warning and sees no more of the run, which goes
+    on. KeyboardInterrupt passes: it is the user's.
+    """
 
 
 @hookspec

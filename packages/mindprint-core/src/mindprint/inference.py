@@ -22,6 +22,7 @@ from mindprint.config import FILE_NAME, BackendConfig, Config, ConfigFile, Gener
 from mindprint.contract import AdapterState, LoadedModel, Sampling
 from mindprint.data.render import render_prompt
 from mindprint.data.rows import Rows, Text, read_rows, text_of
+from mindprint.data.split import read_split
 from mindprint.data.tokenizer import Tokenizer, load_tokenizer
 from mindprint.errors import AdapterError, MindprintError, RunError
 from mindprint.training.engine import Engine, Placement, Placements
@@ -147,15 +148,17 @@ def find_base(located: Located, model: str | None = None) -> models.ModelFolder:
 
 
 def read_heldout(file: ConfigFile) -> Rows:
-    """The held-out rows of a configuration, without reading what its stages train on."""
+    """The pairs of `data.heldout`, without reading what the stages train on."""
     off = {name: getattr(file.config, name).model_copy(update={"enabled": False}) for name in ("sft", "dpo")}
     return read_rows(replace(file, config=file.config.model_copy(update=off)))
 
 
 def sample_prompt(file: ConfigFile) -> str | None:
     """A prompt from the configuration's data to try an adapter with: held out, if there is such."""
-    held_out = read_heldout(file).heldout
-    rows = held_out or read_rows(file).preferences
+    rows = read_heldout(file).heldout
+    if not rows:
+        split = read_split(file)
+        rows = split.held_out.pairs or split.train.preferences
     return text_of(rows[0].prompt) if rows else None
 
 

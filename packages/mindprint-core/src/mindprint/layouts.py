@@ -180,6 +180,42 @@ def sharing_probe(vocabulary: int) -> TokenBatch:
     return TokenBatch(tokens % vocabulary, lengths, mask, shared=prompts)
 
 
+def groups_of_like_length(lengths: Int32, most_tokens: int, overhead: int) -> tuple[Int32, ...]:
+    """The rows of a batch, int32 `[rows]` a group, grouped so that reading group by group costs least.
+
+    A group costs what its rows take when all are padded to its longest, and `overhead` tokens beside; it takes no more
+    than `most_tokens`, unless a single row does. Losses are sums over rows, so any grouping gives the same step.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    longest_first = lengths[order].tolist()
+    least: list[tuple[int, int]] = [(0, 0)]  # for the first n rows: the cost, and where the last group starts
+    for end in range(1, len(order) + 1):
+        options = [
+            (least[start][0] + (end - start) * longest_first[start] + overhead, start)
+            for start in range(end)
+            if end - start == 1 or (end - start) * longest_first[start] <= most_tokens
+        ]
+        least.append(min(options))
+    groups, end = [], len(order)
+    while end:
+        start = least[end][1]
+        groups.append(_int32(np.sort(order[start:end])))
+        end = start
+    return tuple(reversed(groups))
+
+
+def token_rows(batch: TokenBatch, rows: Int32) -> TokenBatch:
+    """Some rows of a batch, no wider than they need; what they share, if anything, is forgotten."""
+    width = int(batch.lengths[rows].max(initial=1))
+    return TokenBatch(batch.tokens[rows, :width], batch.lengths[rows], batch.loss_mask[rows, :width])
+
+
+def pairs_of(batch: PreferenceBatch, pairs: Int32) -> PreferenceBatch:
+    """Some pairs of a batch."""
+    present: dict[str, Any] = {name: values[pairs] for name, values in vars(batch).items() if values is not None}
+    return PreferenceBatch(**present)
+
+
 def _parts(batch: TokenBatch) -> tuple[Int32, Int32]:
     """How many tokens of each prompt, `[pairs]`, and of each sequence after it, `[2 * pairs]`, are read."""
     if batch.shared is None:

@@ -20,7 +20,7 @@ import pluggy
 
 from mindprint import hookspecs
 from mindprint.entries import DISABLE, disabled, entry_points
-from mindprint.errors import BackendError, PluginError, ScorerError
+from mindprint.errors import BackendError, MindprintError, PluginError, ScorerError
 from mindprint.hookspecs import SUPPORTED_HOOK_APIS
 from mindprint.tracing import trace_if_asked
 
@@ -113,15 +113,23 @@ def load_object(plugins: Sequence[Plugin]) -> object:
         ) from error
 
 
-def load_trackers(names: Iterable[str]) -> tuple[object, ...]:
+@dataclass(frozen=True, eq=False)
+class Tracker:
+    """A tracker that was made for one run, behind hooks of its own: what it raises can be told from what others do."""
+
+    plugin: Plugin
+    hooks: pluggy.HookRelay
+
+
+def load_trackers(names: Iterable[str]) -> tuple[Tracker, ...]:
     """The trackers that a configuration names, made anew for one run.
 
-    Raises `PluginError` if one is not installed, cannot be imported, or is no tracker.
+    Raises `PluginError` if one is not installed, cannot be imported, is no tracker, or does not fit the contract.
     """
     return tuple(_tracker(name) for name in names)
 
 
-def _tracker(name: str) -> object:
+def _tracker(name: str) -> Tracker:
     found = installed(TRACKERS)
     claims = [plugin for plugin in found if plugin.name == name]
     if not claims:
@@ -130,15 +138,30 @@ def _tracker(name: str) -> object:
     make = load_object(claims)
     try:
         tracker: object = make()  # type: ignore[operator]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         library = getattr(error, "name", None) or claims[0].distribution
         raise PluginError(
             f"{described(claims[0])} cannot start: {type(error).__name__}: {error}; pip install {library}, "
             "or take it out of `trackers`"
         ) from error
-    if not hasattr(tracker, "mindprint_event"):
-        raise PluginError(f"{described(claims[0])} has no mindprint_event: it is no tracker")
-    return tracker
+    return Tracker(claims[0], fitting_hooks(claims[0], tracker))
+
+
+def fitting_hooks(plugin: Plugin, loaded: object) -> pluggy.HookRelay:
+    """The hooks of a tracker (or its class) or of a scorer's module.
+
+    Raises `PluginError` if they do not fit the contract, or the one that makes it what it is is missing.
+    """
+    needed = {TRACKERS: "mindprint_event", SCORERS: "mindprint_scorers"}[plugin.group]
+    try:
+        hooks = observer_hooks([loaded], plugin.name)
+    except PluginError as error:
+        raise PluginError(f"{described(plugin)} {error}; upgrade it, or take it out of the configuration") from error
+    if not getattr(hooks, needed).get_hookimpls():
+        raise PluginError(
+            f"{described(plugin)} does not implement {needed}, marked with hookimpl: it is no {kind(plugin)}"
+        )
+    return hooks
 
 
 @cache
@@ -182,20 +205,29 @@ def plugin_manager(plugin: Plugin, module: ModuleType, observers: Iterable[objec
     return manager
 
 
-def observer_hooks(observers: Iterable[object]) -> pluggy.HookRelay:
-    """The hooks of observers alone, for what happens outside any backend."""
+def observer_hooks(observers: Sequence[object], name: str | None = None) -> pluggy.HookRelay:
+    """The hooks of observers alone, for what happens outside any backend; `name` is what a trace calls a single one.
+
+    Raises `PluginError` for hooks that do not fit the contract.
+    """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    for observer in observers:
-        manager.register(observer)
-    manager.check_pending()
+    try:
+        for observer in observers:
+            manager.register(observer, name=name)
+        manager.check_pending()
+    except (pluggy.PluginValidationError, ValueError) as error:
+        raise PluginError(f"does not fit the hook contract: {error}") from error
+    if observers:
+        trace_if_asked(manager)
     return manager.hook
 
 
 def load_scorers(wanted: Mapping[str, Mapping[str, object]]) -> tuple[Measure, ...]:
     """The measures of the scorer plugins that a configuration names, each with its settings.
 
-    Raises `ScorerError` for one that is not installed, claimed twice, broken, or without the hook.
+    Raises `ScorerError` for one that is not installed, claimed twice or broken, `PluginError` for one whose hooks do
+    not fit, and `ConfigError` for settings that it refuses.
     """
     return tuple(measure for name, settings in wanted.items() for measure in _scorer(name, settings))
 
@@ -212,15 +244,22 @@ def _scorer(name: str, settings: Mapping[str, object]) -> Sequence[Measure]:
             else f"voice.scorers.{name}: is not installed (installed: {have})"
         )
     try:
-        hooks = observer_hooks([importlib.import_module(matches[0].module)])
-    except Exception as error:
+        module = importlib.import_module(matches[0].module)
+    except (Exception, SystemExit) as error:
         raise ScorerError(
             f"scorer {name!r} ({matches[0].distribution} {matches[0].version}) failed to load: "
             f"{type(error).__name__}: {error}; reinstall it, or take it out of voice.scorers"
         ) from error
-    if not hooks.mindprint_scorers.get_hookimpls():
-        raise ScorerError(f"scorer {name!r} ({matches[0].distribution}) does not implement mindprint_scorers")
-    return [measure for found in hooks.mindprint_scorers(settings=settings) for measure in found]
+    hooks = fitting_hooks(matches[0], module)
+    try:
+        return [measure for found in hooks.mindprint_scorers(settings=settings) for measure in found]
+    except MindprintError:
+        raise
+    except Exception as error:
+        raise ScorerError(
+            f"{described(matches[0])}: mindprint_scorers raised {type(error).__name__}: {error}; "
+            "upgrade it, or take it out of voice.scorers"
+        ) from error
 
 
 @cache

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from mindprint.contract import AdapterFacts, AdapterSite, AdapterState, Float32, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError
+from mindprint_torch.gated import fuse_gated
+from mindprint_torch.lora import NAME, fuse
 from mindprint_torch.model import TorchModel
 from mindprint_torch.optimizer import INITIAL_LOSS_SCALE, Optimizer
 
-NAME = "default"
 HOLDER = "network"
 
 
@@ -63,6 +64,8 @@ def inject(model: TorchModel, adapter: AdapterState) -> AdapterFacts:
         _to_float32(layer)
     write_factors(layers, adapter.tensors)
     model.network.eval()
+    fuse(layers.values())
+    fuse_gated(model.network)
     model.adapter = Adapter(adapter.config, layers)
     model.adapter.optimizer.loss_scale = initial_loss_scale(model)
     trainable = sum(parameter.numel() for parameter in model.network.parameters() if parameter.requires_grad)

@@ -24,6 +24,9 @@ from mindprint_torch.prompts import row_shape
 LOGITS_BYTES = 64 << 20
 """The most that the float32 logits of one chunk may take. A chunk holds two such arrays at a time."""
 
+ROWS_IN_CACHE = 16
+"""Rows of logits that are normalised together on a CPU: few enough that they stay in its cache."""
+
 FUSED_VOCABULARY_CHUNK = 32768
 """The width of the tiles that TRL's kernel computes; its trainers use the same."""
 
@@ -115,6 +118,8 @@ class _FrozenHead(torch.autograd.Function):
 
 def _with_gradient(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probs `[n]` and their gradients by the hidden states, float32 `[n, hidden]`."""
+    if head.plain:
+        return _plain_with_gradient(head, hidden, targets)
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
         logits = head(hidden)
@@ -126,6 +131,33 @@ def _with_gradient(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor,
     scale = _gradient_scale(logits.dtype)
     (gradient,) = torch.autograd.grad(logits, hidden, by_logits.mul_(scale).to(logits.dtype))
     return answers, gradient.float().div_(scale)
+
+
+def _plain_with_gradient(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_with_gradient` where the head is its output layer: no graph, and one array of float32 logits."""
+    layer: Any = head.layer
+    weight: Tensor = layer.weight
+    logits = head(hidden).float()
+    answers = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    together = ROWS_IN_CACHE if hidden.device.type == "cpu" else len(targets)
+    for start in range(0, len(targets), together):
+        rows = slice(start, start + together)
+        _by_logits(logits[rows], targets[rows], answers[rows])
+    scale = _gradient_scale(weight.dtype)
+    by_logits = logits if scale == 1.0 else logits.mul_(scale)
+    return answers, (by_logits.to(weight.dtype) @ weight).float().div_(-scale)
+
+
+def _by_logits(logits: Tensor, targets: Tensor, answers: Tensor) -> None:
+    """Write the log-probs of the targets, and softmax - one-hot(target) in place of the logits."""
+    places = targets[:, None]
+    logits.sub_(logits.amax(dim=1, keepdim=True))
+    chosen = logits.gather(1, places)
+    logits.exp_()
+    total = logits.sum(dim=1, keepdim=True)
+    answers.copy_((chosen - total.log()).squeeze(1))
+    logits.div_(total)
+    logits.scatter_add_(1, places, torch.full_like(chosen, -1.0))
 
 
 def _gradient_scale(dtype: torch.dtype) -> float:

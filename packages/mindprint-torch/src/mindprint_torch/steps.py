@@ -8,13 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mindprint.contract import Float32, PreferenceBatch, StepMetrics, TokenBatch, Update
-from mindprint.layouts import preference_sequences, sequences
+from mindprint.contract import Float32, Int32, PreferenceBatch, StepMetrics, TokenBatch, Update
+from mindprint.layouts import groups_of_like_length, pairs_of, preference_sequences, sequences, token_rows
 from mindprint.losses import PairLogProbs, PreferenceLoss
 from mindprint_torch.adapter import Adapter, dropout, require_adapter
-from mindprint_torch.arrays import TORCH
+from mindprint_torch.arrays import TORCH, on_device
 from mindprint_torch.logprobs import chosen_layout, layout_log_probs, placed_log_probs
 from mindprint_torch.model import TorchModel
+from mindprint_torch.recompute import recomputed
+
+TOKENS_AT_ONCE = 1280
+"""On a CPU, more tokens than this are read in parts: products are as fast, and what lies between them is nearer."""
+
+GROUP_OVERHEAD = 128
+"""What a further part of a micro-batch costs on a CPU, as tokens: every weight is read once more."""
 
 
 def sft_step(model: TorchModel, batches: Sequence[TokenBatch], update: Update) -> StepMetrics:
@@ -22,9 +29,13 @@ def sft_step(model: TorchModel, batches: Sequence[TokenBatch], update: Update) -
     adapter = require_adapter(model)
     losses = []
     for index, batch in enumerate(batches):
-        with dropout(model, seed=update.seed, micro_batch=index):
-            log_probs = layout_log_probs(model, sequences(batch))
-        losses.append(_backward(adapter, -log_probs.sum() / max(update.tokens, 1)))
+        with (
+            recomputed(model.network, enabled=update.gradient_checkpointing),
+            dropout(model, seed=update.seed, micro_batch=index),
+        ):
+            for rows in _groups(model, batch.lengths):
+                log_probs = layout_log_probs(model, sequences(token_rows(batch, rows)))
+                losses.append(_backward(adapter, -log_probs.sum() / max(update.tokens, 1)))
     return _finish(adapter, losses, update)
 
 
@@ -33,14 +44,25 @@ def dpo_step(
 ) -> StepMetrics:
     """One step on core's preference loss, without dropout; returns the policy's sums from before the update."""
     adapter = require_adapter(model)
-    losses, chosen, rejected = [], [], []
+    losses, sums = [], []
     for batch in batches:
-        pairs = pair_log_probs(model, batch, share_prompts=update.share_prompts)
-        total = loss.total(TORCH, pairs, pair_count=update.pairs, chosen_token_count=update.tokens)
-        losses.append(_backward(adapter, total))
-        chosen.append(pairs.policy_chosen.detach())
-        rejected.append(pairs.policy_rejected.detach())
-    return _finish(adapter, losses, update, torch.cat(chosen), torch.cat(rejected))
+        of_batch = torch.empty((2, batch.pairs), device=model.device)
+        for rows in _groups(model, batch.prompt_lengths + batch.chosen_lengths + batch.rejected_lengths):
+            with recomputed(model.network, enabled=update.gradient_checkpointing):
+                pairs = pair_log_probs(model, pairs_of(batch, rows), share_prompts=update.share_prompts)
+                total = loss.total(TORCH, pairs, pair_count=update.pairs, chosen_token_count=update.tokens)
+                losses.append(_backward(adapter, total))
+            policy = torch.stack([pairs.policy_chosen, pairs.policy_rejected])
+            of_batch[:, on_device(model.device, rows)] = policy.detach()
+        sums.append(of_batch)
+    return _finish(adapter, losses, update, torch.cat(sums, dim=1))
+
+
+def _groups(model: TorchModel, lengths: Int32) -> tuple[Int32, ...]:
+    """How the rows of a micro-batch are read: all at once, or on a CPU, where it saves padding and memory, in parts."""
+    if model.device.type != "cpu":
+        return (np.arange(len(lengths), dtype=np.int32),)
+    return groups_of_like_length(lengths, TOKENS_AT_ONCE, GROUP_OVERHEAD)
 
 
 def pair_log_probs(model: TorchModel, batch: PreferenceBatch, *, share_prompts: bool = True) -> PairLogProbs:
@@ -72,16 +94,17 @@ def _finish(
     adapter: Adapter,
     losses: Sequence[Tensor],
     update: Update,
-    chosen: Tensor | None = None,
-    rejected: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> StepMetrics:
+    """Apply the update. `sums`: the policy's log-probs of chosen and rejected answers, `[2, pairs]`."""
     loss_scale = adapter.optimizer.loss_scale
     applied = adapter.optimizer.step(update)
+    chosen, rejected = (None, None) if sums is None else sums.cpu().numpy()
     return StepMetrics(
         loss=float(torch.stack(list(losses)).sum()),
         grad_norm=applied.grad_norm,
         skipped=applied.skipped,
         loss_scale=loss_scale,
-        chosen_log_probs=None if chosen is None else chosen.cpu().numpy(),
-        rejected_log_probs=None if rejected is None else rejected.cpu().numpy(),
+        chosen_log_probs=chosen,
+        rejected_log_probs=rejected,
     )

@@ -21,6 +21,8 @@ COMMANDS = {
     "train": "Train SFT, then DPO, topic by topic, and write one adapter.",
     "generate": "Answer prompts without and with the adapter.",
     "eval": "Measure the voice on held-out pairs, before and after training.",
+    "compare": "Train on two backends, or take two runs, and say whether they are equivalent.",
+    "report": "Write report.md and report.html of a run again.",
     "verify": "Prove that an adapter, or a merged model, still does what it did in training.",
     "merge": "Write the base with the adapter in it, and verify it.",
     "convert": "Write an adapter in PEFT's or mlx-lm's format.",

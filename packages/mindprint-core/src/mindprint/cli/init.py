@@ -38,7 +38,7 @@ backend:
   dtype: auto
 
 data:
-  path: data  # sft.jsonl, preferences.jsonl and heldout.jsonl
+  path: data  # sft.jsonl, preferences.jsonl, heldout.jsonl, and curriculum.yaml for titles and order
   max_length: {max_length}  # in tokens; what is longer is cut at its end, and counted
 
 adapter:
@@ -58,6 +58,17 @@ dpo:  # then: prefer it to the plain answer
   beta: 0.1
   loss: sigmoid
 
+evaluation:  # on held-out text, while it trains
+  levels: [topic, chapter, unit, final]
+  prompts_per_topic: 8
+  topic: {{perplexity_ratio: 1.0}}  # held-out text must not have become less probable, or the topic has failed
+  final: {{perplexity_ratio: 1.0, copy_rate: 0.5}}  # add voice: 0.5 (0: untuned, 1: the person) to ask for more
+
+curriculum:
+  dpo: always  # always, never, or a number: only where the voice after SFT is below it
+  retries: 1  # a failed topic, anew from where it began, at half the learning rate
+  roll_back: true  # undo a stage after which the answers have collapsed
+
 checkpoints:
   every: 50  # optimizer steps
   keep: 2
@@ -76,6 +87,7 @@ A voice for `{model}`, trained with Mindprint.
 | texts to imitate | `data/sft.jsonl`: a JSON object a line, with `prompt` and `completion` (or `messages`) |
 | pairs to prefer by | `data/preferences.jsonl`: `prompt`, `chosen` (the voice), `rejected` (not the voice) |
 | pairs to measure with | `data/heldout.jsonl`: the same, never trained on |
+| order and titles of units, chapters, topics | `data/curriculum.yaml`, if you want others than the rows' |
 | results | `runs/run-001/adapter/`: a PEFT adapter; beside it `metrics.jsonl`, checkpoints and the settings used |
 
 `topic` in a row groups rows; training goes topic by topic, and every topic needs rows in both files. The texts that

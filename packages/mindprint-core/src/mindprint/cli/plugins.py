@@ -14,8 +14,11 @@ from mindprint.plugins import (
     BACKENDS,
     COMMANDS,
     GROUPS,
+    SCORERS,
+    TRACKERS,
     Plugin,
     described,
+    fitting_hooks,
     installed,
     kind,
     load_backend_plugin,
@@ -98,6 +101,8 @@ def _imported(plugin: Plugin) -> dict[str, Any]:
     loaded = load_object([other for other in installed(plugin.group) if other.name == plugin.name])
     if plugin.group == COMMANDS and not isinstance(loaded, click.Command):
         raise PluginError(f"{described(plugin)}: {plugin.module} is a {type(loaded).__name__}, no click.Command")
+    if plugin.group == SCORERS or (plugin.group == TRACKERS and isinstance(loaded, type)):
+        fitting_hooks(plugin, loaded)  # of a tracker the class: to make one may need a library that nobody wants here
     return {}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from time import monotonic
 from typing import Self
@@ -12,7 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from mindprint.cli.output import PROGRAM, tell
+from mindprint.curriculum.records import Decision, DecisionKind, EvaluationRecord, Interval
 from mindprint.events import (
+    Decided,
+    Evaluated,
     Event,
     Notice,
     RunStarted,
@@ -64,6 +67,11 @@ class Lines:
                 self._line(f"{event.topic} {event.stage}: {self._position(event)}, loss {event.loss:.4f}")
             case StageFinished():
                 self._line(f"{event.topic} {event.stage}: done{_losses(event)}, {event.seconds:.1f} s")
+            case Evaluated():
+                self._line(_evaluated(event.record))
+            case Decided():
+                self._total = event.total_steps
+                self._line(_decided(event.decision))
 
     def _position(self, event: StepDone) -> str:
         return f"step {event.stage_step}/{self._stage_steps} ({event.step}/{self._total} in all)"
@@ -108,6 +116,11 @@ class Bar:
                 self._bar.update(self._task, description=f"{_short(event.topic)} {event.stage}")
             case StepDone():
                 self._bar.update(self._task, completed=event.step, loss=f"loss {event.loss:.4f}")
+            case Evaluated():
+                self._print(f"{PROGRAM}: {_evaluated(event.record)}")
+            case Decided():
+                self._bar.update(self._task, total=event.total_steps)
+                self._print(f"{PROGRAM}: {_decided(event.decision)}")
 
     def _print(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style=style), soft_wrap=True)
@@ -130,6 +143,49 @@ def _losses(event: StageFinished) -> str:
     if event.first_loss is None or event.last_loss is None:
         return ""
     return f", loss {event.first_loss:.4f} → {event.last_loss:.4f}"
+
+
+def _evaluated(record: EvaluationRecord) -> str:
+    figures = record.figures
+    parts = [_voice(figures.voice, figures.unmeasured.get("voice", "was not measured"))]
+    if figures.copy_rate is not None:
+        parts.append(f"{figures.copy_rate:.0%} copied")
+    if figures.preference_accuracy is not None:
+        parts.append(f"{figures.preference_accuracy:.0%} of pairs preferred")
+    if figures.perplexity is not None:
+        parts.append(f"perplexity {figures.untuned_perplexity:.1f} → {figures.perplexity:.1f}")
+    if figures.concept_coverage is not None:
+        parts.append(f"{figures.concept_coverage:.0%} of key concepts")
+    what = (
+        "at the end" if record.level == "final" else f"{record.name}{f' after {record.stage}' if record.stage else ''}"
+    )
+    outcome = "" if record.outcome == "measured" else f": {record.outcome}"
+    return f"evaluated {what}{outcome}: {', '.join(parts)}"
+
+
+def _voice(voice: Interval | None, why_none: str) -> str:
+    if voice is None:
+        return f"voice could not be evaluated ({why_none})"
+    return f"voice {voice.value:.2f} ({voice.low:.2f} to {voice.high:.2f})"
+
+
+def _decided(decision: Decision) -> str:
+    stage = f" {decision.stage}" if decision.stage else ""
+    change = "".join(f", {name} × {factor:g}" for name, factor in (decision.change or {}).items())
+    why = f": {decision.why}" if decision.why else ""
+    return f"{decision.topic}{stage}: {SAID[decision.decision]}{change}{why}"
+
+
+SAID: Mapping[DecisionKind, str] = {
+    "skip": "skipped",
+    "train": "goes ahead",
+    "roll back": "rolled back to its start",
+    "retry": "trained again from where it began",
+    "pass": "passed",
+    "fail": "failed",
+    "not evaluated": "could not be evaluated",
+    "stop": "the run ends here",
+}
 
 
 def _short(topic: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 import click
 
-from mindprint.cli.output import emit, json_option, say, table
+from mindprint.cli.output import emit, json_option, notice, say, table
 from mindprint.cli.progress import progress
 from mindprint.config import FILE_NAME, ConfigFile, load_config
 from mindprint.errors import MindprintError
@@ -43,18 +44,34 @@ class Resumable(click.Command):
     help="Go on with the newest run (or --run) from its last checkpoint; with `latest` from the last sound one.",
 )
 @click.option("--backend", help="auto, torch, mlx, or any installed backend: short for backend.type=NAME.")
+@click.option("--topic", "topics", multiple=True, help="Train only this topic, chapter or unit; may be given again.")
+@click.option("--max-topics", type=click.IntRange(min=1), help="Train only the first so many topics.")
 @json_option
 def command(
-    *, config: tuple[str, ...], run: Path | None, resume: Resume | None, backend: str | None, as_json: bool
-) -> None:
+    *,
+    config: tuple[str, ...],
+    run: Path | None,
+    resume: Resume | None,
+    backend: str | None,
+    topics: tuple[str, ...],
+    max_topics: int | None,
+    as_json: bool,
+) -> int:
     """Train SFT, then DPO, topic by topic, and write one adapter.
 
     CONFIG is a folder with mindprint.yaml (default: this one), a YAML file, or the folder of a run. KEY=VALUE changes
     a setting for this run: `backend.type=mlx`, `sft.learning_rate=1e-4`.
+
+    A topic (chapter, unit, or the run) that misses a threshold of the configuration has failed: it is named, and the
+    exit code is 1; the adapter is written all the same. What could not be evaluated is named too, and is no failure.
     """
-    path, overrides = _project_and_overrides(config)
+    path, overrides = project_and_overrides(config)
     if backend:
         overrides.append(f"backend.type={backend}")
+    if topics:
+        overrides.append(f"curriculum.topics={json.dumps(topics)}")
+    if max_topics:
+        overrides.append(f"curriculum.max_topics={max_topics}")
     file, run = _named_run(path, overrides, run, resumed=resume is not None)
     with progress() as on_event:
         result = train(file, run=run, resume=resume or False, on_event=on_event)
@@ -62,6 +79,9 @@ def command(
         emit(_as_json(result))
     else:
         _summarize(result, path, file)
+    for verdict in (*result.failed, *result.not_evaluated):
+        notice(str(verdict), warning=True)
+    return 1 if result.failed else 0
 
 
 def _with_resume_value(arguments: Sequence[str]) -> list[str]:
@@ -74,7 +94,7 @@ def _with_resume_value(arguments: Sequence[str]) -> list[str]:
     return result
 
 
-def _project_and_overrides(words: Sequence[str]) -> tuple[Path, list[str]]:
+def project_and_overrides(words: Sequence[str]) -> tuple[Path, list[str]]:
     """The first word is the project, unless it is a setting and no such file exists."""
     if not words or ("=" in words[0] and not Path(words[0]).exists()):
         return Path(), list(words)
@@ -101,7 +121,8 @@ def _named_run(
 
 def _as_json(result: RunResult) -> dict[str, Any]:
     stages = [asdict(stage) for stage in result.stages]
-    return {"run": str(result.run), "adapter": str(result.adapter), "stages": stages}
+    verdicts = [asdict(verdict) for verdict in result.verdicts]
+    return {"run": str(result.run), "adapter": str(result.adapter), "stages": stages, "verdicts": verdicts}
 
 
 def _summarize(result: RunResult, path: Path, file: ConfigFile) -> None:
@@ -111,7 +132,8 @@ def _summarize(result: RunResult, path: Path, file: ConfigFile) -> None:
     ]
     header = ("topic", "stage", "backend", "steps", "loss", "seconds")
     say(table(header, rows, numbers=(3, 4, 5)))
-    say(f"\nadapter: {_shown(result.adapter)}")
+    say(f"\nreport:  {_shown(result.run / 'report.html')}")
+    say(f"adapter: {_shown(result.adapter)}")
     say(f"try it:  mindprint generate {_project_or_run(result, path, file)} --prompt {_prompt(file)}")
 
 

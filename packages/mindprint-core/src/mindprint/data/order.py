@@ -39,6 +39,9 @@ class StageOrder:
 
     Neither a micro-batch nor an optimizer step reaches across the end of an epoch: the last of an epoch may be smaller.
     Exactly one of `epochs` and `steps` is given.
+
+    With `lengths`, of every row in tokens, each `length_window` micro-batches that follow one another share out their
+    rows anew: rows of like length together, and these micro-batches in a random order.
     """
 
     rows: int
@@ -49,6 +52,8 @@ class StageOrder:
     stage: str
     epochs: int | None = None
     steps: int | None = None
+    lengths: tuple[int, ...] | None = None
+    length_window: int = 1
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -68,4 +73,17 @@ class StageOrder:
         return tuple(mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size))
 
     def _epoch(self, epoch: int) -> tuple[int, ...]:
-        return tuple(permutation(self.rows, self.seed, "order", self.topic, self.stage, epoch).tolist())
+        order = permutation(self.rows, self.seed, "order", self.topic, self.stage, epoch)
+        if self.lengths is not None and self.length_window > 1:
+            order = self._by_length(order, epoch)
+        return tuple(order.tolist())
+
+    def _by_length(self, order: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        windows = np.arange(self.rows) // (self.batch_size * self.length_window)
+        order = order[np.lexsort((np.asarray(self.lengths)[order], windows))]
+        # The last micro-batch may be smaller and stays last.
+        whole = self.rows // self.batch_size
+        bits = random_bits(whole, self.seed, "micro-batches", self.topic, self.stage, epoch)
+        shuffled = np.lexsort((bits, np.arange(whole) // self.length_window))
+        batches = order[: whole * self.batch_size].reshape(whole, self.batch_size)[shuffled]
+        return np.concatenate([batches.ravel(), order[whole * self.batch_size :]])

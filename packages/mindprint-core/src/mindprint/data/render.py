@@ -144,7 +144,7 @@ class _Turn:
 def _chat_sequences(
     rows: Sequence[SftRow], tokenizer: Tokenizer, data: DataConfig, tally: _Tally
 ) -> Iterator[list[_Sequence]]:
-    ends = [_trained_turns(row, data) for row in rows]
+    ends = [trained_turns(row, data) for row in rows]
     origins = [row.origin for row, turns in zip(rows, ends, strict=True) for _ in turns]
     prompts = [row.messages[:end] for row, turns in zip(rows, ends, strict=True) for end in turns]
     wholes = [row.messages[: end + 1] for row, turns in zip(rows, ends, strict=True) for end in turns]
@@ -157,7 +157,7 @@ def _chat_sequences(
         yield _conversation(row, [next(rendered) for _ in turns], tally)
 
 
-def _trained_turns(row: SftRow, data: DataConfig) -> list[int]:
+def trained_turns(row: SftRow, data: DataConfig) -> list[int]:
     """The indices of the assistant's messages to train: those with something before them, and after the prompt."""
     messages, first = row.messages, max(1, len(row.prompt_messages))
     turns = [index for index in range(first, len(messages)) if messages[index].role == "assistant"]

@@ -38,11 +38,11 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a row comes from: `sft.jsonl: line 3`. Parquet files and datasets count rows instead of lines."""
+    """Where a row comes from: `sft.jsonl: line 3`. Parquet files and datasets count rows, quizzes questions."""
 
     file: str
     line: int
-    unit: Literal["line", "row"] = "line"
+    unit: Literal["line", "row", "question"] = "line"
 
     def __str__(self) -> str:
         return f"{self.file}: {self.unit} {self.line}"
@@ -207,13 +207,13 @@ def _sft_parts(record: Record, origin: Origin) -> tuple[Text | None, Text]:
         messages = _conversation(record["messages"], "messages", origin)
         return None, _ending_in_answer(messages, "messages", origin)
     if form == ("text",):
-        return None, _string(record["text"], "text", origin)
+        return None, checked_text(record["text"], "text", origin)
     if form == ("prompt", "completion"):
         return _text(record, "prompt", origin), _answer(record, "completion", origin)
-    prompt = _string(record[form[0]], form[0], origin)
+    prompt = checked_text(record[form[0]], form[0], origin)
     if form[0] == "instruction" and record.get("input"):
-        prompt += "\n\n" + _string(record["input"], "input", origin)
-    return prompt, _string(record[form[1]], form[1], origin)
+        prompt += "\n\n" + checked_text(record["input"], "input", origin)
+    return prompt, checked_text(record[form[1]], form[1], origin)
 
 
 def _given(record: Record, name: str) -> bool:
@@ -254,9 +254,10 @@ def _topic(record: Record, origin: Origin) -> str:
     return DEFAULT_TOPIC
 
 
-def _string(value: object, name: str, origin: Origin) -> str:
+def checked_text(value: object, name: str, origin: Origin) -> str:
+    """A field that must be text with something in it. Raises `DataError` with its origin."""
     if not isinstance(value, str):
-        raise DataError(f"{origin}: `{name}` must be text, found {_kind(value)}")
+        raise DataError(f"{origin}: `{name}` must be text, found {kind_of(value)}")
     if not value.strip():
         raise DataError(f"{origin}: `{name}` is empty")
     return _encodable(value, name, origin)
@@ -273,7 +274,7 @@ def _encodable(value: str, name: str, origin: Origin) -> str:
 
 def _text(record: Record, name: str, origin: Origin) -> Text:
     value = record[name]
-    return _conversation(value, name, origin) if isinstance(value, list) else _string(value, name, origin)
+    return _conversation(value, name, origin) if isinstance(value, list) else checked_text(value, name, origin)
 
 
 def _answer(record: Record, name: str, origin: Origin) -> Text:
@@ -284,7 +285,7 @@ def _answer(record: Record, name: str, origin: Origin) -> Text:
 
 def _conversation(value: object, name: str, origin: Origin) -> Messages:
     if not isinstance(value, list):
-        raise DataError(f"{origin}: `{name}` must be a list of messages, found {_kind(value)}")
+        raise DataError(f"{origin}: `{name}` must be a list of messages, found {kind_of(value)}")
     if not value:
         raise DataError(f"{origin}: `{name}` is empty")
     return tuple(_message(item, f"{name}[{index}]", origin) for index, item in enumerate(value))
@@ -295,12 +296,12 @@ _UNSUPPORTED = ("tool_calls", "tool_call_id", "function_call", "reasoning_conten
 
 def _message(value: object, name: str, origin: Origin) -> Message:
     if not isinstance(value, Mapping):
-        raise DataError(f"{origin}: `{name}` must be an object with `role` and `content`, found {_kind(value)}")
+        raise DataError(f"{origin}: `{name}` must be an object with `role` and `content`, found {kind_of(value)}")
     role, content = value.get("role"), value.get("content")
     if role not in ROLES:
         raise DataError(f"{origin}: `{name}.role` must be system, user or assistant, found {role!r}")
     if not isinstance(content, str):
-        raise DataError(f"{origin}: `{name}.content` must be text, found {_kind(content)}")
+        raise DataError(f"{origin}: `{name}.content` must be text, found {kind_of(content)}")
     if role == "assistant" and not content.strip():
         raise DataError(f"{origin}: `{name}.content` is empty")
     if len(value) > 2:
@@ -396,7 +397,7 @@ def _read_part(file: ConfigFile, part: Part, parse: Callable[[Record, Origin], P
         before = len(rows)
         rows.extend(parse(record, origin) for origin, record in _records(file, source, part))
         if len(rows) == before:
-            raise DataError(f"{_shown(file.resolve(str(source)))}: the file is empty: data.{part} needs a row")
+            raise DataError(f"{shown_path(file.resolve(str(source)))}: the file is empty: data.{part} needs a row")
     return tuple(rows)
 
 
@@ -418,7 +419,9 @@ def _default_file(file: ConfigFile, part: Part) -> Sequence[Path]:
     folder = file.resolve(path)
     found = [folder / name for name in DEFAULT_FILES[part] if (folder / name).is_file()]
     if len(found) > 1:
-        raise DataError(f"{_shown(found[0])} and {found[1].name} both exist: remove one, or name files in data.{part}")
+        raise DataError(
+            f"{shown_path(found[0])} and {found[1].name} both exist: remove one, or name files in data.{part}"
+        )
     if not found and part != "heldout":
         raise DataError(_missing_default(folder, part))
     return found
@@ -427,11 +430,11 @@ def _default_file(file: ConfigFile, part: Part) -> Sequence[Path]:
 def _missing_default(folder: Path, part: Part) -> str:
     mend = f"name files in data.{part}, or set {_TURNED_OFF_BY[part]}"
     if not folder.is_dir():
-        return f"{_shown(folder)}: no such data folder: make it (`mindprint init` shows how), {mend}"
+        return f"{shown_path(folder)}: no such data folder: make it (`mindprint init` shows how), {mend}"
     names = [path.name for path in folder.iterdir() if path.is_file()]
     near = difflib.get_close_matches(DEFAULT_FILES[part][0], names, n=1, cutoff=0.6)
     hint = f" (found {near[0]})" if near else ""
-    return f"{_shown(folder / DEFAULT_FILES[part][0])}: no such file{hint}: make it, {mend}"
+    return f"{shown_path(folder / DEFAULT_FILES[part][0])}: no such file{hint}: make it, {mend}"
 
 
 def _records(file: ConfigFile, source: str | Path, part: Part) -> Iterator[tuple[Origin, Record]]:
@@ -439,10 +442,10 @@ def _records(file: ConfigFile, source: str | Path, part: Part) -> Iterator[tuple
     if path.is_file():
         return _file_records(path)
     if path.is_dir():
-        raise DataError(f"{_shown(path)}: data.{part} names a folder: name its files, or set data.path to it")
+        raise DataError(f"{shown_path(path)}: data.{part} names a folder: name its files, or set data.path to it")
     hub = _HUB_NAME.fullmatch(str(source))
     if hub is None or Path(str(source)).suffix in _FILE_KINDS:
-        raise DataError(f"{_shown(path)}: no such file (data.{part})")
+        raise DataError(f"{shown_path(path)}: no such file (data.{part})")
     return _hub_records(hub["repo"], hub["split"] or "train", part)
 
 
@@ -453,12 +456,12 @@ def _file_records(path: Path) -> Iterator[tuple[Origin, Record]]:
     }
     suffix = path.suffix.lower()
     if suffix not in _FILE_KINDS:
-        raise DataError(f"{_shown(path)}: unknown kind of file: known are {', '.join(_FILE_KINDS)}")
+        raise DataError(f"{shown_path(path)}: unknown kind of file: known are {', '.join(_FILE_KINDS)}")
     return readers.get(suffix, _json_records)(path)
 
 
 def _json_records(path: Path) -> Iterator[tuple[Origin, Record]]:
-    shown = _shown(path)
+    shown = shown_path(path)
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -480,7 +483,7 @@ def _json_object(line: bytes, origin: Origin) -> Record:
     except (RecursionError, ValueError) as error:
         raise DataError(f"{origin}: cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
-        raise DataError(f"{origin}: must be an object {{...}}, found {_kind(value)}{_array_hint(line)}")
+        raise DataError(f"{origin}: must be an object {{...}}, found {kind_of(value)}{_array_hint(line)}")
     return value
 
 
@@ -490,7 +493,7 @@ def _array_hint(line: bytes) -> str:
 
 def _csv_records(path: Path) -> Iterator[tuple[Origin, Record]]:
     """CSV with a header line. Every cell is text (`007` and `NA` stay what they are); an empty cell is no field."""
-    shown = _shown(path)
+    shown = shown_path(path)
     before = csv.field_size_limit(2**31 - 1)
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
@@ -524,7 +527,7 @@ def _csv_record(record: dict[str | Any, Any], origin: Origin) -> Record:
 def _parquet_records(path: Path) -> Iterator[tuple[Origin, Record]]:
     import datasets  # noqa: PLC0415 (a second to import, and most data needs none of it)
 
-    shown = _shown(path)
+    shown = shown_path(path)
     try:
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         for number, record in enumerate(rows, 1):
@@ -550,7 +553,7 @@ def _hub_records(repo: str, split: str, part: Part) -> Iterator[tuple[Origin, Re
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def _shown(path: str | Path) -> str:
+def shown_path(path: str | Path) -> str:
     """A path as a person at this prompt would write it."""
     try:
         return str(Path(path).relative_to(Path.cwd()))
@@ -563,7 +566,7 @@ def _first_line(error: Exception) -> str:
     return text.splitlines()[0]
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
     return names.get(type(value), "an object")
 

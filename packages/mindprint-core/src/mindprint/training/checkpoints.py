@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,9 @@ _FIRST, _SECOND = "exp_avg.", "exp_avg_sq."
 class Cursor:
     """Where a run stands: `step` optimizer steps in all, `stage_step` of them in stage `stage_index` of the plan.
 
-    `stage_index` one past the last stage means that the run is complete. `backend` wrote the checkpoint, in
-    `environment`: the versions and thread counts on which bit-for-bit resume depends.
+    `stage_index` one past the last stage means that training is complete. `backend` wrote the checkpoint, in
+    `environment`: the versions and thread counts on which bit-for-bit resume depends. `attempt` is the topic's, from 1,
+    and `topic_step` the optimizer steps before its first attempt.
     """
 
     step: int
@@ -50,6 +51,8 @@ class Cursor:
     stage_step: int
     backend: str
     environment: Mapping[str, str]
+    attempt: int = 1
+    topic_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,11 +132,19 @@ def newest_checkpoint(parent: Path, identity: Mapping[str, str], *, whole: bool)
     raise CheckpointError(f"{parent}: holds no checkpoint to resume from; start a new run")
 
 
-def prune_checkpoints(parent: Path, keep: int, stage_starts: Sequence[int]) -> None:
-    """Delete all but the newest `keep` checkpoints and those at the start of a stage."""
-    periodic = [path for path in list_checkpoints(parent) if int(path.name) not in stage_starts]
+def prune_checkpoints(parent: Path, keep: int, stages: int) -> None:
+    """Delete all but the newest `keep` checkpoints and those at the start of one of the plan's `stages`."""
+    periodic = [path for path in list_checkpoints(parent) if not _starts_stage(path, stages)]
     for folder in periodic[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _starts_stage(folder: Path, stages: int) -> bool:
+    try:
+        cursor = Cursor(**_read_cursor(folder / CURSOR_FILE)["cursor"])
+    except CheckpointError:
+        return False
+    return cursor.stage_step == 0 and cursor.stage_index < stages
 
 
 def _write_optimizer(file: Path, state: TrainingState) -> None:

@@ -64,12 +64,14 @@ def _event(engine: Engine, stage: Stage, step: int, outcome: StepOutcome, second
         grad_norm=metrics.grad_norm,
         tokens=outcome.tokens,
         seconds=round(seconds, 6),
+        padding=round(outcome.padding, 4),
         skipped=metrics.skipped,
         loss_scale=metrics.loss_scale,
         reward_chosen=rewards.chosen if rewards else None,
         reward_rejected=rewards.rejected if rewards else None,
         reward_margin=rewards.margin if rewards else None,
         reward_accuracy=rewards.accuracy if rewards else None,
+        attempt=plan.attempt if plan.attempt > 1 else None,
     )
 
 

@@ -13,11 +13,14 @@ from mindprint.adapter.formats import read_any_adapter
 from mindprint.adapter.peft_format import adapter_digest
 from mindprint.config import Config, ConfigFile
 from mindprint.contract import AdapterState
+from mindprint.curriculum.outline import Outline, read_outline
+from mindprint.data.quizzes import Quizzes, read_quizzes
 from mindprint.data.render import PreferenceExample, Rendered, SftExample, render_preferences, render_sft
 from mindprint.data.rows import PreferenceRow, check_topics, read_rows
+from mindprint.data.split import Split, split_rows
 from mindprint.data.tokenizer import Tokenizer, load_tokenizer
 from mindprint.errors import AdapterError, DataError
-from mindprint.events import Notice
+from mindprint.events import Notice, StageName
 from mindprint.training.plan import StagePlan, plan_run
 from mindprint.training.reference import rows_digest
 from mindprint.trust.adapters import copy_findings
@@ -36,6 +39,8 @@ class Prepared:
     plans: tuple[StagePlan, ...]
     identity: Mapping[str, str]
     probe: Probe
+    split: Split
+    outline: Outline
     notes: tuple[Notice, ...]
     start: AdapterState | None = None
     """The adapter that training goes on from, if the configuration names one."""
@@ -51,17 +56,37 @@ def prepare(file: ConfigFile) -> Prepared:
     model = models.resolve_model(config.model, file.folder)
     rows = read_rows(file)
     check_topics(rows, config)
+    quizzes = _readable(read_quizzes(file))
+    split = split_rows(rows, quizzes, config.data)
     tokenizer = load_tokenizer(model.path)
-    sft = render_sft(rows.sft if config.sft.enabled else (), tokenizer, config.data)
-    preferences = render_preferences(rows.preferences if config.dpo.enabled else (), tokenizer, config.data)
+    sft = render_sft(split.train.sft, tokenizer, config.data)
+    preferences = render_preferences(split.train.preferences, tokenizer, config.data)
     by_topic = _by_topic(sft.examples), _by_topic(preferences.examples)
-    plans = plan_run(config, *({topic: len(rows) for topic, rows in stage.items()} for stage in by_topic))
+    named = read_outline(file, list(dict.fromkeys([*by_topic[0], *by_topic[1]])))
+    outline = named.chosen(config.curriculum.topics, config.curriculum.max_topics)
+    sft_rows, pairs = ({topic: len(rows) for topic, rows in stage.items()} for stage in by_topic)
+    plans = plan_run(config, outline.topics, sft_rows, pairs, _lengths(*by_topic))
     start = _start(file, model)
     identity = _identity(config, model, tokenizer, sft.examples, preferences.examples, start)
-    probe = _probe(file, model, tokenizer, rows.heldout)
+    probe = _probe(file, model, tokenizer, split.held_out.pairs)
     notes = dict.fromkeys([*tokenizer.notes, *sft.notes, *preferences.notes, *_cuts(config, sft, preferences)])
-    told = (*(Notice(note) for note in notes), *_publishes(probe))
-    return Prepared(file, model, tokenizer, *by_topic, plans, identity, probe, told, start)
+    told = (*(Notice(note) for note in notes), *_of_split(split, quizzes), *_publishes(probe))
+    return Prepared(file, model, tokenizer, *by_topic, plans, identity, probe, split, outline, told, start)
+
+
+def _readable(quizzes: Quizzes) -> Quizzes:
+    """Raises `DataError` for a quiz whose questions are unknown, so that nothing says what to hold out."""
+    if quizzes.unreadable:
+        first, *more = quizzes.unreadable
+        raise DataError(f"{first} (and {len(more)} more)" if more else first)
+    return quizzes
+
+
+def _of_split(split: Split, quizzes: Quizzes) -> Iterator[Notice]:
+    for words in (*split.notes, *quizzes.without_references):
+        yield Notice(words, warning=True)
+    if why := split.nothing_held_out():
+        yield Notice(why)
 
 
 def _start(file: ConfigFile, model: models.ModelFolder) -> AdapterState | None:
@@ -109,6 +134,20 @@ def _by_topic(examples: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
     return {topic: tuple(rows) for topic, rows in topics.items()}
 
 
+def _lengths(
+    sft: Mapping[str, Sequence[SftExample]], preferences: Mapping[str, Sequence[PreferenceExample]]
+) -> dict[tuple[str, StageName], list[int]]:
+    """Tokens of each row, or of each pair's prompt and two completions, by topic and stage."""
+    singles: dict[tuple[str, StageName], list[int]] = {
+        (topic, "sft"): [len(row.tokens) for row in rows] for topic, rows in sft.items()
+    }
+    pairs: dict[tuple[str, StageName], list[int]] = {
+        (topic, "dpo"): [len(row.prompt) + len(row.chosen) + len(row.rejected) for row in rows]
+        for topic, rows in preferences.items()
+    }
+    return singles | pairs
+
+
 def _identity(
     config: Config,
     model: models.ModelFolder,
@@ -124,6 +163,7 @@ def _identity(
     rows.update(rows_digest(preferences).encode())
     # How a step is computed may change when a run goes on; what it computes may not.
     stages = {name: getattr(config, name).model_dump(exclude={"backend", "share_prompts"}) for name in ("sft", "dpo")}
+    stages |= {name: getattr(config, name).model_dump() for name in ("curriculum", "evaluation")}
     # Where an adapter to go on from lies may change; what it is may not.
     adapter = config.adapter.model_dump(exclude={"start_from"})
     if start is not None:
@@ -134,8 +174,13 @@ def _identity(
         "chat template": tokenizer.template_digest,
         "dataset": rows.hexdigest(),
         "adapter configuration": _digest(adapter),
-        "training configuration": _digest({**stages, "seed": config.seed}),
+        "training configuration": _digest({**stages, "seed": config.seed, **_grouping(config)}),
     }
+
+
+def _grouping(config: Config) -> dict[str, int]:
+    """Batches by length are another order; without them, a run is the one it was before there was such a setting."""
+    return {"length_window": config.data.length_window} if config.data.length_window > 1 else {}
 
 
 def _digest(value: object) -> str:

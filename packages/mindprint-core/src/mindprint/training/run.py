@@ -21,6 +21,7 @@ from mindprint.adapter.peft_format import adapter_digest
 from mindprint.adapter.targets import resolve_targets
 from mindprint.config import Config, ConfigFile, DpoConfig, dump_config, load_config, make_config, merged
 from mindprint.contract import AdapterSite, AdapterState, LoraConfig, TrainingState
+from mindprint.curriculum.examiner import Examiner
 from mindprint.errors import BackendError, Interrupted, RunError
 from mindprint.events import (
     CheckpointWritten,
@@ -33,7 +34,8 @@ from mindprint.events import (
     StepDone,
 )
 from mindprint.hookspecs import HOOK_API
-from mindprint.plugins import load_trackers, observer_hooks
+from mindprint.plugins import load_scorers, load_trackers, observer_hooks
+from mindprint.reports import write_reports
 from mindprint.training.checkpoints import (
     Checkpoint,
     Cursor,
@@ -44,6 +46,7 @@ from mindprint.training.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
+from mindprint.training.course import Course, Position
 from mindprint.training.engine import Engine, Placement, Placements
 from mindprint.training.loop import run_stage, stop_on_signal
 from mindprint.training.plan import StagePlan, total_steps
@@ -56,9 +59,10 @@ from mindprint.training.reference import (
     rows_digest,
     save_reference,
 )
-from mindprint.training.results import RunResult, stage_results
+from mindprint.training.results import RunResult, stage_results, verdicts
 from mindprint.training.run_folder import RunFolder, new_run_path, newest_run
 from mindprint.training.stages import DpoStage, SftStage, Stage
+from mindprint.training.watching import Trackers
 from mindprint.trust.measurement import take_fingerprint
 
 Resume = Literal["last", "latest"]
@@ -79,7 +83,8 @@ def train(
     `config` is a folder with `mindprint.yaml`, a YAML file, or the values themselves; `overrides` are merged into it
     (`backend="mlx"`, `sft={"learning_rate": 1e-4}`). `run` names the run's folder (default: a new one under `runs/`
     beside the configuration); with `resume` the newest run there goes on from its last checkpoint, or, with
-    `resume="latest"`, from the newest that is sound. `on_event` and the plugins in `observers` see every event.
+    `resume="latest"`, from the newest that is sound. `on_event` and the plugins in `observers` see every event; what
+    they raise ends the run. A tracker that the configuration names and that raises is turned off, with a warning.
 
     Raises a `MindprintError` for every wrong input before anything is trained, `GuardError` when training would corrupt
     its result, and `Interrupted` after a checkpoint when the user stops it.
@@ -90,8 +95,8 @@ def train(
     mode: Resume | None = "last" if resume is True else (resume or None)
     prepared = prepare(file)
     folder = _run_folder(file, run, mode)
-    watching = (*observers, *load_trackers(file.config.trackers))
-    return _Run(prepared, folder, mode, on_event or (lambda _: None), watching).train()
+    trackers = Trackers(load_trackers(file.config.trackers))
+    return _Run(prepared, folder, mode, on_event or (lambda _: None), observers, trackers).train()
 
 
 class _Run:
@@ -104,6 +109,7 @@ class _Run:
         resume: Resume | None,
         on_event: OnEvent,
         observers: Sequence[object],
+        trackers: Trackers,
     ) -> None:
         self.prepared = prepared
         self.folder = folder
@@ -111,8 +117,12 @@ class _Run:
         self._on_event = on_event
         self._observers = observers
         self._hooks = observer_hooks(observers)
+        self._trackers = trackers
         self.engine = Engine(prepared.model, self._notice)
         self.placements: tuple[Placement, ...] = ()
+        extra = load_scorers(prepared.config.voice.scorers)
+        examiner = Examiner(prepared.split, prepared.config, prepared.tokenizer, self.engine, extra)
+        self.course = Course(prepared, folder, self.engine, examiner, self._emit)
 
     def train(self) -> RunResult:
         started = perf_counter()
@@ -122,11 +132,13 @@ class _Run:
             try:
                 self._announce(start)
                 state = self._stages(start)
+                self._finish(state)
                 self._write_adapter(state.adapter)
             finally:
                 self.engine.release()
+        write_reports(self.folder)
         self._emit(RunFinished(str(self.folder.path), str(self.folder.adapter), perf_counter() - started))
-        return RunResult(self.folder.path, self.folder.adapter, stage_results(self.folder))
+        return RunResult(self.folder.path, self.folder.adapter, stage_results(self.folder), verdicts(self.folder))
 
     @contextmanager
     def _open_folder(self) -> Iterator[None]:
@@ -161,7 +173,7 @@ class _Run:
     def _announce(self, start: Checkpoint | None) -> None:
         self._write_facts()
         if start is not None:
-            self._forget_after(start.cursor.step)
+            self._forget_after(start.cursor)
             self._warn_of_other_environment(start.cursor)
         resumed_from = start.cursor.step if start else None
         self._emit(RunStarted(str(self.folder.path), total_steps(self.prepared.plans), resumed_from))
@@ -175,6 +187,8 @@ class _Run:
     def _write_facts(self) -> None:
         prepared = self.prepared
         atomic.write_text(self.folder.config, dump_config(_portable(prepared.config_file, self.folder.path)))
+        facts = prepared.split.facts
+        self.folder.write_split(facts.trained, facts.held_out)
         self.folder.write_manifest(
             {
                 "mindprint": __version__,
@@ -185,6 +199,8 @@ class _Run:
                     "sft": {topic: len(rows) for topic, rows in prepared.sft.items()},
                     "preferences": {topic: len(rows) for topic, rows in prepared.preferences.items()},
                 },
+                "splits": facts.stated(),
+                "curriculum": prepared.outline.stated(),
                 "stages": [
                     {"topic": plan.topic, "stage": plan.stage, "steps": plan.steps, "backend": place.backend.name,
                      "device": place.device, "dtype": place.dtype}
@@ -194,10 +210,10 @@ class _Run:
             }
         )  # fmt: skip
 
-    def _forget_after(self, step: int) -> None:
-        self.folder.forget_steps_after(step)
+    def _forget_after(self, cursor: Cursor) -> None:
+        self.folder.forget_after(cursor.step, ended=cursor.stage_index == len(self.prepared.plans))
         for checkpoint in list_checkpoints(self.folder.checkpoints):
-            if int(checkpoint.name) > step:
+            if int(checkpoint.name) > cursor.step:
                 shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _warn_of_other_environment(self, cursor: Cursor) -> None:
@@ -217,23 +233,30 @@ class _Run:
     # --- stage by stage ----------------------------------------------------------------------------------------------
 
     def _stages(self, start: Checkpoint | None) -> TrainingState:
-        plans, placements = self.prepared.plans, self.placements
-        first, done = (start.cursor.stage_index, start.cursor.stage_step) if start else (0, 0)
-        if start and first == len(plans):
+        position, done = (Position.of(start.cursor), start.cursor.stage_step) if start else (Position(), 0)
+        ended = len(self.prepared.plans)
+        if start and position.index == ended:
             return start.state
-        sites = self._load_everywhere(first)
+        sites = self._load_everywhere(position.index)
         state = start.state if start else self._initial_state(sites)
         with stop_on_signal() as stop_requested:
-            for plan, placement in zip(plans[first:], placements[first:], strict=True):
+            while position.index < ended:
+                plan, placement = self.course.stage(position), self.placements[position.index]
                 if not done:
                     state = state.without_optimizer()
-                    self._save_checkpoint(plan.index, 0, state)
+                    self._save_checkpoint(position, 0, state)
                     self._stop_if(stop_requested)
-                self._run_stage(plan, placement, state, done, stop_requested)
-                state = self.engine.backend.save(self.engine.model)
+                self._run_stage(plan, placement, position, state, done, stop_requested)
+                position, state = self.course.after(plan, position, self.engine.backend.save(self.engine.model))
                 done = 0
-            self._save_checkpoint(len(plans), 0, state.without_optimizer())
+            self._save_checkpoint(position, 0, state.without_optimizer())
         return state
+
+    def _finish(self, state: TrainingState) -> None:
+        """Evaluate the whole run with what it came to, where its last stage trained."""
+        if self.prepared.config.evaluation.happens("final"):
+            self.engine.start_stage(self.placements[-1], state)
+            self.course.finish()
 
     def _load_everywhere(self, first: int) -> Sequence[AdapterSite]:
         """Load the base at every placement still to come, `first` last: what cannot be had is said before training.
@@ -264,7 +287,13 @@ class _Run:
         return TrainingState(initial_adapter(sites, lora, self.prepared.config.seed))
 
     def _run_stage(
-        self, plan: StagePlan, placement: Placement, state: TrainingState, done: int, stop_requested: Callable[[], bool]
+        self,
+        plan: StagePlan,
+        placement: Placement,
+        position: Position,
+        state: TrainingState,
+        done: int,
+        stop_requested: Callable[[], bool],
     ) -> None:
         started = perf_counter()
         reference = self._reference(plan, placement, state, done)
@@ -279,7 +308,7 @@ class _Run:
             self._emit(event)
 
         def save(steps: int) -> None:
-            self._save_checkpoint(plan.index, steps, self.engine.backend.save(self.engine.model))
+            self._save_checkpoint(position, steps, self.engine.backend.save(self.engine.model))
 
         every = self.prepared.config.checkpoints.every
         if not run_stage(self.engine, stage, done, on_step, save, every, stop_requested):
@@ -314,7 +343,8 @@ class _Run:
             template=self.prepared.identity["chat template"],
             dtype=placement.dtype,
         )
-        file = self.folder.references / f"{plan.index:04d}.safetensors"
+        again = f"-{plan.attempt}" if plan.attempt > 1 else ""
+        file = self.folder.references / f"{plan.index:04d}{again}.safetensors"
         if file.exists():
             return load_reference(file, key)
         self.engine.start_stage(placement, state)
@@ -329,18 +359,19 @@ class _Run:
         save_reference(file, reference, key, placement.backend.name)
         return reference
 
-    def _save_checkpoint(self, stage_index: int, stage_step: int, state: TrainingState) -> None:
-        plans = self.prepared.plans
-        ended = stage_index == len(plans)
-        step = total_steps(plans) if ended else plans[stage_index].first_step + stage_step
-        placement = self.placements[min(stage_index, len(plans) - 1)]
-        cursor = Cursor(step, stage_index, stage_step, placement.backend.name, _environment(placement))
+    def _save_checkpoint(self, position: Position, stage_step: int, state: TrainingState) -> None:
+        step = position.step + stage_step
+        placement = self.placements[min(position.index, len(self.placements) - 1)]
+        cursor = Cursor(
+            step, position.index, stage_step, placement.backend.name, _environment(placement), position.attempt,
+            position.topic_step,
+        )  # fmt: skip
         self.folder.checkpoints.mkdir(exist_ok=True)
         path = write_checkpoint(
             self.folder.checkpoints, state, cursor, self.prepared.identity, self.prepared.model.name
         )
-        starts = [plan.first_step for plan in plans]
-        prune_checkpoints(self.folder.checkpoints, self.prepared.config.checkpoints.keep, starts)
+        keep = self.prepared.config.checkpoints.keep
+        prune_checkpoints(self.folder.checkpoints, keep, len(self.prepared.plans))
         self._emit(CheckpointWritten(str(path), step))
 
     def _stop_if(self, stop_requested: Callable[[], bool]) -> None:
@@ -367,6 +398,8 @@ class _Run:
     def _emit(self, event: Event) -> None:
         self._on_event(event)
         self._hooks.mindprint_event(event=event)
+        for failure in self._trackers.tell(event):
+            self._notice(failure, warning=True)
 
     def _notice(self, message: str, *, warning: bool = False) -> None:
         self._emit(Notice(message, warning))

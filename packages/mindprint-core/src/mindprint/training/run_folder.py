@@ -6,13 +6,21 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mindprint import atomic
+from mindprint.curriculum.records import (
+    AnswerRecord,
+    Decision,
+    EvaluationRecord,
+    as_line,
+    decision_from,
+    evaluation_from,
+)
 from mindprint.errors import RunError
 from mindprint.events import StepDone
 
@@ -30,7 +38,11 @@ class RunFolder:
         self._lock = path / ".lock"
         self.config = path / CONFIG_FILE
         self.manifest = path / MANIFEST_FILE
+        self.split = path / "split.json"
         self.metrics = path / "metrics.jsonl"
+        self.evaluations_file = path / "evaluations.jsonl"
+        self.decisions_file = path / "decisions.jsonl"
+        self.answers_file = path / "answers.jsonl"
         self.checkpoints = path / "checkpoints"
         self.references = path / "references"
         self.adapter = path / "adapter"
@@ -70,32 +82,95 @@ class RunFolder:
     def write_manifest(self, content: Mapping[str, Any]) -> None:
         atomic.write_text(self.manifest, json.dumps(content, indent=2) + "\n")
 
+    def write_split(self, trained: Sequence[str], held_out: Sequence[str]) -> None:
+        """Hashes of the prompts on either side, for whoever scores the run later."""
+        atomic.write_text(self.split, json.dumps({"trained": trained, "held_out": held_out}, indent=1) + "\n")
+
+    def trained_prompts(self) -> frozenset[str]:
+        """Hashes of the prompts that were trained on; none are known of a run that an older version began."""
+        if not self.split.exists():
+            return frozenset()
+        try:
+            return frozenset(json.loads(self.split.read_text(encoding="utf-8"))["trained"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self.split}: cannot be read, so what was trained on is unknown: {error}") from error
+
     def append_step(self, event: StepDone) -> None:
         """One line of metrics.jsonl; what does not apply to the stage is left out."""
-        line = {name: value for name, value in asdict(event).items() if value is not None}
-        try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise RunError(f"{self.metrics}: cannot be written: {error.strerror}") from error
+        _append(self.metrics, {name: value for name, value in asdict(event).items() if value is not None})
 
     def read_steps(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl. A last line that was cut off by a crash is not one."""
-        if not self.metrics.exists():
-            return []
-        steps = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                steps.append(json.loads(line))
-            except ValueError:
-                break
-        return steps
+        return _lines(self.metrics)
 
-    def forget_steps_after(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run will take again."""
-        kept = [json.dumps(line) + "\n" for line in self.read_steps() if line["step"] <= step]
-        if self.metrics.exists():
-            atomic.write_text(self.metrics, "".join(kept))
+    def append_evaluation(self, record: EvaluationRecord) -> None:
+        _append(self.evaluations_file, as_line(record))
+
+    def evaluations(self) -> list[EvaluationRecord]:
+        return [evaluation_from(line) for line in _lines(self.evaluations_file)]
+
+    def append_decision(self, decision: Decision) -> None:
+        _append(self.decisions_file, as_line(decision))
+
+    def decisions(self) -> list[Decision]:
+        return [decision_from(line) for line in _lines(self.decisions_file)]
+
+    def write_answers(self, answers: Sequence[AnswerRecord]) -> None:
+        """The held-out prompts of the final evaluation with all answers."""
+        _write(self.answers_file, [as_line(one) for one in answers])
+
+    def mark_rolled_back(self, first: int, last: int) -> None:
+        """Mark the lines of steps that were undone; they stay where they are."""
+        lines = self.read_steps()
+        _write(
+            self.metrics, [{**line, "rolled_back": True} if first <= line["step"] <= last else line for line in lines]
+        )
+
+    def forget_after(self, step: int, *, ended: bool) -> None:
+        """Drop what a resumed run will do again after `step`: steps, and what was found and decided later.
+
+        Of a run whose training has `ended` the final evaluation too.
+        """
+        decisions = [one for one in self.decisions() if one.step <= step]
+        undone = [range(one.first_step, (one.last_step or 0) + 1) for one in decisions if one.first_step]
+        kept = [line for line in self.read_steps() if line["step"] <= step]
+        for line in kept:
+            if not any(line["step"] in steps for steps in undone):
+                line.pop("rolled_back", None)
+        found = [one for one in self.evaluations() if one.step <= step and not (ended and _is_final(one))]
+        _write(self.metrics, kept)
+        _write(self.decisions_file, [as_line(one) for one in decisions])
+        _write(self.evaluations_file, [as_line(one) for one in found])
+
+
+def _is_final(record: EvaluationRecord) -> bool:
+    return record.level == "final" or (record.level == "topic" and record.stage is None)
+
+
+def _append(file: Path, line: Mapping[str, Any]) -> None:
+    try:
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise RunError(f"{file}: cannot be written: {error.strerror}") from error
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def _write(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write the lines, if there are any or were."""
+    if lines or file.exists():
+        atomic.write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def new_run_path(parent: Path) -> Path:

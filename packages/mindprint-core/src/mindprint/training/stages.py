@@ -32,12 +32,16 @@ class Rewards:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """A step taken: the backend's metrics, the tokens the model read, where the rows came from, a pair's rewards."""
+    """A step taken: the backend's metrics, the tokens the model read, where the rows came from, a pair's rewards.
+
+    `padding` is the share of the batches' arrays that holds no tokens; a backend may well not read all of it.
+    """
 
     metrics: StepMetrics
     tokens: int
     origins: tuple[object, ...]
     rewards: Rewards | None = None
+    padding: float = 0.0
 
 
 class Stage(Protocol):
@@ -63,7 +67,8 @@ class SftStage:
         update = _update(self.plan, step, tokens=sum(batch.loss_tokens for batch in batches))
         metrics = engine.backend.sft_step(engine.model, batches, update)
         tokens = sum(int(batch.lengths.sum()) for batch in batches)
-        return StepOutcome(metrics, tokens, tuple(example.origin for micro in rows for example in micro))
+        origins = tuple(example.origin for micro in rows for example in micro)
+        return StepOutcome(metrics, tokens, origins, padding=1 - tokens / sum(batch.tokens.size for batch in batches))
 
 
 class DpoStage:
@@ -88,7 +93,7 @@ class DpoStage:
         metrics = engine.backend.dpo_step(engine.model, batches, self._loss, update)
         self._check(engine, step, batches, metrics, update)
         origins = tuple(self._examples[row].origin for micro in micro_batches for row in micro)
-        return StepOutcome(metrics, _tokens(batches), origins, self._rewards(batches, metrics))
+        return StepOutcome(metrics, _tokens(batches), origins, self._rewards(batches, metrics), _padding(batches))
 
     def _batch(self, rows: Sequence[int]) -> PreferenceBatch:
         reference = None
@@ -125,6 +130,19 @@ def _update(plan: StagePlan, step: int, tokens: int, pairs: int = 0) -> Update:
         share_prompts=isinstance(settings, DpoConfig) and settings.share_prompts,
         gradient_checkpointing=plan.backend.gradient_checkpointing,
     )
+
+
+def _padding(batches: Sequence[PreferenceBatch]) -> float:
+    parts = [
+        part
+        for batch in batches
+        for part in (
+            (batch.prompt, batch.prompt_lengths),
+            (batch.chosen, batch.chosen_lengths),
+            (batch.rejected, batch.rejected_lengths),
+        )
+    ]
+    return 1 - sum(int(lengths.sum()) for _, lengths in parts) / sum(values.size for values, _ in parts)
 
 
 def _tokens(batches: Sequence[PreferenceBatch]) -> int:

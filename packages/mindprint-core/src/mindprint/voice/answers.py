@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from mindprint.data.rows import PreferenceRow, Rows, Text, text_of
+from mindprint.data.rows import Rows, SftRow, Text, text_of
+from mindprint.data.split import HeldOut
 from mindprint.inference import OpenedAdapter
 from mindprint.voice.assessment import HeldOutAnswers
 from mindprint.voice.scoring import VoiceReference
@@ -19,23 +21,40 @@ def reference_of(rows: Rows) -> VoiceReference:
     return VoiceReference(tuple(own), tuple(text for text in dict.fromkeys(rejected) if text not in own))
 
 
-def unseen(rows: Rows) -> tuple[PreferenceRow, ...]:
-    """The held-out rows of which neither the prompt nor an answer stands in a training row."""
-    reference = reference_of(rows)
-    prompts = [row.prompt for row in rows.sft if row.prompt is not None] + [row.prompt for row in rows.preferences]
-    seen = {*reference.own, *reference.background, *(text_of(prompt) for prompt in prompts)}
-    return tuple(
-        row for row in rows.heldout if seen.isdisjoint(text_of(part) for part in (row.prompt, row.chosen, row.rejected))
-    )
+@dataclass(frozen=True)
+class Asked:
+    """A held-out prompt, and what the person answered."""
+
+    topic: str
+    prompt: Text
+    person: str
 
 
-def answer_held_out(opened: OpenedAdapter, rows: Sequence[PreferenceRow]) -> HeldOutAnswers:
-    """Let the untuned and the tuned model answer the prompts of held-out rows, as the run's configuration samples."""
-    prompts = [row.prompt for row in rows]
+def asked_of(held_out: HeldOut) -> tuple[Asked, ...]:
+    """The prompts of held-out pairs and texts, with the person's last answers. Text without a prompt asks nothing."""
+    pairs = (Asked(row.topic, row.prompt, text_of(row.chosen)) for row in held_out.pairs)
+    return (*pairs, *(one for row in held_out.texts if (one := _asked_of_text(row))))
+
+
+def _asked_of_text(row: SftRow) -> Asked | None:
+    if isinstance(row.completion, str):
+        return None if row.prompt is None else Asked(row.topic, row.prompt, row.completion)
+    return Asked(row.topic, row.messages[:-1], text_of(row.completion))
+
+
+def unread(asked: Sequence[Asked], reference: VoiceReference) -> tuple[Asked, ...]:
+    """Those that the person answered with no text of the training rows: what was read measures no voice."""
+    read = {*reference.own, *reference.background}
+    return tuple(one for one in asked if one.person not in read)
+
+
+def answer_held_out(opened: OpenedAdapter, asked: Sequence[Asked]) -> HeldOutAnswers:
+    """Let the untuned and the tuned model answer held-out prompts, as the run's configuration samples."""
+    prompts = [one.prompt for one in asked]
     return HeldOutAnswers(
-        topics=tuple(row.topic for row in rows),
+        topics=tuple(one.topic for one in asked),
         prompts=tuple(text_of(prompt) for prompt in prompts),
-        person=tuple(text_of(row.chosen) for row in rows),
+        person=tuple(one.person for one in asked),
         untuned=tuple(answer.text for answer in opened.answer(prompts, adapter=False)),
         tuned=tuple(answer.text for answer in opened.answer(prompts)),
     )

@@ -11,8 +11,6 @@ from mindprint.voice.copying import Copying, measure_copying
 from mindprint.voice.measures import Float64, Measure
 from mindprint.voice.scoring import NotScored, Scale, VoiceReference, VoiceScore, VoiceScorer, fit_scorer
 
-SIDES = ("tuned", "untuned", "person")
-
 
 @dataclass(frozen=True)
 class HeldOutAnswers:
@@ -52,55 +50,78 @@ def assess(
     half of the prompts are then judged by a fit on the untuned model's answers to the other half. `extra` are measures
     of plugins.
     """
-    judged = _judged(reference, answers, extra, seed)
+    judge = fit_judge(reference, answers.untuned, answers.person, extra=extra, seed=seed)
     topics = dict.fromkeys(answers.topics)
     places = {topic: [i for i, name in enumerate(answers.topics) if name == topic] for topic in topics}
-    everything = _assessed(judged, reference, answers, range(len(answers.topics)))
-    return Assessment(everything, {topic: _assessed(judged, reference, answers, places[topic]) for topic in topics})
+
+    def assessed(chosen: Sequence[int]) -> Assessed:
+        return judge.assessed([answers.tuned[place] for place in chosen], chosen)
+
+    everything = assessed(range(len(answers.topics)))
+    return Assessment(everything, {topic: assessed(places[topic]) for topic in topics})
 
 
 @dataclass(frozen=True, eq=False)
-class _Judged:
-    """A scale, and what its measures decide on each answer: float64 `[measures, prompts]`."""
+class Judge:
+    """A voice fitted once and calibrated on all held-out prompts, to score answers to any of them.
 
-    scale: Scale
-    tuned: Float64
-    untuned: Float64
-    person: Float64
+    A scorer a half of the prompts (one for all, where there is a background): prompt `i` belongs to half `i % halves`.
+    `scale` is why nothing can be scored where nothing can.
+    """
+
+    reference: VoiceReference
+    untuned: tuple[str, ...]
+    person: tuple[str, ...]
+    scorers: tuple[VoiceScorer, ...]
+    scale: Scale | NotScored
+
+    def assessed(self, tuned: Sequence[str], places: Sequence[int]) -> Assessed:
+        """The tuned model's answers to the prompts at `places`, the other two sides' beside them."""
+        untuned, person = ([side[place] for place in places] for side in (self.untuned, self.person))
+        return Assessed(
+            tuned=self.score(tuned, places),
+            untuned=self.score(untuned, places),
+            person=self.score(person, places),
+            copying=measure_copying(tuned, self.reference.own, person),
+        )
+
+    def score(self, texts: Sequence[str], places: Sequence[int]) -> VoiceScore | NotScored:
+        """Anybody's answers to the prompts at `places`."""
+        if isinstance(self.scale, NotScored):
+            return self.scale
+        return self.scale.score_decided(_decided(self.scorers, texts, places), texts)
 
 
-def _judged(
-    reference: VoiceReference, answers: HeldOutAnswers, extra: Sequence[Measure], seed: int
-) -> _Judged | NotScored:
-    halves = 1 if reference.background else 2
-    found = {side: np.full((0, 0), np.nan) for side in SIDES}
-    scorer: VoiceScorer | NotScored = NotScored("there are no prompts")
+def fit_judge(
+    reference: VoiceReference,
+    untuned: Sequence[str],
+    person: Sequence[str],
+    *,
+    extra: Sequence[Measure] = (),
+    seed: int = 0,
+) -> Judge:
+    """Fit on the training text, calibrate on the untuned model's and the person's answers to all held-out prompts."""
+    sides = tuple(untuned), tuple(person)
+    halves = 1 if reference.background or not untuned else 2
+    scorers: list[VoiceScorer] = []
     for half in range(halves):
-        background = reference.background or tuple(answers.untuned[1 - half :: 2])
+        background = reference.background or tuple(untuned[1 - half :: 2])
         scorer = fit_scorer(replace(reference, background=background), extra=extra, seed=seed)
         if isinstance(scorer, NotScored):
-            return scorer
-        for side in SIDES:
-            decided = scorer.by_measure(getattr(answers, side)[half::halves])
-            if not half:
-                found[side] = np.full((len(decided), len(answers.topics)), np.nan)
-            found[side][:, half::halves] = decided
-    ends = (found["untuned"], answers.untuned), (found["person"], answers.person)
-    scale = scorer if isinstance(scorer, NotScored) else scorer.scale(*ends)
-    return scale if isinstance(scale, NotScored) else _Judged(scale, **found)
+            return Judge(reference, *sides, (), scorer)
+        scorers.append(scorer)
+    if not untuned:
+        return Judge(reference, *sides, (), NotScored("there are no prompts"))
+    everything = range(len(untuned))
+    ends = [(_decided(scorers, texts, everything), texts) for texts in sides]
+    return Judge(reference, *sides, tuple(scorers), scorers[-1].scale(ends[0], ends[1]))
 
 
-def _assessed(
-    judged: _Judged | NotScored, reference: VoiceReference, answers: HeldOutAnswers, places: Sequence[int]
-) -> Assessed:
-    texts = {side: [getattr(answers, side)[place] for place in places] for side in SIDES}
-    scores = {side: _scored(judged, side, texts[side], places) for side in SIDES}
-    return Assessed(**scores, copying=measure_copying(texts["tuned"], reference.own, texts["person"]))
-
-
-def _scored(
-    judged: _Judged | NotScored, side: str, texts: Sequence[str], places: Sequence[int]
-) -> VoiceScore | NotScored:
-    if isinstance(judged, NotScored):
-        return judged
-    return judged.scale.score_decided(getattr(judged, side)[:, list(places)], texts)
+def _decided(scorers: Sequence[VoiceScorer], texts: Sequence[str], places: Sequence[int]) -> Float64:
+    """What each measure decides on each text, by the scorer of its prompt's half: float64 `[measures, texts]`."""
+    halves = len(scorers)
+    found = np.full((len(scorers[0].fitted), len(texts)), np.nan)
+    for half, scorer in enumerate(scorers):
+        mine = [index for index, place in enumerate(places) if place % halves == half]
+        found[:, mine] = scorer.by_measure([texts[index] for index in mine])
+    return found

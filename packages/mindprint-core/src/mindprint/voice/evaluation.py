@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 
 from mindprint.backend import Backend
 from mindprint.contract import Bool, LoadedModel
-from mindprint.data.render import PreferenceExample
+from mindprint.data.collate import sft_batch
+from mindprint.data.render import PreferenceExample, SftExample
 from mindprint.training.reference import Reference, compute_reference
+
+BATCH_ROWS = 16
 
 FEW_PAIRS = 30
 """Below this many pairs one pair moves an accuracy by more than 3 points, and the result says so."""
@@ -55,6 +58,24 @@ class Measured:
         return self.pairs < FEW_PAIRS
 
 
+@dataclass(frozen=True)
+class Read:
+    """Held-out text that is no pair, read by both models: its trained tokens' perplexity, as in `Side`."""
+
+    texts: int
+    tokens: int
+    base: float
+    adapter: float
+
+
+@dataclass(frozen=True)
+class TextEvaluation:
+    """All held-out text together, and topic by topic in the order of their first row."""
+
+    overall: Read
+    topics: dict[str, Read]
+
+
 class Tokens(NamedTuple):
     """How many tokens each answer has, `[pairs]`."""
 
@@ -83,6 +104,26 @@ def evaluate_heldout(
         measure(base, policy, tokens, everything),
         {topic: measure(base, policy, tokens, names == topic) for topic in dict.fromkeys(names.tolist())},
     )
+
+
+def evaluate_texts(backend: Backend, model: LoadedModel, examples: Sequence[SftExample], pad_id: int) -> TextEvaluation:
+    """Measure held-out SFT rows with the adapter off and on; `examples` must not be empty."""
+    sums = np.zeros((2, len(examples)))
+    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
+    for start in range(0, len(by_length), BATCH_ROWS):
+        rows = by_length[start : start + BATCH_ROWS]
+        batch = sft_batch([examples[row] for row in rows], pad_id)
+        for side in (0, 1):
+            sums[side, rows] = backend.log_probs(model, batch, adapter=bool(side)).sum(axis=1, dtype=np.float64)
+    tokens = np.array([int(example.loss_mask.sum()) for example in examples])
+    names = np.array([example.topic for example in examples])
+
+    def read(rows: Bool) -> Read:
+        count = int(tokens[rows].sum())
+        return Read(int(rows.sum()), count, *(_perplexity(float(side[rows].sum()), count) for side in sums))
+
+    everything = np.ones(len(examples), dtype=np.bool_)
+    return TextEvaluation(read(everything), {topic: read(names == topic) for topic in dict.fromkeys(names.tolist())})
 
 
 def measure(base: Reference, policy: Reference, tokens: Tokens, rows: Bool) -> Measured:

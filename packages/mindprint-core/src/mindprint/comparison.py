@@ -1,0 +1,257 @@
+"""Two runs of the same configuration on different backends: are they equivalent, and by how much do they differ?
+
+`equivalent` means that every loss agrees within its tolerance (docs/numerics.md) and, where the voice could be scored,
+that the scores are within `VOICE_TOLERANCE` of the scale. What is compared beside that decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import median
+
+import numpy as np
+
+from mindprint.adapter.peft_format import read_adapter
+from mindprint.contract import AdapterState
+from mindprint.curriculum.records import Interval
+from mindprint.errors import RunError
+from mindprint.events import StageName
+from mindprint.reports.phrases import why_missing
+from mindprint.reports.record import RunRecord, Step
+from mindprint.training.costs import Costs, read_costs
+from mindprint.training.run_folder import RunFolder
+
+SFT_TOLERANCE = 1e-5
+"""Of an SFT loss before the first preference step, as |a - b| / (1 + a)."""
+
+FREE_TOLERANCE = 1e-3
+"""Of every loss from the first preference step on: such trajectories amplify rounding."""
+
+VOICE_TOLERANCE = 0.05
+"""Of the voice scale, on which 0 is the untuned model and 1 the person."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One run. Seconds a step are medians, by stage; `voice` is None, with the reason, where it was not scored."""
+
+    name: str
+    run: str
+    backend: str
+    dtype: str
+    costs: Costs | None
+    step_seconds: Mapping[StageName, float]
+    voice: Interval | None
+    voice_missing: str
+
+
+@dataclass(frozen=True)
+class StageCurves:
+    """A stage's losses on both sides, step by step, and their greatest deviation |a - b| / (1 + a)."""
+
+    topic: str
+    stage: StageName
+    attempt: int
+    undone: bool
+    first_step: int
+    losses: tuple[tuple[float, ...], tuple[float, ...]]
+    greatest: float
+    tolerance: float
+
+    @property
+    def within(self) -> bool:
+        return self.greatest <= self.tolerance
+
+
+@dataclass(frozen=True)
+class AdapterDifference:
+    """`change`: norm of the difference of scale * B @ A over all sites, over that of the first (Frobenius).
+
+    `greatest`: the greatest absolute difference of an element of any A or B.
+    """
+
+    change: float
+    greatest: float
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A held-out prompt with the tuned answer of both sides."""
+
+    prompt: str
+    texts: tuple[str, str]
+
+    @property
+    def identical(self) -> bool:
+        return self.texts[0] == self.texts[1]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`beyond`: what keeps the runs from being equivalent, in words; empty if they are.
+
+    `answers` is None where a run kept none.
+    """
+
+    sides: tuple[Side, Side]
+    stages: tuple[StageCurves, ...]
+    adapter: AdapterDifference
+    answers: tuple[Answers, ...] | None
+    voice_difference: float | None
+    beyond: tuple[str, ...]
+
+    @property
+    def equivalent(self) -> bool:
+        return not self.beyond
+
+
+def compare(first: RunRecord, other: RunRecord) -> Comparison:
+    """Compare two complete runs. Raises `RunError` if one is not, or if they are not of the same thing."""
+    for record in (first, other):
+        if not record.complete:
+            raise RunError(f"{record.path}: is not complete; go on with: mindprint train {record.path} --resume")
+    require_same(first, other)
+    names = _names(first, other)
+    sides = _side(first, names[0]), _side(other, names[1])
+    stages, uneven = _stages(first, other)
+    one, two = (side.voice for side in sides)
+    voice = None if one is None or two is None else two.value - one.value
+    return Comparison(
+        sides, stages, _adapters(first, other), _answers(first, other), voice,
+        (*_precision(sides), *uneven, *_losses(stages), *_voices(voice)),
+    )  # fmt: skip
+
+
+def require_same(first: RunRecord, other: RunRecord) -> None:
+    """Raise `RunError` naming what differs: base, tokenizer, template, data, adapter or training configuration."""
+    ours, theirs = (dict(record.manifest.get("identity", {})) for record in (first, other))
+    differing = [part for part in {**ours, **theirs} if ours.get(part) != theirs.get(part)]
+    if differing:
+        raise RunError(
+            f"{first.path} and {other.path} differ in {' and '.join(differing)}: only runs of the same base, data and "
+            "configuration can be compared (`mindprint eval --compare` shows any runs side by side)"
+        )
+
+
+def _names(first: RunRecord, other: RunRecord) -> tuple[str, str]:
+    """The backends' names, or the runs' where both are the same."""
+    backends = _backend(first), _backend(other)
+    return backends if backends[0] != backends[1] else (str(first.path), str(other.path))
+
+
+def _backend(record: RunRecord) -> str:
+    return " and ".join(dict.fromkeys(stage.backend for stage in record.stages))
+
+
+def _side(record: RunRecord, name: str) -> Side:
+    figures = record.final.figures if record.final else None
+    seconds: dict[StageName, list[float]] = {}
+    for step in record.steps:
+        seconds.setdefault(step.stage, []).append(step.seconds)
+    return Side(
+        name=name,
+        run=str(record.path),
+        backend=_backend(record),
+        dtype=" and ".join(dict.fromkeys(stage.dtype for stage in record.stages)),
+        costs=read_costs(record.path),
+        step_seconds={stage: median(found) for stage, found in seconds.items()},
+        voice=figures.voice if figures else None,
+        voice_missing="" if figures and figures.voice else why_missing(figures, "voice"),
+    )
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+def _stages(first: RunRecord, other: RunRecord) -> tuple[tuple[StageCurves, ...], list[str]]:
+    """The stages that both took, in order, and in words where they took other steps."""
+    ours, theirs = _by_stage(first.steps), _by_stage(other.steps)
+    found, uneven, free = [], [], False
+    for key, steps in ours.items():
+        topic, stage, attempt, undone = key
+        free = free or stage == "dpo"
+        others = theirs.get(key, [])
+        if len(steps) != len(others):
+            uneven.append(f"{topic}, {stage}, attempt {attempt}: {len(steps)} steps against {len(others)}")
+            continue
+        losses = tuple(step.loss for step in steps), tuple(step.loss for step in others)
+        tolerance = FREE_TOLERANCE if free else SFT_TOLERANCE
+        found.append(StageCurves(topic, stage, attempt, undone, steps[0].step, losses, deviation(*losses), tolerance))
+    uneven += [
+        f"{key[0]}, {key[1]}, attempt {key[2]}: 0 steps against {len(theirs[key])}" for key in theirs.keys() - ours
+    ]
+    return tuple(found), uneven
+
+
+_Stage = tuple[str, StageName, int, bool]
+
+
+def _by_stage(steps: Sequence[Step]) -> dict[_Stage, list[Step]]:
+    grouped = groupby(steps, key=lambda step: (step.topic, step.stage, step.attempt, step.undone))
+    return {key: list(group) for key, group in grouped}
+
+
+def deviation(first: Sequence[float], other: Sequence[float]) -> float:
+    """The greatest |a - b| / (1 + |a|) of two curves of one length; infinite where either is not a number."""
+    worst = 0.0
+    for one, two in zip(first, other, strict=True):
+        found = abs(one - two) / (1 + abs(one)) if math.isfinite(one) and math.isfinite(two) else math.inf
+        worst = max(worst, found)
+    return worst
+
+
+def _losses(stages: Sequence[StageCurves]) -> list[str]:
+    return [
+        f"{one.topic}, {one.stage}: losses deviate by {one.greatest:.1e}, and {one.tolerance:.0e} is allowed"
+        for one in stages
+        if not one.within
+    ]
+
+
+def _precision(sides: Sequence[Side]) -> list[str]:
+    reduced = dict.fromkeys(side.dtype for side in sides if side.dtype != "float32")
+    return [f"computed in {' and '.join(reduced)}: the tolerances hold for backend.dtype=float32"] if reduced else []
+
+
+# --- what else there is ----------------------------------------------------------------------------------------------
+
+
+def _voices(difference: float | None) -> list[str]:
+    if difference is None or abs(difference) <= VOICE_TOLERANCE:
+        return []
+    return [f"the voice scores differ by {abs(difference):.3f}, and {VOICE_TOLERANCE} is allowed"]
+
+
+def _adapters(first: RunRecord, other: RunRecord) -> AdapterDifference:
+    states = [read_adapter(RunFolder(record.path).adapter)[0] for record in (first, other)]
+    return adapter_difference(*states)
+
+
+def adapter_difference(first: AdapterState, other: AdapterState) -> AdapterDifference:
+    """By how much the second changes a base otherwise than the first; both have the same sites and rank."""
+    squares = norms = greatest = 0.0
+    for site, factors in first.tensors.items():
+        others = other.tensors[site]
+        change, changed = (
+            state.config.scale(site) * (pair.b.astype(np.float64) @ pair.a.astype(np.float64))
+            for state, pair in ((first, factors), (other, others))
+        )
+        squares += float(np.square(change - changed).sum())
+        norms += float(np.square(change).sum())
+        greatest = max(greatest, *(float(np.abs(a - b).max()) for a, b in zip(factors, others, strict=True)))
+    relative = math.sqrt(squares / norms) if norms else (math.inf if squares else 0.0)
+    return AdapterDifference(relative, greatest)
+
+
+def _answers(first: RunRecord, other: RunRecord) -> tuple[Answers, ...] | None:
+    if not first.answers or not other.answers:
+        return None
+    theirs = {(one.topic, one.prompt): one.tuned for one in other.answers}
+    return tuple(
+        Answers(one.prompt, (one.tuned, theirs[one.topic, one.prompt]))
+        for one in first.answers
+        if (one.topic, one.prompt) in theirs
+    )

@@ -1,0 +1,207 @@
+"""Units, chapters, topics: from ids such as `unit-01/chapter-02/topic-03`; titles and order from a curriculum.yaml.
+
+    title: One year on the river
+    units:
+      - id: unit-01
+        title: The water
+        chapters:
+          - id: chapter-02
+            topics:
+              - {id: topic-03, title: The tide}
+
+An id of two parts is a unit and a topic in it; one of a single part is a topic by itself. The file decides the order;
+without one, topics come in the order of their first rows.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mindprint.config import ConfigFile, Level
+from mindprint.errors import DataError
+
+CURRICULUM_FILE = "curriculum.yaml"
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    id: str = Field(min_length=1)
+    title: str | None = None
+
+
+class _Chapter(_Entry):
+    topics: list[_Entry | str] = Field(min_length=1)
+
+
+class _Unit(_Entry):
+    chapters: list[_Chapter] = []
+    topics: list[_Entry | str] = []
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    title: str | None = None
+    units: list[_Unit] = []
+    topics: list[_Entry | str] = []
+
+
+@dataclass(frozen=True)
+class Part:
+    """A unit or chapter whose last topic has been reached: its level, its id, its topics in order."""
+
+    level: Level
+    name: str
+    topics: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Topic ids in the order of training, and the titles of topics, chapters and units by id."""
+
+    topics: tuple[str, ...]
+    titles: Mapping[str, str] = field(default_factory=dict)
+    title: str | None = None
+
+    def title_of(self, name: str) -> str:
+        """The title of a topic, chapter or unit; the last part of its id where it has none."""
+        return self.titles.get(name) or name.rpartition("/")[2]
+
+    def ending_with(self, topic: str) -> tuple[Part, ...]:
+        """The chapter and the unit that are complete once `topic` is, the chapter first."""
+        levels: tuple[tuple[Level, str | None], ...] = (("chapter", chapter_of(topic)), ("unit", unit_of(topic)))
+        found = []
+        for level, name in levels:
+            members = tuple(one for one in self.topics if name is not None and one.startswith(f"{name}/"))
+            if members and members[-1] == topic:
+                found.append(Part(level, str(name), members))
+        return tuple(found)
+
+    def chosen(self, wanted: Sequence[str] | None, limit: int | None) -> Outline:
+        """Only the topics that `wanted` names (an id, or that of a chapter or unit), and the first `limit` of those.
+
+        Raises `DataError` for a name that no topic has.
+        """
+        kept = self.topics
+        if wanted is not None:
+            for name in wanted:
+                if not any(_within(topic, name) for topic in self.topics):
+                    raise DataError(f"topic {name!r} is in no row{_nearest(name, self.topics)}")
+            kept = tuple(topic for topic in self.topics if any(_within(topic, name) for name in wanted))
+        return Outline(kept[:limit], self.titles, self.title)
+
+    def stated(self) -> dict[str, Any]:
+        """As manifest.json has it."""
+        return {"title": self.title, "topics": {topic: self.title_of(topic) for topic in self.topics},
+                "titles": dict(self.titles)}  # fmt: skip
+
+
+def chapter_of(topic: str) -> str | None:
+    """The chapter's id, `unit/chapter`, of a topic with an id of three parts or more."""
+    head, _, _ = topic.rpartition("/")
+    return head if "/" in head else None
+
+
+def unit_of(topic: str) -> str | None:
+    """The unit's id of a topic with an id of two parts or more."""
+    head, slash, _ = topic.partition("/")
+    return head if slash else None
+
+
+def read_outline(file: ConfigFile, topics: Sequence[str]) -> Outline:
+    """The outline of the topics that the rows have, in order of their first row.
+
+    Raises `DataError` where a curriculum.yaml is malformed, names a topic without rows, or lacks one that has rows.
+    """
+    path = _path(file)
+    if path is None:
+        return Outline(tuple(topics))
+    content = _parsed(path)
+    ordered, titles = _flattened(content, path)
+    have = set(topics)
+    for topic in ordered:
+        if topic not in have:
+            raise DataError(
+                f"{path}: names topic {topic!r}, which no row has{_nearest(topic, topics)}; "
+                "add rows with this topic, or take it out of the file"
+            )
+    for topic in topics:
+        if topic not in ordered:
+            raise DataError(
+                f"{path}: lacks topic {topic!r}, which rows have{_nearest(topic, ordered)}; add it to the file, "
+                "or take its rows out"
+            )
+    return Outline(tuple(ordered), titles, content.title)
+
+
+def _path(file: ConfigFile) -> Path | None:
+    data = file.config.data
+    if data.curriculum is not None:
+        named = file.resolve(data.curriculum)
+        if not named.is_file():
+            raise DataError(f"{file.source}: data.curriculum: {named} does not exist")
+        return named
+    if data.path is None:
+        return None
+    default = file.resolve(data.path) / CURRICULUM_FILE
+    return default if default.is_file() else None
+
+
+def _parsed(path: Path) -> _File:
+    try:
+        return _File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
+        raise DataError(f"{path}:{line} {error.problem or 'is not valid YAML'}") from error
+    except (OSError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "the file"
+        raise DataError(f"{path}: {where}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from error
+
+
+def _flattened(content: _File, path: Path) -> tuple[dict[str, None], dict[str, str]]:
+    """Topic ids in order, and the titles of everything that has one."""
+    titles: dict[str, str] = {}
+    ordered: dict[str, None] = {}
+
+    def add(prefix: str, entries: Sequence[_Entry | str]) -> None:
+        for entry in entries:
+            one = _Entry(id=entry) if isinstance(entry, str) else entry
+            name = _named(titles, prefix, one)
+            if name in ordered:
+                raise DataError(f"{path}: topic {name!r} is named twice")
+            ordered[name] = None
+
+    add("", content.topics)
+    for unit in content.units:
+        above = _named(titles, "", unit)
+        add(above, unit.topics)
+        for chapter in unit.chapters:
+            add(_named(titles, above, chapter), chapter.topics)
+    return ordered, titles
+
+
+def _named(titles: dict[str, str], prefix: str, entry: _Entry) -> str:
+    name = f"{prefix}/{entry.id}" if prefix else entry.id
+    if entry.title:
+        titles[name] = entry.title
+    return name
+
+
+def _within(topic: str, name: str) -> bool:
+    return topic == name or topic.startswith(f"{name.rstrip('/')}/")
+
+
+def _nearest(name: str, known: Sequence[str] | Mapping[str, None]) -> str:
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {found[0]!r}?)" if found else ""

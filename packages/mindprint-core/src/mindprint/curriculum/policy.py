@@ -1,0 +1,95 @@
+"""What follows from an evaluation: pure functions from figures and settings to outcomes and decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from mindprint.config import CurriculumConfig, Thresholds
+from mindprint.contract import Generation
+from mindprint.curriculum.records import Figures, Outcome
+
+MOSTLY = 0.5
+"""The share of answers that must be broken for the model to be."""
+
+REPEATED = 0.5
+"""An answer is one repeated token if this share of it is, and it has at least `LONG_ENOUGH` tokens."""
+
+LONG_ENOUGH = 8
+
+STOPS, NEVER_STOPS = 0.5, 0.1
+"""A model that stopped by itself at least this often, and a tuned one that does so at most that often."""
+
+
+def judged(thresholds: Thresholds, figures: Figures) -> tuple[Outcome, tuple[str, ...]]:
+    """Hold figures against thresholds. What is missed is named first; a figure that could not be had passes nothing."""
+    missed, unknown = [], []
+    for name, value, limit, at_least in _held_against(thresholds, figures):
+        if value is None:
+            unknown.append(f"{name}: {figures.unmeasured.get(name, 'was not measured')}")
+        elif value < limit if at_least else value > limit:
+            missed.append(f"{name} {value:.2f}, {'at least' if at_least else 'at most'} {limit:g} wanted")
+    if missed:
+        return "failed", (*missed, *unknown)
+    if unknown:
+        return "not evaluated", tuple(unknown)
+    return ("passed" if thresholds.any_set else "measured"), ()
+
+
+def _held_against(thresholds: Thresholds, figures: Figures) -> Iterator[tuple[str, float | None, float, bool]]:
+    ratio = None
+    if figures.perplexity is not None and figures.untuned_perplexity:
+        ratio = figures.perplexity / figures.untuned_perplexity
+    rows = (
+        ("voice", figures.voice.value if figures.voice else None, thresholds.voice, True),
+        ("preference_accuracy", figures.preference_accuracy, thresholds.preference_accuracy, True),
+        ("concept_coverage", figures.concept_coverage, thresholds.concept_coverage, True),
+        ("copy_rate", figures.copy_rate, thresholds.copy_rate, False),
+        ("perplexity_ratio", ratio, thresholds.perplexity_ratio, False),
+    )
+    for name, value, limit, at_least in rows:
+        if limit is not None:
+            yield name, value, limit, at_least
+
+
+def collapsed(figures: Figures, tuned: Sequence[Generation], untuned: Sequence[Generation]) -> tuple[str, ...]:
+    """What says that the model is broken: empty answers, one repeated token, never stopping, less voice than untuned.
+
+    A model that never stopped untuned (a base without an end of turn) is not broken for going on.
+    """
+    found = []
+    if not tuned:
+        return ()
+    if (empty := _share(len(one.tokens) == 0 for one in tuned)) > MOSTLY or (figures.empty or 0) > MOSTLY:
+        found.append(f"{max(empty, figures.empty or 0):.0%} of the answers are empty")
+    if (repeated := _share(_one_token(one) for one in tuned)) > MOSTLY:
+        found.append(f"{repeated:.0%} of the answers are one repeated token")
+    stopped, before = (_share(one.stop_reason == "stop" for one in side) for side in (tuned, untuned))
+    if before >= STOPS and stopped <= NEVER_STOPS:
+        found.append(f"the answers no longer stop by themselves ({stopped:.0%}; untuned {before:.0%})")
+    if figures.voice is not None and figures.voice.high < 0:
+        found.append(f"the voice is below the untuned model's: {figures.voice.value:.2f}")
+    return tuple(found)
+
+
+def _one_token(answer: Generation) -> bool:
+    tokens = answer.tokens.tolist()
+    return len(tokens) >= LONG_ENOUGH and max(tokens.count(token) for token in set(tokens)) >= REPEATED * len(tokens)
+
+
+def _share(found: Iterator[bool]) -> float:
+    values = list(found)
+    return sum(values) / len(values) if values else 0.0
+
+
+def dpo_runs(settings: CurriculumConfig, figures: Figures | None) -> tuple[bool, str]:
+    """Whether a topic's DPO runs after its SFT, and why. `figures` are None where the gate needs none."""
+    gate = settings.dpo
+    if isinstance(gate, str):
+        return gate == "always", f"curriculum.dpo is {gate}"
+    voice = figures.voice if figures else None
+    if voice is None:
+        why = figures.unmeasured.get("voice", "was not measured") if figures else "was not measured"
+        return True, f"the voice could not be evaluated ({why}), so nothing says that DPO is not needed"
+    if voice.value < gate:
+        return True, f"voice {voice.value:.2f} after SFT is below {gate:g}"
+    return False, f"voice {voice.value:.2f} after SFT has reached {gate:g}"

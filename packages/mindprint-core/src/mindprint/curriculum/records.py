@@ -1,0 +1,171 @@
+"""What evaluations found and what was decided, as the lines of evaluations.jsonl and decisions.jsonl hold it.
+
+Neither kind of line has a `loss`: that belongs to metrics.jsonl alone. A figure that could not be had is None, and
+`unmeasured` says why by the figure's name; it is never 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from mindprint.config import Level
+from mindprint.events import StageName
+
+LEVELS: tuple[Level, ...] = ("topic", "chapter", "unit", "final")
+
+Outcome = Literal["measured", "passed", "failed", "not evaluated"]
+"""`measured`: no threshold was set. `not evaluated`: one was, and could not be applied; it is neither pass nor fail."""
+
+DecisionKind = Literal["skip", "train", "roll back", "retry", "pass", "fail", "not evaluated", "stop"]
+"""`skip` and `train`: what the gate said of a topic's DPO stage. The others: of a stage, a topic, the run."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of the answers to some held-out prompts, and of held-out texts and pairs beside them.
+
+    Voices lie on the run's scale: 0 the untuned model, 1 the person. Shares are 0 to 1, margins in nats, lengths in
+    words over the person's. `untuned_` and `person_` figures are those of the untuned model and of the person's own
+    held-out texts. `stopped`: share of answers that ended by themselves; `empty`: share without a word.
+    `preference_accuracy` and `preference_margin` are the reward accuracy and margin of `voice.evaluation.Measured`:
+    whether, and by how much, training raised the chosen answer more than the rejected one.
+    """
+
+    prompts: int = 0
+    words: int = 0
+    voice: Interval | None = None
+    untuned_voice: Interval | None = None
+    person_voice: Interval | None = None
+    copy_rate: float | None = None
+    person_copy_rate: float | None = None
+    longest_copy: int | None = None
+    longest_copy_text: str | None = None
+    recited: float | None = None
+    self_bleu: float | None = None
+    person_self_bleu: float | None = None
+    length: float | None = None
+    stopped: float | None = None
+    empty: float | None = None
+    pairs: int = 0
+    preference_accuracy: float | None = None
+    preference_margin: float | None = None
+    perplexity: float | None = None
+    untuned_perplexity: float | None = None
+    questions: int = 0
+    concept_coverage: float | None = None
+    untuned_concept_coverage: float | None = None
+    flagged: tuple[str, ...] = ()
+    unmeasured: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """An earlier topic: right after it was trained, and now."""
+
+    topic: str
+    voice_then: Interval | None
+    voice_now: Interval | None
+    perplexity_then: float | None
+    perplexity_now: float | None
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """One evaluation: a line of evaluations.jsonl.
+
+    `name`: the topic's, chapter's or unit's id, `""` for `final`. `stage`: the stage of the topic that it followed;
+    None for the other levels. `step`: optimizer steps of the run before it. `reasons`: thresholds missed, or why it
+    could not be evaluated. `collapse`: in words, what of the answers says that the model is broken; mostly empty.
+    `earlier`: for units, each topic trained before the unit's last one.
+    """
+
+    level: Level
+    name: str
+    step: int
+    stage: StageName | None = None
+    attempt: int = 1
+    outcome: Outcome = "measured"
+    reasons: tuple[str, ...] = ()
+    collapse: tuple[str, ...] = ()
+    figures: Figures = Figures()
+    earlier: tuple[Forgetting, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided, before it was acted on: a line of decisions.jsonl.
+
+    `first_step` and `last_step`: the optimizer steps of the run (from 1, inclusive) that a roll-back or a retry undid;
+    they stay in metrics.jsonl. `change`: what the next attempt does otherwise (`{"learning_rate": 0.5}`: times).
+    """
+
+    decision: DecisionKind
+    step: int
+    topic: str
+    why: str
+    stage: StageName | None = None
+    attempt: int = 1
+    first_step: int | None = None
+    last_step: int | None = None
+    change: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class AnswerRecord:
+    """A held-out prompt with all three answers: a line of answers.jsonl, written by the final evaluation.
+
+    `person` is the person's own text; for a quiz the first reference answer, and `missing` lists the key concepts that
+    the tuned model's answer lacks.
+    """
+
+    topic: str
+    prompt: str
+    person: str
+    untuned: str
+    tuned: str
+    quiz: bool = False
+    missing: tuple[str, ...] = ()
+
+
+def evaluation_from(line: Mapping[str, Any]) -> EvaluationRecord:
+    """An `EvaluationRecord` from its line as parsed. Raises `KeyError` or `TypeError` if it is none."""
+    figures = dict(line["figures"])
+    for name in ("voice", "untuned_voice", "person_voice"):
+        figures[name] = _interval(figures.get(name))
+    figures["flagged"] = tuple(figures.get("flagged", ()))
+    earlier = tuple(
+        Forgetting(**{**one, "voice_then": _interval(one["voice_then"]), "voice_now": _interval(one["voice_now"])})
+        for one in line["earlier"]
+    )
+    whole = {**line, "reasons": tuple(line["reasons"]), "collapse": tuple(line["collapse"]), "earlier": earlier}
+    return EvaluationRecord(**{**whole, "figures": Figures(**figures)})
+
+
+def decision_from(line: Mapping[str, Any]) -> Decision:
+    """A `Decision` from its line as parsed. Raises `TypeError` if it is none."""
+    return Decision(**line)
+
+
+def answer_from(line: Mapping[str, Any]) -> AnswerRecord:
+    """An `AnswerRecord` from its line as parsed. Raises `TypeError` if it is none."""
+    return AnswerRecord(**{**line, "missing": tuple(line["missing"])})
+
+
+def as_line(record: EvaluationRecord | Decision | AnswerRecord) -> dict[str, Any]:
+    """A record as the JSON object of its line; the `*_from` of its kind reads it back."""
+    return asdict(record)
+
+
+def _interval(value: Mapping[str, float] | None) -> Interval | None:
+    return None if value is None else Interval(**value)

@@ -1,0 +1,257 @@
+"""Prompts that say the same: equal once case, whitespace and punctuation are gone, or nearly so.
+
+Two texts are near-duplicates where their sets of character 4-grams have a Jaccard similarity of `THRESHOLD` or more and
+the numbers in them are the same (`question 12` and `question 13` are different prompts). Candidates come from MinHash
+signatures in bands (Broder 1997; Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, section 3.4), and every one
+is then compared exactly. Groups are transitive: a text is in the group of any text that it nearly equals.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mindprint.contract import Bool, Float32
+
+THRESHOLD = 0.7
+"""Jaccard similarity from which two texts are near-duplicates."""
+
+GRAM = 4
+"""Characters of a gram."""
+
+BANDS, ROWS = 90, 6
+"""A pair at the threshold shares no band with probability (1 - 0.7^6)^90 = 1.3e-5, one at 0.8 with 3e-12."""
+
+SKETCH = 512
+"""Grams of a text that its signature is made of, those with the smallest hashes; it is compared by all of them."""
+
+MANY_CANDIDATES = 300_000
+"""Candidates of all bands together from which comparing everything with everything by matrix products is faster."""
+
+COLUMNS = 2048
+"""Columns of those products. Where there are more grams than that, a product is an upper bound."""
+
+BLOCK = 1024
+"""Texts in one product."""
+
+CHECKED_AT_ONCE = 20_000
+"""Pairs compared exactly in one go."""
+
+Ints = NDArray[np.int64]
+Hashes = NDArray[np.uint64]
+
+
+def normalised(text: str) -> str:
+    """Without case, punctuation and runs of whitespace, in Unicode's NFKC. Text that is all punctuation stays."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(folded.translate(_WITHOUT_PUNCTUATION).split()) or " ".join(folded.split())
+
+
+def near_duplicate_groups(texts: Sequence[str]) -> Ints:
+    """Which group each text is in: int64 `[texts]`, the index of the group's first text."""
+    plain = [normalised(text) for text in texts]
+    first = {text: index for index, text in reversed(list(enumerate(plain)))}
+    places = {text: place for place, text in enumerate(dict.fromkeys(plain))}
+    labels = _grouped(_Grams.of(list(places)))
+    members = np.array([first[text] for text in places], dtype=np.int64)
+    # Unique texts stand in the order of their first appearance, so the smallest label is the first text's.
+    return np.array([members[labels[places[text]]] for text in plain], dtype=np.int64)
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+class _Spaces(dict[int, int]):
+    """A table for `str.translate`, filled as characters come: punctuation, separators and controls become a space."""
+
+    def __missing__(self, code: int) -> int:
+        kind = unicodedata.category(chr(code))[0]
+        self[code] = 0x20 if kind in "PZC" else code
+        return self[code]
+
+
+_WITHOUT_PUNCTUATION = _Spaces()
+
+
+def _numbers(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\d+", text))
+
+
+@dataclass(frozen=True, eq=False)
+class _Grams:
+    """The set of grams of each text, one after another: `flat[starts[i]:starts[i + 1]]`, sorted, each once.
+
+    `numbers` int64 `[texts]` is the same for texts with the same numbers in the same order.
+    """
+
+    flat: Hashes
+    starts: Ints
+    numbers: Ints
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> _Grams:
+        sets = [_gram_set(text) for text in texts]
+        known: dict[tuple[str, ...], int] = {}
+        numbers = [known.setdefault(_numbers(text), len(known)) for text in texts]
+        starts = np.cumsum([0, *(len(grams) for grams in sets)], dtype=np.int64)
+        flat = np.concatenate(sets) if sets else np.zeros(0, dtype=np.uint64)
+        return cls(flat, starts, np.array(numbers, dtype=np.int64))
+
+    @property
+    def sizes(self) -> Ints:
+        return np.diff(self.starts)
+
+    def places(self, texts: Ints) -> tuple[Ints, Ints]:
+        """Where in `flat` the grams of `texts` are, one text after another, and to which of `texts` each belongs."""
+        lengths = self.sizes[texts]
+        owner = np.repeat(np.arange(len(texts)), lengths)
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return owner, self.starts[texts[owner]] + within
+
+    def sketch(self) -> tuple[Hashes, Ints]:
+        """At most `SKETCH` grams a text, and where each text's begin: the first of a set sorted by hash are random."""
+        kept = np.minimum(self.sizes, SKETCH)
+        starts = np.cumsum(kept) - kept
+        return self.flat[np.repeat(self.starts[:-1] - starts, kept) + np.arange(kept.sum())], starts
+
+
+def _gram_set(text: str) -> Hashes:
+    """64-bit hashes of the 4-grams of a text with a space on either side; of the whole where it is shorter."""
+    codes = np.frombuffer(f" {text} ".ljust(GRAM).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
+    grams = codes[: len(codes) - GRAM + 1].copy()
+    for offset in range(1, GRAM):
+        # A character has 21 bits: four of them do not fit 64, so the sum is mixed as it grows.
+        grams = _mixed(grams) + codes[offset : len(codes) - GRAM + 1 + offset]
+    return np.unique(_mixed(grams))
+
+
+def _mixed(values: Hashes) -> Hashes:
+    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): every bit of the result depends on every bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+
+def _grouped(grams: _Grams) -> Ints:
+    """The smallest index in the group of each text: int64 `[texts]`."""
+    labels = np.arange(len(grams.sizes), dtype=np.int64)
+    if len(labels) < 2:
+        return labels
+    buckets = list(_buckets(grams))
+    if sum(int((sizes * (sizes - 1) // 2).sum()) for _, sizes in buckets) > MANY_CANDIDATES:
+        involved = np.unique(np.concatenate([members for members, _ in buckets]))
+        return _by_products(grams, involved, labels)
+    for members, sizes in buckets:
+        labels = _joined_if_near(grams, _pairs_within(members, sizes), labels)
+    return labels
+
+
+def _buckets(grams: _Grams) -> Iterator[tuple[Ints, Ints]]:
+    """For each band, the texts that share their part of the signature with another, bucket by bucket, and the sizes."""
+    sketch, starts = grams.sketch()
+    rng = np.random.default_rng(0)
+    for _ in range(BANDS):
+        keys = _mixed(grams.numbers.astype(np.uint64))
+        for _ in range(ROWS):
+            factor, offset = rng.integers(0, 2**64, 2, dtype=np.uint64)
+            keys = _mixed(keys + np.minimum.reduceat(sketch * (factor | np.uint64(1)) + offset, starts))
+        _, bucket, counts = np.unique(keys, return_inverse=True, return_counts=True)
+        order = np.argsort(bucket, kind="stable")
+        yield order[counts[bucket[order]] > 1], counts[counts > 1]
+
+
+def _pairs_within(members: Ints, sizes: Ints) -> Ints:
+    """All pairs of each bucket: int64 `[pairs, 2]`."""
+    found = [np.zeros((0, 2), dtype=np.int64)]
+    ends = np.cumsum(sizes)
+    for size, group in groupby(sorted(zip(sizes.tolist(), ends.tolist(), strict=True)), key=lambda one: one[0]):
+        rows = members[np.array([end for _, end in group])[:, None] - size + np.arange(size)]
+        first, second = np.triu_indices(size, 1)
+        found.append(np.stack([rows[:, first], rows[:, second]], axis=-1).reshape(-1, 2))
+    return np.concatenate(found)
+
+
+def _joined_if_near(grams: _Grams, pairs: Ints, labels: Ints) -> Ints:
+    """Compare exactly the pairs that are in two groups, and join those of near-duplicates."""
+    while len(pairs := pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]):
+        now, pairs = pairs[:CHECKED_AT_ONCE], pairs[CHECKED_AT_ONCE:]
+        labels = joined(labels, now[_near(grams, now)])
+    return labels
+
+
+def _near(grams: _Grams, pairs: Ints) -> Bool:
+    """Which pairs are near-duplicates: bool `[pairs]`."""
+    owner, places = grams.places(pairs[:, 0])
+    there = _contains(grams, pairs[owner, 1], grams.flat[places])
+    shared = np.bincount(owner[there], minlength=len(pairs))
+    (first, second), (number, other) = grams.sizes[pairs].T, grams.numbers[pairs].T
+    near: Bool = _alike(shared, first, second) & (number == other)
+    return near
+
+
+def _contains(grams: _Grams, texts: Ints, gram: Hashes) -> Bool:
+    """Whether each gram is in its text's set, by bisection of all of them at once."""
+    low, high = grams.starts[texts], grams.starts[texts + 1]
+    end = high
+    for _ in range(int(grams.sizes.max()).bit_length()):
+        middle = (low + high) // 2
+        below = (middle < high) & (grams.flat[np.minimum(middle, len(grams.flat) - 1)] < gram)
+        low, high = np.where(below, middle + 1, low), np.where(below, high, middle)
+    there: Bool = (low < end) & (grams.flat[np.minimum(low, len(grams.flat) - 1)] == gram)
+    return there
+
+
+def _alike(shared: Ints | Float32, first: Ints, second: Ints) -> Bool:
+    """|A ∩ B| / |A ∪ B| ≥ 0.7, in whole numbers: 10 · shared ≥ 7 · union."""
+    tenths = round(THRESHOLD * 10)
+    alike: Bool = (10 + tenths) * shared >= tenths * (first + second)
+    return alike
+
+
+def _by_products(grams: _Grams, texts: Ints, labels: Ints) -> Ints:
+    """Compare all of `texts` by matrix products of their sets, larger sets with those of at least 0.7 their size."""
+    texts = texts[np.argsort(grams.sizes[texts], kind="stable")]
+    sizes, numbers = grams.sizes[texts], grams.numbers[texts]
+    kinds, column = np.unique(grams.flat, return_inverse=True)
+    exact = len(kinds) <= COLUMNS
+    for start in range(0, len(texts), BLOCK):
+        rows = slice(start, start + BLOCK)
+        least = np.searchsorted(sizes, THRESHOLD * sizes[start] - 1e-9)
+        mine = _matrix(grams, column, texts[rows])
+        for other in range(int(least), min(start + BLOCK, len(texts)), BLOCK):
+            those = slice(other, min(other + BLOCK, start + BLOCK))
+            shared = mine @ _matrix(grams, column, texts[those]).T
+            near = _alike(shared, sizes[rows, None], sizes[None, those])
+            near &= numbers[rows, None] == numbers[None, those]
+            near &= labels[texts[rows], None] != labels[None, texts[those]]
+            pairs = np.argwhere(near) + np.array([start, other])
+            pairs = texts[pairs[pairs[:, 0] > pairs[:, 1]]]
+            labels = joined(labels, pairs) if exact else _joined_if_near(grams, pairs, labels)
+    return labels
+
+
+def _matrix(grams: _Grams, column: Ints, texts: Ints) -> Float32:
+    """How many of a text's grams fall on each column: float32 `[texts, COLUMNS]`. Its products are whole numbers."""
+    owner, places = grams.places(texts)
+    cells = owner * COLUMNS + column[places] % COLUMNS
+    return np.bincount(cells, minlength=len(texts) * COLUMNS).reshape(-1, COLUMNS).astype(np.float32)
+
+
+def joined(labels: Ints, pairs: Ints) -> Ints:
+    """Join the groups of each pair (int64 `[pairs, 2]`): every label is the smallest index of its group."""
+    labels = labels.copy()
+    while len(pairs := pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]):
+        ends = np.sort(labels[pairs], axis=1)
+        np.minimum.at(labels, ends[:, 1], ends[:, 0])
+        while (labels[labels] != labels).any():
+            labels = labels[labels]
+    return labels

@@ -1,0 +1,344 @@
+"""What is trained and what is held out, decided by the prompts' own text.
+
+A prompt is normalised (`near_duplicates.normalised`) and hashed; near-duplicates form a group, and the member whose
+hash ranks first decides for all of it, by another part of its hash: below `data.heldout_fraction`, the group is held
+out. So a prompt stays where it is when rows are added, unless one that nearly equals it ranks before it; and the
+same prompt lies on the same side in every topic and every file. Pairs of `data.heldout` and questions of quizzes are
+held out by definition, and what is near to them is not trained. docs/data-formats.md states the rules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from typing import Literal
+
+import numpy as np
+
+from mindprint.config import ConfigFile, DataConfig
+from mindprint.contract import Bool
+from mindprint.data.near_duplicates import THRESHOLD, Ints, joined, near_duplicate_groups, normalised
+from mindprint.data.quizzes import Question, Quizzes, read_quizzes
+from mindprint.data.render import trained_turns
+from mindprint.data.rows import Messages, PreferenceRow, Rows, SftRow, Text, read_rows
+from mindprint.errors import DataError
+
+RULE = (
+    "blake2b-16 of the prompt without case, punctuation and runs of whitespace (NFKC, UTF-8); the smallest of a group "
+    "of near-duplicates decides by its second half; held out where that / 2^64 < fraction"
+)
+"""The rule in words, for the manifest. Another rule is another split: change the words with it."""
+
+Kind = Literal["sft", "preferences"]
+Side = Literal["train", "held_out", "removed"]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is only ever scored: pairs (of `data.heldout` first), texts to be continued or read, quiz questions."""
+
+    pairs: tuple[PreferenceRow, ...] = ()
+    texts: tuple[SftRow, ...] = ()
+    questions: tuple[Question, ...] = ()
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many rows of a topic and kind are trained and held out; `removed` stand beside explicit held-out text."""
+
+    train: int = 0
+    held_out: int = 0
+    removed: int = 0
+
+
+@dataclass(frozen=True)
+class TopicSplit:
+    """A topic's rows. `explicit` are its pairs in `data.heldout`, `prompts` its different prompts in training files."""
+
+    sft: Share
+    preferences: Share
+    explicit: int
+    questions: int
+    prompts: int
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """What the manifest states. `trained` and `held_out` are sorted hashes of prompts, 16 hex digits each.
+
+    `groups` counts groups of near-duplicates with more than one prompt, `groups_moved` those of which a member alone
+    would lie on the other side, `kept` groups that are trained because a topic would have nothing left.
+    """
+
+    fraction: float
+    topics: Mapping[str, TopicSplit]
+    trained: tuple[str, ...] = field(repr=False)
+    held_out: tuple[str, ...] = field(repr=False)
+    groups: int = 0
+    groups_moved: int = 0
+    kept: int = 0
+
+    def stated(self) -> dict[str, object]:
+        """The facts as manifest.json has them: digests stand for the prompts, which RUN/split.json lists."""
+        return {
+            "rule": RULE,
+            "fraction": self.fraction,
+            "prompts": {"trained": len(self.trained), "held_out": len(self.held_out)},
+            "digests": {"trained": _list_digest(self.trained), "held_out": _list_digest(self.held_out)},
+            "near_duplicates": {"jaccard": THRESHOLD, "groups": self.groups, "moved": self.groups_moved},
+            "kept_for_training": self.kept,
+            "topics": {topic: asdict(one) for topic, one in self.topics.items()},
+        }
+
+
+def _list_digest(hashes: Sequence[str]) -> str:
+    return hashlib.blake2b("\n".join(hashes).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows to train on (their `heldout` is empty), what is held out, and the facts about both."""
+
+    train: Rows
+    held_out: HeldOut
+    facts: SplitFacts
+    notes: tuple[str, ...] = ()
+    """What a person should hear as a warning."""
+
+    def nothing_held_out(self, topic: str | None = None) -> str | None:
+        """Why nothing can be scored, of a topic or at all, and the mend; None where there are held-out rows."""
+        topics = [one for name, one in self.facts.topics.items() if topic in (None, name)]
+        if any(one.explicit or one.sft.held_out or one.preferences.held_out for one in topics):
+            return None
+        prompts = sum(one.prompts for one in topics)
+        counted = "1 prompt" if prompts == 1 else f"{prompts} prompts"
+        return (
+            f"no held-out rows: {counted} at {self.facts.fraction:g} hold out none; "
+            "raise data.heldout_fraction or add heldout.jsonl"
+        )
+
+
+def read_split(file: ConfigFile) -> Split:
+    """Read a configuration's rows and quizzes and split them. Raises `DataError`."""
+    return split_rows(read_rows(file), read_quizzes(file), file.config.data)
+
+
+def split_rows(rows: Rows, quizzes: Quizzes, data: DataConfig) -> Split:
+    """Decide for every row. Raises `DataError` where explicit held-out text leaves a topic nothing to train on."""
+    table = _Table.of(rows, quizzes, data)
+    groups = _groups(table, data.heldout_fraction)
+    sides = _sides(table, groups, data.heldout_fraction)
+    kept = _keep_something(table, groups, sides)
+    held = _on(rows, sides, "held_out")
+    return Split(
+        _on(rows, sides, "train"),
+        HeldOut(rows.heldout + held.preferences, held.sft, quizzes.questions),
+        _facts(table, groups, sides, kept, data.heldout_fraction),
+        tuple(_notes(sides.count("removed"))),
+    )
+
+
+def nearly_trained(rows: Sequence[PreferenceRow], train: Rows, data: DataConfig) -> Bool:
+    """Which held-out rows ask what training rows ask, exactly or nearly: bool `[rows]`."""
+    table = _Table.of(Rows(train.sft, train.preferences, tuple(rows)), Quizzes(), data)
+    labels = table.labels
+    trained = {int(labels[places[0]]) for places in table.rows}
+    return np.array([label in trained for label in labels[table.explicit].tolist()], dtype=np.bool_)
+
+
+def prompt_hash(prompt: Text) -> str:
+    """The hash of one prompt, 16 hex digits, as `SplitFacts` and RUN/split.json have it."""
+    return _short(spoken(prompt))
+
+
+def spoken(prompt: Text) -> str:
+    """What a prompt asks: the user's words. System messages and earlier answers are no part of the question."""
+    if isinstance(prompt, str):
+        return prompt
+    asked = [message.content for message in prompt if message.role == "user"]
+    return "\n".join(asked or [message.content for message in prompt])
+
+
+def prompts_of(row: SftRow, data: DataConfig) -> list[str]:
+    """What is asked before each answer that a row trains; of text without a prompt, the text."""
+    if isinstance(row.completion, str):
+        return [spoken(row.completion if row.prompt is None else row.prompt)]
+    if data.format == "raw":
+        return [spoken(row.completion)]
+    turns: Iterable[Messages] = (row.messages[:turn] for turn in trained_turns(row, data))
+    return list(dict.fromkeys(spoken(turn) for turn in turns)) or [spoken(row.messages)]
+
+
+# --- the prompts of rows ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """All prompts, one after another: `texts`, each in a group (`labels`, int64 `[texts]`).
+
+    A row of `owners` (kind and topic, training rows only) has the places `rows` in them: a conversation has one for
+    each answer that is trained. `explicit` are the places of what is held out by definition.
+    """
+
+    texts: tuple[str, ...]
+    labels: Ints
+    owners: tuple[tuple[Kind, str], ...]
+    rows: tuple[range, ...]
+    explicit: range
+    pairs: Mapping[str, int]
+    questions: Mapping[str, int]
+
+    @classmethod
+    def of(cls, rows: Rows, quizzes: Quizzes, data: DataConfig) -> _Table:
+        prompts = [*(prompts_of(row, data) for row in rows.sft), *([spoken(row.prompt)] for row in rows.preferences)]
+        owners: list[tuple[Kind, str]] = [("sft", row.topic) for row in rows.sft]
+        owners += [("preferences", row.topic) for row in rows.preferences]
+        ends = np.cumsum([0, *map(len, prompts)]).tolist()
+        places = tuple(map(range, ends, ends[1:]))
+        texts = (*chain(*prompts), *(spoken(row.prompt) for row in rows.heldout), *quizzes.held_out)
+        within = np.array([(row[0], other) for row in places for other in row[1:]], dtype=np.int64).reshape(-1, 2)
+        labels = joined(near_duplicate_groups(texts), within)
+        return cls(
+            texts=texts,
+            labels=labels,
+            owners=tuple(owners),
+            rows=places,
+            explicit=range(ends[-1], len(texts)),
+            pairs=Counter(row.topic for row in rows.heldout),
+            questions=Counter(question.topic for question in quizzes.questions),
+        )
+
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """In the order of their first row."""
+        return tuple(dict.fromkeys([*(topic for _, topic in self.owners), *self.pairs, *self.questions]))
+
+    def group(self, row: int) -> int:
+        return int(self.labels[self.rows[row][0]])
+
+
+# --- sides -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Groups:
+    """`fixed` groups have explicit held-out text, `drawn` ones the hash decides on.
+
+    `leaders` is where the leader of each group of training rows lies in [0, 1]. `several` counts groups of more than
+    one prompt; `moved` are those in which a member alone would lie on the other side.
+    """
+
+    fixed: frozenset[int]
+    drawn: frozenset[int]
+    leaders: Mapping[int, float]
+    several: int
+    moved: frozenset[int]
+
+
+def _groups(table: _Table, fraction: float) -> _Groups:
+    members: dict[int, set[bytes]] = {}
+    for label, text in zip(table.labels.tolist(), table.texts[: table.explicit.start], strict=False):
+        members.setdefault(label, set()).add(_digest(text))
+    fixed = frozenset(table.labels[table.explicit].tolist())
+    drawn = frozenset(table.group(row) for row, (_, topic) in enumerate(table.owners) if not table.pairs.get(topic))
+    several = {group: known for group, known in members.items() if len(known) > 1}
+    return _Groups(
+        fixed,
+        drawn - fixed,
+        {group: _position(min(known)) for group, known in members.items()},
+        len(several),
+        frozenset(
+            group for group, known in several.items() if len({_position(digest) < fraction for digest in known}) > 1
+        ),
+    )
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(normalised(text).encode(), digest_size=16).digest()
+
+
+def _short(text: str) -> str:
+    return _digest(text).hex()[:16]
+
+
+def _position(digest: bytes) -> float:
+    """Where a digest lies in [0, 1], by its second half; the first half ranks it."""
+    return int.from_bytes(digest[8:], "big") / 2**64
+
+
+def _sides(table: _Table, groups: _Groups, fraction: float) -> list[Side]:
+    held = {group for group in groups.drawn if groups.leaders[group] < fraction}
+    found = [table.group(row) for row in range(len(table.rows))]
+    return ["removed" if group in groups.fixed else "held_out" if group in held else "train" for group in found]
+
+
+def _keep_something(table: _Table, groups: _Groups, sides: list[Side]) -> int:
+    """Train the group that lies highest where a topic would have no row left of a kind; how many groups that were."""
+    places: dict[tuple[Kind, str], list[int]] = {}
+    for row, owner in enumerate(table.owners):
+        places.setdefault(owner, []).append(row)
+    kept = 0
+    for (kind, topic), mine in places.items():
+        if any(sides[row] == "train" for row in mine):
+            continue
+        held = {table.group(row) for row in mine if sides[row] == "held_out"}
+        if not held:
+            raise DataError(
+                f"topic {topic!r}: every prompt of its {_NAMES[kind]} stands in held-out rows or a quiz, exactly or "
+                "nearly: add rows with other prompts, or take those out of heldout.jsonl or quiz.json"
+            )
+        highest = max(held, key=lambda group: (groups.leaders[group], group))
+        sides[:] = ["train" if table.group(row) == highest else side for row, side in enumerate(sides)]
+        kept += 1
+    return kept
+
+
+_NAMES: Mapping[Kind, str] = {"sft": "SFT rows", "preferences": "preference pairs"}
+
+
+# --- what comes of it ------------------------------------------------------------------------------------------------
+
+
+def _on(rows: Rows, sides: Sequence[Side], side: Side) -> Rows:
+    """The training rows on one side."""
+    sft = tuple(row for row, found in zip(rows.sft, sides, strict=False) if found == side)
+    pairs = zip(rows.preferences, sides[len(rows.sft) :], strict=True)
+    return Rows(sft, tuple(row for row, found in pairs if found == side), ())
+
+
+def _facts(table: _Table, groups: _Groups, sides: Sequence[Side], kept: int, fraction: float) -> SplitFacts:
+    on: dict[Side, set[str]] = {"train": set(), "held_out": set(), "removed": set()}
+    for side, places in zip(sides, table.rows, strict=True):
+        on[side].update(_short(table.texts[place]) for place in places)
+    on["held_out"].update(_short(table.texts[place]) for place in table.explicit)
+    rows: dict[str, list[int]] = {topic: [] for topic in table.topics}
+    for row, (_, topic) in enumerate(table.owners):
+        rows[topic].append(row)
+    return SplitFacts(
+        fraction=fraction,
+        topics={topic: _topic(table, sides, topic, mine) for topic, mine in rows.items()},
+        trained=tuple(sorted(on["train"])),
+        held_out=tuple(sorted(on["held_out"])),
+        groups=groups.several,
+        groups_moved=len(groups.moved & groups.drawn),
+        kept=kept,
+    )
+
+
+def _topic(table: _Table, sides: Sequence[Side], topic: str, mine: Sequence[int]) -> TopicSplit:
+    def share(kind: Kind) -> Share:
+        counts = Counter(sides[row] for row in mine if table.owners[row][0] == kind)
+        return Share(counts["train"], counts["held_out"], counts["removed"])
+
+    prompts = {normalised(table.texts[place]) for row in mine for place in table.rows[row]}
+    pairs, questions = table.pairs.get(topic, 0), table.questions.get(topic, 0)
+    return TopicSplit(share("sft"), share("preferences"), pairs, questions, len(prompts))
+
+
+def _notes(removed: int) -> Iterator[str]:
+    if removed:
+        rows = "1 row is" if removed == 1 else f"{removed} rows are"
+        yield f"{rows} left out of training: the prompt stands, exactly or nearly, in held-out rows or in a quiz"

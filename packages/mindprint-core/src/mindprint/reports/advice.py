@@ -1,0 +1,221 @@
+"""What failed and what to try: by symptom, each with the figure that shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mindprint.curriculum.records import Figures, Forgetting
+from mindprint.events import StageName
+from mindprint.reports.phrases import interval, listed, number, percent, plural
+from mindprint.reports.record import RunRecord, finite
+from mindprint.voice.copying import ALLOWED, LONG, SHORT
+from mindprint.voice.scoring import MIN_SCORED_WORDS
+
+LOW_VOICE = 0.5
+"""A voice whose interval ends below this is nearer to the untuned model than to the person."""
+
+FEW_STOP = 0.5
+"""Share of answers that end by themselves below which most are cut off."""
+
+SUNK_REWARD = -1.0
+"""Mean reward of the chosen answers over a stage's last steps below which DPO lowers what it should raise."""
+
+LAST = 10
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What was seen, and what to change."""
+
+    symptom: str
+    remedy: str
+
+
+def advice(record: RunRecord) -> tuple[Advice, ...]:
+    """Everything that there is to say of a run, the worst first."""
+    figures = record.final.figures if record.final else Figures()
+    return (
+        *_broken_steps(record),
+        *_collapse(record),
+        *_not_evaluated(record),
+        *_copying(figures),
+        *_voice(figures),
+        *_failed(record),
+        *_forgotten(record),
+        *_answers(figures),
+        *_preferences(record, figures),
+        *_knowledge(figures),
+    )
+
+
+def forgotten(record: RunRecord) -> tuple[Forgetting, ...]:
+    """Earlier topics whose voice, as last looked at, lies below its interval of then."""
+    latest = {one.topic: one for found in record.evaluations or () for one in found.earlier}
+    return tuple(
+        one for one in latest.values() if one.voice_then and one.voice_now and one.voice_now.high < one.voice_then.low
+    )
+
+
+def _broken_steps(record: RunRecord) -> Iterator[Advice]:
+    odd = len(record.steps) - len(finite(step.loss for step in record.steps))
+    if odd:
+        yield Advice(
+            f"{plural(odd, 'step')} had no finite loss",
+            "compute in float32 (backend.dtype=float32), or lower the stage's learning_rate and max_grad_norm",
+        )
+    skipped = sum(step.skipped for step in record.steps)
+    if skipped > max(2, len(record.steps) // 20):
+        yield Advice(
+            f"{plural(skipped, 'step')} of {len(record.steps)} were skipped because float16 overflowed",
+            "use backend.dtype=bfloat16 or float32",
+        )
+
+
+def _collapse(record: RunRecord) -> Iterator[Advice]:
+    for stage in ("sft", "dpo"):
+        found = [one for one in record.evaluations or () if one.stage == stage and one.collapse]
+        if found:
+            names = listed(list(dict.fromkeys(record.title(one.name) for one in found)))
+            yield Advice(
+                f"the answers collapsed in {stage.upper()} of {names}: {'; '.join(found[0].collapse)}",
+                f"lower {stage}.learning_rate{_halved(record, stage)}, or train fewer {_length(record, stage)}",
+            )
+
+
+def _halved(record: RunRecord, stage: StageName) -> str:
+    if record.config is None:
+        return ""
+    rate = getattr(record.config, stage).learning_rate
+    return f" (it was {rate:g}; try {rate / 2:g})"
+
+
+def _length(record: RunRecord, stage: StageName) -> str:
+    by_steps = record.config is not None and getattr(record.config, stage).steps_per_topic is not None
+    return f"steps ({stage}.steps_per_topic)" if by_steps else f"epochs ({stage}.epochs_per_topic)"
+
+
+def _not_evaluated(record: RunRecord) -> Iterator[Advice]:
+    if record.evaluations is None:
+        yield Advice(
+            "nothing was evaluated: the run has no evaluations",
+            "give it held-out text: heldout.jsonl, or more rows for the split to hold some out; "
+            "`mindprint eval` measures a finished run",
+        )
+        return
+    for topic in record.topics:
+        found = record.at_the_end(topic) or record.trained(topic)
+        if found is None or found.figures.voice is not None:
+            continue
+        reason = found.figures.unmeasured.get("voice") or "; ".join(found.reasons) or "no reason was recorded"
+        yield Advice(f"{record.title(topic)} could not be evaluated: {reason}", _more_text(found.figures))
+
+
+def _more_text(figures: Figures) -> str:
+    lacking = MIN_SCORED_WORDS - figures.words
+    if lacking > 0:
+        return (
+            f"a score needs {MIN_SCORED_WORDS} words of answers to held-out prompts and there were {figures.words}: "
+            f"hold out prompts for at least {lacking} more words"
+        )
+    return "mend what the reason names, then evaluate again with `mindprint eval`"
+
+
+def _copying(figures: Figures) -> Iterator[Advice]:
+    for flag in figures.flagged:
+        if "recites" in flag:
+            yield Advice(
+                f"the model {flag}; a high voice proves nothing then",
+                "train fewer epochs (sft.epochs_per_topic), or give more and more varied text",
+            )
+        elif "repeat each other" in flag:
+            yield Advice(flag, "train fewer epochs, and vary the prompts and their answers in the data")
+
+
+def _voice(figures: Figures) -> Iterator[Advice]:
+    voice, untuned = figures.voice, figures.untuned_voice
+    if voice is None:
+        return
+    copied = figures.copy_rate is not None and figures.copy_rate > (figures.person_copy_rate or 0.0) + ALLOWED
+    if voice.high < LOW_VOICE and copied:
+        yield Advice(
+            f"the voice is low, {interval(voice)}, though {percent(figures.copy_rate)} of the words are copied",
+            "it learned texts rather than a voice: fewer epochs, or more text",
+        )
+    elif voice.low <= (untuned.high if untuned else 0.0):
+        yield Advice(
+            f"the voice, {interval(voice)}, is not above what chance does to the untuned model's",
+            "train longer or at a higher sft.learning_rate while the SFT loss still falls; otherwise raise adapter.r, "
+            "or give more text",
+        )
+
+
+def _failed(record: RunRecord) -> Iterator[Advice]:
+    for topic in record.topics:
+        if record.outcome(topic) != "failed":
+            continue
+        found = record.trained(topic) or record.at_the_end(topic)
+        reasons = "; ".join(found.reasons) if found else ""
+        yield Advice(
+            f"{record.title(topic)} failed" + (f": {reasons}" if reasons else ""),
+            "give this topic more rows; where its SFT loss still falls at the end, more epochs; where the answers read "
+            "well, its threshold is set too high",
+        )
+
+
+def _forgotten(record: RunRecord) -> Iterator[Advice]:
+    found = forgotten(record)
+    if found:
+        names = listed([record.title(one.topic) for one in found])
+        yield Advice(
+            f"forgotten since it was trained: {names}",
+            "lower the learning rates of later topics, train them fewer epochs, or mix rows of earlier topics in",
+        )
+
+
+def _answers(figures: Figures) -> Iterator[Advice]:
+    if figures.stopped is not None and figures.stopped < FEW_STOP:
+        yield Advice(
+            f"only {percent(figures.stopped)} of the answers come to an end by themselves",
+            "raise generation.max_new_tokens; if they then run on all the same, check that no row was cut at "
+            "data.max_length, which takes away the end that it should learn",
+        )
+    if figures.empty:
+        yield Advice(f"{percent(figures.empty)} of the answers are empty", "look for rows with very short completions")
+    if figures.length is not None and not SHORT <= figures.length <= LONG:
+        yield Advice(
+            f"answers are {number(figures.length)} times as long as the person's",
+            "see that the training rows are as long as what you want to hear",
+        )
+
+
+def _preferences(record: RunRecord, figures: Figures) -> Iterator[Advice]:
+    if figures.preference_accuracy is not None and figures.preference_accuracy < 0.5:
+        yield Advice(
+            f"on held-out pairs the chosen answer gained over the rejected one in only "
+            f"{percent(figures.preference_accuracy)}",
+            "see that chosen and rejected are not swapped in the data; else raise dpo.learning_rate or its steps",
+        )
+    last = [step for step in record.steps if step.stage == "dpo" and not step.undone][-LAST:]
+    chosen = finite(step.reward_chosen for step in last)
+    if chosen and sum(chosen) / len(chosen) < SUNK_REWARD:
+        yield Advice(
+            f"at the end of DPO the chosen answers themselves had become less likely (reward "
+            f"{number(sum(chosen) / len(chosen))})",
+            "lower dpo.learning_rate or its steps, or keep them likely with dpo.sft_weight",
+        )
+
+
+def _knowledge(figures: Figures) -> Iterator[Advice]:
+    before, after = figures.untuned_perplexity, figures.perplexity
+    if before is not None and after is not None and after > before:
+        yield Advice(
+            f"the person's held-out text became more surprising: perplexity {number(before, 1)} → {number(after, 1)}",
+            "it learned the rows by heart: fewer epochs or a lower sft.learning_rate",
+        )
+    had, has = figures.untuned_concept_coverage, figures.concept_coverage
+    if had is not None and has is not None and has < had:
+        yield Advice(
+            f"quizzes: fewer key concepts than before training, {percent(had)} → {percent(has)}",
+            "give rows that state these facts in the person's words",
+        )

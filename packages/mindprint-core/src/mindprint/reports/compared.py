@@ -1,0 +1,98 @@
+"""A comparison of two runs as a page: both loss curves, their deviation step by step, costs, and answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mindprint import atomic
+from mindprint.comparison import Comparison, StageCurves, deviation
+from mindprint.events import StageName
+from mindprint.reports.curves import MOST_POINTS, thinned
+from mindprint.reports.document import (
+    Block,
+    Document,
+    Line,
+    LineChart,
+    Paragraph,
+    Point,
+    Section,
+    SideBySide,
+    Table,
+    Tone,
+)
+from mindprint.reports.page import as_page
+
+MOST_ANSWERS = 40
+
+STAGES: tuple[StageName, ...] = ("sft", "dpo")
+TONES: tuple[Tone, Tone] = ("first", "third")
+
+
+def write_comparison(folder: Path, found: Comparison, tables: Sequence[Table], verdict: str) -> Path:
+    """Write `comparison.html` into a folder; `tables` and `verdict` are what the command prints."""
+    page = folder / "comparison.html"
+    atomic.write_text(page, as_page(_document(found, tables, verdict)))
+    return page
+
+
+def _document(found: Comparison, tables: Sequence[Table], verdict: str) -> Document:
+    names = " and ".join(side.name for side in found.sides)
+    sections = (
+        Section("Are they equivalent?", (Paragraph(f"{verdict[0].upper()}{verdict[1:]}."), *tables)),
+        Section("Learning curves", tuple(_curves(found))),
+        Section("Answers", tuple(_answers(found))),
+    )
+    return Document(f"{names}, compared", f"{len(found.stages)} stages", sections)
+
+
+def _curves(found: Comparison) -> Iterator[Block]:
+    for name in STAGES:
+        stages = [one for one in found.stages if one.stage == name]
+        if not stages:
+            continue
+        ends = (float(stages[0].first_step), float(stages[-1].first_step + len(stages[-1].losses[0]) - 1))
+        borders = tuple(one.first_step - 0.5 for one in stages[1:])
+        share = MOST_POINTS / max(1, sum(len(one.losses[0]) for one in stages))
+        losses = tuple(
+            _line(one, one.losses[place], side.name, tone, share)
+            for place, (side, tone) in enumerate(zip(found.sides, TONES, strict=True))
+            for one in stages
+        )
+        apart = tuple(_line(one, _deviations(one), "deviation", "second", share) for one in stages)
+        worst = max(one.greatest for one in stages)
+        if any(line.points for line in losses):
+            both = "Both runs' losses; where only one line is seen, they lie on each other."
+            yield _chart(f"{name.upper()} loss", both, losses, ends, borders)
+            greatest = f"|a - b| / (1 + a) at every step, {worst:.1e} at most."
+            yield _chart(f"{name.upper()} loss: deviation", greatest, apart, ends, borders)
+
+
+def _chart(
+    title: str, description: str, lines: Sequence[Line], span: tuple[float, float], borders: tuple[float, ...]
+) -> LineChart:
+    drawn = tuple(line for line in lines if line.points)
+    return LineChart(title, description, "optimizer step of the run", drawn, span, borders)
+
+
+def _line(stage: StageCurves, values: Sequence[float], label: str, tone: Tone, share: float) -> Line:
+    points: list[Point] = [
+        (float(stage.first_step + place), value) for place, value in enumerate(values) if math.isfinite(value)
+    ]
+    return Line(label, tone, tuple(thinned(points, max(2, int(share * len(points))))))
+
+
+def _deviations(stage: StageCurves) -> list[float]:
+    return [deviation([one], [other]) for one, other in zip(*stage.losses, strict=True)]
+
+
+def _answers(found: Comparison) -> Iterator[Block]:
+    if found.answers is None:
+        yield Paragraph("Not compared: a run kept none (no answers.jsonl).")
+        return
+    same = sum(one.identical for one in found.answers)
+    yield Paragraph(f"{same} of {len(found.answers)} are the same, word for word. Those that differ come first.")
+    for one in sorted(found.answers, key=lambda answer: answer.identical)[:MOST_ANSWERS]:
+        texts = tuple((side.name, text) for side, text in zip(found.sides, one.texts, strict=True))
+        yield SideBySide(one.prompt, "the same" if one.identical else "not the same", texts)

@@ -1,0 +1,513 @@
+"""What a report says, in its order, from a run's record."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from mindprint.config import Config
+from mindprint.curriculum.records import AnswerRecord, Decision, EvaluationRecord, Figures, Interval
+from mindprint.events import StageName
+from mindprint.reports.advice import advice, forgotten
+from mindprint.reports.curves import boundaries, curves
+from mindprint.reports.document import (
+    Block,
+    Bullets,
+    Document,
+    Dot,
+    DotChart,
+    LineChart,
+    Paragraph,
+    Section,
+    SideBySide,
+    Table,
+)
+from mindprint.reports.phrases import (
+    MISSING,
+    NONE,
+    change,
+    interval,
+    listed,
+    number,
+    percent,
+    plural,
+    why_missing,
+)
+from mindprint.reports.record import RunRecord, Step, finite
+from mindprint.voice.evaluation import FEW_PAIRS
+
+MOST_ANSWERS = 40
+MOST_CHARACTERS = 1500
+"""Of answers, how many and how much of each stand in a report; answers.jsonl has all."""
+
+STAGES: tuple[StageName, ...] = ("sft", "dpo")
+STEP = "optimizer step of the run"
+
+CANNOT_TELL = (
+    "The score compares how a text is written, not what it says: it cannot tell whether an answer is true, "
+    "and text of another writer of the same kind and time may score well too."
+)
+
+
+def contents(record: RunRecord) -> Document:
+    sections = (
+        Section("What came out", tuple(_outcome(record))),
+        Section("Learning curves", tuple(_learning(record))),
+        Section("Rewards and margins", tuple(_rewards(record))),
+        Section("Voice by topic", tuple(_voice(record))),
+        Section("Answers before and after", tuple(_answers(record))),
+        Section("Forgetting", tuple(_forgetting(record))),
+        Section("Copying", tuple(_copying(record))),
+        Section("Preferences and perplexity", tuple(_preferences(record))),
+        Section("Quizzes", tuple(_quizzes(record))),
+        Section("Decisions", tuple(_decisions(record))),
+        Section("What failed, and what to try", tuple(_advice(record))),
+        Section("Settings and versions", tuple(_settings(record))),
+    )
+    model = record.manifest.get("model", {}).get("name", "an unknown model")
+    state = "" if record.complete else ", not complete"
+    return Document(
+        f"A voice for {model}",
+        f"{record.name}{state}: {plural(len(record.topics), 'topic')}, {plural(len(record.steps), 'step')}",
+        sections,
+    )
+
+
+# --- what came out ---------------------------------------------------------------------------------------------------
+
+
+def _outcome(record: RunRecord) -> Iterator[Block]:
+    if not record.complete:
+        yield Paragraph("This run is not complete: what follows is what it had come to when this was written.")
+    yield Paragraph(" ".join([_voice_sentence(record), _topics_sentence(record), _copying_sentence(record)]))
+    yield Paragraph("What is not proven:")
+    yield Bullets(tuple(_not_proven(record)))
+    if record.broken:
+        yield Paragraph("What could not be read:")
+        yield Bullets(record.broken)
+
+
+def _voice_sentence(record: RunRecord) -> str:
+    figures = record.final.figures if record.final else None
+    if figures is None or figures.voice is None:
+        return f"The voice {MISSING}: {why_missing(figures, 'voice')}."
+    untuned = figures.untuned_voice
+    before = f"from {interval(untuned)} before training " if untuned else ""
+    verdict = _compared(figures.voice, untuned)
+    return (
+        f"On a scale from 0 (the untuned model) to 1 (the person) the voice went {before}to {interval(figures.voice)} "
+        f"after it: {verdict}. That is from {plural(figures.words, 'word')} of answers to "
+        f"{plural(figures.prompts, 'held-out prompt')}; in brackets the 95 % interval."
+    )
+
+
+def _compared(voice: Interval, untuned: Interval | None) -> str:
+    floor = untuned or Interval(0.0, 0.0, 0.0)
+    if voice.low > floor.high:
+        return "it rose beyond what chance would do"
+    if voice.high < floor.low:
+        return "it fell below the untuned model's"
+    return "the intervals overlap, so a change is not shown"
+
+
+def _topics_sentence(record: RunRecord) -> str:
+    outcomes = {topic: record.outcome(topic) for topic in record.topics}
+    counts = Counter(outcomes.values())
+    named = {"failed": "failed", "not evaluated": MISSING, "not trained": "not trained"}
+    parts = [f"{counts['passed']} passed"] if counts["passed"] else []
+    if counts["measured"]:
+        parts.append(f"{counts['measured']} measured, with no threshold set")
+    for outcome, words in named.items():
+        names = [record.title(topic) for topic, found in outcomes.items() if found == outcome]
+        if names:
+            parts.append(f"{len(names)} {words} ({listed(names)})")
+    return f"Of {plural(len(outcomes), 'topic')}: {'; '.join(parts) or 'none was trained'}."
+
+
+def _copying_sentence(record: RunRecord) -> str:
+    figures = record.final.figures if record.final else None
+    if figures is None or figures.copy_rate is None:
+        return f"Copying {MISSING}: {why_missing(figures, 'copy_rate')}."
+    if figures.flagged:
+        return f"Flagged: {'; '.join(figures.flagged)}."
+    return f"Nothing in the answers was flagged as copied or repeated ({percent(figures.copy_rate)} of the words)."
+
+
+def _not_proven(record: RunRecord) -> Iterator[str]:
+    final = record.final
+    if final is None:
+        yield "Anything about the finished adapter: the run has no final evaluation."
+    else:
+        figures = final.figures
+        if figures.voice and figures.voice.low <= (figures.untuned_voice.high if figures.untuned_voice else 0.0):
+            yield "That the voice changed at all: its interval reaches that of the untuned model."
+        for name, reason in figures.unmeasured.items():
+            yield f"{name.replace('_', ' ').capitalize()}: {reason}."
+        if 0 < figures.pairs < FEW_PAIRS:
+            yield f"The preference figures: only {plural(figures.pairs, 'held-out pair')}, so read them as hints."
+    unclear = [record.title(topic) for topic in record.topics if record.outcome(topic) == "not evaluated"]
+    if unclear and final is not None:
+        yield f"The voice of {listed(unclear)}: {MISSING}, which is neither pass nor fail."
+    yield CANNOT_TELL
+
+
+# --- curves ----------------------------------------------------------------------------------------------------------
+
+
+def _learning(record: RunRecord) -> Iterator[Block]:
+    if not record.steps:
+        yield Paragraph("No step was taken.")
+        return
+    borders = boundaries(record)
+    for stage in STAGES:
+        label = f"{stage.upper()} loss"
+        steps = [step for step in record.steps if step.stage == stage]
+        lines = curves(record, stage, lambda step: step.loss, label, "first")
+        if lines:
+            yield LineChart(label, _loss_described(steps, label), STEP, lines, _span(record), borders)
+        elif steps:
+            yield Paragraph(f"{label}: no step of {len(steps)} had a finite loss.")
+    odd = len(record.steps) - len(finite(step.loss for step in record.steps))
+    if odd:
+        yield Paragraph(f"{plural(odd, 'step')} had a loss that is no finite number, left out of the curves.")
+    yield _stage_table(record)
+
+
+def _loss_described(steps: Sequence[Step], label: str) -> str:
+    kept = finite(step.loss for step in steps if not step.undone)
+    undone = sum(step.undone for step in steps)
+    marked = f"; {plural(undone, 'step')} rolled back, drawn broken" if undone else ""
+    ends = f" from {kept[0]:.3f} at the first to {kept[-1]:.3f} at the last" if kept else ""
+    return f"{label} over {plural(len(steps), 'step')}{ends}{marked}. Each upright line begins another stage."
+
+
+def _span(record: RunRecord) -> tuple[float, float]:
+    return float(record.steps[0].step), float(record.steps[-1].step)
+
+
+def _stage_table(record: RunRecord) -> Table:
+    backends = {(stage.topic, stage.stage): stage.backend for stage in record.stages}
+    rows = []
+    for (topic, stage, attempt, undone), group in groupby(
+        record.steps, key=lambda step: (step.topic, step.stage, step.attempt, step.undone)
+    ):
+        steps = list(group)
+        rows.append(
+            (
+                record.title(topic),
+                stage.upper() + (f", attempt {attempt}" if attempt > 1 else ""),
+                backends.get((topic, stage), NONE),
+                str(len(steps)),
+                change(steps[0].loss, steps[-1].loss, 3),
+                f"{sum(finite(step.seconds for step in steps)):.1f}",
+                "rolled back" if undone else "kept",
+            )
+        )
+    header = ("topic", "stage", "backend", "steps", "loss, first → last", "seconds", "")
+    return Table("Stages, in the order in which they ran", header, tuple(rows), frozenset({3, 4, 5}))
+
+
+def _rewards(record: RunRecord) -> Iterator[Block]:
+    lines = (
+        *curves(record, "dpo", lambda step: step.reward_margin, "margin", "first"),
+        *curves(record, "dpo", lambda step: step.reward_chosen, "chosen", "second"),
+        *curves(record, "dpo", lambda step: step.reward_rejected, "rejected", "third"),
+    )
+    if not lines:
+        yield Paragraph("No preference step was taken." if not _has_dpo(record) else "No step has rewards.")
+        return
+    margins = finite(step.reward_margin for step in record.steps if step.stage == "dpo" and not step.undone)
+    ends = f" The margin goes from {margins[0]:.3f} to {margins[-1]:.3f}." if margins else ""
+    description = (
+        "Mean rewards of a step's chosen and rejected answers, beta times what the policy gained over the reference, "
+        f"and the margin between them.{ends}"
+    )
+    yield LineChart("Rewards and margins in DPO", description, STEP, lines, _span(record), boundaries(record))
+
+
+def _has_dpo(record: RunRecord) -> bool:
+    return any(step.stage == "dpo" for step in record.steps)
+
+
+# --- voice -----------------------------------------------------------------------------------------------------------
+
+
+def _voice(record: RunRecord) -> Iterator[Block]:
+    found = [(topic, record.at_the_end(topic) or record.trained(topic)) for topic in record.topics]
+    if record.evaluations is None or not any(one for _, one in found):
+        yield Paragraph(f"The voice of no topic was evaluated: {_no_evaluations(record)}")
+        return
+    rows = [(record.title(topic), _dots(one)) for topic, one in found]
+    if record.final:
+        rows.append(("all topics", _dots(record.final)))
+    yield DotChart(
+        "Voice by topic",
+        "For each topic the voice of the untuned and of the tuned model's answers with 95 % intervals, between the "
+        "floor, 0, and the ceiling, 1. The table below has the figures.",
+        tuple(rows),
+        (0.0, "untuned model"),
+        (1.0, "the person"),
+    )
+    yield _voice_table(record)
+
+
+def _dots(found: EvaluationRecord | None) -> tuple[Dot, ...]:
+    figures = found.figures if found else None
+    if figures is None or figures.voice is None:
+        return (Dot("tuned", "first", None, f"{MISSING}: {why_missing(figures, 'voice')}"),)
+    return (Dot("untuned", "third", figures.untuned_voice), Dot("tuned", "first", figures.voice))
+
+
+def _voice_table(record: RunRecord) -> Table:
+    rows = [_voice_row(record, topic) for topic in record.topics]
+    if record.final:
+        one = record.final
+        rows.append(("all topics", interval(one.figures.untuned_voice), NONE, _scored(one), str(one.figures.words),
+                     one.outcome, "; ".join(one.reasons)))  # fmt: skip
+    header = ("topic", "untuned", "after its training", "at the end", "words", "outcome", "why")
+    return Table("Voice, with 95 % intervals: 0 is the untuned model, 1 the person", header, tuple(rows),
+                 frozenset({1, 2, 3, 4}))  # fmt: skip
+
+
+def _voice_row(record: RunRecord, topic: str) -> tuple[str, ...]:
+    trained, ended = record.trained(topic), record.at_the_end(topic)
+    latest = ended or trained
+    figures = latest.figures if latest else Figures()
+    outcome = record.outcome(topic)
+    why = "; ".join((trained or latest).reasons) if (trained or latest) else "there was no evaluation"  # type: ignore[union-attr]
+    if not why and outcome == "not evaluated":
+        why = why_missing(figures, "voice")
+    return (
+        record.title(topic),
+        interval(figures.untuned_voice) if latest else NONE,
+        _scored(trained),
+        _scored(ended),
+        str(figures.words) if latest else NONE,
+        outcome,
+        why,
+    )
+
+
+def _scored(found: EvaluationRecord | None) -> str:
+    return interval(found.figures.voice) if found else NONE
+
+
+def _no_evaluations(record: RunRecord) -> str:
+    if record.evaluations is None:
+        return "the run has no evaluations.jsonl (it had no held-out text, or is older than evaluation in training)."
+    return "its evaluations.jsonl holds none of a topic."
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def _answers(record: RunRecord) -> Iterator[Block]:
+    if not record.answers:
+        yield Paragraph(
+            "The run kept no answers to held-out prompts (no answers.jsonl): its final evaluation did not run."
+        )
+        return
+    shown = _spread([one for one in record.answers if not one.quiz])
+    for one in shown:
+        yield _side_by_side(record, one)
+    more = sum(not one.quiz for one in record.answers) - len(shown)
+    if more > 0:
+        yield Paragraph(f"{plural(more, 'more prompt')} with all answers are in answers.jsonl.")
+
+
+def _spread(answers: Sequence[AnswerRecord]) -> list[AnswerRecord]:
+    """As many as may be shown, from every topic alike, in their order."""
+    turn: Counter[str] = Counter()
+    places = []
+    for place, one in enumerate(answers):
+        places.append((turn[one.topic], place))
+        turn[one.topic] += 1
+    return [answers[place] for place in sorted(place for _, place in sorted(places)[:MOST_ANSWERS])]
+
+
+def _side_by_side(record: RunRecord, one: AnswerRecord) -> SideBySide:
+    texts = (("before", one.untuned), ("after", one.tuned), ("the person", one.person))
+    note = f"key concepts that the answer lacks: {', '.join(one.missing)}" if one.missing else ""
+    return SideBySide(_clipped(one.prompt), record.title(one.topic), tuple((n, _clipped(t)) for n, t in texts), note)
+
+
+def _clipped(text: str) -> str:
+    more = len(text) - MOST_CHARACTERS
+    shown = text if more <= 0 else f"{text[:MOST_CHARACTERS]} […, {more} more characters]"
+    return shown if shown.strip() else "(empty)"
+
+
+# --- forgetting, copying, preferences, quizzes -----------------------------------------------------------------------
+
+
+def _forgetting(record: RunRecord) -> Iterator[Block]:
+    rows = [
+        (
+            f"{one.level} {record.title(one.name)}".strip(),
+            record.title(then.topic),
+            interval(then.voice_then),
+            interval(then.voice_now),
+            change(then.perplexity_then, then.perplexity_now, 1),
+        )
+        for one in record.evaluations or ()
+        for then in one.earlier
+    ]
+    if not rows:
+        yield Paragraph("No earlier topic was looked at again: that happens at the end of a unit with more than one.")
+        return
+    lost = forgotten(record)
+    names = listed([record.title(one.topic) for one in lost])
+    yield Paragraph(
+        f"Fell below its own interval since it was trained: {names}."
+        if lost
+        else "No topic's voice fell below the interval that it had right after its training."
+    )
+    header = ("looked at after", "topic", "voice then", "voice now", "perplexity, then → now")
+    yield Table("Earlier topics, right after their training and later", header, tuple(rows), frozenset({2, 3, 4}))
+
+
+def _by_topic(record: RunRecord) -> list[tuple[str, Figures]]:
+    found = [(record.title(topic), record.at_the_end(topic) or record.trained(topic)) for topic in record.topics]
+    rows = [(name, one.figures) for name, one in found if one]
+    return [*rows, ("all topics", record.final.figures)] if record.final else rows
+
+
+def _copying(record: RunRecord) -> Iterator[Block]:
+    measured = [(name, figures) for name, figures in _by_topic(record) if figures.copy_rate is not None]
+    if not measured:
+        yield Paragraph(f"Copying {MISSING}: {_why(record, 'copy_rate')}.")
+        return
+    overall = measured[-1][1]
+    if overall.longest_copy_text:
+        yield Paragraph(
+            "The longest run of words that stands in the training text as well: "
+            f"{plural(overall.longest_copy or 0, 'word')}, “{_clipped(overall.longest_copy_text)}”."
+        )
+    rows = tuple(
+        (
+            name,
+            percent(one.copy_rate),
+            percent(one.person_copy_rate),
+            NONE if one.longest_copy is None else plural(one.longest_copy, "word"),
+            percent(one.recited),
+            number(one.self_bleu),
+            number(one.person_self_bleu),
+            number(one.length),
+        )
+        for name, one in measured
+    )
+    header = ("topic", "copied words", "of the person's", "longest overlap", "recited answers", "self-BLEU",
+              "of the person's", "length")  # fmt: skip
+    yield Table("Overlap with the training text, of the answers with each other, and length over the person's", header,
+                rows, frozenset(range(1, 8)))  # fmt: skip
+
+
+def _preferences(record: RunRecord) -> Iterator[Block]:
+    measured = [(n, f) for n, f in _by_topic(record) if (f.perplexity, f.preference_accuracy) != (None, None)]
+    if not measured:
+        yield Paragraph(f"Preference accuracy and perplexity {MISSING}: {_why(record, 'preference_accuracy')}.")
+        return
+    rows = tuple(
+        (
+            name,
+            str(one.pairs),
+            percent(one.preference_accuracy),
+            number(one.preference_margin),
+            number(one.untuned_perplexity, 1),
+            number(one.perplexity, 1),
+        )
+        for name, one in measured
+    )
+    header = ("topic", "pairs", "chosen gained", "by, nats", "perplexity before", "after")
+    yield Table(
+        "Held-out pairs: how often, and by how much, training raised the chosen answer over the rejected one; and how "
+        "surprising the person's held-out text is",
+        header, rows, frozenset(range(1, 6)),
+    )  # fmt: skip
+
+
+def _quizzes(record: RunRecord) -> Iterator[Block]:
+    asked = [(name, figures) for name, figures in _by_topic(record) if figures.questions]
+    answers = [one for one in record.answers or () if one.quiz]
+    if not asked and not answers:
+        yield Paragraph("There were no quizzes (quiz.json in the data).")
+        return
+    rows = tuple(
+        (name, str(one.questions), percent(one.untuned_concept_coverage), percent(one.concept_coverage))
+        for name, one in asked
+    )
+    if rows:
+        header = ("topic", "questions", "before", "after")
+        yield Table("Share of the key concepts that answers name", header, rows, frozenset({1, 2, 3}))
+    for one in _spread(answers):
+        yield _side_by_side(record, one)
+
+
+def _why(record: RunRecord, name: str) -> str:
+    return why_missing(record.final.figures if record.final else None, name)
+
+
+# --- decisions, advice, settings -------------------------------------------------------------------------------------
+
+
+def _decisions(record: RunRecord) -> Iterator[Block]:
+    if not record.decisions:
+        yield Paragraph("Nothing had to be decided: no gate, threshold or roll-back acted.")
+        return
+    rows = tuple(
+        (str(one.step), record.title(one.topic), (one.stage or "").upper() or NONE, str(one.attempt), one.decision,
+         _because(one))
+        for one in record.decisions
+    )  # fmt: skip
+    header = ("step", "topic", "stage", "attempt", "decision", "why")
+    yield Table("Gates, retries, roll-backs and verdicts, in order", header, rows, frozenset({0, 3}))
+
+
+def _because(one: Decision) -> str:
+    words = [one.why] if one.why else []
+    if one.first_step is not None and one.last_step is not None:
+        words.append(f"steps {one.first_step} to {one.last_step} undone")
+    if one.change:
+        words.append("next: " + ", ".join(f"{name} × {factor:g}" for name, factor in one.change.items()))
+    return "; ".join(words)
+
+
+def _advice(record: RunRecord) -> Iterator[Block]:
+    found = advice(record)
+    if not found:
+        yield Paragraph("Nothing stood out.")
+        return
+    rows = tuple((one.symptom, one.remedy) for one in found)
+    yield Table("By symptom", ("what was seen", "what to try"), rows)
+
+
+def _settings(record: RunRecord) -> Iterator[Block]:
+    facts = [("mindprint", str(record.manifest.get("mindprint", NONE)))]
+    facts += [(f"model {key}", str(value)) for key, value in record.manifest.get("model", {}).items() if value]
+    for backend, environment in record.manifest.get("environment", {}).items():
+        facts += [(f"{backend}: {key}", str(value)) for key, value in environment.items()]
+    facts += [(f"digest of {key}", str(value)) for key, value in record.manifest.get("identity", {}).items()]
+    yield Table("What it ran on", ("", ""), tuple(facts))
+    if record.config is not None:
+        yield Table("Settings that are not the defaults", ("setting", "value"), tuple(_changed(record.config)))
+    splits = record.manifest.get("splits")
+    if isinstance(splits, Mapping):
+        yield Table("How text was held out", ("", ""), tuple(flattened(splits)))
+
+
+def _changed(config: Config) -> Iterator[tuple[str, str]]:
+    defaults = dict(flattened(Config().model_dump(mode="json")))
+    for name, value in flattened(config.model_dump(mode="json")):
+        if defaults.get(name) != value:
+            yield name, value
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as `section.name` and value in words."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", "null" if value is None else str(value)

@@ -1,0 +1,62 @@
+"""Curves of a run: strokes of metrics.jsonl's steps, thinned so that a picture of 100,000 of them stays small."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+
+from mindprint.events import StageName
+from mindprint.reports.document import Line, Point, Tone
+from mindprint.reports.record import RunRecord, Step
+
+MOST_POINTS = 3000
+"""Points of one curve in a chart; beyond them each bucket of neighbouring steps keeps its least and its greatest."""
+
+
+def curves(
+    record: RunRecord, stage: StageName, value: Callable[[Step], float | None], label: str, tone: Tone
+) -> tuple[Line, ...]:
+    """One stroke for each stage that was trained, those undone apart; x is the run's step."""
+    steps = [step for step in record.steps if step.stage == stage]
+    share = MOST_POINTS / max(1, len(steps))
+    lines = []
+    for undone, group in _strokes(steps):
+        measured = [(step.step, value(step)) for step in group]
+        points = [(float(step), found) for step, found in measured if found is not None and math.isfinite(found)]
+        kept = thinned(points, max(2, int(share * len(points))))
+        if kept:
+            lines.append(Line(f"{label}, rolled back" if undone else label, "undone" if undone else tone, tuple(kept)))
+    return tuple(lines)
+
+
+def boundaries(record: RunRecord) -> tuple[float, ...]:
+    """The steps at which training turns to another stage, topic or attempt: half a step before the first."""
+    changes = []
+    for before, after in zip(record.steps, record.steps[1:], strict=False):
+        if _of(before) != _of(after):
+            changes.append((before.step + after.step) / 2)
+    return tuple(changes)
+
+
+def thinned(points: Sequence[Point], most: int) -> list[Point]:
+    """At most about `most` points: of each bucket the lowest and the highest, in order, and both ends."""
+    if len(points) <= most:
+        return list(points)
+    inner = points[1:-1]
+    size = max(1, math.ceil(2 * len(inner) / max(1, most - 2)))
+    kept = [points[0]]
+    for start in range(0, len(inner), size):
+        bucket = inner[start : start + size]
+        ends = {min(bucket, key=lambda point: point[1]), max(bucket, key=lambda point: point[1])}
+        kept.extend(sorted(ends))
+    return [*kept, points[-1]]
+
+
+def _strokes(steps: Sequence[Step]) -> Iterator[tuple[bool, list[Step]]]:
+    for key, group in groupby(steps, key=_of):
+        yield key[-1], list(group)
+
+
+def _of(step: Step) -> tuple[str, str, int, bool]:
+    return step.topic, step.stage, step.attempt, step.undone

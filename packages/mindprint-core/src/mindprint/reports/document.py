@@ -1,0 +1,106 @@
+"""A report as a value: sections of blocks, which `markdown` and `page` each write in their way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mindprint.curriculum.records import Interval
+
+Tone = Literal["first", "second", "third", "undone"]
+"""How a line is drawn; `undone` marks steps that were rolled back."""
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+
+
+@dataclass(frozen=True)
+class Bullets:
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """`numbers`: the columns that are set flush right."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numbers: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Line:
+    """One stroke of a chart: points with finite coordinates, x not falling."""
+
+    label: str
+    tone: Tone
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """`span`: what of x is shown at least; `boundaries`: where on it a stage begins.
+
+    `description` says in words what the picture shows.
+    """
+
+    title: str
+    description: str
+    x_label: str
+    lines: tuple[Line, ...]
+    span: tuple[float, float]
+    boundaries: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A value with its interval, or None with the reason."""
+
+    label: str
+    tone: Tone
+    interval: Interval | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class DotChart:
+    """Rows of dots with intervals on one axis that shows at least `low` to `high`, with names for both ends."""
+
+    title: str
+    description: str
+    rows: tuple[tuple[str, tuple[Dot, ...]], ...]
+    low: tuple[float, str]
+    high: tuple[float, str]
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Texts on one prompt, each under its label."""
+
+    prompt: str
+    topic: str
+    texts: tuple[tuple[str, str], ...]
+    note: str = ""
+
+
+Block = Paragraph | Bullets | Table | LineChart | DotChart | SideBySide
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A whole report."""
+
+    title: str
+    subtitle: str
+    sections: tuple[Section, ...]

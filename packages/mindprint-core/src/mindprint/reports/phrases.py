@@ -1,0 +1,50 @@
+"""Figures in words. What could not be had is said to be so, and is never a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from mindprint.curriculum.records import Figures, Interval
+
+MISSING = "could not be evaluated"
+NONE = "–"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:.{digits}f}" if math.isfinite(value) else "not finite"
+
+
+def percent(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.0%}"
+
+
+def interval(value: Interval | None) -> str:
+    """A value with its 95 % interval."""
+    if value is None:
+        return MISSING
+    return f"{value.value:.2f} ({value.low:.2f} to {value.high:.2f})"
+
+
+def change(before: float | None, after: float | None, digits: int = 2) -> str:
+    return f"{number(before, digits)} → {number(after, digits)}" if (before, after) != (None, None) else MISSING
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """`3 topics`, `1 topic`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The names, or the first of them and how many more."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def why_missing(figures: Figures | None, name: str) -> str:
+    """Why a figure is None, in the evaluation's words."""
+    if figures is None:
+        return "there was no evaluation"
+    return figures.unmeasured.get(name) or "no reason was recorded"

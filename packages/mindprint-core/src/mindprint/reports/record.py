@@ -1,0 +1,215 @@
+"""A run's folder as one value, read and never written. Files that older or unfinished runs lack are None here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mindprint.config import Config, load_config
+from mindprint.curriculum.records import (
+    AnswerRecord,
+    Decision,
+    EvaluationRecord,
+    answer_from,
+    decision_from,
+    evaluation_from,
+)
+from mindprint.errors import MindprintError, RunError
+from mindprint.events import StageName
+from mindprint.training.run_folder import RunFolder
+
+EVALUATIONS_FILE = "evaluations.jsonl"
+DECISIONS_FILE = "decisions.jsonl"
+ANSWERS_FILE = "answers.jsonl"
+
+Record = TypeVar("Record")
+
+_VERDICTS = {"pass": "passed", "fail": "failed", "not evaluated": "not evaluated"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of metrics.jsonl. `undone`: it belongs to a stage or an attempt that was rolled back."""
+
+    topic: str
+    stage: StageName
+    step: int
+    loss: float
+    seconds: float
+    attempt: int = 1
+    undone: bool = False
+    skipped: bool = False
+    reward_chosen: float | None = None
+    reward_rejected: float | None = None
+    reward_margin: float | None = None
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage as the manifest lists it."""
+
+    topic: str
+    stage: StageName
+    steps: int
+    backend: str
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything that a report tells of.
+
+    `evaluations`, `decisions` and `answers` are None where the run has no such file, which is not the same as none.
+    `titles`: of topics, chapters and units by id. `config` is None where this version cannot read it. `broken` names
+    files with a line that is none.
+    """
+
+    path: Path
+    complete: bool
+    config: Config | None
+    manifest: Mapping[str, Any]
+    titles: Mapping[str, str]
+    stages: tuple[PlannedStage, ...]
+    steps: tuple[Step, ...]
+    evaluations: tuple[EvaluationRecord, ...] | None
+    decisions: tuple[Decision, ...] | None
+    answers: tuple[AnswerRecord, ...] | None
+    broken: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @cached_property
+    def topics(self) -> tuple[str, ...]:
+        """Every topic of the run, in order of training."""
+        return tuple(dict.fromkeys([*(stage.topic for stage in self.stages), *(step.topic for step in self.steps)]))
+
+    @property
+    def final(self) -> EvaluationRecord | None:
+        """The evaluation of the finished adapter on all held-out text."""
+        return self._last(lambda one: one.level == "final")
+
+    def trained(self, topic: str) -> EvaluationRecord | None:
+        """The evaluation right after the topic's training: that of the state which stood, if there is one."""
+        return self._last(lambda one: _about(one, topic) and one.stage is not None and not self.undone(one))
+
+    def at_the_end(self, topic: str) -> EvaluationRecord | None:
+        """The topic as the final evaluation found it, with everything trained."""
+        return self._last(lambda one: _about(one, topic) and one.stage is None)
+
+    def undone(self, record: EvaluationRecord) -> bool:
+        """Whether what was evaluated was rolled back afterwards."""
+        return any(
+            one.topic == record.name
+            and one.first_step is not None
+            and one.last_step is not None
+            and one.first_step <= record.step <= one.last_step
+            and (one.attempt, one.stage or record.stage) == (record.attempt, record.stage)
+            for one in self.decisions or ()
+        )
+
+    def outcome(self, topic: str) -> str:
+        """`passed`, `failed`, `not evaluated` or `measured`; `not trained` for one that the run did not reach."""
+        verdicts = [one.decision for one in self.decisions or () if one.topic == topic and one.decision in _VERDICTS]
+        if verdicts:
+            return _VERDICTS[verdicts[-1]]
+        if not any(step.topic == topic for step in self.steps):
+            return "not trained"
+        found = self.trained(topic) or self.at_the_end(topic)
+        if found is None:
+            return "not evaluated"
+        return "not evaluated" if found.figures.voice is None and found.outcome == "measured" else found.outcome
+
+    def title(self, name: str) -> str:
+        return self.titles.get(name) or name
+
+    def _last(self, wanted: Callable[[EvaluationRecord], bool]) -> EvaluationRecord | None:
+        return next((one for one in reversed(self.evaluations or ()) if wanted(one)), None)
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read a run, complete or not. Raises `RunError` in one line where `path` holds none, or an unreadable manifest."""
+    folder = RunFolder(path)
+    if not folder.holds_run:
+        what = "is no run (no manifest.json)" if path.is_dir() else "no such folder"
+        raise RunError(f"{path}: {what}; name the folder of a run, such as my-voice/runs/run-001")
+    manifest = _manifest(folder.manifest)
+    broken: list[str] = []
+    curriculum = manifest.get("curriculum")
+    titles = curriculum.get("titles", {}) if isinstance(curriculum, Mapping) else {}
+    return RunRecord(
+        path=path.resolve(),
+        complete=folder.complete,
+        config=_config(folder, broken),
+        manifest=manifest,
+        titles={str(name): str(title) for name, title in titles.items()} if isinstance(titles, Mapping) else {},
+        stages=tuple(PlannedStage(**stage) for stage in manifest.get("stages", ())),
+        steps=_read(folder.metrics, _step, broken) or (),
+        evaluations=_read(path / EVALUATIONS_FILE, evaluation_from, broken),
+        decisions=_read(path / DECISIONS_FILE, decision_from, broken),
+        answers=_read(path / ANSWERS_FILE, answer_from, broken),
+        broken=tuple(broken),
+    )
+
+
+def finite(values: Iterable[float | None]) -> list[float]:
+    """Those that are numbers."""
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def _about(record: EvaluationRecord, topic: str) -> bool:
+    return record.level == "topic" and record.name == topic
+
+
+def _manifest(file: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: cannot be read: {error}; it is the run's own record and cannot be rebuilt") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{file}: must hold a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _config(folder: RunFolder, broken: list[str]) -> Config | None:
+    try:
+        return load_config(folder.config).config
+    except MindprintError as error:
+        broken.append(str(error))
+        return None
+
+
+def _read(file: Path, parse: Callable[[Mapping[str, Any]], Record], broken: list[str]) -> tuple[Record, ...] | None:
+    """The records of a file up to the first line that is none: a crash cuts the last one off."""
+    if not file.is_file():
+        return None
+    found: list[Record] = []
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            found.append(parse(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            broken.append(f"{file.name}, line {number}: is not as this version writes it; what follows is left out")
+            break
+    return tuple(found)
+
+
+def _step(line: Mapping[str, Any]) -> Step:
+    rewards = {name: line.get(name) for name in ("reward_chosen", "reward_rejected", "reward_margin")}
+    return Step(
+        line["topic"],
+        line["stage"],
+        int(line["step"]),
+        float(line["loss"]),
+        float(line.get("seconds", 0.0)),
+        int(line.get("attempt") or 1),
+        undone=bool(line.get("rolled_back")),
+        skipped=bool(line.get("skipped")),
+        **rewards,
+    )

@@ -1,0 +1,122 @@
+"""Runs side by side: their final figures, the settings that differ, and whether the voices differ beyond chance."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mindprint.curriculum.records import Figures, Interval
+from mindprint.events import StageName
+from mindprint.reports.content import flattened
+from mindprint.reports.record import RunRecord
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """A run's final figures; None, with `unmeasured` saying why, where it was not evaluated.
+
+    `losses`: of the last step that stands, by stage. `topics`: how many passed, failed, ... .
+    """
+
+    run: str
+    complete: bool
+    figures: Figures | None
+    unmeasured: str
+    losses: Mapping[StageName, float]
+    topics: Mapping[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class VoiceDifference:
+    """The voice of `run` less that of the first run.
+
+    `beyond`: whether the two 95 % intervals lie apart; None where a voice is missing, for `reason`.
+    """
+
+    run: str
+    difference: float | None
+    beyond: bool | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class RunsCompared:
+    """`settings`: what differs, in the order of the runs. `cautions`: why figures may not be comparable."""
+
+    runs: tuple[RunFigures, ...]
+    settings: Mapping[str, tuple[str, ...]]
+    differences: tuple[VoiceDifference, ...]
+    cautions: tuple[str, ...]
+
+
+def compare_runs(records: Sequence[RunRecord]) -> RunsCompared:
+    """Two or more runs, each against the first."""
+    runs = tuple(_figures(record) for record in records)
+    return RunsCompared(
+        runs,
+        _settings(records),
+        tuple(_difference(runs[0], other) for other in runs[1:]),
+        tuple(_cautions(records)),
+    )
+
+
+def _figures(record: RunRecord) -> RunFigures:
+    figures = record.final.figures if record.final else None
+    kept = [step for step in record.steps if not step.undone and math.isfinite(step.loss)]
+    return RunFigures(
+        run=str(record.path),
+        complete=record.complete,
+        figures=figures,
+        unmeasured="" if figures else _why(record),
+        losses={step.stage: step.loss for step in kept},
+        topics=Counter(record.outcome(topic) for topic in record.topics),
+        seconds=sum(step.seconds for step in record.steps),
+    )
+
+
+def _why(record: RunRecord) -> str:
+    if record.evaluations is None:
+        return "it has no evaluations.jsonl: no held-out text, or older than evaluation in training"
+    return "it has no final evaluation" + ("" if record.complete else ", and is not complete")
+
+
+def _settings(records: Sequence[RunRecord]) -> dict[str, tuple[str, ...]]:
+    """Only what differs; a run whose configuration cannot be read has a `?` everywhere."""
+    each = [dict(flattened(record.config.model_dump(mode="json"))) if record.config else None for record in records]
+    names = dict.fromkeys(name for values in each for name in values or ())
+    rows = {name: tuple("?" if values is None else values.get(name, "null") for values in each) for name in names}
+    return {name: row for name, row in rows.items() if len(set(row)) > 1}
+
+
+def _difference(first: RunFigures, other: RunFigures) -> VoiceDifference:
+    one, two = (run.figures.voice if run.figures else None for run in (first, other))
+    if one is None or two is None:
+        lacking = [run.run for run, voice in ((first, one), (other, two)) if voice is None]
+        return VoiceDifference(other.run, None, None, f"no voice was evaluated in {' and '.join(lacking)}")
+    return VoiceDifference(other.run, two.value - one.value, apart(one, two))
+
+
+def apart(one: Interval, other: Interval) -> bool:
+    """Whether two intervals have nothing in common."""
+    return one.high < other.low or other.high < one.low
+
+
+def _cautions(records: Sequence[RunRecord]) -> list[str]:
+    def differs(*keys: str) -> bool:
+        return len({str(_at(record.manifest, keys)) for record in records}) > 1
+
+    found = []
+    if differs("identity", "base model"):
+        found.append("the runs have different bases: each voice is measured from its own untuned model")
+    if differs("splits", "digests", "held_out"):
+        found.append("the runs hold out different prompts: their figures are of different text")
+    return found
+
+
+def _at(values: object, keys: Sequence[str]) -> object:
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values

@@ -1,0 +1,258 @@
+"""The course of a run through its curriculum: what each stage is followed by.
+
+Stages come as planned, unless an evaluation says otherwise: a gate skips a topic's DPO, a collapse undoes a stage, a
+failed topic is tried again from where it began, a failure ends the run early. Every decision is on disk before it is
+acted on, and follows from evaluations that are greedy, so a run that was killed takes the same course again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from mindprint.config import Level
+from mindprint.contract import TrainingState
+from mindprint.curriculum.examiner import Examined, Examiner
+from mindprint.curriculum.policy import dpo_runs, judged
+from mindprint.curriculum.records import Decision, DecisionKind, EvaluationRecord, Figures, Forgetting, Outcome
+from mindprint.events import Decided, Evaluated, Event, Notice
+from mindprint.training.checkpoints import Cursor, checkpoint_name, read_checkpoint
+from mindprint.training.engine import Engine
+from mindprint.training.plan import StagePlan, total_steps
+from mindprint.training.prepare import Prepared
+from mindprint.training.run_folder import RunFolder
+
+VERDICTS: Mapping[Outcome, DecisionKind] = {"passed": "pass", "failed": "fail", "not evaluated": "not evaluated"}
+"""What a topic's outcome decides."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """The stage that comes next: `index` in the plan, after `step` optimizer steps, in an attempt at its topic.
+
+    `topic_step`: the optimizer steps before the topic's first attempt. Past the last index training is complete.
+    """
+
+    index: int = 0
+    step: int = 0
+    attempt: int = 1
+    topic_step: int = 0
+
+    @classmethod
+    def of(cls, cursor: Cursor) -> Position:
+        """The stage that a checkpoint lies in, or before."""
+        return cls(cursor.stage_index, cursor.step - cursor.stage_step, cursor.attempt, cursor.topic_step)
+
+
+class Course:
+    """Evaluates, decides, and records both."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        folder: RunFolder,
+        engine: Engine,
+        examiner: Examiner,
+        emit: Callable[[Event], None],
+    ) -> None:
+        self._prepared = prepared
+        self._folder = folder
+        self._engine = engine
+        self._examiner = examiner
+        self._emit = emit
+        self._settings = prepared.config.curriculum
+        self._evaluation = prepared.config.evaluation
+
+    def stage(self, position: Position) -> StagePlan:
+        """The planned stage at a position, as it is taken there."""
+        rate = self._settings.retry_learning_rate ** (position.attempt - 1)
+        return self._prepared.plans[position.index].taken(position.step, position.attempt, rate)
+
+    def after(self, plan: StagePlan, position: Position, state: TrainingState) -> tuple[Position, TrainingState]:
+        """What follows a stage that ended in `state`, which is in memory."""
+        step = plan.first_step + plan.steps
+        examined = self._examiner.examine([plan.topic]) if self._is_examined(plan) else None
+        if examined and examined.collapse:
+            if self._settings.roll_back:
+                self._record("topic", plan.topic, step, examined, plan=plan)
+                state = self._rolled_back(plan, step, examined.collapse)
+                examined = self._examiner.examine([plan.topic])
+            else:
+                self._warn_of_collapse(f"{plan.topic} {plan.stage}", examined.collapse)
+        gate = self._gate(plan, step, examined)
+        goes_on = self._has_dpo_next(plan) and (gate is None or gate.decision == "train")
+        outcome: tuple[Outcome, tuple[str, ...]] = ("measured", ())
+        if examined:
+            if not goes_on:
+                outcome = judged(self._evaluation.topic, examined.figures)
+            self._record("topic", plan.topic, step, examined, outcome, plan)
+        if gate:
+            self._decide(gate)
+        if goes_on:
+            return replace(position, index=plan.index + 1, step=step), state
+        return self._after_topic(plan, replace(position, step=step), state, outcome)
+
+    def finish(self) -> None:
+        """The evaluation at the run's end, of every topic that was trained; the adapter is in memory."""
+        if not self._evaluation.happens("final"):
+            return
+        topics, step = self._trained(), self._last_step()
+        examined = self._examiner.examine(topics, each=True)
+        for topic, figures in examined.topics.items():
+            self._write(EvaluationRecord("topic", topic, step, figures=figures))
+        outcome = judged(self._evaluation.final, examined.figures)
+        earlier = self._forgotten(topics[:-1], examined)
+        self._record("final", "", step, examined, outcome, earlier=earlier)
+        self._folder.write_answers(examined.answers)
+        if examined.collapse:
+            self._warn_of_collapse("the run", examined.collapse)
+
+    # --- a stage -----------------------------------------------------------------------------------------------------
+
+    def _is_examined(self, plan: StagePlan) -> bool:
+        if self._settings.roll_back:
+            return True
+        if self._has_dpo_next(plan) and self._settings.dpo != "never":
+            return not isinstance(self._settings.dpo, str)
+        return self._evaluation.happens("topic")
+
+    def _has_dpo_next(self, plan: StagePlan) -> bool:
+        following = self._prepared.plans[plan.index + 1 : plan.index + 2]
+        return any(one.topic == plan.topic for one in following)
+
+    def _gate(self, plan: StagePlan, step: int, examined: Examined | None) -> Decision | None:
+        """What the gate says of the topic's DPO, where there is one and the gate is not simply open."""
+        if not self._has_dpo_next(plan) or self._settings.dpo == "always":
+            return None
+        runs, why = dpo_runs(self._settings, examined.figures if examined else None)
+        return Decision("train" if runs else "skip", step, plan.topic, why, "dpo", plan.attempt)
+
+    def _rolled_back(self, plan: StagePlan, step: int, collapse: Sequence[str]) -> TrainingState:
+        why = "; ".join(collapse)
+        first = plan.first_step + 1
+        self._decide(Decision("roll back", step, plan.topic, why, plan.stage, plan.attempt, first, step))
+        self._folder.mark_rolled_back(first, step)
+        return self._restored(plan.first_step)
+
+    def _restored(self, step: int) -> TrainingState:
+        """The state of a checkpoint, also in memory."""
+        folder = self._folder.checkpoints / checkpoint_name(step)
+        state = read_checkpoint(folder, self._prepared.identity).state
+        self._engine.backend.restore(self._engine.model, state)
+        return state
+
+    def _warn_of_collapse(self, what: str, collapse: Sequence[str]) -> None:
+        words = f"{what}: {'; '.join(collapse)} (curriculum.roll_back=true would undo a stage that does this)"
+        self._emit(Notice(words, warning=True))
+
+    # --- a topic, and what ends with it ------------------------------------------------------------------------------
+
+    def _after_topic(
+        self, plan: StagePlan, position: Position, state: TrainingState, outcome: tuple[Outcome, tuple[str, ...]]
+    ) -> tuple[Position, TrainingState]:
+        found, reasons = outcome
+        why = "; ".join(reasons)
+        if found == "failed" and plan.attempt <= self._settings.retries:
+            return self._again(plan, position, why)
+        if found != "measured":
+            self._decide(Decision(VERDICTS[found], position.step, plan.topic, why, attempt=plan.attempt))
+        ended = self._ended(plan, position.step, "topic" if found == "failed" else None)
+        following = len(self._prepared.plans) if ended else self._index_after(plan.topic)
+        return Position(following, position.step, 1, position.step), state
+
+    def _again(self, plan: StagePlan, position: Position, why: str) -> tuple[Position, TrainingState]:
+        change = {"learning_rate": self._settings.retry_learning_rate}
+        first = position.topic_step + 1
+        decision = Decision("retry", position.step, plan.topic, why, None, plan.attempt, first, position.step, change)
+        self._decide(decision)
+        self._folder.mark_rolled_back(first, position.step)
+        index = next(one.index for one in self._prepared.plans if one.topic == plan.topic)
+        return replace(position, index=index, attempt=plan.attempt + 1), self._restored(position.topic_step)
+
+    def _ended(self, plan: StagePlan, step: int, failed: Level | None) -> bool:
+        """Evaluate the chapter and unit that end with a topic; whether a failure ends the run."""
+        failures = [(failed, plan.topic)] if failed else []
+        for part in self._prepared.outline.ending_with(plan.topic):
+            if self._evaluation.happens(part.level):
+                examined = self._examiner.examine(part.topics, each=True)
+                outcome = judged(self._evaluation.thresholds(part.level), examined.figures)
+                earlier = self._earlier(plan.topic, part.topics, examined) if part.level == "unit" else ()
+                self._record(part.level, part.name, step, examined, outcome, earlier=earlier)
+                failures += [(part.level, part.name)] if outcome[0] == "failed" else []
+        for level, name in failures:
+            if level == self._settings.stop_after:
+                self._decide(
+                    Decision("stop", step, plan.topic, f"{level} {name} failed and curriculum.stop_after is set")
+                )
+                return True
+        return False
+
+    def _earlier(self, topic: str, inside: Sequence[str], examined: Examined) -> tuple[Forgetting, ...]:
+        """Every topic trained before `topic`, as it was right after its training and as it is now."""
+        trained = self._trained()
+        before = trained[: trained.index(topic)]
+        outside = [one for one in before if one not in inside]
+        others = self._examiner.examine(outside, each=True).topics if outside else {}
+        return self._forgotten(before, replace(examined, topics={**others, **examined.topics}))
+
+    def _forgotten(self, topics: Sequence[str], examined: Examined) -> tuple[Forgetting, ...]:
+        then = {one.name: one.figures for one in self._folder.evaluations() if one.level == "topic" and one.stage}
+        none = Figures()
+        return tuple(
+            Forgetting(
+                topic,
+                then.get(topic, none).voice,
+                examined.topics[topic].voice,
+                then.get(topic, none).perplexity,
+                examined.topics[topic].perplexity,
+            )
+            for topic in topics
+        )
+
+    def _trained(self) -> list[str]:
+        """Topics with a step in metrics.jsonl, in order."""
+        taken = {line["topic"] for line in self._folder.read_steps()}
+        return [topic for topic in dict.fromkeys(plan.topic for plan in self._prepared.plans) if topic in taken]
+
+    def _last_step(self) -> int:
+        return max((line["step"] for line in self._folder.read_steps()), default=0)
+
+    def _index_after(self, topic: str) -> int:
+        return max(plan.index for plan in self._prepared.plans if plan.topic == topic) + 1
+
+    # --- writing down ------------------------------------------------------------------------------------------------
+
+    def _record(
+        self,
+        level: Level,
+        name: str,
+        step: int,
+        examined: Examined,
+        outcome: tuple[Outcome, tuple[str, ...]] = ("measured", ()),
+        plan: StagePlan | None = None,
+        earlier: tuple[Forgetting, ...] = (),
+    ) -> None:
+        stage, attempt = (plan.stage, plan.attempt) if plan else (None, 1)
+        self._write(
+            EvaluationRecord(level, name, step, stage, attempt, *outcome, examined.collapse, examined.figures, earlier)
+        )
+
+    def _write(self, record: EvaluationRecord) -> None:
+        self._folder.append_evaluation(record)
+        self._emit(Evaluated(record))
+
+    def _decide(self, decision: Decision) -> None:
+        self._folder.append_decision(decision)
+        self._emit(Decided(decision, self._planned_steps(decision)))
+
+    def _planned_steps(self, decision: Decision) -> int:
+        """The run's optimizer steps as now planned: those taken, and those of the stages still to come."""
+        plans = self._prepared.plans
+        if decision.decision == "stop":
+            return decision.step
+        index = self._index_after(decision.topic)
+        if decision.decision == "retry":
+            index = next(plan.index for plan in plans if plan.topic == decision.topic)
+        elif decision.decision == "train" or (decision.decision == "roll back" and decision.stage == "sft"):
+            index = next((plan.index for plan in plans if plan.topic == decision.topic and plan.stage == "dpo"), index)
+        return decision.step + total_steps(plans[index:])

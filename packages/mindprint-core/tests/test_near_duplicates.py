@@ -1,0 +1,123 @@
+"""Near-duplicate prompts, against comparing every pair as sets."""
+
+import random
+import time
+from collections.abc import Callable
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from mindprint.data import near_duplicates
+from mindprint.data.near_duplicates import near_duplicate_groups, normalised
+
+
+def by_sets(texts: list[str]) -> list[int]:
+    """The definition, pair by pair."""
+    plain = [normalised(text) for text in texts]
+    grams = [{f" {text} ".ljust(4)[i : i + 4] for i in range(max(len(text) - 1, 1))} for text in plain]
+    digits = ["".join(c if c.isdigit() else " " for c in text).split() for text in plain]
+    labels = list(range(len(texts)))
+    for a, b in combinations(range(len(texts)), 2):
+        near = plain[a] == plain[b] or 10 * len(grams[a] & grams[b]) >= 7 * len(grams[a] | grams[b])
+        if near and digits[a] == digits[b] and labels[a] != labels[b]:
+            low, high = sorted((labels[a], labels[b]))
+            labels = [low if label == high else label for label in labels]
+    return labels
+
+
+def drawn_words(count: int, rng: random.Random) -> list[str]:
+    return ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 8))) for _ in range(count)]
+
+
+def of_words(count: int, vocabulary: int, length: int) -> list[str]:
+    rng = random.Random(vocabulary)
+    words = drawn_words(vocabulary, rng)
+    return [" ".join(rng.choices(words, k=length)) for _ in range(count)]
+
+
+def from_a_template(count: int, template: str) -> list[str]:
+    rng = random.Random(0)
+    first, second = drawn_words(100, rng), drawn_words(100, rng)
+    return [template.format(a, b) for a in first for b in second][:count]
+
+
+CASES: dict[str, Callable[[int], list[str]]] = {
+    "ten words": lambda count: of_words(count, 10, 8),
+    "twenty words": lambda count: of_words(count, 20, 8),
+    "a thousand words": lambda count: of_words(count, 1000, 10),
+    "a template": lambda count: from_a_template(count, "What is the {} of {}?"),
+    "a long template": lambda count: from_a_template(count, "Please tell me now what the {} of the {} is"),
+    "numbers": lambda count: [f"question {number}" for number in range(count)],
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "near"),
+    [
+        ("Is there tea?", "is  there TEA", True),
+        ("Is there tea?", "Is there tea", True),
+        ("What do you make of the old lighthouse?", "What do you make of the old lighthouses?", True),
+        ("What do you make of the old lighthouse?", "What do you make of the new harbour?", False),
+        ("question 12", "question 13", False),
+        ("Explain rule 3.5 of the ferry", "Explain rule 3.6 of the ferry", False),
+        ("ﬁne ＴＥＡ", "fine tea", True),
+        ("Straße", "STRASSE", True),
+        ("?", "!", False),
+        ("", "", True),
+        ("किताब", "कतब", False),
+    ],
+)
+def test_what_is_near(first: str, second: str, near: bool) -> None:
+    assert near_duplicate_groups([first, second]).tolist() == [0, 0 if near else 1]
+
+
+def test_the_threshold_is_met_exactly() -> None:
+    """`abcdefg` has 6 grams with a space on either side. One letter more: 5 shared of 8. Fifteen and one: 14 of 17."""
+    assert near_duplicate_groups(["abcdefg", "abcdefgh"]).tolist() == [0, 1]  # 5 / 8 = 0.625
+    assert near_duplicate_groups(["abcdefgijk", "abcdefgijkl"]).tolist() == [0, 0]  # 8 / 11 = 0.727
+    # 7 / 10 on the nose: 8 grams against 9, 7 of them shared.
+    assert near_duplicate_groups(["abcdefghi", "abcdefghij"]).tolist() == [0, 0]
+
+
+def test_groups_are_transitive_and_named_by_their_first_text() -> None:
+    chain = ["tell me of the ferry and the sea" + " and the wind and the rain"[:end] for end in range(0, 29, 7)]
+    ends = near_duplicate_groups([chain[0], chain[-1]]).tolist()
+    assert ends == [0, 1]
+    assert near_duplicate_groups(["apples", *chain, "pears"]).tolist() == [0, 1, 1, 1, 1, 1, 6]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("many", [near_duplicates.MANY_CANDIDATES, -1])
+def test_as_comparing_every_pair(case: str, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By bands, and (no candidate is few enough) by matrix products."""
+    monkeypatch.setattr(near_duplicates, "MANY_CANDIDATES", many)
+    texts = CASES[case](300)
+    assert near_duplicate_groups(texts).tolist() == by_sets(texts)
+
+
+def test_products_are_bounds_where_grams_outnumber_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near_duplicates, "MANY_CANDIDATES", -1)
+    monkeypatch.setattr(near_duplicates, "COLUMNS", 64)
+    monkeypatch.setattr(near_duplicates, "BLOCK", 50)
+    texts = CASES["ten words"](300)
+    assert near_duplicate_groups(texts).tolist() == by_sets(texts)
+
+
+def test_long_texts_are_found_by_a_sketch() -> None:
+    """Two texts of 800 words with 5 % of the words changed; another of the same words in another order is not near."""
+    rng = random.Random(1)
+    words = rng.choices(drawn_words(3000, rng), k=800)
+    changed = [word if index % 20 else "other" for index, word in enumerate(words)]
+    shuffled = rng.sample(words, len(words))
+    assert near_duplicate_groups([" ".join(text) for text in (words, changed, shuffled)]).tolist() == [0, 0, 2]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ten_thousand_prompts_take_seconds(case: str) -> None:
+    """Under 3 s each, alone on two cores; here the seconds of both, which others' work changes little."""
+    texts = CASES[case](10_000)
+    started = time.process_time()
+    groups = near_duplicate_groups(texts)
+    assert time.process_time() - started < 20
+    assert np.array_equal(groups[groups], groups)

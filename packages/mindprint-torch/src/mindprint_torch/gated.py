@@ -1,0 +1,116 @@
+"""Gated feed-forward blocks with LoRA, `down(silu(gate(x)) * up(x))`, as one differentiable function.
+
+Of autograd's chain of such a block five arrays `[tokens, inner]` stay in memory for the backward pass, and each of its
+steps writes new ones. Here two stay, the products of gate and up; the rest is computed again from them, in place.
+That a block computes this and nothing else is measured when the adapter is injected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mindprint_torch.lora import NAME, is_fusible
+
+PROBE_TOKENS = 4
+
+
+def fuse_gated(network: nn.Module) -> None:
+    """Have every gated block whose three layers have plain LoRA answer in one piece."""
+    for block in _candidates(network):
+        if _is_gated(block):
+            block.forward = partial(_forward, block)
+
+
+def _candidates(network: nn.Module) -> Iterator[Any]:
+    for module in network.modules():
+        layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        if all(is_fusible(layer) and layer.base_layer.bias is None for layer in layers):
+            yield module
+
+
+@torch.no_grad()
+def _is_gated(block: Any) -> bool:
+    weight = block.gate_proj.base_layer.weight
+    values = torch.linspace(-3, 3, PROBE_TOKENS * weight.shape[1], device=weight.device, dtype=weight.dtype)
+    x = values.sin().view(1, PROBE_TOKENS, -1)
+    try:
+        expected = block(x)
+    except Exception:  # noqa: BLE001  a block that takes more than hidden states may fail in any way
+        return False
+    if not isinstance(expected, Tensor) or expected.shape != x.shape:
+        return False
+    tolerance = 1e-4 if weight.dtype == torch.float32 else 5e-2
+    return bool((_gated(block, x) - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def _forward(block: Any, x: Tensor) -> Tensor:
+    layers = (block.gate_proj, block.up_proj, block.down_proj)
+    if any(layer.disable_adapters or layer.lora_dropout[NAME].training for layer in layers):
+        return type(block).forward(block, x)  # type: ignore[no-any-return]
+    return _gated(block, x)
+
+
+def _gated(block: Any, x: Tensor) -> Tensor:
+    layers: tuple[lora.Linear, ...] = (block.gate_proj, block.up_proj, block.down_proj)
+    tensors = [
+        tensor
+        for layer in layers
+        for tensor in (layer.base_layer.weight, layer.lora_A[NAME].weight, layer.lora_B[NAME].weight)
+    ]
+    scales = tuple(layer.scaling[NAME] for layer in layers)
+    answer: Tensor = GatedBlock.apply(x, scales, *tensors)  # type: ignore[no-untyped-call]
+    return answer
+
+
+class GatedBlock(torch.autograd.Function):
+    """`down(silu(gate(x)) * up(x))` for `x` `[..., in]`; W, A and B of gate, up and down in turn, W frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scales: tuple[float, float, float], *tensors: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        gate_w, gate_a, gate_b, up_w, up_a, up_b, down_w, down_a, down_b = (part.to(x.dtype) for part in tensors)
+        low = rows @ torch.cat([gate_a, up_a]).T
+        gate_low, up_low = low.split([len(gate_a), len(up_a)], dim=1)
+        gate = (rows @ gate_w.T).addmm_(gate_low, gate_b.T, alpha=scales[0])
+        up = (rows @ up_w.T).addmm_(up_low, up_b.T, alpha=scales[1])
+        inner = functional.silu(gate).mul_(up)
+        down_low = inner @ down_a.T
+        answer = (inner @ down_w.T).addmm_(down_low, down_b.T, alpha=scales[2])
+        ctx.save_for_backward(rows, low, gate, up, down_low, *tensors)
+        ctx.scales = scales
+        return answer.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
+        rows, low, gate, up, down_low, *tensors = ctx.saved_tensors
+        gate_w, gate_a, gate_b, up_w, up_a, up_b, down_w, down_a, down_b = (part.to(rows.dtype) for part in tensors)
+        gate_scale, up_scale, down_scale = ctx.scales
+        gradient = outer[0].reshape(rows.shape)
+        by_down_low = (gradient @ down_b).mul_(down_scale)
+        by_inner = (gradient @ down_w).addmm_(by_down_low, down_a)
+        activated = functional.silu(gate)
+        by_down_a = by_down_low.T @ (activated * up)
+        by_down_b = (down_low.T @ gradient).mul_(down_scale).T
+        by_up = activated.mul_(by_inner)
+        by_gate = torch.ops.aten.silu_backward(by_inner.mul_(up), gate)
+        del by_inner
+        ranks = [len(gate_a), len(up_a)]
+        by_low = torch.cat([(by_gate @ gate_b).mul_(gate_scale), (by_up @ up_b).mul_(up_scale)], dim=1)
+        both_a = torch.cat([gate_a, up_a])
+        by_gate_a, by_up_a = (by_low.T @ rows).split(ranks)
+        gate_low, up_low = low.split(ranks, dim=1)
+        by_gate_b = (gate_low.T @ by_gate).mul_(gate_scale).T
+        by_up_b = (up_low.T @ by_up).mul_(up_scale).T
+        by_x = None
+        if ctx.needs_input_grad[0]:
+            by_x = (by_gate @ gate_w).addmm_(by_up, up_w).addmm_(by_low, both_a).view(outer[0].shape)
+        factors = (by_gate_a, by_gate_b, by_up_a, by_up_b, by_down_a, by_down_b)
+        ga, gb, ua, ub, da, db = (factor.float() for factor in factors)
+        return by_x, None, None, ga, gb, None, ua, ub, None, da, db

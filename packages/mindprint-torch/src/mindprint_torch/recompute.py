@@ -1,0 +1,28 @@
+"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): of each layer only what goes in is kept.
+
+transformers' own switch works in training mode alone, in which a model drops out what its configuration says; here the
+layers stay in evaluation mode, and only the adapter's dropout, if any, is drawn again as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+@contextmanager
+def recomputed(network: nn.Module, *, enabled: bool) -> Iterator[None]:
+    """Within this context, backward passes included, activations within a layer are computed again, not kept."""
+    layers = [layer for layer in network.modules() if enabled and isinstance(layer, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

@@ -1,0 +1,156 @@
+"""Layers in one piece against PEFT's own forward and autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from mindprint.backend import Backend
+from mindprint.contract import LoadedModel, PreferenceBatch, TokenBatch, Update
+from mindprint.losses import PreferenceLoss
+from mindprint_torch import steps
+from mindprint_torch.gated import fuse_gated
+from mindprint_torch.recompute import recomputed
+
+Load = Callable[..., LoadedModel]
+MakeBatch = Callable[..., TokenBatch]
+MakePairs = Callable[..., PreferenceBatch]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def answers_and_gradients(forward: Callable[[Tensor], Tensor], x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    """What a layer answers, then the gradients of a weighted sum of it by `x` and by the factors."""
+    answer = forward(x)
+    weights = torch.linspace(-1, 1, answer.numel()).view(answer.shape).to(answer.dtype)
+    return [answer, *torch.autograd.grad((weights * answer).sum(), [x, *factors])]
+
+
+def hidden(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn((2, 7, width), generator=generator).to(dtype).requires_grad_()
+
+
+def factors_of(module: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def assert_near(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        assert (one - other).abs().max() <= tolerance * other.abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_a_layer_in_one_piece_is_pefts_layer(train: Load, name: str, dtype: str, tolerance: float) -> None:
+    """Of these q_proj has a bias."""
+    layer: Any = train("qwen2", dtype).handle.network.get_submodule(f"model.layers.1.{name}")
+    assert "forward" in vars(layer)
+    x = hidden(layer.in_features, DTYPES[dtype])
+    expected = answers_and_gradients(lambda x: lora.Linear.forward(layer, x), x, factors_of(layer))
+    assert_near(answers_and_gradients(layer, x, factors_of(layer)), expected, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 5e-6), ("bfloat16", 4e-2)])
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+def test_a_gated_block_in_one_piece_is_the_block(train: Load, architecture: str, dtype: str, tolerance: float) -> None:
+    block: Any = train(architecture, dtype).handle.network.get_submodule("model.layers.1.mlp")
+    assert "forward" in vars(block)
+    x = hidden(32, DTYPES[dtype])
+    expected = answers_and_gradients(lambda x: type(block).forward(block, x), x, factors_of(block))
+    assert_near(answers_and_gradients(block, x, factors_of(block)), expected, tolerance)
+
+
+def test_blocks_that_compute_something_else_are_left_alone(train: Load) -> None:
+    """Gemma's activation is GELU; GPT-2's block is not gated; a block may do more than its layers say."""
+    gemma = train("gemma2").handle.network.get_submodule("model.layers.0.mlp")
+    gpt2 = train("gpt2").handle.network.get_submodule("transformer.h.0.mlp")
+    assert "forward" not in vars(gemma)
+    assert "forward" not in vars(gpt2)
+    block = train("llama").handle.network.get_submodule("model.layers.0.mlp")
+    del block.forward
+    doubled = type("Doubled", (type(block),), {"forward": lambda self, x: 2 * type(block).__mro__[1].forward(self, x)})
+    block.__class__ = doubled
+    fuse_gated(block)
+    assert "forward" not in vars(block)
+
+
+def test_transposed_layers_and_float16_stay_with_peft(train: Load) -> None:
+    for model in (train("gpt2"), train("llama", "float16")):
+        assert not [layer for layer in model.handle.adapter.layers.values() if "forward" in vars(layer)]
+
+
+def test_nothing_is_kept_for_the_frozen_weights(train: Load) -> None:
+    """The backward pass gives the base no gradient, and none to an input that needs none."""
+    layer: Any = train("llama").handle.network.get_submodule("model.layers.0.self_attn.q_proj")
+    layer(hidden(32).detach()).sum().backward()
+    assert layer.base_layer.weight.grad is None
+    assert layer.lora_A["default"].weight.grad.abs().max() > 0
+
+
+def test_a_batch_in_parts_is_the_batch(
+    backend: Backend,
+    train: Load,
+    token_batch: MakeBatch,
+    preference_batch: MakePairs,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Losses, gradient norms and the order of the pairs, whatever the parts."""
+    rows, pairs = token_batch(rows=6), preference_batch(pairs=5)
+    sft, dpo = Update(1e-3, rows.loss_tokens), Update(1e-3, int(pairs.chosen_lengths.sum()), 5)
+
+    def both(most_tokens: int) -> tuple[Any, Any]:
+        monkeypatch.setattr(steps, "TOKENS_AT_ONCE", most_tokens)
+        monkeypatch.setattr(steps, "GROUP_OVERHEAD", 1000 if most_tokens > 1000 else 0)
+        first, second = train("qwen2"), train("qwen2")
+        return backend.sft_step(first, [rows], sft), backend.dpo_step(second, [pairs], PreferenceLoss(), dpo)
+
+    whole, parts = both(10_000), both(25)
+    for one, other in zip(whole, parts, strict=True):
+        assert other.loss == pytest.approx(one.loss, abs=1e-6)
+        assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
+    np.testing.assert_allclose(parts[1].chosen_log_probs, whole[1].chosen_log_probs, atol=1e-5)
+    np.testing.assert_allclose(parts[1].rejected_log_probs, whole[1].rejected_log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "gpt2"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_checkpointing_changes_no_number(
+    backend: Backend, train: Load, token_batch: MakeBatch, architecture: str, dropout: float
+) -> None:
+    batch = token_batch()
+    update = Update(1e-3, batch.loss_tokens, seed=4)
+    kept = backend.sft_step(train(architecture, dropout=dropout), [batch], update)
+    model = train(architecture, dropout=dropout)
+    again = backend.sft_step(model, [batch], replace(update, gradient_checkpointing=True))
+    assert again.loss == pytest.approx(kept.loss, abs=1e-6)
+    assert again.grad_norm == pytest.approx(kept.grad_norm, rel=1e-5)
+
+
+def test_checkpointing_keeps_less(train: Load) -> None:
+    """Bytes that autograd holds on to between the passes."""
+
+    def held(*, enabled: bool) -> int:
+        model, found = train("qwen2").handle, {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        base = {tensor.untyped_storage().data_ptr() for tensor in model.network.parameters()}
+        tokens = torch.arange(48)[None] % 61
+        with (
+            recomputed(model.network, enabled=enabled),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            model.head.hidden_states(tokens)
+        return sum(size for pointer, size in found.items() if pointer not in base)
+
+    assert held(enabled=True) < 0.25 * held(enabled=False)
