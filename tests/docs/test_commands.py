@@ -95,6 +95,10 @@ mindprint eval b
 
 
 def shorten(config: Path) -> None:
-    """One step a stage and short answers: what is tested is that the commands do what the page says."""
+    """One step a stage, few and short answers: what is tested is that the commands do what the page says."""
     text = re.sub(r"(epochs|steps)_per_topic: \d+", "steps_per_topic: 1", config.read_text(encoding="utf-8"))
+    text = re.sub(r"^(  levels:) .*", r"\1 [final]", text, flags=re.MULTILINE).replace(
+        "prompts_per_topic: 8", "prompts_per_topic: 1"
+    )
+    text = re.sub(r"^  (topic|roll_back|retries):.*\n", "", text, flags=re.MULTILINE)
     config.write_text(f"{text}\ngeneration: {{max_new_tokens: 8}}\n", encoding="utf-8")

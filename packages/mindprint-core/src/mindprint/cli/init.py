@@ -61,8 +61,8 @@ dpo:  # then: prefer it to the plain answer
 evaluation:  # on held-out text, while it trains
   levels: [topic, chapter, unit, final]
   prompts_per_topic: 8
-  topic: {{perplexity_ratio: 1.0}}  # held-out text must not have become less probable, or the topic has failed
-  final: {{perplexity_ratio: 1.0, copy_rate: 0.5}}  # add voice: 0.5 (0: untuned, 1: the person) to ask for more
+  topic: {{perplexity_ratio: 1.1}}  # held-out text must not become less probable than that, or the topic failed
+  final: {{perplexity_ratio: 1.1, copy_rate: 0.5}}  # add voice: 0.5 (0: untuned, 1: the person) to ask for more
 
 curriculum:
   dpo: always  # always, never, or a number: only where the voice after SFT is below it
