@@ -253,3 +253,33 @@ def eventful_settings() -> Project:
 def eventful(project: Project, tmp_path: Path) -> Path:
     """A whole run in which much happens."""
     return train(project, tmp_path / "whole", **eventful_settings()).run
+
+
+def test_quizzes_are_asked_and_one_without_rows_is_named(project: Project, tmp_path: Path) -> None:
+    for topic in (TOPICS[0], "u9/stars"):
+        folder = tmp_path / "data" / topic
+        folder.mkdir(parents=True)
+        question = {"question": f"What of {topic}?", "reference_answers": ["Aye."], "key_concepts": ["honey"]}
+        (folder / "quiz.json").write_text(json.dumps([question]))
+    heard: list[Event] = []
+    result = mindprint.train(project, run=tmp_path / "run", on_event=heard.append)
+    warnings = [one.message for one in heard if isinstance(one, Notice) and one.warning]
+    assert any("the quiz of topic 'u9/stars' is not asked while training" in words for words in warnings)
+    final = RunFolder(result.run).evaluations()[-1].figures
+    assert (final.questions, final.concept_coverage) == (1, 0.0)
+    quizzed = [one for one in answers(result.run) if one.quiz]
+    assert [(one.topic, one.person, one.missing) for one in quizzed] == [(TOPICS[0], "Aye.", ("honey",))]
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(project: Project, tmp_path: Path) -> None:
+    heard: list[Event] = []
+
+    def take_its_place(event: Event) -> None:
+        heard.append(event)
+        if isinstance(event, StepDone) and event.step == 1:
+            (tmp_path / "run" / "report.html").mkdir()
+
+    result = mindprint.train(project, run=tmp_path / "run", on_event=take_its_place)
+    assert (result.adapter / "adapter_model.safetensors").is_file()
+    warnings = [one.message for one in heard if isinstance(one, Notice) and one.warning]
+    assert any(words.startswith("no report: ") and "mindprint report" in words for words in warnings)

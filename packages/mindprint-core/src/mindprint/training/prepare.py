@@ -70,7 +70,7 @@ def prepare(file: ConfigFile) -> Prepared:
     identity = _identity(config, model, tokenizer, sft.examples, preferences.examples, start)
     probe = _probe(file, model, tokenizer, split.held_out.pairs)
     notes = dict.fromkeys([*tokenizer.notes, *sft.notes, *preferences.notes, *_cuts(config, sft, preferences)])
-    told = (*(Notice(note) for note in notes), *_of_split(split, quizzes), *_publishes(probe))
+    told = (*(Notice(note) for note in notes), *_of_split(split, quizzes, named), *_publishes(probe))
     return Prepared(file, model, tokenizer, *by_topic, plans, identity, probe, split, outline, told, start)
 
 
@@ -82,9 +82,14 @@ def _readable(quizzes: Quizzes) -> Quizzes:
     return quizzes
 
 
-def _of_split(split: Split, quizzes: Quizzes) -> Iterator[Notice]:
+def _of_split(split: Split, quizzes: Quizzes, outline: Outline) -> Iterator[Notice]:
     for words in (*split.notes, *quizzes.without_references):
         yield Notice(words, warning=True)
+    for topic in dict.fromkeys(question.topic for question in quizzes.questions):
+        if topic not in outline.topics:
+            yield Notice(
+                f"the quiz of topic {topic!r} is not asked while training: no row has this topic", warning=True
+            )
     if why := split.nothing_held_out():
         yield Notice(why)
 

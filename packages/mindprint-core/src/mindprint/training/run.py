@@ -22,7 +22,7 @@ from mindprint.adapter.targets import resolve_targets
 from mindprint.config import Config, ConfigFile, DpoConfig, dump_config, load_config, make_config, merged
 from mindprint.contract import AdapterSite, AdapterState, LoraConfig, TrainingState
 from mindprint.curriculum.examiner import Examiner
-from mindprint.errors import BackendError, Interrupted, RunError
+from mindprint.errors import BackendError, Interrupted, MindprintError, RunError
 from mindprint.events import (
     CheckpointWritten,
     Event,
@@ -136,7 +136,7 @@ class _Run:
                 self._write_adapter(state.adapter)
             finally:
                 self.engine.release()
-        write_reports(self.folder)
+        self._write_reports()
         self._emit(RunFinished(str(self.folder.path), str(self.folder.adapter), perf_counter() - started))
         return RunResult(self.folder.path, self.folder.adapter, stage_results(self.folder), verdicts(self.folder))
 
@@ -392,6 +392,13 @@ class _Run:
             self.engine, self.placements[-1], adapter, prepared.tokenizer, prepared.probe, self._notice
         )
         write_final_adapter(self.folder.adapter, adapter, prepared.model, prepared.config, fingerprint)
+
+    def _write_reports(self) -> None:
+        """What cannot be reported of a run does not undo it: its adapter is whole."""
+        try:
+            write_reports(self.folder)
+        except (MindprintError, OSError) as error:
+            self._notice(f"no report: {error}; try again with: mindprint report {self.folder.path}", warning=True)
 
     # --- telling -----------------------------------------------------------------------------------------------------
 
