@@ -69,6 +69,8 @@ def test_what_has_collapsed() -> None:
     assert collapsed(HALF, LIVELY, LIVELY) == ()
     assert collapsed(Figures(), [said(), said(), said(1, 2)], LIVELY) == ("67% of the answers are empty",)
     assert collapsed(Figures(), [said(*[7] * 20)] * 2, LIVELY) == ("100% of the answers are one repeated token",)
+    assert collapsed(Figures(), [said(*[7] * 20)] * 2, [said(*[3] * 20)] * 2) == ()
+    assert collapsed(Figures(), [said()] * 2, [said()] * 2) == ()
     endless = [said(1, 2, 3, 4, stopped=False)] * 2
     assert collapsed(Figures(), endless, LIVELY) == ("the answers no longer stop by themselves (0%; untuned 100%)",)
     assert collapsed(Figures(), endless, endless) == ()

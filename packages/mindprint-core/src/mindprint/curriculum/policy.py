@@ -52,16 +52,19 @@ def _held_against(thresholds: Thresholds, figures: Figures) -> Iterator[tuple[st
 
 
 def collapsed(figures: Figures, tuned: Sequence[Generation], untuned: Sequence[Generation]) -> tuple[str, ...]:
-    """What says that the model is broken: empty answers, one repeated token, never stopping, less voice than untuned.
+    """What says that training broke the model: empty answers, one repeated token, no end, less voice than untuned.
 
-    A model that never stopped untuned (a base without an end of turn) is not broken for going on.
+    An untuned model that answers so itself (a base that never learned to answer, or to stop) is not broken by training.
     """
     found = []
     if not tuned:
         return ()
-    if (empty := _share(len(one.tokens) == 0 for one in tuned)) > MOSTLY or (figures.empty or 0) > MOSTLY:
-        found.append(f"{max(empty, figures.empty or 0):.0%} of the answers are empty")
-    if (repeated := _share(_one_token(one) for one in tuned)) > MOSTLY:
+    empty, empty_before = (_share(len(one.tokens) == 0 for one in side) for side in (tuned, untuned))
+    empty = max(empty, figures.empty or 0)
+    if empty > MOSTLY >= empty_before:
+        found.append(f"{empty:.0%} of the answers are empty")
+    repeated, repeated_before = (_share(_one_token(one) for one in side) for side in (tuned, untuned))
+    if repeated > MOSTLY >= repeated_before:
         found.append(f"{repeated:.0%} of the answers are one repeated token")
     stopped, before = (_share(one.stop_reason == "stop" for one in side) for side in (tuned, untuned))
     if before >= STOPS and stopped <= NEVER_STOPS:
