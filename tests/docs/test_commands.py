@@ -54,7 +54,7 @@ def test_the_pages_have_the_blocks_that_they_should() -> None:
     """What a mistake of the reader would lose: the README's sequence, and how many blocks there are."""
     readme = [words for block in BLOCKS[ROOT / "README.md"] if not block.reason for words in block.commands()]
     assert [words[1] for words in readme] == [
-        "init", "train", "generate", "eval", "verify", "train", "merge", "convert",
+        "init", "train", "generate", "eval", "report", "verify", "train", "compare", "merge", "convert",
     ]  # fmt: skip
     assert sum(map(len, BLOCKS.values())) >= 20
 

@@ -173,6 +173,7 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert main(["init", "my-voice"]) == 0
     config = tmp_path / "my-voice" / "mindprint.yaml"
     short = re.sub(r"epochs_per_topic: \d+", "steps_per_topic: 1", config.read_text(encoding="utf-8"))
+    short = re.sub(r"prompts_per_topic: \d+", "prompts_per_topic: 1", short)
     config.write_text(re.sub(r"steps_per_topic: \d+", "steps_per_topic: 1", short), encoding="utf-8")
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300)
     assert "my-voice/runs/run-001/adapter" in done.stdout

@@ -51,6 +51,7 @@ def project(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"model: {{name: {qwen3}}}\nbackend: {{dtype: float32}}\n"
         "sft: {steps_per_topic: 3, batch_size: 2, learning_rate: 1e-3}\n"
         "dpo: {steps_per_topic: 2, batch_size: 2, learning_rate: 1e-3}\n"
+        "generation: {max_new_tokens: 8}\n"
     )
     return folder
 
@@ -81,7 +82,7 @@ def test_an_mlx_run_imports_no_torch(tmp_path: Path) -> None:
         "from mindprint.cli import main\n"
         "assert main(['init', 'voice']) == 0\n"
         "assert main(['train', 'voice', 'backend.type=mlx', 'sft.epochs_per_topic=null', 'sft.steps_per_topic=1',"
-        " 'dpo.steps_per_topic=1']) == 0\n"
+        " 'dpo.steps_per_topic=1', 'evaluation.prompts_per_topic=2']) == 0\n"
         "assert main(['generate', 'voice', '--prompt', 'Hello?', '--max-new-tokens', '3']) == 0\n"
         "assert main(['eval', 'voice']) == 0\n"
         "print(sorted({'torch', 'peft', 'trl', 'pandas', 'datasets'} & set(sys.modules)))\n"

@@ -64,6 +64,8 @@ def voice(run: Run, qwen2: Path) -> str:
     write_rows(data / "sft.jsonl", rows)
     write_rows(data / "preferences.jsonl", wanted)
     write_rows(data / "heldout.jsonl", [{**row, "prompt": f"what of the {row['topic']}?"} for row in wanted[::4]])
+    with Path("voice/mindprint.yaml").open("a") as config:
+        config.write("\ngeneration: {max_new_tokens: 16}  # a random model never stops by itself\n")
     return "voice"
 
 

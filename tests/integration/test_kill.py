@@ -46,6 +46,7 @@ def project(qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"sft: {{steps_per_topic: {STEPS['sft']}, learning_rate: 1e-2}}\n"
         f"dpo: {{steps_per_topic: {STEPS['dpo']}, learning_rate: 1e-3}}\n"
         f"checkpoints: {{every: {EVERY}}}\n"
+        "generation: {max_new_tokens: 8}\n"
     )
     return folder
 
