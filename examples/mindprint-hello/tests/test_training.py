@@ -55,6 +55,9 @@ def test_the_commands_of_the_pages_run(page: str, tmp_path: Path) -> None:
         if words[0] == "init":
             config = tmp_path / words[1] / "mindprint.yaml"
             short = re.sub(r"(epochs|steps)_per_topic: \d+", "steps_per_topic: 1", config.read_text(encoding="utf-8"))
+            short = f"{short}\ngeneration: {{max_new_tokens: 16}}\n".replace(
+                "prompts_per_topic: 8", "prompts_per_topic: 1"
+            )
             config.write_text(
                 f"{short}\ndata: {{max_length: 64}}\n" if "\ndata:" not in short else short, encoding="utf-8"
             )
