@@ -115,9 +115,11 @@ def test_long_texts_are_found_by_a_sketch() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_ten_thousand_prompts_take_seconds(case: str) -> None:
-    """Under 3 s each, alone on two cores; here the seconds of both, which others' work changes little."""
+    """In processor seconds, which others' work changes little."""
     texts = CASES[case](10_000)
     started = time.process_time()
     groups = near_duplicate_groups(texts)
-    assert time.process_time() - started < 20
+    seconds = time.process_time() - started
+    print(f"10,000 prompts, {case}: {seconds:.1f} processor seconds")
+    assert seconds < 20
     assert np.array_equal(groups[groups], groups)

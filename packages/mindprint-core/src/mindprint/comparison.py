@@ -20,7 +20,7 @@ from mindprint.curriculum.records import Interval
 from mindprint.errors import RunError
 from mindprint.events import StageName
 from mindprint.reports.phrases import why_missing
-from mindprint.reports.record import RunRecord, Step
+from mindprint.reports.record import RunRecord, Step, Stretch
 from mindprint.training.costs import Costs, read_costs
 from mindprint.training.run_folder import RunFolder
 
@@ -186,12 +186,8 @@ def _stages(first: RunRecord, other: RunRecord) -> tuple[tuple[StageCurves, ...]
     return tuple(found), uneven
 
 
-_Stage = tuple[str, StageName, int, bool]
-
-
-def _by_stage(steps: Sequence[Step]) -> dict[_Stage, list[Step]]:
-    grouped = groupby(steps, key=lambda step: (step.topic, step.stage, step.attempt, step.undone))
-    return {key: list(group) for key, group in grouped}
+def _by_stage(steps: Sequence[Step]) -> dict[Stretch, list[Step]]:
+    return {key: list(group) for key, group in groupby(steps, key=lambda step: step.stretch)}
 
 
 def deviation(first: Sequence[float], other: Sequence[float]) -> float:

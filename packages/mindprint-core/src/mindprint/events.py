@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     from mindprint.curriculum.records import Decision, EvaluationRecord
 
 StageName = Literal["sft", "dpo"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+"""In the order in which a topic takes them."""
 
 
 @dataclass(frozen=True)

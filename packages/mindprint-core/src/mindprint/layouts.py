@@ -204,16 +204,16 @@ def groups_of_like_length(lengths: Int32, most_tokens: int, overhead: int) -> tu
     return tuple(reversed(groups))
 
 
-def token_rows(batch: TokenBatch, rows: Int32) -> TokenBatch:
-    """Some rows of a batch, no wider than they need; what they share, if anything, is forgotten."""
+def token_rows(batch: TokenBatch, rows: NDArray[np.integer]) -> TokenBatch:
+    """Some rows of a batch, no wider than they need. Of rows that share prompts: first ones, then their second ones."""
+    shared = None if batch.shared is None else batch.shared[rows[: len(rows) // 2]]
     width = int(batch.lengths[rows].max(initial=1))
-    return TokenBatch(batch.tokens[rows, :width], batch.lengths[rows], batch.loss_mask[rows, :width])
+    return TokenBatch(batch.tokens[rows, :width], batch.lengths[rows], batch.loss_mask[rows, :width], shared)
 
 
-def pairs_of(batch: PreferenceBatch, pairs: Int32) -> PreferenceBatch:
+def pairs_of(batch: PreferenceBatch, pairs: NDArray[np.integer]) -> PreferenceBatch:
     """Some pairs of a batch."""
-    present: dict[str, Any] = {name: values[pairs] for name, values in vars(batch).items() if values is not None}
-    return PreferenceBatch(**present)
+    return replace(batch, **{name: values[pairs] for name, values in vars(batch).items() if values is not None})
 
 
 def _parts(batch: TokenBatch) -> tuple[Int32, Int32]:

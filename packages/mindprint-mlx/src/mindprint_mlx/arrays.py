@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -52,3 +53,19 @@ def scalar(value: mx.array) -> float:
 def to_numpy(values: mx.array) -> Float32:
     """A float32 copy in NumPy's memory, row by row."""
     return np.array(values.astype(mx.float32), dtype=np.float32, order="C")
+
+
+BLOCK = 64
+"""How many terms are added one after another."""
+
+
+def in_blocks(values: mx.array, reduced: Callable[..., mx.array]) -> mx.array:
+    """A sum over the last axis of `[n, terms]`, `[n]`, of blocks and blocks of blocks: `reduced` is MLX's own.
+
+    One after another, each of thousands of small terms is lost beside a sum that is there already.
+    """
+    while (width := values.shape[-1]) > BLOCK:
+        whole = width - width % BLOCK
+        sums = reduced(values[:, :whole].reshape(len(values), -1, BLOCK), axis=-1)
+        values = sums if whole == width else mx.concatenate([sums, values[:, whole:]], axis=-1)
+    return reduced(values, axis=-1)

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
+from mindprint_mlx.arrays import in_blocks
 from mindprint_mlx.imports import mlx_lm_module
 
 STEPS = 64.0
@@ -150,9 +151,6 @@ def _attention_vjp(
 
 # --- log-softmax -----------------------------------------------------------------------------------------------------
 
-BLOCK = 64
-"""How many terms are added one after another."""
-
 
 def log_softmax_at(logits: mx.array, targets: mx.array) -> mx.array:
     """The log-softmax of float32 logits `[n, vocabulary]` at the targets `[n]`, `[n]`.
@@ -168,7 +166,7 @@ def _log_softmax_at(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.a
     shifted = logits - mx.take_along_axis(logits, targets, axis=-1)
     greatest = mx.max(shifted, axis=-1, keepdims=True)
     exponentials = exp(shifted - greatest)
-    total = _block_sum(exponentials)[:, None]
+    total = in_blocks(exponentials, mx.sum)[:, None]
     return -(greatest + mx.log(total))[:, 0], exponentials, total
 
 
@@ -181,12 +179,3 @@ def _log_softmax_at_vjp(
     slopes = exponentials * (-ahead / total)
     at_targets = ahead + mx.take_along_axis(slopes, targets, axis=-1)
     return mx.put_along_axis(slopes, targets, at_targets, axis=-1), mx.zeros_like(targets)
-
-
-def _block_sum(values: mx.array) -> mx.array:
-    """Sums over the last axis in blocks and blocks of blocks: of thousands of terms each small one would be lost."""
-    while (width := values.shape[-1]) > BLOCK:
-        whole = width - width % BLOCK
-        sums = mx.sum(values[:, :whole].reshape(len(values), -1, BLOCK), axis=-1)
-        values = sums if whole == width else mx.concatenate([sums, values[:, whole:]], axis=-1)
-    return mx.sum(values, axis=-1)

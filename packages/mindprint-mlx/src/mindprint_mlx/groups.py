@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import replace
 from functools import cache
 from threading import Lock, local
 from typing import TypeVar
@@ -101,7 +100,7 @@ def row_groups(lengths: Int32, count: int, least: int = 1) -> list[Rows]:
 
 
 def token_groups(handle: Handle, batch: TokenBatch) -> list[Rows]:
-    """Groups of a batch's rows; rows that share a prompt stay together, and a group's first halves come first."""
+    """Groups of a batch's rows, for `layouts.token_rows`: rows that share a prompt stay together."""
     if batch.shared is None:
         return _groups(handle, batch.lengths)
     half = len(batch.shared)
@@ -117,15 +116,3 @@ def pair_groups(handle: Handle, batch: PreferenceBatch) -> list[Rows]:
 def _groups(handle: Handle, lengths: Int32) -> list[Rows]:
     least = max(LEAST_TOKENS, LEAST_WORK // max(handle.parameters, 1))
     return row_groups(lengths, cores(handle.device), least)
-
-
-def rows_of(batch: TokenBatch, rows: Rows) -> TokenBatch:
-    """Some rows of a batch, in the order of `token_groups`."""
-    shared = None if batch.shared is None else batch.shared[rows[: len(rows) // 2]]
-    width = int(batch.lengths[rows].max(initial=1))
-    return TokenBatch(batch.tokens[rows, :width], batch.lengths[rows], batch.loss_mask[rows, :width], shared)
-
-
-def pairs_of(batch: PreferenceBatch, pairs: Rows) -> PreferenceBatch:
-    """Some pairs of a batch."""
-    return replace(batch, **{name: values[pairs] for name, values in vars(batch).items() if values is not None})

@@ -15,10 +15,10 @@ import mlx.core as mx
 import numpy as np
 
 from mindprint.contract import Float32, TokenBatch
-from mindprint.layouts import Continued, Layout, continued, sequences
+from mindprint.layouts import Continued, Layout, continued, sequences, token_rows
 from mindprint_mlx import adapter as adapters
 from mindprint_mlx import cpu, groups
-from mindprint_mlx.arrays import to_numpy
+from mindprint_mlx.arrays import in_blocks, to_numpy
 from mindprint_mlx.model import Handle
 from mindprint_mlx.prompts import hidden_states
 from mindprint_mlx.recompute import checkpointed
@@ -26,15 +26,12 @@ from mindprint_mlx.recompute import checkpointed
 LOGITS_BYTES = 64 * 2**20
 """No float32 array of logits is larger than this."""
 
-BLOCK = 64
-"""How many terms `log_sum_exp` adds one after another."""
-
 
 def log_probs(handle: Handle, batch: TokenBatch, *, adapter: bool) -> Float32:
     """Log-probs under the mask, float32 `[rows, T]`, 0 elsewhere, of the base alone or with its adapter."""
     values = np.zeros(batch.tokens.shape, np.float32)
     rows = groups.token_groups(handle, batch)
-    layouts = [chosen_layout(handle, groups.rows_of(batch, some)) for some in rows]
+    layouts = [chosen_layout(handle, token_rows(batch, some)) for some in rows]
     with handle.in_use(adapter=adapter):
         found = groups.side_by_side(handle.device, [partial(answers, handle, layout, {}) for layout in layouts])
         for some, layout, answered in zip(rows, layouts, found, strict=True):
@@ -157,11 +154,7 @@ def log_sum_exp(values: mx.array) -> mx.array:
     MLX's own adds one term after another on a CPU: of a confident model's thousands of small probabilities each is
     lost beside a sum near 1, which made log-probs too high by 7e-6 on average (3072 tokens; more with more).
     """
-    while (width := values.shape[-1]) > BLOCK:
-        whole = width - width % BLOCK
-        sums = mx.logsumexp(values[:, :whole].reshape(len(values), -1, BLOCK), axis=-1)
-        values = sums if whole == width else mx.concatenate([sums, values[:, whole:]], axis=-1)
-    return mx.logsumexp(values, axis=-1)
+    return in_blocks(values, mx.logsumexp)
 
 
 def _assign(handle: Handle, factors: Mapping[str, mx.array]) -> None:

@@ -48,7 +48,7 @@ def dpo_step(handle: Handle, batches: Sequence[PreferenceBatch], loss: Preferenc
     """One step on `loss.total`, without dropout; reports the policy's summed log-probs before the update."""
     rows = [groups.pair_groups(handle, batch) for batch in batches]
     parts = [
-        [Piece(_dpo_loss(handle, groups.pairs_of(batch, pairs), loss, update)) for pairs in each]
+        [Piece(_dpo_loss(handle, layouts.pairs_of(batch, pairs), loss, update)) for pairs in each]
         for batch, each in zip(batches, rows, strict=True)
     ]
     metrics, reported = _step(handle, parts, update)
@@ -75,7 +75,7 @@ def _sft_pieces(handle: Handle, batch: TokenBatch, update: Update, key: mx.array
     keys = [key] if len(rows) == 1 else list(mx.random.split(key, len(rows)))
     mx.eval(keys)  # for other threads
     return [
-        Piece(_sft_loss(handle, groups.rows_of(batch, some), update), part)
+        Piece(_sft_loss(handle, layouts.token_rows(batch, some), update), part)
         for some, part in zip(rows, keys, strict=True)
     ]
 

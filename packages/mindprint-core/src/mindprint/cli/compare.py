@@ -24,7 +24,7 @@ from mindprint.comparison import (
 )
 from mindprint.config import load_config
 from mindprint.errors import BackendError
-from mindprint.events import StageName
+from mindprint.events import STAGES, StageName
 from mindprint.plugins import canonical_name, find_backend
 from mindprint.reports import read_run
 from mindprint.reports.compared import write_comparison
@@ -36,8 +36,6 @@ SHOWN = 3
 """Answers that differ, of which the words are shown."""
 
 NOT_RECORDED = "not recorded"
-
-STAGES: tuple[StageName, ...] = ("sft", "dpo")
 
 
 @click.command("compare", short_help="Are two backends' runs equivalent?")

@@ -18,6 +18,7 @@ from mindprint.data.render import PreferenceExample, Rendered, SftExample, rende
 from mindprint.errors import DataError
 from mindprint.inference import OpenedAdapter, locate_adapter, open_adapter
 from mindprint.plugins import load_scorers
+from mindprint.reports.phrases import interval
 from mindprint.voice.answers import answer_held_out, asked_of, reference_of, unread
 from mindprint.voice.assessment import Assessed, Assessment, assess
 from mindprint.voice.copying import Copying
@@ -233,6 +234,4 @@ def _voice_row(topic: str, assessed: Assessed) -> tuple[str, ...]:
 
 
 def _interval(score: VoiceScore | NotScored) -> str:
-    if isinstance(score, NotScored):
-        return "not scored"
-    return f"{score.value:.2f} ({score.low:.2f} to {score.high:.2f})"
+    return "not scored" if isinstance(score, NotScored) else interval(score)

@@ -23,6 +23,7 @@ from mindprint.events import (
     StageStarted,
     StepDone,
 )
+from mindprint.reports.phrases import MISSING, interval
 
 SECONDS_BETWEEN_LINES = 10.0
 """How often a plain line is written while a stage goes on."""
@@ -164,9 +165,7 @@ def _evaluated(record: EvaluationRecord) -> str:
 
 
 def _voice(voice: Interval | None, why_none: str) -> str:
-    if voice is None:
-        return f"voice could not be evaluated ({why_none})"
-    return f"voice {voice.value:.2f} ({voice.low:.2f} to {voice.high:.2f})"
+    return f"voice {MISSING} ({why_none})" if voice is None else f"voice {interval(voice)}"
 
 
 def _decided(decision: Decision) -> str:

@@ -10,6 +10,7 @@ import click
 
 from mindprint.cli.output import emit, notice, say, table
 from mindprint.curriculum.records import Figures
+from mindprint.events import STAGES
 from mindprint.reports import read_run
 from mindprint.reports.phrases import interval, number, percent
 from mindprint.reports.runs import RunFigures, RunsCompared, VoiceDifference, compare_runs
@@ -51,7 +52,7 @@ def show_compared(paths: Sequence[Path], *, as_json: bool) -> None:
 def _table(paths: Sequence[Path], compared: RunsCompared) -> str:
     rows = [(name, *(_cell(run, show) for run in compared.runs)) for name, show in FIGURES.items()]
     rows += [(f"last {stage.upper()} loss", *(number(run.losses.get(stage), 4) if stage in run.losses else "none"
-                                              for run in compared.runs)) for stage in ("sft", "dpo")]  # fmt: skip
+                                              for run in compared.runs)) for stage in STAGES]  # fmt: skip
     rows.append(("seconds", *(f"{run.seconds:.1f}" for run in compared.runs)))
     outcomes = [", ".join(f"{count} {outcome}" for outcome, count in run.topics.items()) for run in compared.runs]
     return table(("", *map(str, paths)), [*rows, ("topics", *outcomes)])

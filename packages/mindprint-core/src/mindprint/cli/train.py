@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
@@ -20,9 +20,7 @@ from mindprint.errors import MindprintError
 from mindprint.inference import sample_prompt
 from mindprint.training.results import RunResult
 from mindprint.training.run import train
-from mindprint.training.run_folder import RunFolder, new_run_path, newest_run
-
-Resume = Literal["last", "latest"]
+from mindprint.training.run_folder import Resume, RunFolder, new_run_path, newest_run
 
 LONGEST_PROMPT = 100
 

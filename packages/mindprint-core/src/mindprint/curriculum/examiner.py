@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,19 +14,24 @@ from mindprint.config import Config
 from mindprint.contract import Generation, Sampling
 from mindprint.curriculum.policy import collapsed
 from mindprint.curriculum.records import AnswerRecord, Figures, Interval
-from mindprint.data.render import render_preferences, render_prompt, render_sft
-from mindprint.data.rows import Text, text_of
+from mindprint.data.render import PreferenceExample, SftExample, render_preferences, render_prompt, render_sft
+from mindprint.data.rows import text_of
 from mindprint.data.split import Split
 from mindprint.data.tokenizer import Tokenizer
 from mindprint.training.engine import Engine
+from mindprint.training.reference import Reference, compute_reference
 from mindprint.voice.answers import asked_of, reference_of, unread
-from mindprint.voice.assessment import Assessed, Judge, fit_judge
+from mindprint.voice.assessment import Judge, fit_judge
 from mindprint.voice.concepts import coverage
 from mindprint.voice.copying import Copying
-from mindprint.voice.evaluation import Evaluation, Measured, Read, TextEvaluation, evaluate_heldout, evaluate_texts
-from mindprint.voice.measures import Measure
-from mindprint.voice.quizzing import Covered, evaluate_quiz
+from mindprint.voice.evaluation import Measured, Read, measure_pairs, measure_texts, text_sums
+from mindprint.voice.measures import Float64, Measure
+from mindprint.voice.quizzing import evaluate_quiz
 from mindprint.voice.scoring import NotScored, VoiceScore
+from mindprint.voice.words import word_count
+
+TOGETHER = ""
+"""What stands for all topics where others are named."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Examined:
 
 
 class Examiner:
-    """Evaluates whatever adapter is in memory. The untuned model is asked once, and the scale is fitted once.
+    """Evaluates whatever adapter is in memory. The untuned model answers and reads once, and the scale is fitted once.
 
     All generation is greedy, with the run's `generation.max_new_tokens`, so that a resumed run finds the same.
     """
@@ -47,242 +53,222 @@ class Examiner:
     def __init__(
         self, split: Split, config: Config, tokenizer: Tokenizer, engine: Engine, extra: Sequence[Measure] = ()
     ) -> None:
+        self._split = split
         self._config = config
         self._tokenizer = tokenizer
         self._engine = engine
         self._extra = extra
         self._reference = reference_of(split.train)
-        self._split = split
-        limit = config.evaluation.prompts_per_topic
-        asked = unread(asked_of(split.held_out), self._reference)
-        self._asked = tuple(_first_of_each_topic(asked, lambda one: one.topic, limit))
-        self._questions = tuple(_first_of_each_topic(split.held_out.questions, lambda one: one.topic, limit))
-        pairs = _first_of_each_topic(split.held_out.pairs, lambda row: row.topic, limit)
-        texts = _first_of_each_topic(split.held_out.texts, lambda row: row.topic, limit)
-        self._pairs = render_preferences(tuple(pairs), tokenizer, config.data).examples
-        self._texts = render_sft(tuple(texts), tokenizer, config.data).examples
+        limit, held_out = config.evaluation.prompts_per_topic, split.held_out
+        self._asked = _first_of_each_topic(unread(asked_of(held_out), self._reference), lambda one: one.topic, limit)
+        self._questions = _first_of_each_topic(held_out.questions, lambda one: one.topic, limit)
+        pairs = _first_of_each_topic(held_out.pairs, lambda row: row.topic, limit)
+        texts = _first_of_each_topic(held_out.texts, lambda row: row.topic, limit)
+        self._pairs = render_preferences(pairs, tokenizer, config.data).examples
+        self._texts = render_sft(texts, tokenizer, config.data).examples
+        # Everything that is asked, in one order: held-out prompts, then questions of quizzes.
+        self._prompts = (*(one.prompt for one in self._asked), *(one.question for one in self._questions))
+        self._topics = (*(one.topic for one in self._asked), *(one.topic for one in self._questions))
 
     def examine(self, topics: Sequence[str], *, each: bool = False) -> Examined:
         """Evaluate the adapter that is in memory on the held-out text of `topics` together, and of `each` by itself."""
-        places = [place for place, one in enumerate(self._asked) if one.topic in topics]
-        questions = [place for place, one in enumerate(self._questions) if one.topic in topics]
-        prompts = [self._prompts[place] for place in places]
-        prompts += [self._prompts[len(self._asked) + place] for place in questions]
-        made = self._generated(prompts, adapter=True)
-        answers = _Answers(tuple(places), made[: len(places)], tuple(questions), made[len(places) :])
-        read = self._read(topics)
-        figures = self._figures(topics, answers, read.overall)
+        places = [place for place, topic in enumerate(self._topics) if topic in topics]
+        said = dict(zip(places, self._answers(places, adapter=True), strict=True))
+        pairs, texts = self._read_pairs(topics), self._read_texts(topics)
+        figures = self._figures(topics, said, pairs.get(TOGETHER), texts.get(TOGETHER))
+        prompts = [place for place in places if place < len(self._asked)]
         return Examined(
             figures,
-            collapsed(figures, answers.made, [self._untuned[place] for place in places]),
-            tuple(self._records(answers)),
-            {t: self._figures([t], self._of_topic(answers, t), read.of(t)) for t in topics} if each else {},
+            collapsed(figures, *([side[place].made for place in prompts] for side in (said, self._untuned))),
+            tuple(self._record(place, one.text) for place, one in said.items()),
+            {t: self._figures([t], self._of(t, said), pairs.get(t), texts.get(t)) for t in topics} if each else {},
         )
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
-    @property
-    def _prompts(self) -> tuple[Text, ...]:
-        """Everything that is asked: held-out prompts, then questions of quizzes."""
-        return (*(one.prompt for one in self._asked), *(one.question for one in self._questions))
+    def _answers(self, places: Sequence[int], *, adapter: bool) -> tuple[_Answer, ...]:
+        if not places:
+            return ()
+        sampling = Sampling(self._config.generation.max_new_tokens, self._tokenizer.stop_token_ids)
+        prompts = [render_prompt(self._prompts[p], self._tokenizer, self._config.data.format) for p in places]
+        made = self._engine.backend.generate(self._engine.model, prompts, sampling, adapter=adapter)
+        return tuple(_Answer(one, self._tokenizer.decode(one.tokens.tolist()).strip()) for one in made)
 
     @cached_property
-    def _untuned(self) -> tuple[Generation, ...]:
-        return self._generated(self._prompts, adapter=False)
+    def _untuned(self) -> tuple[_Answer, ...]:
+        return self._answers(range(len(self._prompts)), adapter=False)
 
     @cached_property
     def _judge(self) -> Judge:
-        untuned = [self._text(one) for one in self._untuned[: len(self._asked)]]
+        untuned = [one.text for one in self._untuned[: len(self._asked)]]
         person = [one.person for one in self._asked]
         return fit_judge(self._reference, untuned, person, extra=self._extra, seed=self._config.seed)
 
-    def _generated(self, prompts: Sequence[Text], *, adapter: bool) -> tuple[Generation, ...]:
-        if not prompts:
-            return ()
-        sampling = Sampling(self._config.generation.max_new_tokens, self._tokenizer.stop_token_ids)
-        rendered = [render_prompt(prompt, self._tokenizer, self._config.data.format) for prompt in prompts]
-        return tuple(self._engine.backend.generate(self._engine.model, rendered, sampling, adapter=adapter))
+    def _of(self, topic: str, said: Mapping[int, _Answer]) -> dict[int, _Answer]:
+        return {place: one for place, one in said.items() if self._topics[place] == topic}
 
-    def _text(self, made: Generation) -> str:
-        return self._tokenizer.decode(made.tokens.tolist()).strip()
+    def _record(self, place: int, tuned: str) -> AnswerRecord:
+        untuned = self._untuned[place].text
+        if place < len(self._asked):
+            one = self._asked[place]
+            return AnswerRecord(one.topic, text_of(one.prompt), one.person, untuned, tuned)
+        question = self._questions[place - len(self._asked)]
+        missing = coverage(tuned, question.key_concepts).missing if question.key_concepts else ()
+        person = question.reference_answers[0]
+        return AnswerRecord(question.topic, question.question, person, untuned, tuned, True, missing)
 
-    def _records(self, answers: _Answers) -> Iterator[AnswerRecord]:
-        for place, made in zip(answers.places, answers.made, strict=True):
-            one, untuned = self._asked[place], self._text(self._untuned[place])
-            yield AnswerRecord(one.topic, text_of(one.prompt), one.person, untuned, self._text(made))
-        for place, made in zip(answers.questions, answers.made_to_questions, strict=True):
-            question, untuned = self._questions[place], self._text(self._untuned[len(self._asked) + place])
-            tuned = self._text(made)
-            missing = coverage(tuned, question.key_concepts).missing if question.key_concepts else ()
-            person = question.reference_answers[0]
-            yield AnswerRecord(question.topic, question.question, person, untuned, tuned, True, missing)
+    # --- pairs and texts ---------------------------------------------------------------------------------------------
 
-    def _of_topic(self, answers: _Answers, topic: str) -> _Answers:
-        asked = [i for i, place in enumerate(answers.places) if self._asked[place].topic == topic]
-        questions = [i for i, place in enumerate(answers.questions) if self._questions[place].topic == topic]
-        return _Answers(
-            tuple(answers.places[i] for i in asked),
-            tuple(answers.made[i] for i in asked),
-            tuple(answers.questions[i] for i in questions),
-            tuple(answers.made_to_questions[i] for i in questions),
-        )
+    @cached_property
+    def _untuned_pairs(self) -> Reference:
+        return self._sums(self._pairs, adapter=False)
+
+    def _sums(self, pairs: Sequence[PreferenceExample], *, adapter: bool) -> Reference:
+        backend, model = self._engine.backend, self._engine.model
+        return compute_reference(backend, model, pairs, self._tokenizer.pad_id, adapter=adapter)
+
+    def _read_pairs(self, topics: Sequence[str]) -> dict[str, Measured]:
+        """Held-out pairs as both models read them, by topic, and of all topics together under `TOGETHER`."""
+        rows = [row for row, one in enumerate(self._pairs) if one.topic in topics]
+        if not rows:
+            return {}
+        pairs = [self._pairs[row] for row in rows]
+        base = Reference(self._untuned_pairs.chosen[rows], self._untuned_pairs.rejected[rows])
+        found = measure_pairs(base, self._sums(pairs, adapter=True), pairs)
+        return {TOGETHER: found.overall, **found.topics}
+
+    @cached_property
+    def _untuned_texts(self) -> Float64:
+        return self._text_sums(self._texts, adapter=False)
+
+    def _text_sums(self, texts: Sequence[SftExample], *, adapter: bool) -> Float64:
+        return text_sums(self._engine.backend, self._engine.model, texts, self._tokenizer.pad_id, adapter=adapter)
+
+    def _read_texts(self, topics: Sequence[str]) -> dict[str, Read]:
+        """The same of held-out texts that are no pairs."""
+        rows = [row for row, one in enumerate(self._texts) if one.topic in topics]
+        if not rows:
+            return {}
+        texts = [self._texts[row] for row in rows]
+        found = measure_texts(self._untuned_texts[rows], self._text_sums(texts, adapter=True), texts)
+        return {TOGETHER: found.overall, **found.topics}
 
     # --- figures -----------------------------------------------------------------------------------------------------
 
-    def _figures(self, topics: Sequence[str], answers: _Answers, read: _ReadOne) -> Figures:
-        found = _Found()
-        self._add_voice(found, topics, answers)
-        self._add_read(found, topics, read)
-        self._add_quiz(found, answers)
-        return Figures(**found.values, unmeasured=found.unmeasured)
+    def _figures(
+        self, topics: Sequence[str], said: Mapping[int, _Answer], pairs: Measured | None, texts: Read | None
+    ) -> Figures:
+        prompts = {place: one for place, one in said.items() if place < len(self._asked)}
+        questions = {place: one for place, one in said.items() if place >= len(self._asked)}
+        figures = _with_pairs(self._with_voice(Figures(), topics, prompts), pairs)
+        return self._with_quiz(self._with_texts(figures, topics, pairs, texts), questions)
 
-    def _add_voice(self, found: _Found, topics: Sequence[str], answers: _Answers) -> None:
-        texts = [self._text(one) for one in answers.made]
-        found.values["prompts"] = len(texts)
-        if not texts:
-            found.lack(self._nothing_held_out(topics), "voice", "copy_rate")
-            return
-        assessed = self._judge.assessed(texts, answers.places)
-        found.values["words"] = sum(len(text.split()) for text in texts)
-        found.values["stopped"] = float(np.mean([one.stop_reason == "stop" for one in answers.made]))
-        found.values["empty"] = float(np.mean([not text for text in texts]))
-        for name, score in (
-            ("voice", assessed.tuned),
-            ("untuned_voice", assessed.untuned),
-            ("person_voice", assessed.person),
-        ):
-            found.voice(name, score)
-        _add_copying(found, assessed)
-
-    def _read(self, topics: Sequence[str]) -> _Read:
-        """Let both models read the held-out pairs of some topics, and their texts that are no pairs."""
-        pairs = [one for one in self._pairs if one.topic in topics]
-        texts = [one for one in self._texts if one.topic in topics]
-        backend, model, pad_id = self._engine.backend, self._engine.model, self._tokenizer.pad_id
-        return _Read(
-            evaluate_heldout(backend, model, pairs, pad_id) if pairs else None,
-            evaluate_texts(backend, model, texts, pad_id) if texts else None,
+    def _with_voice(self, figures: Figures, topics: Sequence[str], said: Mapping[int, _Answer]) -> Figures:
+        if not said:
+            return _lacking(figures, self._nothing_held_out(topics), "voice", "copy_rate")
+        texts = [one.text for one in said.values()]
+        assessed = self._judge.assessed(texts, list(said))
+        figures = replace(
+            figures,
+            prompts=len(texts),
+            words=word_count(texts),
+            stopped=_share(one.made.stop_reason == "stop" for one in said.values()),
+            empty=_share(not text for text in texts),
+            voice=_interval(assessed.tuned),
+            untuned_voice=_interval(assessed.untuned),
+            person_voice=_interval(assessed.person),
         )
+        scores = {"voice": assessed.tuned, "untuned_voice": assessed.untuned, "person_voice": assessed.person}
+        for name, score in scores.items():
+            if isinstance(score, NotScored):
+                figures = _lacking(figures, score.reason, name)
+        return _with_copying(figures, assessed.copying)
 
-    def _add_read(self, found: _Found, topics: Sequence[str], read: _ReadOne) -> None:
+    def _with_texts(
+        self, figures: Figures, topics: Sequence[str], pairs: Measured | None, texts: Read | None
+    ) -> Figures:
         """Perplexity is that of the chosen answers where there are pairs, of held-out texts where there are none."""
-        if read.pairs:
-            _add_measured(found, read.pairs)
-            return
-        found.lack("there are no held-out pairs", "preference_accuracy", "preference_margin")
-        if read.texts:
-            found.values |= {"perplexity": read.texts.adapter, "untuned_perplexity": read.texts.base}
-        else:
-            found.lack(self._nothing_held_out(topics), "perplexity", "perplexity_ratio")
+        if pairs:
+            return figures
+        if texts:
+            return replace(figures, perplexity=texts.adapter, untuned_perplexity=texts.base)
+        return _lacking(figures, self._nothing_held_out(topics), "perplexity")
 
-    def _add_quiz(self, found: _Found, answers: _Answers) -> None:
-        found.values["questions"] = len(answers.questions)
-        if not answers.questions:
-            found.lack("there is no quiz", "concept_coverage")
-            return
-        untuned = [self._text(self._untuned[len(self._asked) + place]) for place in answers.questions]
-        tuned = [self._text(one) for one in answers.made_to_questions]
-        asked = [self._questions[place] for place in answers.questions]
-        _add_covered(found, evaluate_quiz(asked, untuned, tuned).overall)
+    def _with_quiz(self, figures: Figures, said: Mapping[int, _Answer]) -> Figures:
+        if not said:
+            return _lacking(figures, "there is no quiz", "concept_coverage")
+        asked = [self._questions[place - len(self._asked)] for place in said]
+        untuned = [self._untuned[place].text for place in said]
+        found = evaluate_quiz(asked, untuned, [one.text for one in said.values()]).overall
+        figures = replace(figures, questions=len(said))
+        if isinstance(found.tuned, NotScored):
+            return _lacking(figures, found.tuned.reason, "concept_coverage")
+        before = None if isinstance(found.untuned, NotScored) else found.untuned
+        return replace(figures, concept_coverage=found.tuned, untuned_concept_coverage=before)
 
     def _nothing_held_out(self, topics: Sequence[str]) -> str:
         reasons = [self._split.nothing_held_out(topic) for topic in topics]
         return next((why for why in reasons if why), "there are no held-out prompts")
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """The tuned model's answers: to the prompts at `places`, and to the questions at `questions`."""
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """An answer as the model made it, and as text."""
 
-    places: tuple[int, ...]
-    made: tuple[Generation, ...]
-    questions: tuple[int, ...]
-    made_to_questions: tuple[Generation, ...]
+    made: Generation
+    text: str
 
 
-@dataclass(frozen=True)
-class _ReadOne:
-    """Held-out pairs and texts as both models read them."""
-
-    pairs: Measured | None = None
-    texts: Read | None = None
-
-
-@dataclass(frozen=True)
-class _Read:
-    """The same of several topics."""
-
-    pairs: Evaluation | None
-    texts: TextEvaluation | None
-
-    @property
-    def overall(self) -> _ReadOne:
-        return _ReadOne(self.pairs.overall if self.pairs else None, self.texts.overall if self.texts else None)
-
-    def of(self, topic: str) -> _ReadOne:
-        pairs = self.pairs.topics.get(topic) if self.pairs else None
-        return _ReadOne(pairs, self.texts.topics.get(topic) if self.texts else None)
+def _with_copying(figures: Figures, copying: Copying | NotScored) -> Figures:
+    if isinstance(copying, NotScored):
+        return _lacking(figures, copying.reason, "copy_rate")
+    return replace(
+        figures,
+        copy_rate=copying.copy_rate,
+        person_copy_rate=copying.person_copy_rate,
+        longest_copy=copying.longest.words,
+        longest_copy_text=copying.longest.text,
+        recited=copying.recited,
+        self_bleu=copying.self_bleu,
+        person_self_bleu=copying.person_self_bleu,
+        length=copying.length,
+        flagged=copying.flagged,
+    )
 
 
-class _Found:
-    """Figures as they are gathered."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-        self.unmeasured: dict[str, str] = {}
-
-    def lack(self, why: str, *names: str) -> None:
-        self.unmeasured.update(dict.fromkeys(names, why))
-
-    def voice(self, name: str, score: VoiceScore | NotScored) -> None:
-        if isinstance(score, NotScored):
-            self.lack(score.reason, name)
-        else:
-            self.values[name] = Interval(score.value, score.low, score.high)
+def _with_pairs(figures: Figures, measured: Measured | None) -> Figures:
+    if measured is None:
+        return _lacking(figures, "there are no held-out pairs", "preference_accuracy", "preference_margin")
+    return replace(
+        figures,
+        pairs=measured.pairs,
+        preference_accuracy=measured.reward_accuracy,
+        preference_margin=measured.reward_margin,
+        perplexity=measured.adapter.perplexity,
+        untuned_perplexity=measured.base.perplexity,
+    )
 
 
-def _add_copying(found: _Found, assessed: Assessed) -> None:
-    copying = assessed.copying
-    if not isinstance(copying, Copying):
-        found.lack(copying.reason, "copy_rate")
-        return
-    found.values |= {
-        "copy_rate": copying.copy_rate,
-        "person_copy_rate": copying.person_copy_rate,
-        "longest_copy": copying.longest.words,
-        "longest_copy_text": copying.longest.text,
-        "recited": copying.recited,
-        "self_bleu": copying.self_bleu,
-        "person_self_bleu": copying.person_self_bleu,
-        "length": copying.length,
-        "flagged": copying.flagged,
-    }
+def _lacking(figures: Figures, why: str, *names: str) -> Figures:
+    return replace(figures, unmeasured={**figures.unmeasured, **dict.fromkeys(names, why)})
 
 
-def _add_measured(found: _Found, measured: Measured) -> None:
-    found.values |= {
-        "pairs": measured.pairs,
-        "preference_accuracy": measured.reward_accuracy,
-        "preference_margin": measured.reward_margin,
-        "perplexity": measured.adapter.perplexity,
-        "untuned_perplexity": measured.base.perplexity,
-    }
+def _interval(score: VoiceScore | NotScored) -> Interval | None:
+    return None if isinstance(score, NotScored) else Interval(score.value, score.low, score.high)
 
 
-def _add_covered(found: _Found, covered: Covered) -> None:
-    for name, share in (("concept_coverage", covered.tuned), ("untuned_concept_coverage", covered.untuned)):
-        if isinstance(share, NotScored):
-            found.lack(share.reason, name)
-        else:
-            found.values[name] = share
+def _share(found: Iterator[bool]) -> float:
+    return float(np.mean(list(found)))
 
 
 Row = TypeVar("Row")
 
 
-def _first_of_each_topic(rows: Sequence[Row], topic: Callable[[Row], str], limit: int) -> Iterator[Row]:
-    counts: dict[str, int] = {}
+def _first_of_each_topic(rows: Sequence[Row], topic: Callable[[Row], str], limit: int) -> tuple[Row, ...]:
+    seen: Counter[str] = Counter()
+    kept = []
     for row in rows:
-        counts[topic(row)] = counts.get(topic(row), 0) + 1
-        if counts[topic(row)] <= limit:
-            yield row
+        seen[topic(row)] += 1
+        if seen[topic(row)] <= limit:
+            kept.append(row)
+    return tuple(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from mindprint.config import CurriculumConfig, Thresholds
@@ -25,7 +26,8 @@ def judged(thresholds: Thresholds, figures: Figures) -> tuple[Outcome, tuple[str
     missed, unknown = [], []
     for name, value, limit, at_least in _held_against(thresholds, figures):
         if value is None:
-            unknown.append(f"{name}: {figures.unmeasured.get(name, 'was not measured')}")
+            figure = name.removesuffix("_ratio")
+            unknown.append(f"{name}: {figures.unmeasured.get(figure, 'was not measured')}")
         elif value < limit if at_least else value > limit:
             missed.append(f"{name} {value:.2f}, {'at least' if at_least else 'at most'} {limit:g} wanted")
     if missed:
@@ -36,19 +38,24 @@ def judged(thresholds: Thresholds, figures: Figures) -> tuple[Outcome, tuple[str
 
 
 def _held_against(thresholds: Thresholds, figures: Figures) -> Iterator[tuple[str, float | None, float, bool]]:
-    ratio = None
-    if figures.perplexity is not None and figures.untuned_perplexity:
-        ratio = figures.perplexity / figures.untuned_perplexity
     rows = (
         ("voice", figures.voice.value if figures.voice else None, thresholds.voice, True),
         ("preference_accuracy", figures.preference_accuracy, thresholds.preference_accuracy, True),
         ("concept_coverage", figures.concept_coverage, thresholds.concept_coverage, True),
         ("copy_rate", figures.copy_rate, thresholds.copy_rate, False),
-        ("perplexity_ratio", ratio, thresholds.perplexity_ratio, False),
+        ("perplexity_ratio", _ratio(figures), thresholds.perplexity_ratio, False),
     )
     for name, value, limit, at_least in rows:
         if limit is not None:
             yield name, value, limit, at_least
+
+
+def _ratio(figures: Figures) -> float | None:
+    """Perplexity over the untuned model's; None where either is missing, or both are beyond a float."""
+    if figures.perplexity is None or not figures.untuned_perplexity:
+        return None
+    ratio = figures.perplexity / figures.untuned_perplexity
+    return None if math.isnan(ratio) else ratio
 
 
 def collapsed(figures: Figures, tuned: Sequence[Generation], untuned: Sequence[Generation]) -> tuple[str, ...]:

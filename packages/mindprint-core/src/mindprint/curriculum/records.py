@@ -13,13 +13,17 @@ from typing import Any, Literal
 from mindprint.config import Level
 from mindprint.events import StageName
 
-LEVELS: tuple[Level, ...] = ("topic", "chapter", "unit", "final")
-
 Outcome = Literal["measured", "passed", "failed", "not evaluated"]
 """`measured`: no threshold was set. `not evaluated`: one was, and could not be applied; it is neither pass nor fail."""
 
 DecisionKind = Literal["skip", "train", "roll back", "retry", "pass", "fail", "not evaluated", "stop"]
 """`skip` and `train`: what the gate said of a topic's DPO stage. The others: of a stage, a topic, the run."""
+
+VERDICTS: Mapping[Outcome, DecisionKind] = {"passed": "pass", "failed": "fail", "not evaluated": "not evaluated"}
+"""What a topic's outcome decides."""
+
+OUTCOMES: Mapping[DecisionKind, Outcome] = {decision: outcome for outcome, decision in VERDICTS.items()}
+"""The outcome that a verdict stands for."""
 
 
 @dataclass(frozen=True)

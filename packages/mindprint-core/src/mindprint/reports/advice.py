@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mindprint.curriculum.records import Figures, Forgetting
-from mindprint.events import StageName
+from mindprint.events import STAGES, StageName
 from mindprint.reports.phrases import interval, listed, number, percent, plural
 from mindprint.reports.record import RunRecord, finite
 from mindprint.voice.copying import ALLOWED, LONG, SHORT
@@ -73,7 +73,7 @@ def _broken_steps(record: RunRecord) -> Iterator[Advice]:
 
 
 def _collapse(record: RunRecord) -> Iterator[Advice]:
-    for stage in ("sft", "dpo"):
+    for stage in STAGES:
         found = [one for one in record.evaluations or () if one.stage == stage and one.collapse]
         if found:
             names = listed(list(dict.fromkeys(record.title(one.name) for one in found)))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mindprint import atomic
 from mindprint.comparison import Comparison, StageCurves, deviation
-from mindprint.events import StageName
+from mindprint.events import STAGES
+from mindprint.reports.content import STEP
 from mindprint.reports.curves import MOST_POINTS, thinned
 from mindprint.reports.document import (
     Block,
@@ -22,11 +23,9 @@ from mindprint.reports.document import (
     Table,
     Tone,
 )
+from mindprint.reports.heldout import MOST_ANSWERS
 from mindprint.reports.page import as_page
 
-MOST_ANSWERS = 40
-
-STAGES: tuple[StageName, ...] = ("sft", "dpo")
 TONES: tuple[Tone, Tone] = ("first", "third")
 
 
@@ -73,7 +72,7 @@ def _chart(
     title: str, description: str, lines: Sequence[Line], span: tuple[float, float], borders: tuple[float, ...]
 ) -> LineChart:
     drawn = tuple(line for line in lines if line.points)
-    return LineChart(title, description, "optimizer step of the run", drawn, span, borders)
+    return LineChart(title, description, STEP, drawn, span, borders)
 
 
 def _line(stage: StageCurves, values: Sequence[float], label: str, tone: Tone, share: float) -> Line:

@@ -34,7 +34,7 @@ def boundaries(record: RunRecord) -> tuple[float, ...]:
     """The steps at which training turns to another stage, topic or attempt: half a step before the first."""
     changes = []
     for before, after in zip(record.steps, record.steps[1:], strict=False):
-        if _of(before) != _of(after):
+        if before.stretch != after.stretch:
             changes.append((before.step + after.step) / 2)
     return tuple(changes)
 
@@ -54,9 +54,5 @@ def thinned(points: Sequence[Point], most: int) -> list[Point]:
 
 
 def _strokes(steps: Sequence[Step]) -> Iterator[tuple[bool, list[Step]]]:
-    for key, group in groupby(steps, key=_of):
+    for key, group in groupby(steps, key=lambda step: step.stretch):
         yield key[-1], list(group)
-
-
-def _of(step: Step) -> tuple[str, str, int, bool]:
-    return step.topic, step.stage, step.attempt, step.undone

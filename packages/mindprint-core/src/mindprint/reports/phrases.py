@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from mindprint.curriculum.records import Figures, Interval
+from mindprint.voice.scoring import VoiceScore
 
 MISSING = "could not be evaluated"
 NONE = "–"
@@ -21,7 +22,7 @@ def percent(value: float | None) -> str:
     return MISSING if value is None else f"{value:.0%}"
 
 
-def interval(value: Interval | None) -> str:
+def interval(value: Interval | VoiceScore | None) -> str:
     """A value with its 95 % interval."""
     if value is None:
         return MISSING

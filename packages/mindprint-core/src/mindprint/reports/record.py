@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from mindprint.config import Config, load_config
 from mindprint.curriculum.records import (
+    OUTCOMES,
     AnswerRecord,
     Decision,
     EvaluationRecord,
@@ -25,7 +26,7 @@ from mindprint.training.run_folder import RunFolder
 
 Record = TypeVar("Record")
 
-_VERDICTS = {"pass": "passed", "fail": "failed", "not evaluated": "not evaluated"}
+Stretch = tuple[str, StageName, int, bool]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Step:
     reward_chosen: float | None = None
     reward_rejected: float | None = None
     reward_margin: float | None = None
+
+    @property
+    def stretch(self) -> Stretch:
+        """What it is one of: steps of a stage of a topic, in one attempt, undone or not."""
+        return self.topic, self.stage, self.attempt, self.undone
 
 
 @dataclass(frozen=True)
@@ -113,9 +119,9 @@ class RunRecord:
 
     def outcome(self, topic: str) -> str:
         """`passed`, `failed`, `not evaluated` or `measured`; `not trained` for one that the run did not reach."""
-        verdicts = [one.decision for one in self.decisions or () if one.topic == topic and one.decision in _VERDICTS]
+        verdicts = [one.decision for one in self.decisions or () if one.topic == topic and one.decision in OUTCOMES]
         if verdicts:
-            return _VERDICTS[verdicts[-1]]
+            return OUTCOMES[verdicts[-1]]
         if not any(step.topic == topic for step in self.steps):
             return "not trained"
         found = self.trained(topic) or self.at_the_end(topic)

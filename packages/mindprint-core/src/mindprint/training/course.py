@@ -7,23 +7,20 @@ acted on, and follows from evaluations that are greedy, so a run that was killed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from mindprint.config import Level
 from mindprint.contract import TrainingState
 from mindprint.curriculum.examiner import Examined, Examiner
 from mindprint.curriculum.policy import dpo_runs, judged
-from mindprint.curriculum.records import Decision, DecisionKind, EvaluationRecord, Figures, Forgetting, Outcome
+from mindprint.curriculum.records import VERDICTS, Decision, EvaluationRecord, Figures, Forgetting, Outcome
 from mindprint.events import Decided, Evaluated, Event, Notice
 from mindprint.training.checkpoints import Cursor, checkpoint_name, read_checkpoint
 from mindprint.training.engine import Engine
 from mindprint.training.plan import StagePlan, total_steps
 from mindprint.training.prepare import Prepared
 from mindprint.training.run_folder import RunFolder
-
-VERDICTS: Mapping[Outcome, DecisionKind] = {"passed": "pass", "failed": "fail", "not evaluated": "not evaluated"}
-"""What a topic's outcome decides."""
 
 
 @dataclass(frozen=True)

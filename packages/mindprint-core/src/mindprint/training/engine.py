@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+import numpy as np
 
 from mindprint.backend import Backend, choose_backend, load_backend
 from mindprint.config import BackendConfig
@@ -24,6 +28,16 @@ class Placement:
     @property
     def key(self) -> tuple[str, str, str]:
         return self.backend.name, self.device, self.dtype
+
+    def environment(self) -> dict[str, str]:
+        """What bit-for-bit resume depends on."""
+        return {
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "device": f"{self.device} {self.dtype}",
+            **self.backend.info.libraries,
+        }
 
     def __str__(self) -> str:
         chosen = f"{self.backend.name} on {self.device}, {self.dtype}"

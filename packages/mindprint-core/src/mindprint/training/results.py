@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mindprint.config import Level
-from mindprint.curriculum.records import Outcome
+from mindprint.curriculum.records import OUTCOMES, Outcome
 from mindprint.events import StageName
 from mindprint.training.run_folder import RunFolder
 
@@ -82,9 +81,10 @@ def stage_results(folder: RunFolder) -> tuple[StageResult, ...]:
 
 def verdicts(folder: RunFolder) -> tuple[Verdict, ...]:
     """Topics' verdicts from decisions.jsonl, those of the other levels from evaluations.jsonl."""
-    kinds: Mapping[str, Outcome] = {"pass": "passed", "fail": "failed", "not evaluated": "not evaluated"}
     topics = [
-        Verdict("topic", one.topic, kinds[one.decision], one.why) for one in folder.decisions() if one.decision in kinds
+        Verdict("topic", one.topic, OUTCOMES[one.decision], one.why)
+        for one in folder.decisions()
+        if one.decision in OUTCOMES
     ]
     others = [
         Verdict(one.level, one.name, one.outcome, "; ".join(one.reasons))

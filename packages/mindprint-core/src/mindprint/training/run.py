@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from mindprint import __version__, atomic
 from mindprint.adapter.initial import initial_adapter, started_adapter
 from mindprint.adapter.model_card import write_final_adapter
 from mindprint.adapter.peft_format import adapter_digest
 from mindprint.adapter.targets import resolve_targets
-from mindprint.config import Config, ConfigFile, DpoConfig, dump_config, load_config, make_config, merged
+from mindprint.config import ConfigFile, DpoConfig, dump_config, load_config, make_config, merged
 from mindprint.contract import AdapterSite, AdapterState, LoraConfig, TrainingState
 from mindprint.curriculum.examiner import Examiner
-from mindprint.errors import BackendError, Interrupted, MindprintError, RunError
+from mindprint.errors import BackendError, Interrupted, MindprintError
 from mindprint.events import (
     CheckpointWritten,
     Event,
@@ -60,12 +57,11 @@ from mindprint.training.reference import (
     save_reference,
 )
 from mindprint.training.results import RunResult, stage_results, verdicts
-from mindprint.training.run_folder import RunFolder, new_run_path, newest_run
+from mindprint.training.run_folder import Resume, RunFolder, open_run, portable
 from mindprint.training.stages import DpoStage, SftStage, Stage
 from mindprint.training.watching import Trackers
 from mindprint.trust.measurement import take_fingerprint
 
-Resume = Literal["last", "latest"]
 OnEvent = Callable[[Event], None]
 
 
@@ -94,7 +90,7 @@ def train(
         file = merged(file, overrides)
     mode: Resume | None = "last" if resume is True else (resume or None)
     prepared = prepare(file)
-    folder = _run_folder(file, run, mode)
+    folder = open_run(file.folder / "runs", run, mode)
     trackers = Trackers(load_trackers(file.config.trackers))
     return _Run(prepared, folder, mode, on_event or (lambda _: None), observers, trackers).train()
 
@@ -186,7 +182,7 @@ class _Run:
 
     def _write_facts(self) -> None:
         prepared = self.prepared
-        atomic.write_text(self.folder.config, dump_config(_portable(prepared.config_file, self.folder.path)))
+        atomic.write_text(self.folder.config, dump_config(portable(prepared.config_file, self.folder.path)))
         facts = prepared.split.facts
         self.folder.write_split(facts.trained, facts.held_out)
         self.folder.write_manifest(
@@ -206,7 +202,7 @@ class _Run:
                      "device": place.device, "dtype": place.dtype}
                     for plan, place in zip(prepared.plans, self.placements, strict=True)
                 ],
-                "environment": {place.backend.name: _environment(place) for place in self.placements},
+                "environment": {place.backend.name: place.environment() for place in self.placements},
             }
         )  # fmt: skip
 
@@ -221,7 +217,7 @@ class _Run:
         if placement.backend.name != cursor.backend:
             self._notice(f"resuming on {placement.backend.name} what {cursor.backend} trained so far")
             return
-        now = _environment(placement)
+        now = placement.environment()
         changed = [f"{name} {cursor.environment.get(name)} → {value}" for name, value in now.items()
                    if cursor.environment.get(name) != value]  # fmt: skip
         if changed:
@@ -363,7 +359,7 @@ class _Run:
         step = position.step + stage_step
         placement = self.placements[min(position.index, len(self.placements) - 1)]
         cursor = Cursor(
-            step, position.index, stage_step, placement.backend.name, _environment(placement), position.attempt,
+            step, position.index, stage_step, placement.backend.name, placement.environment(), position.attempt,
             position.topic_step,
         )  # fmt: skip
         self.folder.checkpoints.mkdir(exist_ok=True)
@@ -416,53 +412,3 @@ def _config_file(config: str | os.PathLike[str] | ConfigFile | Mapping[str, Any]
     if isinstance(config, ConfigFile):
         return config
     return make_config(config) if isinstance(config, Mapping) else load_config(config)
-
-
-def _run_folder(file: ConfigFile, run: str | os.PathLike[str] | None, resume: Resume | None) -> RunFolder:
-    runs = file.folder / "runs"
-    if resume:
-        path = Path(run) if run else newest_run(runs)
-        if path is None or not RunFolder(path).begun:
-            raise RunError(f"{path or runs}: holds no run to resume; leave out --resume to start one")
-        folder = RunFolder(path.resolve())
-        if folder.complete:
-            raise RunError(f"{path}: is complete already; its adapter is {folder.adapter}")
-        return folder
-    folder = RunFolder((Path(run) if run else new_run_path(runs)).resolve())
-    if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-        raise RunError(
-            f"{folder.path}: already holds {'a run' if folder.begun else 'something else'}; "
-            "choose another --run, or go on with it by --resume"
-        )
-    return folder
-
-
-def _portable(file: ConfigFile, run: Path) -> Config:
-    """The configuration with its paths relative to the run, so that `RUN/config.yaml` can be loaded again."""
-    data = file.config.data
-
-    def relative(entry: str) -> str:
-        target = file.resolve(entry)
-        return os.path.relpath(target, run) if target.exists() else entry
-
-    def relative_all(entries: str | list[str] | None) -> str | list[str] | None:
-        return [relative(entry) for entry in entries] if isinstance(entries, list) else entries and relative(entries)
-
-    changed = {name: relative_all(getattr(data, name)) for name in ("path", "sft", "preferences", "heldout")}
-    name = file.config.model.name
-    model = file.config.model.model_copy(update={"name": relative(name) if file.resolve(name).is_dir() else name})
-    start = file.config.adapter.start_from
-    adapter = file.config.adapter.model_copy(update={"start_from": start and relative(start)})
-    changes = {"data": data.model_copy(update=changed), "model": model, "adapter": adapter}
-    return file.config.model_copy(update=changes)
-
-
-def _environment(placement: Placement) -> dict[str, str]:
-    """What bit-for-bit resume depends on."""
-    return {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "device": f"{placement.device} {placement.dtype}",
-        **placement.backend.info.libraries,
-    }

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mindprint import atomic
+from mindprint.config import Config, ConfigFile
 from mindprint.curriculum.records import (
     AnswerRecord,
     Decision,
@@ -23,6 +24,9 @@ from mindprint.curriculum.records import (
 )
 from mindprint.errors import RunError
 from mindprint.events import StepDone
+
+Resume = Literal["last", "latest"]
+"""From the last checkpoint, or from the newest that is sound."""
 
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
@@ -173,6 +177,28 @@ def _write(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         atomic.write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
+def open_run(runs: Path, run: str | os.PathLike[str] | None, resume: Resume | None) -> RunFolder:
+    """The folder to train in: `run`, or under `runs` a new one, or with `resume` the newest.
+
+    Raises `RunError` where there is nothing to go on with, or something that a new run would overwrite.
+    """
+    if resume:
+        path = Path(run) if run else newest_run(runs)
+        if path is None or not RunFolder(path).begun:
+            raise RunError(f"{path or runs}: holds no run to resume; leave out --resume to start one")
+        folder = RunFolder(path.resolve())
+        if folder.complete:
+            raise RunError(f"{path}: is complete already; its adapter is {folder.adapter}")
+        return folder
+    folder = RunFolder((Path(run) if run else new_run_path(runs)).resolve())
+    if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+        raise RunError(
+            f"{folder.path}: already holds {'a run' if folder.begun else 'something else'}; "
+            "choose another --run, or go on with it by --resume"
+        )
+    return folder
+
+
 def new_run_path(parent: Path) -> Path:
     """The next free `run-NNN` under `parent`."""
     taken = [int(found[1]) for path in _entries(parent) if (found := _NUMBERED.fullmatch(path.name))]
@@ -187,3 +213,23 @@ def newest_run(parent: Path) -> Path | None:
 
 def _entries(parent: Path) -> list[Path]:
     return list(parent.iterdir()) if parent.is_dir() else []
+
+
+def portable(file: ConfigFile, run: Path) -> Config:
+    """The configuration with its paths relative to the run, so that `RUN/config.yaml` can be loaded again."""
+    data = file.config.data
+
+    def relative(entry: str) -> str:
+        target = file.resolve(entry)
+        return os.path.relpath(target, run) if target.exists() else entry
+
+    def relative_all(entries: str | list[str] | None) -> str | list[str] | None:
+        return [relative(entry) for entry in entries] if isinstance(entries, list) else entries and relative(entries)
+
+    changed = {name: relative_all(getattr(data, name)) for name in ("path", "sft", "preferences", "heldout")}
+    name = file.config.model.name
+    model = file.config.model.model_copy(update={"name": relative(name) if file.resolve(name).is_dir() else name})
+    start = file.config.adapter.start_from
+    adapter = file.config.adapter.model_copy(update={"start_from": start and relative(start)})
+    changes = {"data": data.model_copy(update=changed), "model": model, "adapter": adapter}
+    return file.config.model_copy(update=changes)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from mindprint.contract import Bool, LoadedModel
 from mindprint.data.collate import sft_batch
 from mindprint.data.render import PreferenceExample, SftExample
 from mindprint.training.reference import Reference, compute_reference
+from mindprint.voice.measures import Float64
 
 BATCH_ROWS = 16
 
@@ -96,34 +97,55 @@ def evaluate_heldout(
 ) -> Evaluation:
     """Measure held-out pairs with the adapter off and on; `examples` must not be empty."""
     base = compute_reference(backend, model, examples, pad_id, adapter=False)
-    policy = compute_reference(backend, model, examples, pad_id, adapter=True)
+    return measure_pairs(base, compute_reference(backend, model, examples, pad_id, adapter=True), examples)
+
+
+def measure_pairs(base: Reference, policy: Reference, examples: Sequence[PreferenceExample]) -> Evaluation:
+    """The measures from both models' summed log-probs of the same pairs."""
     tokens = Tokens(*(np.array([len(getattr(e, side)) for e in examples]) for side in ("chosen", "rejected")))
-    names = np.array([example.topic for example in examples])
-    everything = np.ones(len(examples), dtype=np.bool_)
-    return Evaluation(
-        measure(base, policy, tokens, everything),
-        {topic: measure(base, policy, tokens, names == topic) for topic in dict.fromkeys(names.tolist())},
-    )
+    return Evaluation(*_by_topic(examples, lambda rows: measure(base, policy, tokens, rows)))
 
 
 def evaluate_texts(backend: Backend, model: LoadedModel, examples: Sequence[SftExample], pad_id: int) -> TextEvaluation:
     """Measure held-out SFT rows with the adapter off and on; `examples` must not be empty."""
-    sums = np.zeros((2, len(examples)))
+    base, policy = (text_sums(backend, model, examples, pad_id, adapter=adapter) for adapter in (False, True))
+    return measure_texts(base, policy, examples)
+
+
+def text_sums(
+    backend: Backend, model: LoadedModel, examples: Sequence[SftExample], pad_id: int, *, adapter: bool
+) -> Float64:
+    """Summed log-probs of the trained tokens of each row, float64 `[rows]`."""
+    sums = np.zeros(len(examples))
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
     for start in range(0, len(by_length), BATCH_ROWS):
         rows = by_length[start : start + BATCH_ROWS]
         batch = sft_batch([examples[row] for row in rows], pad_id)
-        for side in (0, 1):
-            sums[side, rows] = backend.log_probs(model, batch, adapter=bool(side)).sum(axis=1, dtype=np.float64)
+        sums[rows] = backend.log_probs(model, batch, adapter=adapter).sum(axis=1, dtype=np.float64)
+    return sums
+
+
+def measure_texts(base: Float64, policy: Float64, examples: Sequence[SftExample]) -> TextEvaluation:
+    """The measures from both models' `text_sums` of the same rows."""
     tokens = np.array([int(example.loss_mask.sum()) for example in examples])
-    names = np.array([example.topic for example in examples])
 
     def read(rows: Bool) -> Read:
         count = int(tokens[rows].sum())
-        return Read(int(rows.sum()), count, *(_perplexity(float(side[rows].sum()), count) for side in sums))
+        return Read(int(rows.sum()), count, *(_perplexity(float(side[rows].sum()), count) for side in (base, policy)))
 
-    everything = np.ones(len(examples), dtype=np.bool_)
-    return TextEvaluation(read(everything), {topic: read(names == topic) for topic in dict.fromkeys(names.tolist())})
+    return TextEvaluation(*_by_topic(examples, read))
+
+
+Measures = TypeVar("Measures")
+
+
+def _by_topic(
+    examples: Sequence[PreferenceExample] | Sequence[SftExample], measured: Callable[[Bool], Measures]
+) -> tuple[Measures, dict[str, Measures]]:
+    """What `measured` says of all rows, and of those of each topic in the order of its first."""
+    names = np.array([example.topic for example in examples])
+    topics = {topic: measured(names == topic) for topic in dict.fromkeys(names.tolist())}
+    return measured(np.ones(len(examples), dtype=np.bool_)), topics
 
 
 def measure(base: Reference, policy: Reference, tokens: Tokens, rows: Bool) -> Measured:
