@@ -8,7 +8,7 @@ import pytest
 
 from mindprint.config import ConfigFile, make_config
 from mindprint.curriculum.outline import Outline, Part, chapter_of, read_outline, unit_of
-from mindprint.errors import DataError
+from mindprint.errors import DataError, MindprintError
 
 TOPICS = ["u1/c1/t1", "u1/c1/t2", "u1/c2/t1", "u2/t1", "alone"]
 
@@ -63,12 +63,14 @@ def test_without_a_file_rows_decide(tmp_path: Path) -> None:
         ("topics: []", r"lacks topic 'tide', which rows have"),
         ("topics: [tide, tide]", "topic 'tide' is named twice"),
         ("topics: [tide", r"curriculum.yaml: line 1: expected ',' or ']'"),
-        ("lessons: [tide]", "lessons: extra inputs are not permitted"),
-        ("units: [{title: Water}]", "units.0.id: field required"),
+        ("lessons: [tide]", "line 1: lessons: extra inputs are not permitted"),
+        ("title: A year\nunits: [{title: Water}]", "line 2: units.0.id: field required"),
+        ("- tide", "line 1: expected `key: value` lines, found list"),
+        ("topics: [tide]\ntopics: [moon]", "line 2: 'topics' is given twice"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(MindprintError, match=message):
         read_outline(written(tmp_path, text), ["tide"])
 
 

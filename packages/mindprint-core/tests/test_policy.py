@@ -53,6 +53,20 @@ def test_a_figure_that_is_missing_is_not_zero() -> None:
 
 
 @pytest.mark.parametrize(
+    ("tuned", "untuned", "outcome"),
+    [
+        (np.inf, 10.0, "failed"),
+        (10.0, np.inf, "passed"),
+        (np.inf, np.inf, "not evaluated"),
+        (None, None, "not evaluated"),
+    ],
+)
+def test_a_perplexity_beyond_a_float_is_not_better(tuned: float | None, untuned: float | None, outcome: str) -> None:
+    figures = Figures(perplexity=tuned, untuned_perplexity=untuned)
+    assert judged(Thresholds(perplexity_ratio=1.0), figures)[0] == outcome
+
+
+@pytest.mark.parametrize(
     ("gate", "voice", "runs"),
     [("always", None, True), ("never", 0.1, False), (0.5, 0.49, True), (0.5, 0.5, False), (0.5, None, True)],
 )
@@ -89,7 +103,7 @@ def test_what_has_collapsed() -> None:
         ({"evaluation": {"levels": ["lesson"]}}, "evaluation.levels"),
         ({"curriculum": {"retries": 1}}, "curriculum.retries needs a threshold to fail"),
         ({"curriculum": {"stop_after": "unit"}}, "set a threshold to fail under evaluation.unit"),
-        ({"curriculum": {"dpo": "sometimes"}}, "curriculum.dpo"),
+        ({"curriculum": {"dpo": "sometimes"}}, "curriculum.dpo: is always, never, or a number, found 'sometimes'"),
     ],
 )
 def test_settings_that_make_no_sense(values: dict[str, object], message: str) -> None:

@@ -117,6 +117,13 @@ def _backend(value: object) -> object:
     return {"type": value} if isinstance(value, str) else value
 
 
+def _gate(value: object) -> object:
+    """Said before the types are tried one by one, each of which would complain of its own."""
+    if isinstance(value, str) and value not in ("always", "never"):
+        raise ValueError(f"is always, never, or a number, found {value!r}")
+    return value
+
+
 class StageConfig(Section):
     """What both stages share: how long, how fast, in which batches."""
 
@@ -259,7 +266,7 @@ class CurriculumConfig(Section):
 
     topics: list[str] | None = Field(None, description="Train only these topics, or those of these chapters or units.")
     max_topics: Positive | None = Field(None, description="Train only the first so many of them.")
-    dpo: Literal["always", "never"] | Annotated[float, Field(ge=-1, le=2)] = Field(
+    dpo: Annotated[Literal["always", "never"] | Annotated[float, Field(ge=-1, le=2)], BeforeValidator(_gate)] = Field(
         "always",
         description="Whether a topic's DPO follows its SFT: `always`, `never`, or a number: where its voice is below.",
     )
@@ -351,7 +358,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise ConfigError(f"{file}: no such configuration; `mindprint init FOLDER` makes one") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
-    values, lines = _parse_yaml(text, str(file))
+    values, lines = parse_yaml(text, str(file))
     config = _validate(_overridden(values, overrides), str(file), lines)
     return ConfigFile(config, file.parent.resolve(), str(file), lines)
 
@@ -395,7 +402,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+def parse_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """Settings as people write them, and the line of each key. Raises `ConfigError` with the line that is wrong."""
     try:
         node = yaml.compose(text, _Loader)
         values = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
@@ -465,7 +473,11 @@ def _first_problem(error: ValidationError, source: str, lines: Mapping[tuple[str
     problems = error.errors(include_url=False)
     problem = problems[0]
     # A union (`str | list[str]`) reports its branches as parts of the location: keep the keys that a person wrote.
-    path = tuple(str(part) for part in problem["loc"] if not str(part).startswith(("list[", "constrained", "str")))
+    path = tuple(
+        str(part)
+        for part in problem["loc"]
+        if not str(part).startswith(("list[", "constrained", "str", "literal[", "float"))
+    )
     line = next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), None)
     where = f"{source}: line {line}" if line else source
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

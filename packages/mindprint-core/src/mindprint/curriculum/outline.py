@@ -21,10 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mindprint.config import ConfigFile, Level
+from mindprint.config import ConfigFile, Level, parse_yaml
 from mindprint.errors import DataError
 
 CURRICULUM_FILE = "curriculum.yaml"
@@ -117,7 +116,8 @@ def unit_of(topic: str) -> str | None:
 def read_outline(file: ConfigFile, topics: Sequence[str]) -> Outline:
     """The outline of the topics that the rows have, in order of their first row.
 
-    Raises `DataError` where a curriculum.yaml is malformed, names a topic without rows, or lacks one that has rows.
+    Raises `ConfigError` or `DataError` where a curriculum.yaml is malformed, names a topic without rows, or lacks one
+    that has rows.
     """
     path = _path(file)
     if path is None:
@@ -155,18 +155,18 @@ def _path(file: ConfigFile) -> Path | None:
 
 def _parsed(path: Path) -> _File:
     try:
-        return _File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        values, lines = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        return _File.model_validate(values)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
-        raise DataError(f"{path}:{line} {error.problem or 'is not valid YAML'}") from error
-    except (OSError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "the file"
-        raise DataError(f"{path}: {where}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from error
+        where = ".".join(str(part) for part in problem["loc"])
+        line = lines.get((str(problem["loc"][0]),))
+        at = f" line {line}:" if line else ""
+        raise DataError(f"{path}:{at} {where}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from error
 
 
 def _flattened(content: _File, path: Path) -> tuple[dict[str, None], dict[str, str]]:
