@@ -240,7 +240,7 @@ def soak(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure what the documentation states, beside the peers; prints, and asserts nothing that noise could turn.
 
-    `nox -s bench -- dpo_torch --steps 3` runs one of them, with its options.
+    `nox -s bench -- dpo_torch --turns 3` runs one of them, with its options.
     """
     install(session, PACKAGES, "mlx-lm-lora==5.10.2")
     chosen, options = session.posargs[:1], session.posargs[1:]

@@ -1,8 +1,8 @@
 """PyTorch: our DPO and SFT steps in bfloat16 beside our own in float32.
 
-    python benchmarks/bfloat16_torch.py [--steps 7] [--shapes 147+73 32+200 ragged]
+    python benchmarks/bfloat16_torch.py [--turns 5] [--shapes 147+73 32+200 ragged]
 
-The same rows and machine, one process each, taking turns step by step.
+The same rows and machine, one process each, taking turns.
 """
 
 from side_by_side.turns import compare

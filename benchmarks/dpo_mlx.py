@@ -1,8 +1,8 @@
 """DPO, MLX: Mindprint beside mlx-lm-lora's DPO.
 
-    python benchmarks/dpo_mlx.py [--steps 7] [--shapes 147+73 32+200 ragged]
+    python benchmarks/dpo_mlx.py [--turns 5] [--shapes 147+73 32+200 ragged]
 
-The same rows, dtype and machine, one process each, taking turns step by step.
+The same rows, dtype and machine, one process each, taking turns.
 """
 
 from side_by_side.turns import compare

@@ -1,8 +1,8 @@
 """SFT, MLX: Mindprint beside mlx-lm's SFT.
 
-    python benchmarks/sft_mlx.py [--steps 7] [--shapes 147+73 32+200 ragged]
+    python benchmarks/sft_mlx.py [--turns 5] [--shapes 147+73 32+200 ragged]
 
-The same rows, dtype and machine, one process each, taking turns step by step.
+The same rows, dtype and machine, one process each, taking turns.
 """
 
 from side_by_side.turns import compare

@@ -1,8 +1,8 @@
 """SFT, PyTorch: Mindprint beside TRL's SFT trainer.
 
-    python benchmarks/sft_torch.py [--steps 7] [--shapes 147+73 32+200 ragged]
+    python benchmarks/sft_torch.py [--turns 5] [--shapes 147+73 32+200 ragged]
 
-The same rows, dtype and machine, one process each, taking turns step by step.
+The same rows, dtype and machine, one process each, taking turns.
 """
 
 from side_by_side.turns import compare

@@ -52,21 +52,24 @@ def ours(
         mask = np.arange(len(row.prompt) + len(row.chosen)) >= len(row.prompt)
         return SftExample("t", ids([*row.prompt, *row.chosen]), mask, origin)
 
-    for batch in batches(shape, stage):
-        if stage == "reference":
+    if stage == "sft":
+        for rows in batches(shape, stage):
             with turn():
-                compute_reference(backend, model, [pair(row) for row in batch], work.PAD)
-        elif stage == "dpo":
-            pairs = [pair(row) for row in batch]
-            reference = compute_reference(backend, model, pairs, work.PAD)
-            with turn():
-                read = preference_batch(pairs, work.PAD, (reference.chosen, reference.rejected))
-                update = Update(work.LEARNING_RATE, int(read.chosen_lengths.sum()), read.pairs)
-                backend.dpo_step(model, [read], PreferenceLoss(beta=work.BETA), update)
-        else:
-            with turn():
-                tokens = sft_batch([single(row) for row in batch], work.PAD)
+                tokens = sft_batch([single(row) for row in rows], work.PAD)
                 backend.sft_step(model, [tokens], Update(work.LEARNING_RATE, tokens.loss_tokens))
+        return
+    steps = [[pair(row) for row in rows] for rows in batches(shape, stage)]
+    if stage == "reference":
+        for pairs in steps:
+            with turn():
+                compute_reference(backend, model, pairs, work.PAD)
+        return
+    references = [compute_reference(backend, model, pairs, work.PAD) for pairs in steps]
+    for pairs, reference in zip(steps, references, strict=True):
+        with turn():
+            read = preference_batch(pairs, work.PAD, (reference.chosen, reference.rejected))
+            update = Update(work.LEARNING_RATE, int(read.chosen_lengths.sum()), read.pairs)
+            backend.dpo_step(model, [read], PreferenceLoss(beta=work.BETA), update)
 
 
 def loaded(backend_name: str, folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> tuple[Any, Any]:

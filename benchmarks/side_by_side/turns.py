@@ -1,4 +1,9 @@
-"""Two processes that take turns at steps, so that whatever else the machine does hits both alike."""
+"""Processes that take turns at steps, so that whatever else the machine does hits all alike.
+
+A turn is two steps, and the second counts: while a process waits, caches and mapped weights go cold, which a training
+loop never sees. A process ends its turn when it is ready for the next: what it does in between, such as fetching a
+batch, is in nobody's time.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +25,14 @@ from typing import IO, Any
 from side_by_side import contestants, work
 
 HERE = Path(__file__).parents[1]
-WARM_UP = 2
+STEPS_A_TURN = 2
+WARM_UP = 1
+"""Turns that do not count."""
 
 
 @dataclass
 class Contestant:
-    """A process that waits for its turn, and what it reported: seconds and processor seconds of each step."""
+    """A process that waits for its turn, and what it said of each: seconds and processor seconds of the last step."""
 
     name: str
     process: subprocess.Popen[str]
@@ -35,41 +42,48 @@ class Contestant:
     loaded_mib: float = 0.0
     blas: str = ""
 
-    def step(self) -> None:
+    def take_turn(self) -> None:
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"{self.name} ended before its step was done; run it alone to see why")
-        report = json.loads(answer)
+        report = self.answer()
         self.seconds.append(report["seconds"])
         self.processor.append(report["processor"])
         self.peak_mib, self.loaded_mib, self.blas = report["peak_mib"], report["loaded_mib"], report["blas"]
 
+    def answer(self) -> dict[str, Any]:
+        """What it says next: that it is loaded, or what its step took."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended before its step was done; MINDPRINT_BENCH_LOG=1 shows why")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
 
 def compare(title: str, ours: str, *peers: str) -> None:
-    """Time contestants step by step in turn, for every shape of the work, and print medians and ratios."""
+    """Time contestants in turn, for every shape of the work, and print medians and ratios."""
     parser = argparse.ArgumentParser(description=title)
-    most = work.STEPS - WARM_UP
-    parser.add_argument("--steps", type=int, default=7, choices=range(1, most + 1), metavar=f"1..{most}")
+    most = work.STEPS // STEPS_A_TURN - WARM_UP
+    parser.add_argument("--turns", type=int, default=5, choices=range(1, most + 1), metavar=f"1..{most}")
     parser.add_argument("--shapes", nargs="+", default=list(work.SHAPES), choices=list(work.SHAPES))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work.write_model(Path(folder))
         for shape in options.shapes:
-            print(f"{title}, {shape} tokens, {options.steps} steps in turn")
-            report(run([ours, *peers], Path(folder), shape, options.steps), shape)
+            print(f"{title}, {shape} tokens, {options.turns} turns")
+            report(run([ours, *peers], Path(folder), shape, options.turns), shape)
 
 
-def run(names: list[str], folder: Path, shape: str, steps: int) -> list[Contestant]:
-    """All contestants' steps: first that of one, then that of the next, and so on."""
+def run(names: list[str], folder: Path, shape: str, turns: int) -> list[Contestant]:
+    """All contestants' turns: first that of one, then that of the next, and so on."""
     started = [Contestant(name, _start(name, folder, shape)) for name in names]
     try:
-        for _ in range(WARM_UP + steps):
+        for contestant in started:
+            contestant.answer()
+        for _ in range(WARM_UP + turns):
             for contestant in started:
-                contestant.step()
+                contestant.take_turn()
     finally:
         for contestant in started:
             contestant.process.kill()
@@ -81,7 +95,8 @@ def report(found: list[Contestant], shape: str) -> None:
     """Medians of steps, and of the ratios of steps that stood side by side, with the least and the greatest of them."""
     ours = found[0]
     stage = "dpo" if "dpo" in ours.name else "sft"
-    flops = [work.useful_flops(batch, preference=stage == "dpo") for batch in contestants.batches(shape, stage)]
+    timed = contestants.batches(shape, stage)[STEPS_A_TURN - 1 :: STEPS_A_TURN]
+    flops = [work.useful_flops(batch, preference=stage == "dpo") for batch in timed]
     rate = statistics.median(f / s / 1e9 for f, s in zip(flops[WARM_UP:], ours.seconds[WARM_UP:], strict=False))
     for contestant in found:
         seconds, processor = contestant.seconds[WARM_UP:], contestant.processor[WARM_UP:]
@@ -131,17 +146,33 @@ def _start(name: str, folder: Path, shape: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@contextmanager
-def turn(out: IO[str], first: dict[str, float]) -> Iterator[None]:
-    """Wait to be told, do the step, and say how long it took. Ends the process when nobody tells any more."""
-    first.setdefault("loaded_mib", _peak_mib())
-    if not sys.stdin.readline():
-        raise SystemExit
-    started, processor = perf_counter(), process_time()
-    yield
-    answer: dict[str, Any] = {"seconds": perf_counter() - started, "processor": process_time() - processor}
-    out.write(json.dumps({**answer, "peak_mib": _peak_mib(), "blas": _blas(), **first}) + "\n")
-    out.flush()
+class Turns:
+    """The turns of this process: `with turns():` around each step."""
+
+    def __init__(self, out: IO[str]) -> None:
+        self._out = out
+        self._loaded_mib = 0.0
+        self._steps = 0
+        self._last: dict[str, Any] = {}
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Take one step, as a turn begins after the answer to the one before. Ends the process when nobody asks."""
+        self._loaded_mib = self._loaded_mib or _peak_mib()
+        if self._steps % STEPS_A_TURN == 0:
+            self.answer()
+            if not sys.stdin.readline():
+                raise SystemExit
+        started, processor = perf_counter(), process_time()
+        yield
+        self._last = {"seconds": perf_counter() - started, "processor": process_time() - processor}
+        self._last |= {"peak_mib": _peak_mib(), "loaded_mib": self._loaded_mib, "blas": _blas()}
+        self._steps += 1
+
+    def answer(self) -> None:
+        """What the last step took; nothing, before the first one."""
+        self._out.write(json.dumps(self._last) + "\n")
+        self._out.flush()
 
 
 def _blas() -> str:
@@ -160,5 +191,6 @@ if __name__ == "__main__":
     # What trainers print must not stand between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    seen: dict[str, float] = {}
-    contestants.CONTESTANTS[sys.argv[1]](Path(sys.argv[2]), sys.argv[3], lambda: turn(answers, seen))
+    turns = Turns(answers)
+    contestants.CONTESTANTS[sys.argv[1]](Path(sys.argv[2]), sys.argv[3], turns)
+    turns.answer()
