@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from mlx_samples import linear_sites, lora, preference_batch, token_batch
 from mindprint import layouts
 from mindprint.contract import LoadedModel, StepMetrics, TrainingState, Update
 from mindprint.losses import PreferenceLoss
-from mindprint_mlx import adapter, blas, groups, logprobs, state, steps
+from mindprint_mlx import adapter, blas, groups, logprobs, points, state, steps
 
 Make = Callable[..., LoadedModel]
 LENGTHS = np.array([40, 7, 33, 8, 21, 39], np.int32)
@@ -87,6 +88,28 @@ def test_the_same_step_twice_to_the_last_bit(make: Make, cores: int) -> None:
     for site, factors in first[1].adapter.tensors.items():
         for mine, theirs in zip(factors, second[1].adapter.tensors[site], strict=True):
             np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_graph_is_evaluated_from_point_to_point(
+    make: Make, cores: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each adapted layer once on the way forward and once on the way back, and once more where it is computed again."""
+    found: list[list[mx.array]] = []
+    own = points.evaluate
+
+    def evaluate(on_the_way: deque[mx.array]) -> None:
+        found.append(list(on_the_way))
+        own(on_the_way)
+        assert not on_the_way
+
+    monkeypatch.setattr(points, "evaluate", evaluate)
+    loaded = ready(make)
+    step(loaded, "sft", checkpointing)
+    sites = len(linear_sites(loaded))
+    # What query, key and value of the first layer read needs no gradient, unless the layer is computed again.
+    on_the_way = 3 * sites if checkpointing else 2 * sites - 3
+    assert {len(each) for each in found} == ({on_the_way} if cores > 1 else set())
 
 
 def test_dropout_follows_from_the_seed(make: Make, cores: int) -> None:

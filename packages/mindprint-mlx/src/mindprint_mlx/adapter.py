@@ -17,6 +17,7 @@ from mlx import nn
 
 from mindprint.contract import AdapterFacts, AdapterSite, AdapterState, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError
+from mindprint_mlx import points
 from mindprint_mlx.arrays import to_numpy
 from mindprint_mlx.imports import mlx_lm_module
 from mindprint_mlx.model import Adapter, Handle, Place
@@ -145,17 +146,21 @@ def _lora_layer(place: Place, config: LoraConfig) -> Any:
 
 @cache
 def _folded(kind: Any) -> Any:
-    """mlx-lm's layer, multiplying by the scale where rows are `r` wide, and adding as it multiplies by B."""
+    """mlx-lm's layer, multiplying by the scale where rows are `r` wide, and adding as it multiplies by B.
+
+    Its output and its input's gradient are points at which graphs beside each other are evaluated.
+    """
 
     class FoldedLoRA(kind):  # type: ignore[misc]
         def __call__(self, x: mx.array) -> mx.array:
+            x = points.backward(x)
             base: mx.array = self.linear(x)
             inner = self.scale * (self.dropout(x) @ self.lora_a)
             if base.dtype == inner.dtype:
                 base = mx.addmm(base, inner, self.lora_b)
             else:
                 base = base + (inner @ self.lora_b).astype(base.dtype)
-            return base
+            return points.forward(base)
 
     return FoldedLoRA
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mindprint.contract import Int32, PreferenceBatch, TokenBatch
-from mindprint_mlx import blas
+from mindprint_mlx import blas, points
 from mindprint_mlx.model import Handle
 
 Rows = NDArray[np.intp]
@@ -70,8 +70,9 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 def _computed(device: mx.Device, task: Callable[[], T]) -> T:
     with mx.stream(_own_stream(device)):
-        with BUILDING:
+        with BUILDING, points.noted() as on_the_way:
             result = task()
+        points.evaluate(on_the_way)
         mx.eval(result)
     return result
 

@@ -9,7 +9,7 @@ from functools import cache
 
 import mlx.core as mx
 
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8
 """`mallopt`'s names for them in glibc."""
 
 KEPT_BYTES = 2**30
@@ -29,6 +29,8 @@ def prepare(device: mx.Device) -> None:
         if not library.mallopt(MMAP_THRESHOLD, KEPT_BYTES):
             library.mallopt(MMAP_THRESHOLD, OLD_GLIBC_LIMIT)
         library.mallopt(TRIM_THRESHOLD, KEPT_BYTES)
+        # What one thread frees, another can take: with a heap each, a step kept half as much again as it used at once.
+        library.mallopt(ARENA_MAX, 1)
 
 
 def give_back() -> None:
