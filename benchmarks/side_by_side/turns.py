@@ -1,6 +1,6 @@
 """Processes that take turns at steps, so that whatever else the machine does hits all alike.
 
-A turn is two steps, and the second counts: while a process waits, caches and mapped weights go cold, which a training
+A turn is three steps, and the last counts: while a process waits, caches and mapped weights go cold, which a training
 loop never sees. A process ends its turn when it is ready for the next: what it does in between, such as fetching a
 batch, is in nobody's time.
 """
@@ -25,7 +25,7 @@ from typing import IO, Any
 from side_by_side import contestants, work
 
 HERE = Path(__file__).parents[1]
-STEPS_A_TURN = 2
+STEPS_A_TURN = 3
 WARM_UP = 1
 """Turns that do not count."""
 

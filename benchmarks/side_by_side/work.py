@@ -11,7 +11,7 @@ import numpy as np
 VOCABULARY, HIDDEN, INNER, LAYERS, HEADS, KEY_HEADS = 32768, 512, 1536, 11, 8, 2
 EOS, PAD, FIRST_WORD = 0, 1, 2
 RANK, ALPHA, LEARNING_RATE, BETA = 8, 16.0, 5e-6, 0.1
-PAIRS, ROWS, STEPS = 4, 8, 16
+PAIRS, ROWS, STEPS = 4, 8, 18
 
 SHAPES = {"147+73": (147, 147, 73, 73), "32+200": (32, 32, 200, 200), "ragged": (12, 260, 8, 300)}
 """Tokens of prompts and of completions, shortest and longest; lengths between them are spread evenly on a log scale."""
