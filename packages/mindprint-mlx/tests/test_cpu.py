@@ -63,7 +63,9 @@ def test_swiglu() -> None:
 @pytest.mark.parametrize("mask", ["causal", "bool", "added", None])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("before", [0, 3])
-def test_attention(mask: Any, groups: int, before: int) -> None:
+@pytest.mark.parametrize("together", [4, 256])
+def test_attention(mask: Any, groups: int, before: int, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "CAUSAL_ROWS", together)
     queries, keys = normal(2, 4, 6, 8), normal(2, groups, 6 + before, 8, seed=1)
     values = normal(2, groups, 6 + before, 8, seed=2)
     if mask in ("bool", "added"):

@@ -99,6 +99,10 @@ def _swiglu_vjp(
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
+CAUSAL_ROWS = 256
+"""Queries that are answered together under a causal mask. What the last of them does not see is not multiplied."""
+
+
 def attention(
     queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, sinks: Any = None
 ) -> mx.array:
@@ -108,6 +112,14 @@ def attention(
         return original(queries, keys, values, cache, scale, mask, sinks)
     batch, heads, length, width = queries.shape
     groups, seen = keys.shape[1], keys.shape[2]
+    if isinstance(mask, str) and length > CAUSAL_ROWS:
+        parts = []
+        for start in range(0, length, CAUSAL_ROWS):
+            end = min(start + CAUSAL_ROWS, length)
+            last = seen - length + end
+            rows = queries[:, :, start:end]
+            parts.append(attention(rows, keys[:, :, :last], values[:, :, :last], cache, scale, mask))
+        return mx.concatenate(parts, axis=2)
     rows = (queries * scale).reshape(batch, groups, heads // groups * length, width)
     out = _first(_attention(rows, keys, values, _bias(mask, length, seen)))
     return out.reshape(batch, heads, length, values.shape[-1])
