@@ -1,6 +1,6 @@
 """PyTorch: our DPO and SFT steps in bfloat16 beside our own in float32.
 
-    python benchmarks/bfloat16_torch.py [--turns 5] [--shapes 147+73 32+200 ragged]
+    python benchmarks/bfloat16_torch.py [--alone] [--turns 5] [--shapes 147+73 32+200 ragged]
 
 The same rows and machine, one process each, taking turns.
 """

@@ -1,6 +1,6 @@
 """SFT, PyTorch: Mindprint beside TRL's SFT trainer.
 
-    python benchmarks/sft_torch.py [--turns 5] [--shapes 147+73 32+200 ragged]
+    python benchmarks/sft_torch.py [--alone] [--turns 5] [--shapes 147+73 32+200 ragged]
 
 The same rows, dtype and machine, one process each, taking turns.
 """

@@ -67,12 +67,14 @@ def compare(title: str, ours: str, *peers: str) -> None:
     most = work.STEPS // STEPS_A_TURN - WARM_UP
     parser.add_argument("--turns", type=int, default=5, choices=range(1, most + 1), metavar=f"1..{most}")
     parser.add_argument("--shapes", nargs="+", default=list(work.SHAPES), choices=list(work.SHAPES))
+    parser.add_argument("--alone", action="store_true", help="all turns of one process, then all of the next")
     options = parser.parse_args()
+    groups = [[name] for name in (ours, *peers)] if options.alone else [[ours, *peers]]
     with tempfile.TemporaryDirectory() as folder:
         work.write_model(Path(folder))
         for shape in options.shapes:
-            print(f"{title}, {shape} tokens, {options.turns} turns")
-            report(run([ours, *peers], Path(folder), shape, options.turns), shape)
+            print(f"{title}, {shape} tokens, {options.turns} turns{' of each alone' * options.alone}")
+            report([one for names in groups for one in run(names, Path(folder), shape, options.turns)], shape)
 
 
 def run(names: list[str], folder: Path, shape: str, turns: int) -> list[Contestant]:
