@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from mindprint import models
 from mindprint.adapter.merging import merged_folder
 from mindprint.adapter.peft_format import read_adapter, write_adapter
 from mindprint.contract import AdapterState, LoraConfig, LoraFactors
+from mindprint.models import folder as models
 
 HIDDEN, INNER, VOCABULARY = 2048, 8192, 32000
 SHAPES = {

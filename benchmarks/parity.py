@@ -25,7 +25,7 @@ import numpy as np
 import mindprint
 from architectures import MATRIX, Reference, compare, saved
 from mindprint.contract import Update
-from mindprint.training.run_folder import RunFolder
+from mindprint.runs.folder import RunFolder
 from parity_cases import (
     Opened,
     losses,

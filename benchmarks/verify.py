@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from mindprint.adapter.initial import initial_adapter
 from mindprint.adapter.peft_format import write_adapter
 from mindprint.adapter.targets import resolve_targets
-from mindprint.backend import load_backend
 from mindprint.config import ModelConfig
 from mindprint.contract import AdapterState, LoraConfig, LoraFactors
 from mindprint.data.tokenizer import load_tokenizer
-from mindprint.models import ModelFolder, model_config, resolve_model, tensors
-from mindprint.training.engine import Engine, Placement
+from mindprint.models.engine import Engine, Placement
+from mindprint.models.folder import ModelFolder, model_config, resolve_model, tensors
+from mindprint.plugins.backend import load_backend
 from mindprint.trust.digests import digest_weights
 from mindprint.trust.fingerprint import FILE_NAME, fingerprint_json
 from mindprint.trust.measurement import take_fingerprint

@@ -12,7 +12,7 @@ from mindprint.data.collate import sft_batch
 from mindprint.data.render import render_prompt, render_sft
 from mindprint.data.rows import Origin, SftRow
 from mindprint.data.tokenizer import load_tokenizer
-from mindprint.models import resolve_model
+from mindprint.models.folder import resolve_model
 
 # Load: a folder and a tokenizer are core's business, the model is the backend's.
 folder = resolve_model(ModelConfig(name="builtin:tiny"), Path.cwd())

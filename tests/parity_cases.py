@@ -12,7 +12,6 @@ import numpy as np
 
 from mindprint.adapter.initial import initial_adapter
 from mindprint.adapter.targets import resolve_targets
-from mindprint.backend import Backend, load_backend
 from mindprint.contract import (
     AdapterState,
     LoadedModel,
@@ -26,7 +25,8 @@ from mindprint.contract import (
     Update,
 )
 from mindprint.losses import PreferenceLoss
-from mindprint.training.run_folder import RunFolder
+from mindprint.plugins.backend import Backend, load_backend
+from mindprint.runs.folder import RunFolder
 
 VOCABULARY = 380
 

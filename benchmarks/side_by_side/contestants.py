@@ -76,8 +76,8 @@ def loaded(backend_name: str, folder: Path, dtype: Literal["float32", "bfloat16"
     """One of our backends, and the model on it with a new adapter on every linear layer."""
     from mindprint.adapter.initial import initial_adapter
     from mindprint.adapter.targets import resolve_targets
-    from mindprint.backend import load_backend
     from mindprint.contract import LoraConfig, ModelSpec
+    from mindprint.plugins.backend import load_backend
 
     backend = load_backend(backend_name)
     model = backend.load_model(ModelSpec(str(folder), "cpu", dtype))

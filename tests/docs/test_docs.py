@@ -22,7 +22,7 @@ from mindprint import hookspecs
 from mindprint.cli import group, main
 from mindprint.config import Config, ModelConfig, load_config
 from mindprint.events import StepDone
-from mindprint.models import resolve_model
+from mindprint.models.folder import resolve_model
 from mindprint.trust.report import MEANINGS, Code
 
 ROOT = Path(__file__).parents[2]

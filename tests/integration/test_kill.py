@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import mindprint
-from mindprint.backend import load_backend
-from mindprint.training.run_folder import RunFolder
+from mindprint.plugins.backend import load_backend
+from mindprint.runs.folder import RunFolder
 from parity_cases import WORDS
 
 KILLS = int(os.environ.get("MINDPRINT_KILLS", "3"))
@@ -53,7 +53,7 @@ def project(qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_processes_multiply_with_the_same_library() -> None:
     """Bit for bit holds between this process, whatever its tests have imported, and the commands it starts."""
-    code = "from mindprint.backend import load_backend; print(load_backend('mlx').info.libraries['blas'])"
+    code = "from mindprint.plugins.backend import load_backend; print(load_backend('mlx').info.libraries['blas'])"
     started = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert load_backend("mlx").info.libraries["blas"] == started.stdout.strip()
 

@@ -20,14 +20,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from architectures import MATRIX, loaded, rewritten, saved
-from mindprint import models
 from mindprint.adapter import mlx_lm_format, peft_format
 from mindprint.adapter.base_facts import read_base_facts
 from mindprint.adapter.formats import read_any_adapter
 from mindprint.adapter.merging import merged_folder
 from mindprint.adapter.module_names import FAMILIES
-from mindprint.models import ModelFolder
-from mindprint.tensor_files import add_float32, from_float32, read_float32, to_float32
+from mindprint.models import folder as models
+from mindprint.models.folder import ModelFolder
+from mindprint.models.tensor_files import add_float32, from_float32, read_float32, to_float32
 
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe"}

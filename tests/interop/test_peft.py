@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import mindprint
 from mindprint.adapter.peft_format import read_adapter
 from mindprint.contract import TokenBatch
-from mindprint.training.results import RunResult
+from mindprint.runs.results import RunResult
 from parity_cases import open_model, token_batch
 
 WORDS = [

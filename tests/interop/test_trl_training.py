@@ -27,14 +27,14 @@ import mindprint
 from mindprint.adapter.initial import initial_adapter
 from mindprint.adapter.peft_format import from_tensors, read_adapter, write_adapter
 from mindprint.adapter.targets import resolve_targets
-from mindprint.backend import load_backend
 from mindprint.config import AdapterConfig, ConfigFile, DpoConfig, make_config
 from mindprint.contract import AdapterState, LoraConfig, LoraFactors, ModelSpec
 from mindprint.data.order import StageOrder
 from mindprint.losses import NUMPY, PairLogProbs, PreferenceLoss
+from mindprint.plugins.backend import load_backend
+from mindprint.runs.folder import RunFolder
 from mindprint.training.plan import StagePlan
 from mindprint.training.prepare import Prepared, prepare
-from mindprint.training.run_folder import RunFolder
 from parity_cases import WORDS, relative_difference
 from random_models import CHAT_TEMPLATE
 

@@ -18,7 +18,7 @@ import mindprint
 from mindprint.contract import PreferenceBatch, TokenBatch, Update
 from mindprint.hookspecs import hookimpl
 from mindprint.layouts import preference_sequences
-from mindprint.training.run_folder import RunFolder
+from mindprint.runs.folder import RunFolder
 from parity_cases import open_model, preference_batch
 from random_models import save_model
 

@@ -13,7 +13,7 @@ import mindprint
 from mindprint.adapter.peft_format import read_adapter
 from mindprint.errors import Interrupted
 from mindprint.events import Event, StepDone
-from mindprint.training.run_folder import RunFolder
+from mindprint.runs.folder import RunFolder
 from parity_cases import (
     losses,
     open_model,

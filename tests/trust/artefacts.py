@@ -20,11 +20,11 @@ from mindprint.adapter.formats import read_any_adapter
 from mindprint.adapter.initial import initial_adapter
 from mindprint.adapter.peft_format import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from mindprint.adapter.targets import resolve_targets
-from mindprint.backend import load_backend
 from mindprint.contract import AdapterState, Dtype, LoraConfig
 from mindprint.data.tokenizer import load_tokenizer
-from mindprint.models import ModelFolder, model_config
-from mindprint.training.engine import Engine, Placement
+from mindprint.models.engine import Engine, Placement
+from mindprint.models.folder import ModelFolder, model_config
+from mindprint.plugins.backend import load_backend
 from mindprint.trust.fingerprint import FILE_NAME, fingerprint_json
 from mindprint.trust.measurement import take_fingerprint
 from mindprint.trust.probe import synthetic_probe

@@ -19,8 +19,8 @@ from artefacts import Artefact, Tensors, change_of, edit_config, edit_factors, e
 
 from mindprint.adapter.mlx_lm_format import WEIGHTS_FILE as MLX_LM_FILE
 from mindprint.adapter.peft_format import CONFIG_FILE, WEIGHTS_FILE
-from mindprint.backend import Backend
 from mindprint.contract import AdapterFacts, AdapterState, Float32, LoadedModel, LoraFactors, ModelSpec, TokenBatch
+from mindprint.plugins.backend import Backend
 from mindprint.trust.fingerprint import FILE_NAME
 from mindprint.trust.report import Code
 

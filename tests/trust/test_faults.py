@@ -12,7 +12,7 @@ from catalogue import FAULTS, Fault
 
 from mindprint.adapter.peft_format import read_adapter
 from mindprint.errors import MindprintError
-from mindprint.models import ModelFolder, check_model_folder
+from mindprint.models.folder import ModelFolder, check_model_folder
 from mindprint.trust.fingerprint import read_fingerprint
 from mindprint.trust.report import Report
 from mindprint.trust.verify import verify_adapter, verify_merged

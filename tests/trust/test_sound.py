@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from mindprint.adapter.merging import merged_folder
 from mindprint.adapter.peft_format import read_adapter
-from mindprint.models import ModelFolder, check_model_folder
+from mindprint.models.folder import ModelFolder, check_model_folder
 from mindprint.trust.fingerprint import FILE_NAME, read_fingerprint
 from mindprint.trust.report import Report
 from mindprint.trust.verify import TELLING, verify_adapter, verify_merged

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mindprint.config import dump_config, make_config
-from mindprint.curriculum.records import (
+from mindprint.runs.records import (
     AnswerRecord,
     Decision,
     EvaluationRecord,

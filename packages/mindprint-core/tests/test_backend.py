@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindprint import backend as backends
-from mindprint.backend import Backend, choose_backend
 from mindprint.contract import (
     AdapterState,
     BackendInfo,
@@ -28,7 +26,9 @@ from mindprint.contract import (
 )
 from mindprint.errors import BackendError, ContractError
 from mindprint.losses import PreferenceLoss
-from mindprint.plugins import Plugin
+from mindprint.plugins import backend as backends
+from mindprint.plugins.backend import Backend, choose_backend
+from mindprint.plugins.loading import Plugin
 
 MODEL = LoadedModel(object(), "cpu", "float32", 1, 10)
 IDS, LENGTHS = np.ones((2, 3), np.int32), np.full(2, 3, np.int32)

@@ -18,10 +18,10 @@ from toy_base import install_toy
 
 from mindprint.adapter.peft_format import read_adapter
 from mindprint.cli import main
-from mindprint.comparison import adapter_difference, deviation
 from mindprint.contract import AdapterState, LoraConfig, LoraFactors
-from mindprint.curriculum.records import AnswerRecord, EvaluationRecord, Figures, Interval, as_line
-from mindprint.training.costs import COSTS_FILE
+from mindprint.reports.equivalence import adapter_difference, deviation
+from mindprint.runs.costs import COSTS_FILE
+from mindprint.runs.records import AnswerRecord, EvaluationRecord, Figures, Interval, as_line
 
 RATE = "update.learning_rate"
 
@@ -277,7 +277,7 @@ def test_the_adapters_difference_is_read_from_the_runs(
 def test_peak_memory_counts_what_was_given_back() -> None:
     code = """
 import numpy as np
-from mindprint.training.costs import peak_bytes
+from mindprint.runs.costs import peak_bytes
 before = peak_bytes()
 np.ones(200 * 2**17).sum()  # 200 MiB, freed at once
 print((peak_bytes() - before) / 2**20)

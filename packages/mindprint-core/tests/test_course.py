@@ -14,12 +14,12 @@ import pytest
 
 import mindprint
 from mindprint.contract import Generation
-from mindprint.curriculum.records import AnswerRecord, answer_from
 from mindprint.errors import ConfigError, DataError, Interrupted
 from mindprint.events import Decided, Event, Notice, StepDone
 from mindprint.hookspecs import hookimpl
-from mindprint.training.results import Verdict
-from mindprint.training.run_folder import RunFolder
+from mindprint.runs.folder import RunFolder
+from mindprint.runs.records import AnswerRecord, answer_from
+from mindprint.runs.results import Verdict
 
 Project = dict[str, Any]
 TOPICS = ("u1/c1/bees", "u1/c1/tides", "u1/c2/moon")

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from mindprint.adapter.initial import initial_adapter
-from mindprint.backend import load_backend
 from mindprint.contract import LoraConfig, ModelSpec, TokenBatch, Update
 from mindprint.data.collate import pair_sequences
 from mindprint.data.render import PreferenceExample
 from mindprint.data.rows import Origin
+from mindprint.plugins.backend import load_backend
 from mindprint.training.reference import Reference
 from mindprint.voice.evaluation import FEW_PAIRS, Tokens, evaluate_heldout, measure
 

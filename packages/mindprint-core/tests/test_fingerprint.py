@@ -13,16 +13,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import mindprint
-from mindprint import plugins
-from mindprint.backend import load_backend
 from mindprint.contract import LoadedModel
 from mindprint.data.tokenizer import load_tokenizer
 from mindprint.errors import AdapterError, DataError, MindprintError
 from mindprint.events import Event, Notice
-from mindprint.models import ModelFolder, model_config
-from mindprint.training.engine import Placement
+from mindprint.models.engine import Placement, fits_in_float32
+from mindprint.models.folder import ModelFolder, model_config
+from mindprint.plugins import loading as plugins
+from mindprint.plugins.backend import load_backend
 from mindprint.trust.fingerprint import FILE_NAME, Fingerprint, fingerprint_json, read_fingerprint
-from mindprint.trust.measurement import fits_in_float32
 from mindprint.trust.probe import Noise, synthetic_probe, tolerance
 from mindprint.trust.report import Report
 from mindprint.trust.verify import verify_adapter
@@ -209,7 +208,7 @@ def test_what_cannot_be_computed_is_said(adapter: Path, toy_model: Path, monkeyp
 
     config = adapter / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 32'))
-    monkeypatch.setattr("mindprint.training.engine.Engine.load", unloadable)
+    monkeypatch.setattr("mindprint.models.engine.Engine.load", unloadable)
     report = verified(adapter, toy_model)
     assert [(finding.code, finding.fails) for finding in report.findings] == [("scale", True), ("not_computed", False)]
 

@@ -6,6 +6,7 @@ import pytest
 from mindprint.contract import AdapterFacts, AdapterState, LoraConfig, LoraFactors, PreferenceBatch, StepMetrics, Update
 from mindprint.errors import GuardError
 from mindprint.losses import PreferenceLoss
+from mindprint.models.engine import check_base, check_injection
 from mindprint.training import guards
 
 ZERO = LoraFactors(np.ones((2, 3), np.float32), np.zeros((4, 2), np.float32))
@@ -24,11 +25,11 @@ def metrics(log_probs: float = -20.0, loss: float = 0.6931472) -> StepMetrics:
 
 
 def test_injection_is_what_the_configuration_says() -> None:
-    guards.check_injection(ADAPTER, AdapterFacts(("m.q",), 14))
+    check_injection(ADAPTER, AdapterFacts(("m.q",), 14))
     with pytest.raises(GuardError, match="would train 15 elements, the configuration implies 14"):
-        guards.check_injection(ADAPTER, AdapterFacts(("m.q",), 15))
+        check_injection(ADAPTER, AdapterFacts(("m.q",), 15))
     with pytest.raises(GuardError, match="other modules than the configuration names: m.k"):
-        guards.check_injection(ADAPTER, AdapterFacts(("m.q", "m.k"), 14))
+        check_injection(ADAPTER, AdapterFacts(("m.q", "m.k"), 14))
 
 
 @pytest.mark.parametrize("bad", [StepMetrics(float("nan"), 1.0), StepMetrics(1.0, float("inf"))])
@@ -51,9 +52,9 @@ def test_the_first_update_must_have_a_gradient_and_an_effect() -> None:
 
 
 def test_the_base_must_not_change() -> None:
-    guards.check_base("same", "same")
+    check_base("same", "same")
     with pytest.raises(GuardError, match="base model's weights changed"):
-        guards.check_base("before", "after")
+        check_base("before", "after")
 
 
 def test_the_first_preference_step_sees_its_own_reference() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hook_api import Written, breaking_changes, pinned, signatures
 
 from mindprint.hookspecs import HOOK_API, SUPPORTED_HOOK_APIS
-from mindprint.plugins import backend_hooks
+from mindprint.plugins.loading import backend_hooks
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from mindprint.config import make_config
 from mindprint.errors import ConfigError, MindprintError, ScorerError
-from mindprint.plugins import load_scorers
+from mindprint.plugins.loading import load_scorers
 from mindprint.voice.lexicon import Lexicon, mindprint_scorers
 
 LEXICON = Lexicon(("mind you", "never you"), ("utilise", "at the end of the day"), (("tide", "current"),))

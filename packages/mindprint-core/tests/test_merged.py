@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from mindprint.adapter.base_facts import BaseFacts
+from mindprint.adapter.weight_changes import Weight, stored_factors
 from mindprint.contract import AdapterState, Float32, LoraConfig, LoraFactors
-from mindprint.tensor_files import TensorInfo, from_float32
-from mindprint.trust.merged import Weight, judge, stored_factors
+from mindprint.models.tensor_files import TensorInfo, from_float32
+from mindprint.trust.merged import judge
 
 RANDOM = np.random.default_rng(0)
 WEIGHT = RANDOM.normal(0, 0.05, (48, 48)).astype(np.float32)

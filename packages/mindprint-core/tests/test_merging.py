@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindprint import models
 from mindprint.adapter import merging
 from mindprint.adapter.merging import RECORD_FILE, merged_folder, read_record
 from mindprint.adapter.peft_format import adapter_digest
 from mindprint.contract import AdapterState, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError, MindprintError, ModelError, RunError
-from mindprint.models import ModelFolder
-from mindprint.tensor_files import from_float32, read_float32, to_float32
+from mindprint.models import folder as models
+from mindprint.models.folder import ModelFolder
+from mindprint.models.tensor_files import from_float32, read_float32, to_float32
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 1, "tie_word_embeddings": False}
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from mindprint.cli import main
+from mindprint.cli.migration import migrate
 from mindprint.config import load_config
 from mindprint.errors import ConfigError
-from mindprint.migration import migrate
 
 OLD = """
 backend: {type: pytorch, device: cpu, dtype: bf16}

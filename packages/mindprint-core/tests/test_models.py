@@ -20,7 +20,7 @@ from small_tokenizers import write_tokenizer
 
 from mindprint.config import ModelConfig
 from mindprint.errors import ModelError
-from mindprint.models import (
+from mindprint.models.folder import (
     ModelFolder,
     base_digest,
     check_model_folder,
@@ -147,7 +147,7 @@ def test_a_failed_download_is_one_line(
 def test_the_real_client_offline(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path; from mindprint.config import ModelConfig\n"
-        "from mindprint.models import ModelError, resolve_model\n"
+        "from mindprint.models.folder import ModelError, resolve_model\n"
         "try: resolve_model(ModelConfig(name='owner/name'), Path('.'))\n"
         "except ModelError as error: print(error)"
     )

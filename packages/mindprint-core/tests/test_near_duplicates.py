@@ -8,8 +8,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from mindprint.data import near_duplicates
-from mindprint.data.near_duplicates import near_duplicate_groups, normalised
+from mindprint.text import near_duplicates
+from mindprint.text.near_duplicates import near_duplicate_groups, normalised
 
 
 def by_sets(texts: list[str]) -> list[int]:

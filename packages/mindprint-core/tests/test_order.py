@@ -4,7 +4,8 @@ from itertools import chain
 
 import numpy as np
 
-from mindprint.data.order import StageOrder, permutation, random_bits, uniform
+from mindprint.data.order import StageOrder
+from mindprint.draws import permutation, random_bits, uniform
 
 
 def test_the_stream_is_what_it_was_when_this_was_written() -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mindprint import plugins
-from mindprint.backend import load_backend
 from mindprint.contract import ModelSpec
 from mindprint.errors import BackendError, MindprintError
+from mindprint.plugins import loading as plugins
+from mindprint.plugins.backend import load_backend
 
 Install = Callable[..., None]
 COUNT = iter(range(1000))

@@ -8,8 +8,8 @@ import pytest
 from mindprint.config import CurriculumConfig, Thresholds, make_config
 from mindprint.contract import Generation
 from mindprint.curriculum.policy import collapsed, dpo_runs, judged
-from mindprint.curriculum.records import Figures, Interval
 from mindprint.errors import ConfigError
+from mindprint.runs.records import Figures, Interval
 
 HALF = Figures(
     voice=Interval(0.5, 0.3, 0.7),

@@ -24,7 +24,6 @@ from run_samples import (
 )
 
 from mindprint.cli import main
-from mindprint.curriculum.records import EvaluationRecord, Figures, Interval, as_line
 from mindprint.errors import RunError
 from mindprint.reports import read_run, write_reports
 from mindprint.reports.advice import advice
@@ -34,6 +33,7 @@ from mindprint.reports.document import Document, DotChart, Paragraph, Table
 from mindprint.reports.markdown import as_markdown
 from mindprint.reports.page import as_page
 from mindprint.reports.svg import ticks
+from mindprint.runs.records import EvaluationRecord, Figures, Interval, as_line
 
 
 @pytest.fixture

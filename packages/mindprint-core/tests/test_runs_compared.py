@@ -10,7 +10,7 @@ import pytest
 from run_samples import MEASURED, write_lines, write_sample_run
 
 from mindprint.cli import main
-from mindprint.curriculum.records import EvaluationRecord, Interval, as_line
+from mindprint.runs.records import EvaluationRecord, Interval, as_line
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mindprint.schedule import learning_rate
+from mindprint.training.schedule import learning_rate
 
 
 def test_warm_up_starts_at_zero_and_reaches_the_peak() -> None:

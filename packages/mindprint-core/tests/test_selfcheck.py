@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindprint.backend import load_backend
 from mindprint.config import make_config
 from mindprint.contract import Generation, StepMetrics
-from mindprint.models import ModelFolder
-from mindprint.plugins import load_backend_plugin
-from mindprint.selfcheck import Finding, check_deeply, check_training, guarded
-from mindprint.training.engine import Placement
+from mindprint.models.engine import Placement
+from mindprint.models.folder import ModelFolder
+from mindprint.plugins.backend import load_backend
+from mindprint.plugins.loading import load_backend_plugin
 from mindprint.training.prepare import Prepared, prepare
+from mindprint.training.selfcheck import Finding, check_deeply, check_training, guarded
 
 EVERYTHING = {"gradient", "adapter", "loss", "same numbers", "base", "adapter off"}
 

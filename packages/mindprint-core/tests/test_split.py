@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from mindprint.config import DataConfig, make_config
-from mindprint.data.near_duplicates import near_duplicate_groups, normalised
 from mindprint.data.quizzes import Quizzes, read_quizzes
 from mindprint.data.rows import Message, Origin, PreferenceRow, Rows, SftRow
 from mindprint.data.split import Split, nearly_trained, prompt_hash, read_split, split_rows, spoken
 from mindprint.errors import DataError
+from mindprint.text.near_duplicates import near_duplicate_groups, normalised
 
 AT = Origin("x", 1)
 SUBJECTS = ["ferry", "harbour", "garden", "kettle", "winter", "letters", "chapel", "market", "orchard", "lantern"]

@@ -17,7 +17,7 @@ import mindprint
 from mindprint.cli import main
 from mindprint.errors import PluginError
 from mindprint.events import Event, Notice, RunFinished
-from mindprint.plugins import TRACKERS, installed, load_trackers
+from mindprint.plugins.loading import TRACKERS, installed, load_trackers
 from mindprint.training.checkpoints import list_checkpoints
 
 COUNT = iter(range(1000))

@@ -32,8 +32,8 @@ from mindprint.errors import (
 )
 from mindprint.events import Event, Notice, RunFinished, StageStarted, StepDone
 from mindprint.hookspecs import hookimpl
-from mindprint.models import base_digest
-from mindprint.training.run_folder import RunFolder
+from mindprint.models.folder import base_digest
+from mindprint.runs.folder import RunFolder
 
 Project = dict[str, Any]
 SFT_STEPS, DPO_STEPS, TOPICS = 4, 3, 2

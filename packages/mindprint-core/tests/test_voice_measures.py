@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 
+from mindprint.contract import Measure
+from mindprint.text.ngrams import characters, count_matrix, document_frequencies, grams, joined, word_tokens
+from mindprint.text.words import passages, plain, words
 from mindprint.voice.measures import (
     CharacterModel,
     CosineDelta,
-    Measure,
     Tfidf,
     TfidfCosine,
     ZScores,
@@ -17,8 +19,6 @@ from mindprint.voice.measures import (
     ridge,
     unit_rows,
 )
-from mindprint.voice.ngrams import characters, count_matrix, document_frequencies, grams, joined, word_tokens
-from mindprint.voice.words import passages, plain, words
 
 OWN = ["the cat and the dog and the cat and so on and on", "and so the cat and so the dog and so on"]
 OTHERS = ["a cat with a dog, because of a cat, because of it", "because a dog, because a cat, of it and a dog"]

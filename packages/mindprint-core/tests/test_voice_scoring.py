@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from voice_samples import writer
 
+from mindprint.contract import Float64
 from mindprint.voice.assessment import HeldOutAnswers, assess
 from mindprint.voice.copying import Copying
-from mindprint.voice.measures import Float64
 from mindprint.voice.scoring import NotScored, Scale, VoiceReference, VoiceScore, VoiceScorer, fit_scorer
 
 WORDS = 60

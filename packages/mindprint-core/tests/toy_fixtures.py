@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from toy_base import install_toy, write_toy_model
 
-from mindprint import plugins
+from mindprint.plugins import loading as plugins
 
 
 @pytest.fixture(scope="session")

@@ -254,7 +254,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from mlx_samples import *
-from mindprint.backend import load_backend
+from mindprint.plugins.backend import load_backend
 from mindprint.contract import Sampling, Update
 from mindprint.losses import PreferenceLoss
 backend = load_backend("mlx")

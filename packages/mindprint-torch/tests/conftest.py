@@ -12,7 +12,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from mindprint.backend import Backend, load_backend
 from mindprint.contract import (
     AdapterState,
     Dtype,
@@ -23,6 +22,7 @@ from mindprint.contract import (
     PreferenceBatch,
     TokenBatch,
 )
+from mindprint.plugins.backend import Backend, load_backend
 
 VOCABULARY = 61
 COMMON = {

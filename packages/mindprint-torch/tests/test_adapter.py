@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from mindprint.backend import Backend
 from mindprint.contract import AdapterSite, AdapterState, LoadedModel, LoraConfig, LoraFactors, TokenBatch, Update
 from mindprint.errors import AdapterError
+from mindprint.plugins.backend import Backend
 
 Load = Callable[..., LoadedModel]
 MakeAdapter = Callable[..., AdapterState]

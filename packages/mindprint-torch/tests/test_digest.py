@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mindprint.backend import Backend
 from mindprint.contract import AdapterState, LoadedModel, TokenBatch, Update
+from mindprint.plugins.backend import Backend
 from mindprint_torch import digest
 
 Load = Callable[..., LoadedModel]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from mindprint.backend import Backend
 from mindprint.contract import Generation, Int32, LoadedModel, ModelSpec, Sampling
+from mindprint.plugins.backend import Backend
 from mindprint_torch.generation import draw, left_padded
 
 Load = Callable[..., LoadedModel]

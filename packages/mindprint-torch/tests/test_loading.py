@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mindprint.backend import Backend
 from mindprint.contract import Dtype, LoadedModel, ModelSpec
 from mindprint.errors import ModelError
+from mindprint.plugins.backend import Backend
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mindprint.backend import Backend
 from mindprint.contract import LoadedModel, TokenBatch
+from mindprint.plugins.backend import Backend
 from mindprint_torch import logprobs
 from mindprint_torch.head import Head, read_head
 

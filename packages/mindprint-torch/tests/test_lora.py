@@ -12,9 +12,9 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from mindprint.backend import Backend
 from mindprint.contract import LoadedModel, PreferenceBatch, TokenBatch, Update
 from mindprint.losses import PreferenceLoss
+from mindprint.plugins.backend import Backend
 from mindprint_torch import steps
 from mindprint_torch.gated import fuse_gated
 from mindprint_torch.recompute import recomputed

@@ -7,8 +7,8 @@ import sys
 
 import torch
 
-from mindprint.backend import Backend
 from mindprint.contract import CAPABILITIES
+from mindprint.plugins.backend import Backend
 
 
 def test_importing_the_plugin_imports_no_framework() -> None:

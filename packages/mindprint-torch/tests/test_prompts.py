@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindprint.backend import Backend
 from mindprint.contract import LoadedModel, PreferenceBatch, Update
 from mindprint.layouts import Forked, Layout, preference_sequences
 from mindprint.losses import PreferenceLoss
+from mindprint.plugins.backend import Backend
 from mindprint_torch.logprobs import chosen_layout
 from mindprint_torch.prompts import UNLIMITED
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mindprint.backend import Backend
 from mindprint.contract import LoadedModel, PreferenceBatch, TokenBatch, TrainingState, Update
 from mindprint.losses import PreferenceLoss
+from mindprint.plugins.backend import Backend
 
 Load = Callable[..., LoadedModel]
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mindprint.backend import Backend
 from mindprint.contract import (
     AdapterState,
     Float32,
@@ -25,7 +24,8 @@ from mindprint.contract import (
     Update,
 )
 from mindprint.losses import NUMPY, PairLogProbs, PreferenceLoss, PreferenceLossName, sft_loss
-from mindprint_torch.adapter import layer_factors
+from mindprint.plugins.backend import Backend
+from mindprint_torch.model import layer_factors
 
 Load = Callable[..., LoadedModel]
 MakeBatch = Callable[..., TokenBatch]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mindprint.contract import Measure
 from mindprint.errors import ConfigError
 from mindprint.hookspecs import hookimpl
-from mindprint.voice.measures import Measure
 
 
 @dataclass(frozen=True)

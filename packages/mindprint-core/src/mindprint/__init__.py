@@ -12,20 +12,20 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "AdapterState": "contract",
-    "Backend": "backend",
+    "Backend": "plugins.backend",
     "Config": "config",
     "LoraConfig": "contract",
     "MindprintError": "errors",
     "ModelSpec": "contract",
     "PreferenceLoss": "losses",
-    "RunResult": "training.results",
+    "RunResult": "runs.results",
     "Sampling": "contract",
-    "StageResult": "training.results",
+    "StageResult": "runs.results",
     "TokenBatch": "contract",
     "TrainingState": "contract",
     "Update": "contract",
     "hookimpl": "hookspecs",
-    "load_backend": "backend",
+    "load_backend": "plugins.backend",
     "load_config": "config",
     "train": "training.run",
 }
@@ -52,7 +52,6 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from mindprint.backend import Backend, load_backend
     from mindprint.config import Config, load_config
     from mindprint.contract import (
         AdapterState,
@@ -66,7 +65,8 @@ if TYPE_CHECKING:
     from mindprint.errors import MindprintError
     from mindprint.hookspecs import hookimpl
     from mindprint.losses import PreferenceLoss
-    from mindprint.training.results import RunResult, StageResult
+    from mindprint.plugins.backend import Backend, load_backend
+    from mindprint.runs.results import RunResult, StageResult
     from mindprint.training.run import train
 
 

@@ -7,19 +7,23 @@ completion tokens. Token ids and lengths are int32, log-probs and adapter tensor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+StageName = Literal["sft", "dpo"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+"""In the order in which a topic takes them."""
 SiteKind = Literal["linear", "embedding", "experts"]
 
 
@@ -311,3 +315,24 @@ class Generation:
 
     tokens: Int32
     stop_reason: Literal["stop", "length"]
+
+
+# --- measures of a voice ----------------------------------------------------------------------------------------------
+
+
+class Fitted(Protocol):
+    """A measure that knows a person."""
+
+    def __call__(self, texts: Sequence[str], /) -> Float64:
+        """A number a text, float64 `[texts]`: higher is more like the person."""
+
+
+class Measure(Protocol):
+    """A way to look at a text. Scorer plugins provide these too."""
+
+    @property
+    def name(self) -> str:
+        """How results call it."""
+
+    def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:
+        """Learn to tell the person's texts from others'. Neither is empty."""

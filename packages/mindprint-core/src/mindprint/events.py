@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
+
+from mindprint.contract import StageName
 
 if TYPE_CHECKING:
-    from mindprint.curriculum.records import Decision, EvaluationRecord
-
-StageName = Literal["sft", "dpo"]
-STAGES: tuple[StageName, ...] = get_args(StageName)
-"""In the order in which a topic takes them."""
+    from mindprint.runs.records import Decision, EvaluationRecord
 
 
 @dataclass(frozen=True)

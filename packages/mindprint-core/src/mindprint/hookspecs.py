@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Generation,
         Int32,
         LoadedModel,
+        Measure,
         ModelSpec,
         PreferenceBatch,
         Sampling,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     )
     from mindprint.events import Event
     from mindprint.losses import PreferenceLoss
-    from mindprint.voice.measures import Measure
 
 PROJECT = "mindprint"
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from mindprint.adapter.targets import resolve_targets
-from mindprint.backend import Backend
 from mindprint.contract import (
     AdapterSite,
     AdapterState,
@@ -28,7 +27,8 @@ from mindprint.contract import (
     Update,
 )
 from mindprint.losses import PreferenceLoss
-from mindprint.models import quantization
+from mindprint.models.folder import quantization
+from mindprint.plugins.backend import Backend
 
 
 @dataclass

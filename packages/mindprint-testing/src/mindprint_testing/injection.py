@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from mindprint.adapter.initial import initial_adapter
 from mindprint.contract import AdapterSite, AdapterState, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError
-from mindprint.models import SINGLE_FILE
+from mindprint.models.folder import SINGLE_FILE
 from mindprint_testing.bench import Bench
 from mindprint_testing.claims import Claims
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mindprint.errors import ModelError
-from mindprint.models import SINGLE_FILE, tensors
+from mindprint.models.folder import SINGLE_FILE, tensors
 from mindprint_testing.bench import Bench
 
 SIZES = {"F32": 4, "BF16": 2, "F16": 2}

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mindprint.backend import Backend
 from mindprint.contract import (
     AdamW,
     Float32,
@@ -21,6 +20,7 @@ from mindprint.contract import (
     Update,
 )
 from mindprint.losses import NUMPY, PairLogProbs, PreferenceLoss
+from mindprint.plugins.backend import Backend
 
 Arrays = dict[str, NDArray[np.float64]]
 """Factors, moments or gradients by `SITE.a` and `SITE.b`, float64."""

@@ -9,13 +9,13 @@ import sys
 import pytest
 
 from mindprint.contract import CAPABILITIES
-from mindprint.plugins import find_backend
+from mindprint.plugins.loading import find_backend
 from mindprint_testing.bench import Bench
 from mindprint_testing.claims import Claims
 
 PROBE = """
 import json, sys
-import mindprint.backend
+import mindprint.plugins.backend
 before = set(sys.modules)
 __import__(sys.argv[1])
 print(json.dumps(sorted(set(sys.modules) - before)))

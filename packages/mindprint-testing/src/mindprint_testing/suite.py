@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from mindprint.backend import load_backend
+from mindprint.plugins.backend import load_backend
 from mindprint_testing.bench import Bench
 from mindprint_testing.forward import Forward
 from mindprint_testing.generation import Generation

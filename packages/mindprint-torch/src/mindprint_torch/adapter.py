@@ -6,8 +6,6 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import peft
@@ -19,31 +17,10 @@ from mindprint.contract import AdapterFacts, AdapterSite, AdapterState, Float32,
 from mindprint.errors import AdapterError
 from mindprint_torch.gated import fuse_gated
 from mindprint_torch.lora import NAME, fuse
-from mindprint_torch.model import TorchModel
-from mindprint_torch.optimizer import INITIAL_LOSS_SCALE, Optimizer
+from mindprint_torch.model import Adapter, TorchModel, layer_factors
+from mindprint_torch.optimizer import INITIAL_LOSS_SCALE
 
 HOLDER = "network"
-
-
-@dataclass
-class Adapter:
-    """The injected adapter: PEFT's layer of each site, in the order of `config.target_modules`, and its optimizer."""
-
-    config: LoraConfig
-    layers: Mapping[str, LoraLayer]
-    optimizer: Optimizer = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.optimizer = Optimizer(self.parameters)
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """A and B of each site in turn."""
-        return [factor for layer in self.layers.values() for factor in layer_factors(layer)]
-
-    @property
-    def dropouts(self) -> list[nn.Module]:
-        return [layer.lora_dropout[NAME] for layer in self.layers.values()]
 
 
 def inject(model: TorchModel, adapter: AdapterState) -> AdapterFacts:
@@ -81,15 +58,6 @@ def require_adapter(model: TorchModel) -> Adapter:
     if model.adapter is None:
         raise AdapterError("the model has no adapter; inject one first")
     return model.adapter
-
-
-def layer_factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """The parameters A `[r, in]` and B `[out, r]` of one site."""
-    if NAME in layer.lora_embedding_A:
-        return layer.lora_embedding_A[NAME], layer.lora_embedding_B[NAME]
-    a: Any = layer.lora_A[NAME]
-    b: Any = layer.lora_B[NAME]
-    return a.weight, b.weight
 
 
 def read_factors(adapter: Adapter) -> dict[str, LoraFactors]:

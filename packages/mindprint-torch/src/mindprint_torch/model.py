@@ -6,25 +6,25 @@ import gc
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from mindprint.contract import AdapterSite, Dtype, LoadedModel, ModelSpec
+from mindprint.contract import AdapterSite, Dtype, LoadedModel, LoraConfig, ModelSpec
 from mindprint.errors import ModelError
 from mindprint_torch.head import Head, embedding_layer, read_head
+from mindprint_torch.lora import NAME
+from mindprint_torch.optimizer import Optimizer
 from mindprint_torch.prompts import longest_shared
 from mindprint_torch.sites import list_sites
-
-if TYPE_CHECKING:
-    from mindprint_torch.adapter import Adapter
 
 TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
     "float32": torch.float32,
@@ -42,6 +42,36 @@ LOAD_FAILURES = (
     SafetensorError,
 )
 """What transformers raises for folders that it cannot load."""
+
+
+@dataclass
+class Adapter:
+    """The injected adapter: PEFT's layer of each site, in the order of `config.target_modules`, and its optimizer."""
+
+    config: LoraConfig
+    layers: Mapping[str, LoraLayer]
+    optimizer: Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.optimizer = Optimizer(self.parameters)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """A and B of each site in turn."""
+        return [factor for layer in self.layers.values() for factor in layer_factors(layer)]
+
+    @property
+    def dropouts(self) -> list[nn.Module]:
+        return [layer.lora_dropout[NAME] for layer in self.layers.values()]
+
+
+def layer_factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """The parameters A `[r, in]` and B `[out, r]` of one site."""
+    if NAME in layer.lora_embedding_A:
+        return layer.lora_embedding_A[NAME], layer.lora_embedding_B[NAME]
+    a: Any = layer.lora_A[NAME]
+    b: Any = layer.lora_B[NAME]
+    return a.weight, b.weight
 
 
 @dataclass

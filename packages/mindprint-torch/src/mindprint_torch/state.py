@@ -6,17 +6,8 @@ from torch import Tensor
 
 from mindprint.contract import AdapterState, LoraFactors, TrainingState
 from mindprint.errors import AdapterError
-from mindprint_torch.adapter import (
-    Adapter,
-    initial_loss_scale,
-    layer_factors,
-    read_factors,
-    require_adapter,
-    to_numpy,
-    to_torch,
-    write_factors,
-)
-from mindprint_torch.model import TorchModel
+from mindprint_torch.adapter import initial_loss_scale, read_factors, require_adapter, to_numpy, to_torch, write_factors
+from mindprint_torch.model import Adapter, TorchModel, layer_factors
 
 
 def save(model: TorchModel) -> TrainingState:

@@ -11,10 +11,10 @@ from torch import Tensor
 from mindprint.contract import Float32, Int32, PreferenceBatch, StepMetrics, TokenBatch, Update
 from mindprint.layouts import groups_of_like_length, pairs_of, preference_sequences, sequences, token_rows
 from mindprint.losses import PairLogProbs, PreferenceLoss
-from mindprint_torch.adapter import Adapter, dropout, require_adapter
+from mindprint_torch.adapter import dropout, require_adapter
 from mindprint_torch.arrays import TORCH, on_device
 from mindprint_torch.logprobs import chosen_layout, layout_log_probs, placed_log_probs
-from mindprint_torch.model import TorchModel
+from mindprint_torch.model import Adapter, TorchModel
 from mindprint_torch.recompute import recomputed
 
 TOKENS_AT_ONCE = 1280

@@ -9,7 +9,7 @@ from typing import Any
 
 from mindprint.adapter.module_names import FAMILIES, Family
 from mindprint.errors import ModelError
-from mindprint.models import model_config
+from mindprint.models.folder import model_config
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 

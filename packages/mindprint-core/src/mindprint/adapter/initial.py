@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mindprint.contract import AdapterSite, AdapterState, LoraConfig, LoraFactors
-from mindprint.data.order import uniform
+from mindprint.draws import uniform
 from mindprint.errors import AdapterError
 
 

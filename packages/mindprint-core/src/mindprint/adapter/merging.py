@@ -20,13 +20,14 @@ from typing import Any, Self
 
 import numpy as np
 
-from mindprint import __version__, atomic, models
+from mindprint import __version__, atomic
 from mindprint.adapter.base_facts import read_base_facts
 from mindprint.adapter.peft_format import adapter_digest
 from mindprint.adapter.weight_changes import WeightChange, weight_changes
 from mindprint.contract import AdapterState, Float32, LoraFactors
 from mindprint.errors import ModelError, RunError
-from mindprint.tensor_files import FLOATS, TensorInfo, add_float32
+from mindprint.models import folder as models
+from mindprint.models.tensor_files import FLOATS, TensorInfo, add_float32
 
 RECORD_FILE = "mindprint_merge.json"
 FORMAT = 1

@@ -25,7 +25,7 @@ from mindprint.adapter.peft_settings import read_object
 from mindprint.adapter.targets import LM_HEADS, in_order, is_embedding
 from mindprint.contract import AdapterState, Float32, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError
-from mindprint.tensor_files import TensorFileError, TensorInfo, read_float32
+from mindprint.models.tensor_files import TensorFileError, TensorInfo, read_float32
 
 WEIGHTS_FILE = "adapters.safetensors"
 

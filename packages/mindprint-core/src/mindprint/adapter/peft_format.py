@@ -28,7 +28,7 @@ from mindprint.adapter.targets import (
 )
 from mindprint.contract import AdapterState, Float32, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError, TransposedError
-from mindprint.tensor_files import TensorFileError, TensorInfo, read_float32, read_header
+from mindprint.models.tensor_files import TensorFileError, TensorInfo, read_float32, read_header
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -13,8 +13,8 @@ import click
 
 from mindprint import __version__
 from mindprint.cli.output import PROGRAM, Failure, json_only
-from mindprint.entries import entry_points
 from mindprint.errors import MindprintError, PluginError
+from mindprint.plugins.entries import entry_points
 
 COMMANDS = {
     "init": "Make a project: configuration, sample data, and a README of what goes where.",
@@ -139,7 +139,7 @@ def _third_party() -> dict[str, list[EntryPoint]]:
 
 
 def _load(name: str) -> click.Command:
-    from mindprint.plugins import COMMANDS, described, installed, load_object  # noqa: PLC0415 (help needs none of it)
+    from mindprint.plugins.loading import COMMANDS, described, installed, load_object  # noqa: PLC0415 (help needs none of it)
 
     claims = [plugin for plugin in installed(COMMANDS) if plugin.name == name]
     loaded = load_object(claims)

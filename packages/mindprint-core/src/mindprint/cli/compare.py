@@ -13,7 +13,14 @@ import click
 from mindprint.cli.measured_run import train_measured
 from mindprint.cli.output import emit, json_option, notice, say, table
 from mindprint.cli.train import project_and_overrides
-from mindprint.comparison import (
+from mindprint.config import load_config
+from mindprint.contract import STAGES, StageName
+from mindprint.errors import BackendError
+from mindprint.plugins.loading import canonical_name, find_backend
+from mindprint.reports import read_run
+from mindprint.reports.compared import write_comparison
+from mindprint.reports.document import Table
+from mindprint.reports.equivalence import (
     FREE_TOLERANCE,
     SFT_TOLERANCE,
     VOICE_TOLERANCE,
@@ -22,13 +29,6 @@ from mindprint.comparison import (
     StageCurves,
     compare,
 )
-from mindprint.config import load_config
-from mindprint.errors import BackendError
-from mindprint.events import STAGES, StageName
-from mindprint.plugins import canonical_name, find_backend
-from mindprint.reports import read_run
-from mindprint.reports.compared import write_comparison
-from mindprint.reports.document import Table
 from mindprint.reports.phrases import interval
 from mindprint.training.prepare import prepare
 

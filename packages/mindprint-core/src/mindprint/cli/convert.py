@@ -17,7 +17,7 @@ from mindprint.adapter.targets import is_router, is_stack
 from mindprint.cli.output import emit, json_option, notice, say
 from mindprint.contract import AdapterState
 from mindprint.errors import AdapterError
-from mindprint.inference import find_base, locate_adapter
+from mindprint.runs.opened import find_base, locate_adapter
 
 
 @click.command("convert", short_help="Convert an adapter.")

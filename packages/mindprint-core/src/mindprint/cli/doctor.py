@@ -13,15 +13,15 @@ from typing import Any
 
 import click
 
-from mindprint.backend import Backend, load_backend
 from mindprint.cli.output import emit, json_option, say, table
 from mindprint.cli.plugins import device_lines, info_values
 from mindprint.config import ModelConfig, load_config
-from mindprint.models import resolve_model
-from mindprint.plugins import BACKENDS, installed
-from mindprint.selfcheck import Finding, check_deeply, check_training, guarded
-from mindprint.training.engine import Placement, Placements
+from mindprint.models.engine import Placement, Placements
+from mindprint.models.folder import resolve_model
+from mindprint.plugins.backend import Backend, load_backend
+from mindprint.plugins.loading import BACKENDS, installed
 from mindprint.training.prepare import Prepared, prepare
+from mindprint.training.selfcheck import Finding, check_deeply, check_training, guarded
 
 LIBRARIES = ("numpy", "safetensors", "tokenizers", "transformers", "datasets", "pydantic", "pluggy")
 

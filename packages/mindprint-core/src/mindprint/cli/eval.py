@@ -16,9 +16,9 @@ from mindprint.cli.runs_table import show_compared
 from mindprint.data.quizzes import Question
 from mindprint.data.render import PreferenceExample, Rendered, SftExample, render_preferences, render_sft
 from mindprint.errors import DataError
-from mindprint.inference import OpenedAdapter, locate_adapter, open_adapter
-from mindprint.plugins import load_scorers
+from mindprint.plugins.loading import load_scorers
 from mindprint.reports.phrases import interval
+from mindprint.runs.opened import OpenedAdapter, locate_adapter, open_adapter
 from mindprint.voice.answers import answer_held_out, asked_of, reference_of, unread
 from mindprint.voice.assessment import Assessed, Assessment, assess
 from mindprint.voice.copying import Copying

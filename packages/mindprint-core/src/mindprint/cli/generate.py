@@ -16,7 +16,7 @@ from rich.text import Text
 from mindprint.cli.output import emit, json_option, notice, say
 from mindprint.config import BackendConfig, GenerationConfig
 from mindprint.errors import DataError
-from mindprint.inference import Answer, OpenedAdapter, open_adapter
+from mindprint.runs.opened import Answer, OpenedAdapter, open_adapter
 
 WIDE = 80
 """Columns of a terminal from which answers stand side by side."""

@@ -15,7 +15,7 @@ from mindprint.cli.output import json_only
 from mindprint.cli.progress import progress
 from mindprint.config import load_config
 from mindprint.errors import GuardError, MindprintError, RunError
-from mindprint.training.costs import Costs, LoadTimer, peak_bytes, write_costs
+from mindprint.runs.costs import Costs, LoadTimer, peak_bytes, write_costs
 from mindprint.training.run import train
 
 

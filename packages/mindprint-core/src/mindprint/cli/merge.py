@@ -7,17 +7,17 @@ from pathlib import Path
 
 import click
 
-from mindprint import models
 from mindprint.adapter.formats import adapter_format
 from mindprint.adapter.merging import merged_folder, refuse_taken
 from mindprint.cli.generate import backend_section
 from mindprint.cli.output import emit, json_option, notice, say
-from mindprint.cli.verify import as_values, placement_for, show
+from mindprint.cli.verify import as_values, show
 from mindprint.config import BackendConfig, ModelConfig
 from mindprint.contract import AdapterState
 from mindprint.errors import AdapterError, GuardError
-from mindprint.inference import Located, locate_adapter, read_located
-from mindprint.plugins import BACKENDS, installed
+from mindprint.models import folder as models
+from mindprint.plugins.loading import BACKENDS, installed
+from mindprint.runs.opened import Located, locate_adapter, placement_for, read_located
 from mindprint.trust.adapters import copy_findings
 from mindprint.trust.fingerprint import read_fingerprint
 from mindprint.trust.merged import merge_findings

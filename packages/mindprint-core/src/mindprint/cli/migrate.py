@@ -9,10 +9,10 @@ import click
 import yaml
 
 from mindprint import atomic
+from mindprint.cli.migration import migrate
 from mindprint.cli.output import emit, json_option, notice, say
 from mindprint.config import FILE_NAME, make_config
 from mindprint.errors import ConfigError
-from mindprint.migration import migrate
 
 
 @click.command("migrate", short_help="Translate a training_pipeline.yaml.")

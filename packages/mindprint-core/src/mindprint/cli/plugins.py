@@ -10,7 +10,7 @@ import click
 
 from mindprint.cli.output import emit, json_option, say, table
 from mindprint.errors import PluginError
-from mindprint.plugins import (
+from mindprint.plugins.loading import (
     BACKENDS,
     COMMANDS,
     GROUPS,
@@ -90,7 +90,7 @@ def _checked(plugin: Plugin) -> dict[str, Any]:
 
 
 def _backend(plugin: Plugin) -> dict[str, Any]:
-    from mindprint.backend import load_backend  # noqa: PLC0415 (listing needs none of it)
+    from mindprint.plugins.backend import load_backend  # noqa: PLC0415 (listing needs none of it)
 
     info = load_backend(plugin.name).info
     _, module = load_backend_plugin(plugin.name)

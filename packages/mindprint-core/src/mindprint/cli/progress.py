@@ -12,7 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from mindprint.cli.output import PROGRAM, tell
-from mindprint.curriculum.records import Decision, DecisionKind, EvaluationRecord, Interval
 from mindprint.events import (
     Decided,
     Evaluated,
@@ -24,6 +23,7 @@ from mindprint.events import (
     StepDone,
 )
 from mindprint.reports.phrases import MISSING, interval
+from mindprint.runs.records import Decision, DecisionKind, EvaluationRecord, Interval
 
 SECONDS_BETWEEN_LINES = 10.0
 """How often a plain line is written while a stage goes on."""

@@ -9,11 +9,11 @@ from pathlib import Path
 import click
 
 from mindprint.cli.output import emit, notice, say, table
-from mindprint.curriculum.records import Figures
-from mindprint.events import STAGES
+from mindprint.contract import STAGES
 from mindprint.reports import read_run
 from mindprint.reports.phrases import interval, number, percent
-from mindprint.reports.runs import RunFigures, RunsCompared, VoiceDifference, compare_runs
+from mindprint.reports.side_by_side import RunFigures, RunsCompared, VoiceDifference, compare_runs
+from mindprint.runs.records import Figures
 
 NOT_EVALUATED = "not evaluated"
 

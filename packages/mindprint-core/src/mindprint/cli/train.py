@@ -17,10 +17,10 @@ from mindprint.cli.output import emit, json_option, notice, say, table
 from mindprint.cli.progress import progress
 from mindprint.config import FILE_NAME, ConfigFile, load_config
 from mindprint.errors import MindprintError
-from mindprint.inference import sample_prompt
-from mindprint.training.results import RunResult
+from mindprint.runs.folder import Resume, RunFolder, new_run_path, newest_run
+from mindprint.runs.opened import sample_prompt
+from mindprint.runs.results import RunResult
 from mindprint.training.run import train
-from mindprint.training.run_folder import Resume, RunFolder, new_run_path, newest_run
 
 LONGEST_PROMPT = 100
 

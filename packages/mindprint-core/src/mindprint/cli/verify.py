@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -10,17 +9,15 @@ from typing import Any
 
 import click
 
-from mindprint import models
 from mindprint.adapter.merging import read_record
 from mindprint.adapter.peft_format import adapter_digest
 from mindprint.cli.output import emit, json_option, notice, say, table
 from mindprint.config import BackendConfig, ModelConfig
 from mindprint.contract import Dtype
 from mindprint.errors import AdapterError
-from mindprint.inference import Located, find_base, locate_adapter, read_located
-from mindprint.training.engine import Placement, Placements
+from mindprint.models import folder as models
+from mindprint.runs.opened import Located, find_base, locate_adapter, placement_for, read_located
 from mindprint.trust.fingerprint import read_fingerprint
-from mindprint.trust.measurement import fits_in_float32
 from mindprint.trust.report import Finding, Report
 from mindprint.trust.verify import verify_adapter, verify_merged
 
@@ -91,20 +88,6 @@ def _verify_merge(
     merged = models.resolve_model(ModelConfig(name=str(path.resolve())), Path.cwd())
     placement = placement_for(located, section, dtype, base)
     return verify_merged(merged, base, state, placement, read_fingerprint(located.adapter), notice)
-
-
-def placement_for(
-    located: Located, section: BackendConfig | None, dtype: Dtype | None, base: models.ModelFolder
-) -> Placement:
-    """Where to compute: as asked, or as the run did; in float32 unless that is too large for this machine."""
-    if section is None:
-        section = located.config.config.backend if located.config else BackendConfig()
-    elements = sum(math.prod(info.shape) for info in models.tensors(base.path).values())
-    if dtype is not None:
-        section = section.model_copy(update={"dtype": dtype})
-    elif fits_in_float32(elements):
-        section = section.model_copy(update={"dtype": "float32"})
-    return Placements().resolve(section)
 
 
 # --- showing ---------------------------------------------------------------------------------------------------------

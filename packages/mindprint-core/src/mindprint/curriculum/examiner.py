@@ -11,24 +11,23 @@ from typing import TypeVar
 import numpy as np
 
 from mindprint.config import Config
-from mindprint.contract import Generation, Sampling
+from mindprint.contract import Float64, Generation, Measure, Sampling
 from mindprint.curriculum.policy import collapsed
-from mindprint.curriculum.records import AnswerRecord, Figures, Interval
 from mindprint.data.render import PreferenceExample, SftExample, render_preferences, render_prompt, render_sft
 from mindprint.data.rows import text_of
 from mindprint.data.split import Split
 from mindprint.data.tokenizer import Tokenizer
-from mindprint.training.engine import Engine
+from mindprint.models.engine import Engine
+from mindprint.runs.records import AnswerRecord, Figures, Interval
+from mindprint.text.words import word_count
 from mindprint.training.reference import Reference, compute_reference
 from mindprint.voice.answers import asked_of, reference_of, unread
 from mindprint.voice.assessment import Judge, fit_judge
 from mindprint.voice.concepts import coverage
 from mindprint.voice.copying import Copying
 from mindprint.voice.evaluation import Measured, Read, measure_pairs, measure_texts, text_sums
-from mindprint.voice.measures import Float64, Measure
 from mindprint.voice.quizzing import evaluate_quiz
 from mindprint.voice.scoring import NotScored, VoiceScore
-from mindprint.voice.words import word_count
 
 TOGETHER = ""
 """What stands for all topics where others are named."""

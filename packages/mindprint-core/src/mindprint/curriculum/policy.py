@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from mindprint.config import CurriculumConfig, Thresholds
 from mindprint.contract import Generation
-from mindprint.curriculum.records import Figures, Outcome
+from mindprint.runs.records import Figures, Outcome
 
 MOSTLY = 0.5
 """The share of answers that must be broken for the model to be."""

@@ -15,7 +15,7 @@ from typing import Any
 from mindprint.config import ConfigFile
 from mindprint.data.rows import DEFAULT_TOPIC, Origin, Record, checked_text, kind_of, shown_path
 from mindprint.errors import DataError
-from mindprint.voice.words import words
+from mindprint.text.words import words
 
 QUIZ_FILE = "quiz.json"
 FIELDS = ("question", "reference_answers", "key_concepts", "topic")

@@ -20,11 +20,11 @@ import numpy as np
 
 from mindprint.config import ConfigFile, DataConfig
 from mindprint.contract import Bool
-from mindprint.data.near_duplicates import THRESHOLD, Ints, joined, near_duplicate_groups, normalised
 from mindprint.data.quizzes import Question, Quizzes, read_quizzes
 from mindprint.data.render import trained_turns
 from mindprint.data.rows import Messages, PreferenceRow, Rows, SftRow, Text, read_rows
 from mindprint.errors import DataError
+from mindprint.text.near_duplicates import THRESHOLD, Ints, joined, near_duplicate_groups, normalised
 
 RULE = (
     "blake2b-16 of the prompt without case, punctuation and runs of whitespace (NFKC, UTF-8); the smallest of a group "

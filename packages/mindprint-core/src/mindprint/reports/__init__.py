@@ -8,8 +8,8 @@ from mindprint import atomic
 from mindprint.reports.content import contents
 from mindprint.reports.markdown import as_markdown
 from mindprint.reports.page import as_page
-from mindprint.reports.record import RunRecord, read_run
-from mindprint.training.run_folder import RunFolder
+from mindprint.runs.folder import RunFolder
+from mindprint.runs.reading import RunRecord, read_run
 
 __all__ = ["RunRecord", "read_run", "write_reports"]
 

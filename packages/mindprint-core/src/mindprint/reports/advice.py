@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mindprint.curriculum.records import Figures, Forgetting
-from mindprint.events import STAGES, StageName
+from mindprint.contract import STAGES, StageName
 from mindprint.reports.phrases import interval, listed, number, percent, plural
-from mindprint.reports.record import RunRecord, finite
+from mindprint.runs.reading import RunRecord, finite
+from mindprint.runs.records import Figures, Forgetting
 from mindprint.voice.copying import ALLOWED, LONG, SHORT
 from mindprint.voice.scoring import MIN_SCORED_WORDS
 

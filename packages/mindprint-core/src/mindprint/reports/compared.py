@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mindprint import atomic
-from mindprint.comparison import Comparison, StageCurves, deviation
-from mindprint.events import STAGES
+from mindprint.contract import STAGES
 from mindprint.reports.content import STEP
 from mindprint.reports.curves import MOST_POINTS, thinned
 from mindprint.reports.document import (
@@ -23,6 +22,7 @@ from mindprint.reports.document import (
     Table,
     Tone,
 )
+from mindprint.reports.equivalence import Comparison, StageCurves, deviation
 from mindprint.reports.heldout import MOST_ANSWERS
 from mindprint.reports.page import as_page
 

@@ -8,8 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from mindprint.config import Config
-from mindprint.curriculum.records import Decision, EvaluationRecord, Figures, Interval
-from mindprint.events import STAGES
+from mindprint.contract import STAGES
 from mindprint.reports import heldout
 from mindprint.reports.advice import advice, topic_flags
 from mindprint.reports.curves import boundaries, curves
@@ -34,7 +33,8 @@ from mindprint.reports.phrases import (
     plural,
     why_missing,
 )
-from mindprint.reports.record import RunRecord, Step, finite
+from mindprint.runs.reading import RunRecord, Step, finite
+from mindprint.runs.records import Decision, EvaluationRecord, Figures, Interval
 from mindprint.voice.evaluation import FEW_PAIRS
 
 STEP = "optimizer step of the run"

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
-from mindprint.events import StageName
+from mindprint.contract import StageName
 from mindprint.reports.document import Line, Point, Tone
-from mindprint.reports.record import RunRecord, Step
+from mindprint.runs.reading import RunRecord, Step
 
 MOST_POINTS = 3000
 """Points of one curve in a chart; beyond them each bucket of neighbouring steps keeps its least and its greatest."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mindprint.curriculum.records import Interval
+from mindprint.runs.records import Interval
 
 Tone = Literal["first", "second", "third", "undone"]
 """How a line is drawn; `undone` marks steps that were rolled back."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from mindprint.curriculum.records import AnswerRecord, Figures
 from mindprint.reports.advice import forgotten
 from mindprint.reports.document import Block, Paragraph, SideBySide, Table
 from mindprint.reports.phrases import (
@@ -19,7 +18,8 @@ from mindprint.reports.phrases import (
     plural,
     why_missing,
 )
-from mindprint.reports.record import RunRecord
+from mindprint.runs.reading import RunRecord
+from mindprint.runs.records import AnswerRecord, Figures
 
 MOST_ANSWERS = 40
 MOST_CHARACTERS = 1500

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from mindprint.curriculum.records import Figures, Interval
+from mindprint.runs.records import Figures, Interval
 from mindprint.voice.scoring import VoiceScore
 
 MISSING = "could not be evaluated"

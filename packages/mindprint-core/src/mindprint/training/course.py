@@ -14,13 +14,13 @@ from mindprint.config import Level
 from mindprint.contract import TrainingState
 from mindprint.curriculum.examiner import Examined, Examiner
 from mindprint.curriculum.policy import dpo_runs, judged
-from mindprint.curriculum.records import VERDICTS, Decision, EvaluationRecord, Figures, Forgetting, Outcome
 from mindprint.events import Decided, Evaluated, Event, Notice
+from mindprint.models.engine import Engine
+from mindprint.runs.folder import RunFolder
+from mindprint.runs.records import VERDICTS, Decision, EvaluationRecord, Figures, Forgetting, Outcome
 from mindprint.training.checkpoints import Cursor, checkpoint_name, read_checkpoint
-from mindprint.training.engine import Engine
 from mindprint.training.plan import StagePlan, total_steps
 from mindprint.training.prepare import Prepared
-from mindprint.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -9,28 +9,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mindprint.backend import is_finite
-from mindprint.contract import AdapterFacts, AdapterState, Dtype, PreferenceBatch, StepMetrics, Update
+from mindprint.contract import AdapterState, Dtype, PreferenceBatch, StepMetrics, Update
 from mindprint.errors import GuardError
 from mindprint.losses import NUMPY, PairLogProbs, PreferenceLoss
+from mindprint.plugins.backend import is_finite
 
 LOG_PROB_NOISE: dict[Dtype, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 """Nats a token by which two evaluations of the same model may differ (batch shape, kernels), by the base's dtype."""
 
 LOSS_TOLERANCE = 1e-4
 """Relative to 1 + loss: how far a backend's float32 loss may lie from core's, computed from its log-probs."""
-
-
-def check_injection(adapter: AdapterState, facts: AdapterFacts) -> None:
-    """The adapter is where the configuration says, and nothing else is trainable."""
-    if set(facts.sites) != set(adapter.config.target_modules):
-        wrong = sorted(set(facts.sites) ^ set(adapter.config.target_modules))
-        raise GuardError(f"the backend adapted other modules than the configuration names: {', '.join(wrong[:5])}")
-    if facts.trainable_elements != adapter.elements:
-        raise GuardError(
-            f"the backend would train {facts.trainable_elements:,} elements, the configuration implies "
-            f"{adapter.elements:,}: something other than the adapter is trainable, or part of it is not"
-        )
 
 
 def check_step(metrics: StepMetrics, rows: Sequence[object]) -> None:
@@ -54,12 +42,6 @@ def check_first_update(before: AdapterState, after: AdapterState, metrics: StepM
     )
     if unchanged:
         raise GuardError("the first update left the adapter as it was, though its gradient is not zero")
-
-
-def check_base(before: str, after: str) -> None:
-    """The base's weights are what they were."""
-    if before != after:
-        raise GuardError("the base model's weights changed during training; its adapter would not fit the real base")
 
 
 def check_first_preference_step(

@@ -10,8 +10,8 @@ from time import perf_counter
 from types import FrameType
 
 from mindprint.events import StepDone
+from mindprint.models.engine import Engine
 from mindprint.training import guards
-from mindprint.training.engine import Engine
 from mindprint.training.stages import Stage, StepOutcome
 
 

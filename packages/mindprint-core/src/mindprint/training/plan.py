@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mindprint.config import BackendConfig, Config, DpoConfig, SftConfig
+from mindprint.contract import StageName
 from mindprint.data.order import StageOrder
-from mindprint.events import StageName
-from mindprint.schedule import learning_rate
+from mindprint.training.schedule import learning_rate
 
 DEFAULT_SFT_EPOCHS = 3
 DEFAULT_DPO_STEPS = 100

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mindprint import models
 from mindprint.adapter.formats import read_any_adapter
 from mindprint.adapter.peft_format import adapter_digest
 from mindprint.config import Config, ConfigFile
-from mindprint.contract import AdapterState
+from mindprint.contract import AdapterState, StageName
 from mindprint.curriculum.outline import Outline, read_outline
 from mindprint.data.quizzes import Quizzes, read_quizzes
 from mindprint.data.render import PreferenceExample, Rendered, SftExample, render_preferences, render_sft
@@ -20,7 +19,8 @@ from mindprint.data.rows import PreferenceRow, check_topics, read_rows
 from mindprint.data.split import Split, split_rows
 from mindprint.data.tokenizer import Tokenizer, load_tokenizer
 from mindprint.errors import AdapterError, DataError
-from mindprint.events import Notice, StageName
+from mindprint.events import Notice
+from mindprint.models import folder as models
 from mindprint.training.plan import StagePlan, plan_run
 from mindprint.training.reference import rows_digest
 from mindprint.trust.adapters import copy_findings

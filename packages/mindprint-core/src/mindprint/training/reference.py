@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mindprint import atomic
-from mindprint.backend import Backend
 from mindprint.contract import Float32, LoadedModel
 from mindprint.data.collate import pair_sequences, shared_sequences
 from mindprint.data.render import PreferenceExample
 from mindprint.errors import GuardError
+from mindprint.plugins.backend import Backend
 
 BATCH_PAIRS = 16
 

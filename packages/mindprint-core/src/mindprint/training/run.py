@@ -13,7 +13,6 @@ from typing import Any
 
 from mindprint import __version__, atomic
 from mindprint.adapter.initial import initial_adapter, started_adapter
-from mindprint.adapter.model_card import write_final_adapter
 from mindprint.adapter.peft_format import adapter_digest
 from mindprint.adapter.targets import resolve_targets
 from mindprint.config import ConfigFile, DpoConfig, dump_config, load_config, make_config, merged
@@ -31,8 +30,12 @@ from mindprint.events import (
     StepDone,
 )
 from mindprint.hookspecs import HOOK_API
-from mindprint.plugins import load_scorers, load_trackers, observer_hooks
+from mindprint.models.engine import Engine, Placement, Placements
+from mindprint.plugins.loading import load_scorers, load_trackers, observer_hooks
+from mindprint.plugins.watching import Trackers
 from mindprint.reports import write_reports
+from mindprint.runs.folder import Resume, RunFolder, open_run, portable
+from mindprint.runs.results import RunResult, stage_results, verdicts
 from mindprint.training.checkpoints import (
     Checkpoint,
     Cursor,
@@ -44,7 +47,7 @@ from mindprint.training.checkpoints import (
     write_checkpoint,
 )
 from mindprint.training.course import Course, Position
-from mindprint.training.engine import Engine, Placement, Placements
+from mindprint.training.final_adapter import write_final_adapter
 from mindprint.training.loop import run_stage, stop_on_signal
 from mindprint.training.plan import StagePlan, total_steps
 from mindprint.training.prepare import Prepared, prepare
@@ -56,10 +59,7 @@ from mindprint.training.reference import (
     rows_digest,
     save_reference,
 )
-from mindprint.training.results import RunResult, stage_results, verdicts
-from mindprint.training.run_folder import Resume, RunFolder, open_run, portable
 from mindprint.training.stages import DpoStage, SftStage, Stage
-from mindprint.training.watching import Trackers
 from mindprint.trust.measurement import take_fingerprint
 
 OnEvent = Callable[[Event], None]

@@ -8,14 +8,14 @@ from typing import Protocol
 
 import numpy as np
 
-from mindprint.backend import is_finite
 from mindprint.config import DpoConfig
 from mindprint.contract import PreferenceBatch, StepMetrics, Update
 from mindprint.data.collate import preference_batch, sft_batch
-from mindprint.data.order import random_bits
 from mindprint.data.render import PreferenceExample, SftExample
+from mindprint.draws import random_bits
+from mindprint.models.engine import Engine
+from mindprint.plugins.backend import is_finite
 from mindprint.training import guards
-from mindprint.training.engine import Engine
 from mindprint.training.plan import StagePlan
 from mindprint.training.reference import Reference
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mindprint import models
 from mindprint.adapter.formats import adapter_format
 from mindprint.adapter.peft_format import adapter_digest, base_copies
 from mindprint.contract import AdapterState, LoraFactors
-from mindprint.tensor_files import read_float32
+from mindprint.models import folder as models
+from mindprint.models.tensor_files import read_float32
 from mindprint.trust.changes import ROUNDED, SAME, Change, change, changes, exchanged, reshaped
 from mindprint.trust.fingerprint import AdapterRecord
 from mindprint.trust.report import Finding, listed

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mindprint import models
 from mindprint.data.tokenizer import load_tokenizer
-from mindprint.tensor_files import FLOATS, read_float32
+from mindprint.models import folder as models
+from mindprint.models.tensor_files import FLOATS, read_float32
 from mindprint.trust.digests import (
     Difference,
     WeightsDigest,

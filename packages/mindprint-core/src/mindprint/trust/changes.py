@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mindprint.contract import AdapterState, LoraFactors
-from mindprint.data.order import random_bits
+from mindprint.draws import random_bits
 
 TRACES = 4
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mindprint.models import model_config, tensors
-from mindprint.tensor_files import TensorInfo
+from mindprint.models.folder import model_config, tensors
+from mindprint.models.tensor_files import TensorInfo
 
 READ_WHOLE = 4 * 2**30
 STRIDE, BLOCK = 2**20, 2**12

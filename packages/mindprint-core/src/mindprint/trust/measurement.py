@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 
-from mindprint import models
 from mindprint.adapter.peft_format import adapter_digest
-from mindprint.backend import Backend
 from mindprint.contract import AdapterState, LoadedModel, TrainingState
 from mindprint.data.tokenizer import Tokenizer
 from mindprint.errors import MindprintError
-from mindprint.training.engine import Engine, Placement
+from mindprint.models import folder as models
+from mindprint.models.engine import Engine, Placement, fits_in_float32
+from mindprint.plugins.backend import Backend
 from mindprint.trust.changes import changes
 from mindprint.trust.digests import computed_settings, digest_weights
 from mindprint.trust.fingerprint import AdapterRecord, BaseRecord, Fingerprint, Measurement, TokenizerRecord
 from mindprint.trust.probe import DECIMALS, Probe, measure_noise, score
-
-FLOAT32_BYTES = 8 * 2**30
-"""A base whose float32 weights take no more than this, and no more than half of the memory, is measured in float32."""
 
 
 def take_fingerprint(
@@ -55,12 +51,6 @@ def _measurements(
         yield measure(engine.backend, engine.model, probe)
     except (MindprintError, MemoryError, RuntimeError) as error:  # a device's memory is known only by trying
         notice(f"the fingerprint has no float32 measurement: {' '.join(str(error).split())}")
-
-
-def fits_in_float32(parameters: int) -> bool:
-    """Whether a model's weights in float32 are small beside this machine's memory."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 4 * parameters <= min(FLOAT32_BYTES, memory // 2)
 
 
 def measure(backend: Backend, model: LoadedModel, probe: Probe) -> Measurement:

@@ -16,13 +16,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mindprint import models
-from mindprint.adapter.base_facts import BaseFacts, read_base_facts
-from mindprint.adapter.module_names import file_names, split_stack
-from mindprint.adapter.targets import is_embedding, is_stack
+from mindprint.adapter.base_facts import read_base_facts
+from mindprint.adapter.weight_changes import stored_factors
 from mindprint.contract import AdapterState, Float32, LoraFactors
 from mindprint.errors import ModelError
-from mindprint.tensor_files import TensorInfo
+from mindprint.models import folder as models
+from mindprint.models.tensor_files import TensorInfo
 from mindprint.trust.adapters import strength_finding
 from mindprint.trust.bases import Doubt
 from mindprint.trust.report import Code, Finding, listed
@@ -95,73 +94,6 @@ def merge_findings(merged: Path, base: Path, adapter: AdapterState) -> Iterator[
     yield from _elsewhere(adapter.tensors.keys() - placed)
     yield from _untouched(tuple(name for name in rest if not same_values(found[name], wanted[name])))
     yield from _names(found.keys(), wanted.keys())
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A weight in a model's files: a tensor, or one expert's part of one."""
-
-    tensor: str
-    expert: int | None = None
-
-    def of(self, info: TensorInfo) -> TensorInfo:
-        """Where the weight lies, as a matrix."""
-        if self.expert is None:
-            return info
-        size = (info.end - info.start) // info.shape[0]
-        start = info.start + self.expert * size
-        return info._replace(shape=info.shape[1:], start=start, end=start + size)
-
-    def __str__(self) -> str:
-        return self.tensor if self.expert is None else f"{self.tensor}[{self.expert}]"
-
-
-def stored_factors(
-    adapter: AdapterState, base: BaseFacts, tensors: AbstractSet[str]
-) -> Iterator[tuple[str, Weight, LoraFactors]]:
-    """For every site the weights that it is in a base's files, and factors whose B · A has each one's shape.
-
-    Tables of embeddings (`[vocabulary, out]`) and the linear layers of some families lie transposed; a stack of experts
-    is one tensor, or one for each expert and part.
-    """
-    for site, (a, b) in adapter.tensors.items():
-        if is_stack(site):
-            yield from ((site, *part) for part in _experts(site, LoraFactors(a, b), base, tensors))
-            continue
-        name = next((name for name in file_names(site, base.family) if name in tensors), None)
-        if name is not None:
-            turned = is_embedding(site) or base.family.transposed
-            yield site, Weight(name), LoraFactors(b.T, a.T) if turned else LoraFactors(a, b)
-
-
-def _experts(
-    site: str, factors: LoraFactors, base: BaseFacts, tensors: AbstractSet[str]
-) -> Iterator[tuple[Weight, LoraFactors]]:
-    for expert, (a, b) in enumerate(zip(*factors, strict=True)):
-        if site in tensors:
-            yield Weight(site, expert), LoraFactors(a, b)
-            continue
-        for name, rows in _parts(site, expert, b, base):
-            if name in tensors:
-                yield Weight(name), LoraFactors(a, rows)
-
-
-def _parts(site: str, expert: int, b: Float32, base: BaseFacts) -> Iterator[tuple[str, Float32]]:
-    """The tensors of one expert, and the rows of its B for each: gate and up are one in transformers, gate first."""
-    experts = base.family.experts
-    place = split_stack(site, experts) if experts is not None else None
-    if experts is None or place is None:
-        return
-    layer, parameter = place
-    inner = len(b) // 2
-    parts = {
-        "gate_up_proj": ((experts.gate, b[:inner]), (experts.up, b[inner:])),
-        "gate_proj": ((experts.gate, b),),
-        "up_proj": ((experts.up, b),),
-        "down_proj": ((experts.down, b),),
-    }
-    for part, rows in parts[parameter]:
-        yield f"{layer}.{experts.file}.{expert}.{part}.weight", rows
 
 
 def judge(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: float) -> Merge:

@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mindprint.backend import Backend
 from mindprint.contract import Dtype, Float32, Int32, LoadedModel, TokenBatch
 from mindprint.data.collate import whole_sequences
-from mindprint.data.order import uniform
 from mindprint.data.render import PreferenceExample
 from mindprint.data.rows import Message
 from mindprint.data.tokenizer import Tokenizer
+from mindprint.draws import uniform
 from mindprint.errors import DataError
+from mindprint.plugins.backend import Backend
 from mindprint.trust.report import Comparison, Tolerance
 
 LONGEST, MIDDLE, TURN = 192, 96, 24

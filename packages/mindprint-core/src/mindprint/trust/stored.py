@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mindprint.contract import Float32
-from mindprint.tensor_files import FLOATS, TensorInfo, from_float32, to_float32
+from mindprint.models.tensor_files import FLOATS, TensorInfo, from_float32, to_float32
 
 BLOCK_ELEMENTS = 2**22
 BLOCK_BYTES = 2**24

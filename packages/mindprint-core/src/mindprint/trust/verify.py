@@ -13,13 +13,13 @@ from typing import Literal
 
 import numpy as np
 
-from mindprint import models
 from mindprint.adapter.formats import read_any_adapter
 from mindprint.contract import AdapterState, Dtype, Float32
 from mindprint.data.tokenizer import load_tokenizer
 from mindprint.errors import AdapterError, GuardError, ModelError, NotFiniteError, TransposedError
-from mindprint.tensor_files import FLOAT_DTYPES
-from mindprint.training.engine import Engine, Placement
+from mindprint.models import folder as models
+from mindprint.models.engine import Engine, Placement
+from mindprint.models.tensor_files import FLOAT_DTYPES
 from mindprint.trust.adapters import copy_findings, strength_findings, value_findings
 from mindprint.trust.bases import Doubt, base_findings, settings_findings, tokenizer_findings
 from mindprint.trust.digests import computed_settings, differences

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mindprint.data.rows import Rows, SftRow, Text, text_of
 from mindprint.data.split import HeldOut
-from mindprint.inference import OpenedAdapter
+from mindprint.runs.opened import OpenedAdapter
 from mindprint.voice.assessment import HeldOutAnswers
 from mindprint.voice.scoring import VoiceReference
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mindprint.contract import Float64, Measure
 from mindprint.voice.copying import Copying, measure_copying
-from mindprint.voice.measures import Float64, Measure
 from mindprint.voice.scoring import NotScored, Scale, VoiceReference, VoiceScore, VoiceScorer, fit_scorer
 
 

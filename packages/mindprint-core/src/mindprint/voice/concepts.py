@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mindprint.voice.words import words
+from mindprint.text.words import words
 
 ENDINGS = ("'s", "ing", "ed", "es", "s", "e")
 """English endings that make no other word, if three letters or more stand before them."""

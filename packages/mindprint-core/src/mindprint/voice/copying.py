@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mindprint.text.words import words
 from mindprint.voice.scoring import NotScored
-from mindprint.voice.words import words
 
 N = 8
 """Words of an n-gram that two texts share by copying rather than by chance."""

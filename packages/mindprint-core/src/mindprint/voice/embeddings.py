@@ -21,9 +21,9 @@ from typing import Annotated, Any, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mindprint.contract import Fitted, Float64, Measure
 from mindprint.errors import ConfigError, ScorerError
 from mindprint.hookspecs import hookimpl
-from mindprint.voice.measures import Fitted, Float64, Measure
 
 
 class EmbeddingsConfig(BaseModel):

@@ -10,12 +10,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mindprint.backend import Backend
-from mindprint.contract import Bool, LoadedModel
+from mindprint.contract import Bool, Float64, LoadedModel
 from mindprint.data.collate import sft_batch
 from mindprint.data.render import PreferenceExample, SftExample
+from mindprint.plugins.backend import Backend
 from mindprint.training.reference import Reference, compute_reference
-from mindprint.voice.measures import Float64
 
 BATCH_ROWS = 16
 

@@ -10,8 +10,8 @@ from mindprint.config import ConfigFile, make_config
 from mindprint.data.quizzes import read_quizzes
 from mindprint.data.rows import Rows, Text, read_rows
 from mindprint.data.split import HeldOut, Split, nearly_trained, prompt_hash, prompts_of, split_rows
-from mindprint.inference import Located, read_heldout
-from mindprint.training.run_folder import RunFolder
+from mindprint.runs.folder import RunFolder
+from mindprint.runs.opened import Located, read_heldout
 
 
 @dataclass(frozen=True)

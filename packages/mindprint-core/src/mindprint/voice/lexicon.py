@@ -14,10 +14,10 @@ import numpy as np
 from pydantic import Field, ValidationError, field_validator
 
 from mindprint.config import Section
+from mindprint.contract import Fitted, Float64, Measure
 from mindprint.errors import ConfigError
 from mindprint.hookspecs import hookimpl
-from mindprint.voice.measures import Fitted, Float64, Measure
-from mindprint.voice.words import plain, words
+from mindprint.text.words import plain, words
 
 NEGATIONS = frozenset(
     [

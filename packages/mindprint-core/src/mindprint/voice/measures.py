@@ -22,7 +22,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mindprint.voice.ngrams import (
+from mindprint.contract import Fitted, Float64, Measure
+from mindprint.text.ngrams import (
     Float32,
     UInt64,
     characters,
@@ -34,8 +35,6 @@ from mindprint.voice.ngrams import (
     word_tokens,
 )
 
-Float64 = NDArray[np.float64]
-
 VOCABULARY = 10_000
 """The commonest n-grams that a classifier looks at; rarer ones are names and subjects more than voice."""
 
@@ -44,24 +43,6 @@ RIDGE = 1.0
 
 MODEL_ORDER = 3
 """Characters of context in `surprise`."""
-
-
-class Fitted(Protocol):
-    """A measure that knows a person."""
-
-    def __call__(self, texts: Sequence[str], /) -> Float64:
-        """A number a text, float64 `[texts]`: higher is more like the person."""
-
-
-class Measure(Protocol):
-    """A way to look at a text. Scorer plugins provide these too."""
-
-    @property
-    def name(self) -> str:
-        """How results call it."""
-
-    def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:
-        """Learn to tell the person's texts from others'. Neither is empty."""
 
 
 # --- what a classifier sees ------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from statistics import median
 
 import numpy as np
 
-from mindprint.contract import Bool
-from mindprint.voice.measures import Fitted, FittedRidge, Float64, Measure, measures
-from mindprint.voice.words import passages, word_count
+from mindprint.contract import Bool, Fitted, Float64, Measure
+from mindprint.text.words import passages, word_count
+from mindprint.voice.measures import FittedRidge, measures
 
 MIN_FITTED_WORDS = 500
 """What the scorer needs of the person and of the background, each."""

@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 from mindprint import atomic
 from mindprint.config import Config, ConfigFile
-from mindprint.curriculum.records import (
+from mindprint.errors import RunError
+from mindprint.events import StepDone
+from mindprint.runs.records import (
     AnswerRecord,
     Decision,
     EvaluationRecord,
@@ -22,8 +24,6 @@ from mindprint.curriculum.records import (
     decision_from,
     evaluation_from,
 )
-from mindprint.errors import RunError
-from mindprint.events import StepDone
 
 Resume = Literal["last", "latest"]
 """From the last checkpoint, or from the newest that is sound."""

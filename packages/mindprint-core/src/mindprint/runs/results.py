@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mindprint.config import Level
-from mindprint.curriculum.records import OUTCOMES, Outcome
-from mindprint.events import StageName
-from mindprint.training.run_folder import RunFolder
+from mindprint.contract import StageName
+from mindprint.runs.folder import RunFolder
+from mindprint.runs.records import OUTCOMES, Outcome
 
 
 @dataclass(frozen=True)

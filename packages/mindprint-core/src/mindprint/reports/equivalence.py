@@ -15,14 +15,13 @@ from statistics import median
 import numpy as np
 
 from mindprint.adapter.peft_format import read_adapter
-from mindprint.contract import AdapterState
-from mindprint.curriculum.records import Interval
+from mindprint.contract import AdapterState, StageName
 from mindprint.errors import RunError
-from mindprint.events import StageName
 from mindprint.reports.phrases import why_missing
-from mindprint.reports.record import RunRecord, Step, Stretch
-from mindprint.training.costs import Costs, read_costs
-from mindprint.training.run_folder import RunFolder
+from mindprint.runs.costs import Costs, read_costs
+from mindprint.runs.folder import RunFolder
+from mindprint.runs.reading import RunRecord, Step, Stretch
+from mindprint.runs.records import Interval
 
 SFT_TOLERANCE = 1e-5
 """Of an SFT loss before the first preference step, as |a - b| / (1 + a)."""

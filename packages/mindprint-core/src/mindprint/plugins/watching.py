@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mindprint.events import Event
-from mindprint.plugins import Tracker, described
+from mindprint.plugins.loading import Tracker, described
 
 
 class Trackers:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from mindprint.config import Level
-from mindprint.events import StageName
+from mindprint.contract import StageName
 
 Outcome = Literal["measured", "passed", "failed", "not evaluated"]
 """`measured`: no threshold was set. `not evaluated`: one was, and could not be applied; it is neither pass nor fail."""

@@ -17,7 +17,7 @@ from typing import Any
 from mindprint.config import ModelConfig
 from mindprint.data.tokenizer import TOKENIZER_FILES
 from mindprint.errors import ModelError
-from mindprint.tensor_files import TensorFileError, TensorInfo, read_header
+from mindprint.models.tensor_files import TensorFileError, TensorInfo, read_header
 
 BUILTIN = ("tiny",)
 """Models that come with the package, named `builtin:NAME`."""

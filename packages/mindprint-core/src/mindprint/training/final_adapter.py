@@ -8,7 +8,7 @@ from mindprint import __version__, atomic
 from mindprint.adapter.peft_format import write_adapter
 from mindprint.config import Config
 from mindprint.contract import AdapterState
-from mindprint.models import ModelFolder
+from mindprint.models.folder import ModelFolder
 from mindprint.trust.fingerprint import FILE_NAME as FINGERPRINT_FILE
 from mindprint.trust.fingerprint import Fingerprint, fingerprint_json
 

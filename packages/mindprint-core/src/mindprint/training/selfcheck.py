@@ -21,7 +21,6 @@ from mindprint.adapter.initial import initial_adapter
 from mindprint.adapter.merging import merged_folder
 from mindprint.adapter.peft_format import read_adapter, write_adapter
 from mindprint.adapter.targets import resolve_targets
-from mindprint.backend import Backend, is_finite
 from mindprint.config import Config, DataConfig
 from mindprint.contract import (
     AdapterState,
@@ -40,9 +39,10 @@ from mindprint.data.rows import Origin, SftRow
 from mindprint.data.tokenizer import load_tokenizer
 from mindprint.errors import MindprintError
 from mindprint.losses import sft_loss
-from mindprint.models import ModelFolder, tensors
-from mindprint.tensor_files import FLOAT_DTYPES
-from mindprint.training.engine import Engine, Placement
+from mindprint.models.engine import Engine, Placement
+from mindprint.models.folder import ModelFolder, tensors
+from mindprint.models.tensor_files import FLOAT_DTYPES
+from mindprint.plugins.backend import Backend, is_finite
 from mindprint.training.guards import LOG_PROB_NOISE
 from mindprint.training.prepare import Prepared
 from mindprint.training.reference import compute_reference

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mindprint.curriculum.records import Figures, Interval
-from mindprint.events import StageName
+from mindprint.contract import StageName
 from mindprint.reports.content import flattened
-from mindprint.reports.record import RunRecord
+from mindprint.runs.reading import RunRecord
+from mindprint.runs.records import Figures, Interval
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 import pluggy
 
 from mindprint import hookspecs
-from mindprint.entries import DISABLE, disabled, entry_points
 from mindprint.errors import BackendError, MindprintError, PluginError, ScorerError
 from mindprint.hookspecs import SUPPORTED_HOOK_APIS
-from mindprint.tracing import trace_if_asked
+from mindprint.plugins.entries import DISABLE, disabled, entry_points
+from mindprint.plugins.tracing import trace_if_asked
 
 if TYPE_CHECKING:
-    from mindprint.voice.measures import Measure
+    from mindprint.contract import Measure
 
 BACKENDS = "mindprint.backends"
 SCORERS = "mindprint.scorers"

@@ -37,7 +37,7 @@ from mindprint.contract import (
 )
 from mindprint.errors import BackendError, ContractError, MindprintError, NotFiniteError
 from mindprint.losses import PreferenceLoss
-from mindprint.plugins import (
+from mindprint.plugins.loading import (
     BACKENDS,
     Plugin,
     canonical_name,

@@ -7,6 +7,7 @@ with open_adapter("my-voice") as opened:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,19 +15,19 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal
 
-from mindprint import models
 from mindprint.adapter.formats import named_base, read_any_adapter
 from mindprint.adapter.peft_format import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from mindprint.backend import Backend
 from mindprint.config import FILE_NAME, BackendConfig, Config, ConfigFile, GenerationConfig, ModelConfig, load_config
-from mindprint.contract import AdapterState, LoadedModel, Sampling
+from mindprint.contract import AdapterState, Dtype, LoadedModel, Sampling
 from mindprint.data.render import render_prompt
 from mindprint.data.rows import Rows, Text, read_rows, text_of
 from mindprint.data.split import read_split
 from mindprint.data.tokenizer import Tokenizer, load_tokenizer
 from mindprint.errors import AdapterError, MindprintError, RunError
-from mindprint.training.engine import Engine, Placement, Placements
-from mindprint.training.run_folder import RunFolder, newest_run
+from mindprint.models import folder as models
+from mindprint.models.engine import Engine, Placement, Placements, fits_in_float32
+from mindprint.plugins.backend import Backend
+from mindprint.runs.folder import RunFolder, newest_run
 
 
 @dataclass(frozen=True)
@@ -194,3 +195,17 @@ def _surrounding_config(adapter: Path) -> ConfigFile | None:
         if run.holds_run and run.config.is_file():
             return load_config(run.config)
     return None
+
+
+def placement_for(
+    located: Located, section: BackendConfig | None, dtype: Dtype | None, base: models.ModelFolder
+) -> Placement:
+    """Where to compute: as asked, or as the run did; in float32 unless that is too large for this machine."""
+    if section is None:
+        section = located.config.config.backend if located.config else BackendConfig()
+    elements = sum(math.prod(info.shape) for info in models.tensors(base.path).values())
+    if dtype is not None:
+        section = section.model_copy(update={"dtype": dtype})
+    elif fits_in_float32(elements):
+        section = section.model_copy(update={"dtype": "float32"})
+    return Placements().resolve(section)

@@ -11,7 +11,7 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from mindprint.voice.words import plain, tokens
+from mindprint.text.words import plain, tokens
 
 UInt64 = NDArray[np.uint64]
 Float32 = NDArray[np.float32]

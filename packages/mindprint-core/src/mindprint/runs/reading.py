@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mindprint.config import Config, load_config
-from mindprint.curriculum.records import (
+from mindprint.contract import StageName
+from mindprint.errors import MindprintError, RunError
+from mindprint.runs.folder import RunFolder
+from mindprint.runs.records import (
     OUTCOMES,
     AnswerRecord,
     Decision,
@@ -20,9 +23,6 @@ from mindprint.curriculum.records import (
     decision_from,
     evaluation_from,
 )
-from mindprint.errors import MindprintError, RunError
-from mindprint.events import StageName
-from mindprint.training.run_folder import RunFolder
 
 Record = TypeVar("Record")
 

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mindprint.backend import Backend, choose_backend, load_backend
 from mindprint.config import BackendConfig
-from mindprint.contract import AdapterState, Dtype, LoadedModel, ModelSpec, TrainingState
-from mindprint.models import ModelFolder, quantization
-from mindprint.training import guards
+from mindprint.contract import AdapterFacts, AdapterState, Dtype, LoadedModel, ModelSpec, TrainingState
+from mindprint.errors import GuardError
+from mindprint.models.folder import ModelFolder, quantization
+from mindprint.plugins.backend import Backend, choose_backend, load_backend
+
+FLOAT32_BYTES = 8 * 2**30
+"""A base whose float32 weights take no more than this, and no more than half of the memory, is measured in float32."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Engine:
 
     def inject(self, adapter: AdapterState) -> None:
         """Attach the adapter and check that it, and only it, will be trained."""
-        guards.check_injection(adapter, self.backend.inject_adapter(self.model, adapter))
+        check_injection(adapter, self.backend.inject_adapter(self.model, adapter))
         self._injected = True
 
     def start_stage(self, placement: Placement, state: TrainingState) -> None:
@@ -118,7 +121,7 @@ class Engine:
 
     def check_base(self) -> None:
         """Raise `GuardError` if the base's weights are no longer what was loaded."""
-        guards.check_base(self._base_digest, self.backend.base_digest(self.model))
+        check_base(self._base_digest, self.backend.base_digest(self.model))
 
     def release(self) -> None:
         """Free the model, if one is loaded."""
@@ -126,3 +129,27 @@ class Engine:
             self.backend.release(self._model)
         self._model = self._placement = None
         self._injected = False
+
+
+def check_injection(adapter: AdapterState, facts: AdapterFacts) -> None:
+    """The adapter is where the configuration says, and nothing else is trainable."""
+    if set(facts.sites) != set(adapter.config.target_modules):
+        wrong = sorted(set(facts.sites) ^ set(adapter.config.target_modules))
+        raise GuardError(f"the backend adapted other modules than the configuration names: {', '.join(wrong[:5])}")
+    if facts.trainable_elements != adapter.elements:
+        raise GuardError(
+            f"the backend would train {facts.trainable_elements:,} elements, the configuration implies "
+            f"{adapter.elements:,}: something other than the adapter is trainable, or part of it is not"
+        )
+
+
+def check_base(before: str, after: str) -> None:
+    """The base's weights are what they were."""
+    if before != after:
+        raise GuardError("the base model's weights changed during training; its adapter would not fit the real base")
+
+
+def fits_in_float32(parameters: int) -> bool:
+    """Whether a model's weights in float32 are small beside this machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 4 * parameters <= min(FLOAT32_BYTES, memory // 2)

@@ -1,0 +1,1 @@
+"""Base models: their folders, their tensors on disk, and the one model in memory."""
