@@ -26,7 +26,9 @@ PAGES = ("docs", "packages", "examples")
 """Folders whose Markdown files count as documentation, in addition to those at the root."""
 
 PHRASES = {
-    '"what of", "what is", "what does" as a noun': r"\bwhat (?:of|is|does|was|are|were|did|has|had|it|they|a|an|the|this)\b(?![^.\n]*\?)",
+    '"what of", "what is", "what does" as a noun': (
+        r"\bwhat (?:of|is|does|was|are|were|did|has|had|it|they|a|an|the|this)\b(?![^.\n]*\?)"
+    ),
     '"beside"': r"\bbeside\b",
     '"goes on", "go on"': r"\bgo(?:es)? on\b",
     '"stands", "stand"': r"\bstands?\b",
