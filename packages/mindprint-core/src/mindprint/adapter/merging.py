@@ -20,7 +20,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from mindprint import __version__, atomic
+from mindprint import atomic
+from mindprint._version import __version__
 from mindprint.adapter.base_facts import read_base_facts
 from mindprint.adapter.peft_format import adapter_digest
 from mindprint.adapter.weight_changes import WeightChange, weight_changes

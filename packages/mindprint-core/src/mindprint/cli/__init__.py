@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint
 
 import click
 
-from mindprint import __version__
+from mindprint._version import __version__
 from mindprint.cli.output import PROGRAM, Failure, json_only
 from mindprint.errors import MindprintError, PluginError
 from mindprint.plugins.entries import entry_points

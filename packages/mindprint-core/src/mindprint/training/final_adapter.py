@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mindprint import __version__, atomic
+from mindprint import atomic
+from mindprint._version import __version__
 from mindprint.adapter.peft_format import write_adapter
 from mindprint.config import Config
 from mindprint.contract import AdapterState

@@ -11,7 +11,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from mindprint import __version__, atomic
+from mindprint import atomic
+from mindprint._version import __version__
 from mindprint.adapter.initial import initial_adapter, started_adapter
 from mindprint.adapter.peft_format import adapter_digest
 from mindprint.adapter.targets import resolve_targets

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mindprint import __version__
+from mindprint._version import __version__
 from mindprint.contract import Dtype, Float32
 from mindprint.errors import AdapterError
 from mindprint.trust.changes import Change
