@@ -170,7 +170,7 @@ def wheels(session: nox.Session) -> None:
         uninstalled(session, dist, constraints)
 
 
-SHORT = ("sft.epochs_per_topic=null", "sft.steps_per_topic=2", "dpo.steps_per_topic=2",
+SHORT = ("sft.steps_per_topic=2", "dpo.steps_per_topic=2",
          "evaluation.prompts_per_topic=1", "evaluation.levels=[final]", "generation.max_new_tokens=16")  # fmt: skip
 
 ALONE = {

@@ -110,6 +110,40 @@ def test_a_wrong_override(tmp_path: Path, override: str, words: str) -> None:
     assert words in str(error.value)
 
 
+BOTH_LENGTHS = "sft: {epochs_per_topic: 3}\ndpo: {steps_per_topic: 100}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lengths"),
+    [
+        ((), (3, None, None, 100)),
+        (("sft.steps_per_topic=2", "dpo.steps_per_topic=2"), (None, 2, None, 2)),
+        (("sft.epochs_per_topic=1", "dpo.epochs_per_topic=1"), (1, None, 1, None)),
+        (("sft={steps_per_topic: 2}",), (None, 2, None, 100)),
+        (("sft.steps_per_topic=null",), (3, None, None, 100)),
+        (("sft.epochs_per_topic=null", "sft.steps_per_topic=2"), (None, 2, None, 100)),
+        (("sft.steps_per_topic=2", "sft.learning_rate=1e-3"), (None, 2, None, 100)),
+    ],
+)
+def test_an_override_of_a_stages_length_replaces_the_other_kind(
+    tmp_path: Path, overrides: tuple[str, ...], lengths: tuple[int | None, ...]
+) -> None:
+    config = load_config(write(tmp_path, BOTH_LENGTHS), overrides).config
+    stages = (config.sft, config.dpo)
+    assert tuple(n for stage in stages for n in (stage.epochs_per_topic, stage.steps_per_topic)) == lengths
+
+
+def test_a_stages_length_from_python_replaces_the_other_kind(tmp_path: Path) -> None:
+    file = load_config(write(tmp_path, BOTH_LENGTHS))
+    assert merged(file, {"sft": {"steps_per_topic": 2}}).config.sft.epochs_per_topic is None
+    assert merged(file, {"sft": {"learning_rate": 1e-3}}).config.sft.epochs_per_topic == 3
+
+
+def test_two_lengths_in_overrides_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not both"):
+        load_config(write(tmp_path, ""), ["sft.steps_per_topic=2", "sft.epochs_per_topic=2"])
+
+
 def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such configuration; `mindprint init FOLDER` makes one"):
         load_config(tmp_path / "nowhere")

@@ -28,6 +28,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Schedule = Literal["constant", "linear", "cosine"]
+STAGE_LENGTHS = ("epochs_per_topic", "steps_per_topic")
+"""The two settings for the length of a stage. A stage has at most one of them."""
+
 Level = Literal["topic", "chapter", "unit", "final"]
 """What an evaluation looks back on."""
 
@@ -371,7 +374,7 @@ def make_config(values: Mapping[str, Any], folder: Path | None = None, overrides
 
 def merged(base: ConfigFile, values: Mapping[str, Any]) -> ConfigFile:
     """The same configuration with `values` merged into it, section by section."""
-    result = _merge(base.config.model_dump(exclude_unset=True), values)
+    result = _drop_replaced_lengths(_merge(base.config.model_dump(exclude_unset=True), values), values)
     return ConfigFile(_validate(result, base.source, {}), base.folder, base.source)
 
 
@@ -432,6 +435,7 @@ def _key_lines(node: yaml.Node | None, path: tuple[str, ...] = ()) -> list[tuple
 
 def _overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     result = dict(values)
+    changes: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
@@ -440,7 +444,25 @@ def _overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str
             parsed = yaml.load(value, _Loader)  # noqa: S506 (a SafeLoader)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {text!r}: the value is not valid YAML") from error
-        result = _with_value(result, key.strip().split("."), parsed)
+        path = key.strip().split(".")
+        result, changes = _with_value(result, path, parsed), _with_value(changes, path, parsed)
+    return _drop_replaced_lengths(result, changes)
+
+
+def _drop_replaced_lengths(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the length of a stage that a change replaces.
+
+    A stage has one length, in epochs or in steps. Who changes one means it instead of the other, which the file has.
+    Changes that give both are left as they are, for the checks to refuse.
+    """
+    result = dict(values)
+    for stage in ("sft", "dpo"):
+        section, change = result.get(stage), changes.get(stage)
+        if isinstance(section, Mapping) and isinstance(change, Mapping):
+            given = [name for name in STAGE_LENGTHS if change.get(name) is not None]
+            if len(given) == 1:
+                replaced = set(STAGE_LENGTHS) - set(given)
+                result[stage] = {name: value for name, value in section.items() if name not in replaced}
     return result
 
 
