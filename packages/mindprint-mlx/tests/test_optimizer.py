@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mindprint.contract import AdamW
-from mindprint_mlx.optimizer import Moments, adamw, clipped, global_norm, next_loss_scale
+from mindprint_mlx.optimizer import Moments, adamw, clipped, global_norm
 
 
 def reference(
@@ -75,11 +75,3 @@ def test_small_gradients_are_left_alone(maximum: float | None) -> None:
     gradients = {"a": mx.array([3.0, 4.0]), "b": mx.array([[12.0]])}
     limited = clipped(gradients, global_norm(gradients), maximum)
     np.testing.assert_array_equal(limited["a"], [3.0, 4.0])
-
-
-def test_the_loss_scale_halves_on_overflow_and_doubles_at_every_2000th_update() -> None:
-    assert next_loss_scale(65536.0, 10, skipped=True) == 32768.0
-    assert next_loss_scale(1.0, 10, skipped=True) == 1.0
-    assert next_loss_scale(65536.0, 1999, skipped=False) == 65536.0
-    assert next_loss_scale(65536.0, 2000, skipped=False) == 131072.0
-    assert next_loss_scale(65536.0, 4000, skipped=False) == 131072.0

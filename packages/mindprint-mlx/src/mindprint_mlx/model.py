@@ -19,11 +19,12 @@ from mlx import nn
 
 from mindprint.contract import LoadedModel, LoraConfig, ModelSpec
 from mindprint.errors import ModelError
+from mindprint.loss_scale import initial_loss_scale
 from mindprint_mlx import architectures, devices, memory
 from mindprint_mlx.arrays import DTYPES, parameters_of
 from mindprint_mlx.head import Head
 from mindprint_mlx.imports import mlx_lm_module
-from mindprint_mlx.optimizer import INITIAL_LOSS_SCALE, Moments
+from mindprint_mlx.optimizer import Moments
 from mindprint_mlx.prompts import longest_shared
 from mindprint_mlx.rows import can_continue_rows
 
@@ -121,7 +122,7 @@ def load(spec: ModelSpec) -> LoadedModel:
         head=head,
         places=tuple(_places(module, names)),
         device=devices.device(spec.device),
-        loss_scale=INITIAL_LOSS_SCALE if spec.dtype == "float16" else None,
+        loss_scale=initial_loss_scale(spec.dtype),
         slides=window is not None,
     )
     with handle.in_use():

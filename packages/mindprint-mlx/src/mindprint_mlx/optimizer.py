@@ -17,9 +17,6 @@ from mindprint.contract import AdamW
 
 Arrays = Mapping[str, mx.array]
 
-INITIAL_LOSS_SCALE = 2.0**16
-LOSS_SCALE_GROWTH_STEPS = 2000
-
 
 @dataclass(frozen=True)
 class Moments:
@@ -68,14 +65,3 @@ def clipped(gradients: Arrays, norm: mx.array, maximum: float | None) -> dict[st
         return dict(gradients)
     factor = mx.minimum(maximum / (norm + 1e-6), 1.0)
     return {name: gradient * factor for name, gradient in gradients.items()}
-
-
-def next_loss_scale(scale: float, steps: int, *, skipped: bool) -> float:
-    """The loss scale (Micikevicius et al. 2018, arXiv 1710.03740) after a step, of which `steps` have been applied.
-
-    It halves when scaled float16 gradients overflow and doubles at every 2,000th applied update: counted by updates,
-    not since the last overflow as `torch.amp.GradScaler` does, so that a resumed run needs no further counter.
-    """
-    if skipped:
-        return max(scale / 2, 1.0)
-    return scale if steps % LOSS_SCALE_GROWTH_STEPS else scale * 2

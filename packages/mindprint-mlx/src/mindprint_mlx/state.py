@@ -6,9 +6,10 @@ import mlx.core as mx
 
 from mindprint.contract import AdapterState, TrainingState
 from mindprint.errors import AdapterError
+from mindprint.loss_scale import INITIAL_LOSS_SCALE
 from mindprint_mlx import adapter as adapters
 from mindprint_mlx.model import Adapter, Handle
-from mindprint_mlx.optimizer import INITIAL_LOSS_SCALE, Moments
+from mindprint_mlx.optimizer import Moments
 
 
 def save(handle: Handle) -> TrainingState:

@@ -17,6 +17,7 @@ import numpy as np
 from mindprint import layouts
 from mindprint.contract import PreferenceBatch, StepMetrics, TokenBatch, Update
 from mindprint.errors import AdapterError
+from mindprint.loss_scale import next_loss_scale
 from mindprint.losses import PairLogProbs, PreferenceLoss
 from mindprint_mlx import adapter as adapters
 from mindprint_mlx import groups, optimizer
@@ -134,7 +135,7 @@ def _step(
         if not skipped:
             _apply(adapter, gradients, norm, update)
         if scale is not None:
-            handle.loss_scale = optimizer.next_loss_scale(scale, adapter.moments.steps, skipped=skipped)
+            handle.loss_scale = next_loss_scale(scale, adapter.moments.steps, skipped=skipped)
     return StepMetrics(loss, scalar(norm), skipped, scale), reported
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from mindprint.contract import AdapterFacts, AdapterSite, AdapterState, Float32, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError
+from mindprint.loss_scale import initial_loss_scale
 from mindprint_torch.gated import fuse_gated
 from mindprint_torch.lora import NAME, fuse
 from mindprint_torch.model import Adapter, TorchModel, layer_factors
-from mindprint_torch.optimizer import INITIAL_LOSS_SCALE
 
 HOLDER = "network"
 
@@ -44,13 +44,9 @@ def inject(model: TorchModel, adapter: AdapterState) -> AdapterFacts:
     fuse(layers.values())
     fuse_gated(model.network)
     model.adapter = Adapter(adapter.config, layers)
-    model.adapter.optimizer.loss_scale = initial_loss_scale(model)
+    model.adapter.optimizer.loss_scale = initial_loss_scale(model.dtype)
     trainable = sum(parameter.numel() for parameter in model.network.parameters() if parameter.requires_grad)
     return AdapterFacts(tuple(layers), trainable)
-
-
-def initial_loss_scale(model: TorchModel) -> float | None:
-    return INITIAL_LOSS_SCALE if model.dtype == "float16" else None
 
 
 def require_adapter(model: TorchModel) -> Adapter:

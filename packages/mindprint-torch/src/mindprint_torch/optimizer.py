@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mindprint.contract import Update
-
-INITIAL_LOSS_SCALE = 2.0**16
-LOSS_SCALE_GROWTH_STEPS = 2000
+from mindprint.loss_scale import next_loss_scale
 
 
 @dataclass(frozen=True)
@@ -26,9 +24,7 @@ class Applied:
 class Optimizer:
     """`torch.optim.AdamW` over the adapter's factors, all in float32, with one step count for all of them.
 
-    `loss_scale` is None unless losses are to be scaled before their backward pass (float16). It halves when scaled
-    gradients overflow and doubles at every 2000th applied update: counted by updates, not since the last overflow as
-    `torch.amp.GradScaler` does, so that a resumed run needs no further counter.
+    `loss_scale` is None unless losses are to be scaled before their backward pass (float16); core's rule changes it.
     """
 
     def __init__(self, parameters: Sequence[Tensor], *, loss_scale: float | None = None) -> None:
@@ -50,7 +46,8 @@ class Optimizer:
             if update.max_grad_norm is not None:
                 clip_grads_with_norm_(self.parameters, update.max_grad_norm, norm)
             self._apply(update)
-        self._adapt_loss_scale(skipped=skipped)
+        if self.loss_scale is not None:
+            self.loss_scale = next_loss_scale(self.loss_scale, self.steps, skipped=skipped)
         self._adamw.zero_grad(set_to_none=True)
         return Applied(grad_norm, skipped)
 
@@ -90,14 +87,6 @@ class Optimizer:
             group["weight_decay"] = update.optimizer.weight_decay
         self._adamw.step()
         self.steps += 1
-
-    def _adapt_loss_scale(self, *, skipped: bool) -> None:
-        if self.loss_scale is None:
-            return
-        if skipped:
-            self.loss_scale = max(self.loss_scale / 2, 1.0)
-        elif self.steps % LOSS_SCALE_GROWTH_STEPS == 0:
-            self.loss_scale *= 2
 
     def _step_device(self, parameter: Tensor) -> torch.device:
         return parameter.device if self._adamw.defaults["fused"] else torch.device("cpu")

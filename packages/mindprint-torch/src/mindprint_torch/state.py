@@ -6,7 +6,8 @@ from torch import Tensor
 
 from mindprint.contract import AdapterState, LoraFactors, TrainingState
 from mindprint.errors import AdapterError
-from mindprint_torch.adapter import initial_loss_scale, read_factors, require_adapter, to_numpy, to_torch, write_factors
+from mindprint.loss_scale import initial_loss_scale
+from mindprint_torch.adapter import read_factors, require_adapter, to_numpy, to_torch, write_factors
 from mindprint_torch.model import Adapter, TorchModel, layer_factors
 
 
@@ -56,5 +57,5 @@ def _moment_pairs(adapter: Adapter, state: TrainingState) -> list[tuple[Tensor, 
 
 
 def _loss_scale(model: TorchModel, state: TrainingState) -> float | None:
-    initial = initial_loss_scale(model)
+    initial = initial_loss_scale(model.dtype)
     return initial if initial is None or state.loss_scale is None else state.loss_scale
