@@ -115,7 +115,7 @@ def test_nothing_to_resume_from(tmp_path: Path) -> None:
 
 def test_half_written_folders_do_not_count(tmp_path: Path) -> None:
     write(tmp_path, 10)
-    (tmp_path / ".000020.partial").mkdir()
+    (tmp_path / ".000020.mindprint-0123456789abcdef.partial").mkdir()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["000010"]
 
 

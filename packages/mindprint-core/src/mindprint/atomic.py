@@ -1,8 +1,17 @@
-"""Files and folders that appear whole or not at all: written aside, flushed to the disk, renamed."""
+"""Files and folders that appear whole or not at all: written under a temporary name, flushed to the disk, renamed.
+
+Temporary names are unique and made exclusively, so that two processes never write into each other's, and a link that
+somebody planted under such a name is never followed. Whoever writes one holds a lock on it. A temporary file or folder
+without a lock belongs to a process that was killed: the next write in the same folder removes it.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,26 +19,31 @@ from pathlib import Path
 
 from mindprint.errors import RunError
 
+_TEMPORARY = re.compile(r"\..+\.mindprint-[0-9a-f]{16}\.partial")
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder under another name; it becomes `path` when the block ends well, replacing what was there.
+def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Fill a folder under another name. It becomes `path` when the block ends well.
 
-    Raises `RunError` in one line when the disk is full or not writable; nothing is left behind then.
+    With `replace` it takes the place of what was there. Without, whatever appeared at `path` in the meantime stays.
+    Raises `RunError` in one line when the disk is full or not writable, or `path` is taken. Then nothing is left.
     """
-    aside = path.with_name(f".{path.name}.partial")
     with _disk_errors(path):
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside, lock = _make_folder(path)
         try:
             yield aside
             for file in sorted(aside.rglob("*")):
                 sync(file)
-            _replace_folder(aside, path)
+            _move_folder(aside, path, replace=replace)
             sync(path.parent)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
+        finally:
+            os.close(lock)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -39,12 +53,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole, replacing what was there. Raises `RunError` as `new_folder` does."""
-    aside = path.with_name(f".{path.name}.partial")
     with _disk_errors(path):
+        aside, handle = _make_file(path)
         try:
-            aside.write_bytes(content)
-            sync(aside)
-            aside.replace(path)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                # While the lock is held: a temporary name without one may be removed by anyone.
+                aside.replace(path)
             sync(path.parent)
         except BaseException:
             with suppress(OSError):
@@ -52,22 +69,95 @@ def write_bytes(path: Path, content: bytes) -> None:
             raise
 
 
-def _replace_folder(new: Path, path: Path) -> None:
-    if not path.exists():
-        new.rename(path)
-        return
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def sync(path: Path) -> None:
     """Have a file or folder on the disk before this returns."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _move_folder(new: Path, path: Path, *, replace: bool) -> None:
+    # A folder's rename fails where the target is a file or holds anything: that makes it exclusive.
+    try:
+        new.rename(path)
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
+        if not replace:
+            raise RunError(f"{path}: exists already, another process made it meanwhile; name a new folder") from error
+        old = temporary_name(path)
+        path.rename(old)
+        new.rename(path)
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.unlink()
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a name next to `path` that nobody else uses."""
+    return path.with_name(f".{path.name}.mindprint-{secrets.token_hex(8)}.partial")
+
+
+def _make_folder(path: Path) -> tuple[Path, int]:
+    """Make a temporary folder for `path`, and hold its lock."""
+    _remove_abandoned(path.parent)
+    while True:
+        aside = temporary_name(path)
+        aside.mkdir()
+        handle = os.open(aside, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        if _locked_in_place(aside, handle):
+            return aside, handle
+
+
+def _make_file(path: Path) -> tuple[Path, int]:
+    """Make a temporary file for `path`, and hold its lock."""
+    _remove_abandoned(path.parent)
+    while True:
+        aside = temporary_name(path)
+        handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        if _locked_in_place(aside, handle):
+            return aside, handle
+
+
+def _locked_in_place(aside: Path, handle: int) -> bool:
+    """Lock a temporary name. Return False, with the handle closed, if it was removed before it was locked."""
+    # Not every file system has locks. Without them nothing is ever taken for abandoned, see _abandoned.
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        if os.path.samestat(aside.lstat(), os.fstat(handle)):
+            return True
+    except FileNotFoundError:
+        pass
+    os.close(handle)
+    return False
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove what killed processes left in a folder."""
+    with suppress(OSError):
+        for entry in os.scandir(parent):
+            if _TEMPORARY.fullmatch(entry.name) and not entry.is_symlink():
+                _remove_if_abandoned(Path(entry.path))
+
+
+def _remove_if_abandoned(path: Path) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The lock is kept until it is gone: a process that has only just made it waits, sees that, and makes another.
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError:
+        return  # a living process holds it, or this file system has no locks
     finally:
         os.close(handle)
 

@@ -91,7 +91,7 @@ def merged_folder(out: Path, base: models.ModelFolder, adapter: AdapterState, so
         adapter=os.path.relpath(source.resolve(), out.resolve()),
         adapter_digest=adapter_digest(adapter),
     )
-    with atomic.new_folder(out) as aside:
+    with atomic.new_folder(out, replace=False) as aside:
         with _Threads() as threads:
             for shard in models.weight_files(base.path):
                 _write_shard(aside / shard.name, shard, tensors, changes, threads)

@@ -70,7 +70,7 @@ class RunFolder:
         """Make the folder and hold the run for this process. Raises `RunError` if another one is writing to it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise RunError(
                 f"{self.path}: cannot be written: {error.strerror}; choose another place with --run"
@@ -153,7 +153,9 @@ def _is_final(record: EvaluationRecord) -> bool:
 
 def _append(file: Path, line: Mapping[str, Any]) -> None:
     try:
-        with file.open("a", encoding="utf-8") as opened:
+        # A link that somebody planted in the folder must not lead the lines elsewhere.
+        handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        with os.fdopen(handle, "a", encoding="utf-8") as opened:
             opened.write(json.dumps(line) + "\n")
     except OSError as error:
         raise RunError(f"{file}: cannot be written: {error.strerror}") from error
