@@ -37,7 +37,7 @@ def ours(
     from mindprint.data.render import PreferenceExample, SftExample
     from mindprint.data.rows import Origin
     from mindprint.losses import PreferenceLoss
-    from mindprint.training.reference import compute_reference
+    from mindprint.models.likelihoods import sum_pairs
 
     backend, model = loaded(backend_name, folder, dtype)
     origin = Origin("rows", 1)
@@ -62,9 +62,9 @@ def ours(
     if stage == "reference":
         for pairs in steps:
             with turn():
-                compute_reference(backend, model, pairs, work.PAD)
+                sum_pairs(backend, model, pairs, work.PAD)
         return
-    references = [compute_reference(backend, model, pairs, work.PAD) for pairs in steps]
+    references = [sum_pairs(backend, model, pairs, work.PAD) for pairs in steps]
     for pairs, reference in zip(steps, references, strict=True):
         with turn():
             read = preference_batch(pairs, work.PAD, (reference.chosen, reference.rejected))

@@ -11,14 +11,14 @@ from mindprint.contract import LoraConfig, ModelSpec, TokenBatch, Update
 from mindprint.data.collate import pair_sequences
 from mindprint.data.render import PreferenceExample
 from mindprint.data.rows import Origin
+from mindprint.models.likelihoods import CompletionSums
 from mindprint.plugins.backend import load_backend
-from mindprint.training.reference import Reference
 from mindprint.voice.evaluation import FEW_PAIRS, Tokens, evaluate_heldout, measure
 
 TOKENS = Tokens(np.array([4, 2, 2, 2]), np.array([2, 2, 4, 2]))
-BASE = Reference(np.array([-8.0, -2, -6, -4], np.float32), np.array([-6.0, -4, -8, -4], np.float32))
+BASE = CompletionSums(np.array([-8.0, -2, -6, -4]), np.array([-6.0, -4, -8, -4]))
 """Margins −2, 2, 2, 0; a token −2 > −3, −1 > −2, −3 < −2, −2 = −2."""
-POLICY = Reference(np.array([-4.0, -2, -6, -2], np.float32), np.array([-6.0, -4, -6, -5], np.float32))
+POLICY = CompletionSums(np.array([-4.0, -2, -6, -2]), np.array([-6.0, -4, -6, -5]))
 """Margins 2, 2, 0, 3; a token −1 > −3, −1 > −2, −3 < −1.5, −1 > −2.5; over the base: 4, 0, −2, 3."""
 ALL = np.ones(4, np.bool_)
 
@@ -43,12 +43,12 @@ def test_measures_of_a_selection() -> None:
 
 
 def test_a_perplexity_beyond_floats_is_infinite() -> None:
-    hopeless = Reference(np.full(4, -1e4, np.float32), BASE.rejected)
+    hopeless = CompletionSums(np.full(4, -1e4), BASE.rejected)
     assert measure(hopeless, POLICY, Tokens(np.ones(4, int), TOKENS.rejected), ALL).base.perplexity == math.inf
 
 
 def test_few_pairs_are_few() -> None:
-    many = Reference(np.zeros(FEW_PAIRS, np.float32), np.zeros(FEW_PAIRS, np.float32))
+    many = CompletionSums(np.zeros(FEW_PAIRS), np.zeros(FEW_PAIRS))
     ones = Tokens(np.ones(FEW_PAIRS, int), np.ones(FEW_PAIRS, int))
     assert not measure(many, many, ones, np.ones(FEW_PAIRS, np.bool_)).few
     assert measure(many, many, ones, np.arange(FEW_PAIRS) > 0).few

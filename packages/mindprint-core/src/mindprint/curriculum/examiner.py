@@ -18,14 +18,14 @@ from mindprint.data.rows import text_of
 from mindprint.data.split import Split
 from mindprint.data.tokenizer import Tokenizer
 from mindprint.models.engine import Engine
+from mindprint.models.likelihoods import CompletionSums, sum_pairs, sum_texts
 from mindprint.runs.records import AnswerRecord, Figures, Interval
 from mindprint.text.words import word_count
-from mindprint.training.reference import Reference, compute_reference
 from mindprint.voice.answers import asked_of, reference_of, unread
 from mindprint.voice.assessment import Judge, fit_judge
 from mindprint.voice.concepts import coverage
 from mindprint.voice.copying import Copying
-from mindprint.voice.evaluation import Measured, Read, measure_pairs, measure_texts, text_sums
+from mindprint.voice.evaluation import Measured, Read, measure_pairs, measure_texts
 from mindprint.voice.quizzing import evaluate_quiz
 from mindprint.voice.scoring import NotScored, VoiceScore
 
@@ -119,12 +119,12 @@ class Examiner:
     # --- pairs and texts ---------------------------------------------------------------------------------------------
 
     @cached_property
-    def _untuned_pairs(self) -> Reference:
+    def _untuned_pairs(self) -> CompletionSums:
         return self._sums(self._pairs, adapter=False)
 
-    def _sums(self, pairs: Sequence[PreferenceExample], *, adapter: bool) -> Reference:
+    def _sums(self, pairs: Sequence[PreferenceExample], *, adapter: bool) -> CompletionSums:
         backend, model = self._engine.backend, self._engine.model
-        return compute_reference(backend, model, pairs, self._tokenizer.pad_id, adapter=adapter)
+        return sum_pairs(backend, model, pairs, self._tokenizer.pad_id, adapter=adapter)
 
     def _read_pairs(self, topics: Sequence[str]) -> dict[str, Measured]:
         """Held-out pairs as both models read them, by topic, and of all topics together under `TOGETHER`."""
@@ -132,7 +132,7 @@ class Examiner:
         if not rows:
             return {}
         pairs = [self._pairs[row] for row in rows]
-        base = Reference(self._untuned_pairs.chosen[rows], self._untuned_pairs.rejected[rows])
+        base = self._untuned_pairs.select(rows)
         found = measure_pairs(base, self._sums(pairs, adapter=True), pairs)
         return {TOGETHER: found.overall, **found.topics}
 
@@ -141,7 +141,7 @@ class Examiner:
         return self._text_sums(self._texts, adapter=False)
 
     def _text_sums(self, texts: Sequence[SftExample], *, adapter: bool) -> Float64:
-        return text_sums(self._engine.backend, self._engine.model, texts, self._tokenizer.pad_id, adapter=adapter)
+        return sum_texts(self._engine.backend, self._engine.model, texts, self._tokenizer.pad_id, adapter=adapter)
 
     def _read_texts(self, topics: Sequence[str]) -> dict[str, Read]:
         """The same of held-out texts that are no pairs."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mindprint.contract import Bool, Float32, Int32, PreferenceBatch, TokenBatch
+from mindprint.contract import Bool, Float32, Float64, Int32, PreferenceBatch, TokenBatch
 from mindprint.data.render import PreferenceExample, SftExample
 
 
@@ -22,7 +22,9 @@ def whole_sequences(rows: Sequence[Int32], pad_id: int = 0) -> TokenBatch:
 
 
 def preference_batch(
-    examples: Sequence[PreferenceExample], pad_id: int, reference: tuple[Float32, Float32] | None = None
+    examples: Sequence[PreferenceExample],
+    pad_id: int,
+    reference: tuple[Float32 | Float64, Float32 | Float64] | None = None,
 ) -> PreferenceBatch:
     """Pairs as one batch. `reference` holds the summed log-probs of chosen and rejected, `[pairs]` each."""
     chosen, rejected = (None, None) if reference is None else (_float32(part) for part in reference)
@@ -82,5 +84,5 @@ def _lengths(sequences: Sequence[Int32]) -> Int32:
     return np.array([len(sequence) for sequence in sequences], dtype=np.int32)
 
 
-def _float32(values: Float32) -> Float32:
+def _float32(values: Float32 | Float64) -> Float32:
     return np.asarray(values, dtype=np.float32)

@@ -1,11 +1,10 @@
-"""Log-probs of the reference: the policy as a preference stage begins, evaluated once and kept on disk."""
+"""The reference of a preference stage on disk: the log-probs of the policy as the stage begins, kept under a key."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,46 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mindprint import atomic
-from mindprint.contract import Float32, LoadedModel
-from mindprint.data.collate import pair_sequences, shared_sequences
 from mindprint.data.render import PreferenceExample
 from mindprint.errors import GuardError
-from mindprint.plugins.backend import Backend
-
-BATCH_PAIRS = 16
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Summed completion log-probs of each pair under the reference, float32 `[pairs]`, in the order of the rows."""
-
-    chosen: Float32
-    rejected: Float32
-
-
-def compute_reference(
-    backend: Backend,
-    model: LoadedModel,
-    examples: Sequence[PreferenceExample],
-    pad_id: int,
-    *,
-    adapter: bool = True,
-    share_prompts: bool = True,
-) -> Reference:
-    """Evaluate every pair once, the longest together so that little is padded.
-
-    With `share_prompts` the backend may read each prompt once for both completions; the numbers are the same.
-    """
-    chosen = np.zeros(len(examples), np.float32)
-    rejected = np.zeros(len(examples), np.float32)
-    by_length = sorted(range(len(examples)), key=lambda i: _length(examples[i]))
-    for start in range(0, len(by_length), BATCH_PAIRS):
-        rows = by_length[start : start + BATCH_PAIRS]
-        pairs = [examples[row] for row in rows]
-        batches = (shared_sequences(pairs, pad_id),) if share_prompts else pair_sequences(pairs, pad_id)
-        sums = [backend.log_probs(model, batch, adapter=adapter).sum(axis=1, dtype=np.float64) for batch in batches]
-        chosen[rows], rejected[rows] = np.split(np.concatenate(sums), 2)
-    return Reference(chosen, rejected)
+from mindprint.models.likelihoods import CompletionSums
 
 
 def reference_key(**parts: str) -> str:
@@ -70,18 +32,20 @@ def rows_digest(examples: Sequence[PreferenceExample]) -> str:
     return digest.hexdigest()
 
 
-def save_reference(file: Path, reference: Reference, key: str, backend: str) -> None:
-    """Write a reference with its key and who computed it."""
-    tensors = {"chosen": reference.chosen, "rejected": reference.rejected}
+def save_reference(file: Path, reference: CompletionSums, key: str, backend: str) -> None:
+    """Write a reference, in float32, with its key and the name of the backend that computed it."""
+    tensors = {"chosen": reference.chosen.astype(np.float32), "rejected": reference.rejected.astype(np.float32)}
     atomic.write_bytes(file, save(tensors, metadata={"key": key, "backend": backend}))
 
 
-def load_reference(file: Path, key: str) -> Reference:
+def load_reference(file: Path, key: str) -> CompletionSums:
     """Read a reference back. Raises `GuardError` if it is not the one that `key` names."""
     try:
         with safe_open(file, framework="numpy") as tensors:
             found = (tensors.metadata() or {}).get("key")
-            reference = Reference(tensors.get_tensor("chosen"), tensors.get_tensor("rejected"))
+            reference = CompletionSums(
+                tensors.get_tensor("chosen").astype(np.float64), tensors.get_tensor("rejected").astype(np.float64)
+            )
     except (SafetensorError, OSError) as error:
         raise GuardError(f"{file}: cannot be read: {error}; delete it and resume: it will be computed anew") from error
     if found != key:
@@ -90,7 +54,3 @@ def load_reference(file: Path, key: str) -> Reference:
             "delete it and resume: it will be computed anew"
         )
     return reference
-
-
-def _length(example: PreferenceExample) -> int:
-    return len(example.prompt) + max(len(example.chosen), len(example.rejected))

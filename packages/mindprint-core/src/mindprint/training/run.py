@@ -32,6 +32,7 @@ from mindprint.events import (
 )
 from mindprint.hookspecs import HOOK_API
 from mindprint.models.engine import Engine, Placement, Placements
+from mindprint.models.likelihoods import CompletionSums, sum_pairs
 from mindprint.plugins.loading import load_scorers, load_trackers, observer_hooks
 from mindprint.plugins.watching import Trackers
 from mindprint.reports import write_reports
@@ -53,8 +54,6 @@ from mindprint.training.loop import run_stage, stop_on_signal
 from mindprint.training.plan import StagePlan, total_steps
 from mindprint.training.prepare import Prepared, prepare
 from mindprint.training.reference import (
-    Reference,
-    compute_reference,
     load_reference,
     reference_key,
     rows_digest,
@@ -318,13 +317,15 @@ class _Run:
             )
         )
 
-    def _stage(self, plan: StagePlan, reference: Reference | None) -> Stage:
+    def _stage(self, plan: StagePlan, reference: CompletionSums | None) -> Stage:
         pad_id = self.prepared.tokenizer.pad_id
         if plan.stage == "sft":
             return SftStage(plan, self.prepared.sft[plan.topic], pad_id)
         return DpoStage(plan, self.prepared.preferences[plan.topic], pad_id, reference)
 
-    def _reference(self, plan: StagePlan, placement: Placement, state: TrainingState, done: int) -> Reference | None:
+    def _reference(
+        self, plan: StagePlan, placement: Placement, state: TrainingState, done: int
+    ) -> CompletionSums | None:
         """The stage's reference: from the run's cache, or computed with the adapter that the stage starts from."""
         settings = plan.settings
         if not isinstance(settings, DpoConfig) or settings.preference_loss().reference_free:
@@ -345,7 +346,7 @@ class _Run:
         if file.exists():
             return load_reference(file, key)
         self.engine.start_stage(placement, state)
-        reference = compute_reference(
+        reference = sum_pairs(
             self.engine.backend,
             self.engine.model,
             examples,

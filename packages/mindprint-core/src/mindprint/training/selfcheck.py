@@ -41,11 +41,11 @@ from mindprint.errors import MindprintError
 from mindprint.losses import sft_loss
 from mindprint.models.engine import Engine, Placement
 from mindprint.models.folder import ModelFolder, tensors
+from mindprint.models.likelihoods import sum_pairs
 from mindprint.models.tensor_files import FLOAT_DTYPES
 from mindprint.plugins.backend import Backend, is_finite
 from mindprint.training.guards import LOG_PROB_NOISE
 from mindprint.training.prepare import Prepared
-from mindprint.training.reference import compute_reference
 from mindprint.training.stages import DpoStage, SftStage, Stage, StepOutcome
 
 STEPS = 5
@@ -217,7 +217,7 @@ def _take_steps(engine: Engine, prepared: Prepared, start: AdapterState) -> list
         stage = SftStage(plan, prepared.sft[plan.topic], pad_id)
     else:
         examples = prepared.preferences[plan.topic]
-        stage = DpoStage(plan, examples, pad_id, compute_reference(engine.backend, engine.model, examples, pad_id))
+        stage = DpoStage(plan, examples, pad_id, sum_pairs(engine.backend, engine.model, examples, pad_id))
     return [stage.take_step(engine, step) for step in range(min(DEEP_STEPS, plan.steps))]
 
 

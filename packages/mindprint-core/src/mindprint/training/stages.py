@@ -14,10 +14,10 @@ from mindprint.data.collate import preference_batch, sft_batch
 from mindprint.data.render import PreferenceExample, SftExample
 from mindprint.draws import random_bits
 from mindprint.models.engine import Engine
+from mindprint.models.likelihoods import CompletionSums
 from mindprint.plugins.backend import is_finite
 from mindprint.training import guards
 from mindprint.training.plan import StagePlan
-from mindprint.training.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class DpoStage:
     """Preference optimization on one topic's pairs, against the reference taken at its start."""
 
     def __init__(
-        self, plan: StagePlan, examples: Sequence[PreferenceExample], pad_id: int, reference: Reference | None
+        self, plan: StagePlan, examples: Sequence[PreferenceExample], pad_id: int, reference: CompletionSums | None
     ) -> None:
         assert isinstance(plan.settings, DpoConfig)
         self.plan = plan

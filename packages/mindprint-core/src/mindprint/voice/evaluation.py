@@ -11,12 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mindprint.contract import Bool, Float64, LoadedModel
-from mindprint.data.collate import sft_batch
 from mindprint.data.render import PreferenceExample, SftExample
+from mindprint.models.likelihoods import CompletionSums, sum_pairs, sum_texts
 from mindprint.plugins.backend import Backend
-from mindprint.training.reference import Reference, compute_reference
-
-BATCH_ROWS = 16
 
 FEW_PAIRS = 30
 """Below this many pairs one pair moves an accuracy by more than 3 points, and the result says so."""
@@ -95,11 +92,11 @@ def evaluate_heldout(
     backend: Backend, model: LoadedModel, examples: Sequence[PreferenceExample], pad_id: int
 ) -> Evaluation:
     """Measure held-out pairs with the adapter off and on; `examples` must not be empty."""
-    base = compute_reference(backend, model, examples, pad_id, adapter=False)
-    return measure_pairs(base, compute_reference(backend, model, examples, pad_id, adapter=True), examples)
+    base = sum_pairs(backend, model, examples, pad_id, adapter=False)
+    return measure_pairs(base, sum_pairs(backend, model, examples, pad_id, adapter=True), examples)
 
 
-def measure_pairs(base: Reference, policy: Reference, examples: Sequence[PreferenceExample]) -> Evaluation:
+def measure_pairs(base: CompletionSums, policy: CompletionSums, examples: Sequence[PreferenceExample]) -> Evaluation:
     """The measures from both models' summed log-probs of the same pairs."""
     tokens = Tokens(*(np.array([len(getattr(e, side)) for e in examples]) for side in ("chosen", "rejected")))
     return Evaluation(*_by_topic(examples, lambda rows: measure(base, policy, tokens, rows)))
@@ -107,25 +104,12 @@ def measure_pairs(base: Reference, policy: Reference, examples: Sequence[Prefere
 
 def evaluate_texts(backend: Backend, model: LoadedModel, examples: Sequence[SftExample], pad_id: int) -> TextEvaluation:
     """Measure held-out SFT rows with the adapter off and on; `examples` must not be empty."""
-    base, policy = (text_sums(backend, model, examples, pad_id, adapter=adapter) for adapter in (False, True))
+    base, policy = (sum_texts(backend, model, examples, pad_id, adapter=adapter) for adapter in (False, True))
     return measure_texts(base, policy, examples)
 
 
-def text_sums(
-    backend: Backend, model: LoadedModel, examples: Sequence[SftExample], pad_id: int, *, adapter: bool
-) -> Float64:
-    """Summed log-probs of the trained tokens of each row, float64 `[rows]`."""
-    sums = np.zeros(len(examples))
-    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
-    for start in range(0, len(by_length), BATCH_ROWS):
-        rows = by_length[start : start + BATCH_ROWS]
-        batch = sft_batch([examples[row] for row in rows], pad_id)
-        sums[rows] = backend.log_probs(model, batch, adapter=adapter).sum(axis=1, dtype=np.float64)
-    return sums
-
-
 def measure_texts(base: Float64, policy: Float64, examples: Sequence[SftExample]) -> TextEvaluation:
-    """The measures from both models' `text_sums` of the same rows."""
+    """The measures from both models' `sum_texts` of the same rows."""
     tokens = np.array([int(example.loss_mask.sum()) for example in examples])
 
     def read(rows: Bool) -> Read:
@@ -147,9 +131,9 @@ def _by_topic(
     return measured(np.ones(len(examples), dtype=np.bool_)), topics
 
 
-def measure(base: Reference, policy: Reference, tokens: Tokens, rows: Bool) -> Measured:
+def measure(base: CompletionSums, policy: CompletionSums, tokens: Tokens, rows: Bool) -> Measured:
     """The measures over the pairs that `rows` (bool `[pairs]`) selects."""
-    base, policy = (_selected(side, rows) for side in (base, policy))
+    base, policy = base.select(rows), policy.select(rows)
     counts = Tokens(tokens.chosen[rows], tokens.rejected[rows])
     gains = (policy.chosen - base.chosen) - (policy.rejected - base.rejected)
     return Measured(
@@ -162,11 +146,7 @@ def measure(base: Reference, policy: Reference, tokens: Tokens, rows: Bool) -> M
     )
 
 
-def _selected(side: Reference, rows: Bool) -> Reference:
-    return Reference(side.chosen[rows].astype(np.float64), side.rejected[rows].astype(np.float64))
-
-
-def _side(sums: Reference, tokens: Tokens) -> Side:
+def _side(sums: CompletionSums, tokens: Tokens) -> Side:
     margins = sums.chosen - sums.rejected
     per_token = sums.chosen / tokens.chosen - sums.rejected / tokens.rejected
     perplexity = _perplexity(float(sums.chosen.sum()), int(tokens.chosen.sum()))

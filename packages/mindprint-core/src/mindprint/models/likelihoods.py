@@ -1,0 +1,80 @@
+"""Summed log-probs of whole completions under a loaded model: what references and held-out figures are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mindprint.contract import Bool, Float64, LoadedModel, TokenBatch
+from mindprint.data.collate import pair_sequences, sft_batch, shared_sequences
+from mindprint.data.render import PreferenceExample, SftExample
+from mindprint.plugins.backend import Backend
+
+BATCH_ROWS = 16
+"""Rows, or pairs, that are read in one call of the backend."""
+
+
+@dataclass(frozen=True)
+class CompletionSums:
+    """Summed completion log-probs of preference pairs under one model, `[pairs]` each, in the order of the rows."""
+
+    chosen: Float64
+    rejected: Float64
+
+    def select(self, rows: Sequence[int] | Bool) -> CompletionSums:
+        """Return the sums of some of the pairs: by their indices, in that order, or by a mask `[pairs]`."""
+        return CompletionSums(self.chosen[rows], self.rejected[rows])
+
+
+def sum_pairs(
+    backend: Backend,
+    model: LoadedModel,
+    examples: Sequence[PreferenceExample],
+    pad_id: int,
+    *,
+    adapter: bool = True,
+    share_prompts: bool = True,
+) -> CompletionSums:
+    """Return `log p(chosen | prompt)` and `log p(rejected | prompt)` of every pair, with the adapter on or off.
+
+    With `share_prompts` the backend may read each prompt once for both completions. The numbers are the same.
+    """
+    sums = CompletionSums(np.zeros(len(examples)), np.zeros(len(examples)))
+    lengths = [len(example.prompt) + max(len(example.chosen), len(example.rejected)) for example in examples]
+    for rows in batches_by_length(lengths):
+        pairs = [examples[row] for row in rows]
+        batches = (shared_sequences(pairs, pad_id),) if share_prompts else pair_sequences(pairs, pad_id)
+        # Every chosen answer comes first, then every rejected one, in one batch or in two.
+        both = np.concatenate([_sum_rows(backend, model, batch, adapter=adapter) for batch in batches])
+        sums.chosen[rows], sums.rejected[rows] = np.split(both, 2)
+    return sums
+
+
+def sum_texts(
+    backend: Backend, model: LoadedModel, examples: Sequence[SftExample], pad_id: int, *, adapter: bool = True
+) -> Float64:
+    """Return the summed log-probs of each row's trained tokens, `[rows]`, with the adapter on or off."""
+    sums = np.zeros(len(examples))
+    for rows in batches_by_length([len(example.tokens) for example in examples]):
+        batch = sft_batch([examples[row] for row in rows], pad_id)
+        sums[rows] = _sum_rows(backend, model, batch, adapter=adapter)
+    return sums
+
+
+def batches_by_length(lengths: Sequence[int], size: int = BATCH_ROWS) -> Iterator[list[int]]:
+    """Yield the indices of rows in batches of rows of similar length, so that little of a batch is padding.
+
+    The shortest rows come first. Rows of one length keep their order.
+    """
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in range(0, len(by_length), size):
+        yield by_length[start : start + size]
+
+
+def _sum_rows(backend: Backend, model: LoadedModel, batch: TokenBatch, *, adapter: bool) -> Float64:
+    # The backend's log-probs are float32. Sums of thousands of tokens are kept in float64, because figures compare
+    # differences of a few hundredths of a nat between them.
+    sums: Float64 = backend.log_probs(model, batch, adapter=adapter).sum(axis=1, dtype=np.float64)
+    return sums
