@@ -6,7 +6,9 @@ what PEFT computes with it is what everything else must compute.
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +17,30 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+import transformers.models
 from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes as mlx_lm_classes
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
-from architectures import MATRIX, loaded, rewritten, saved
+from architectures import MATRIX, SMALL, loaded, rewritten, saved
 from mindprint.adapter import mlx_lm_format, peft_format
 from mindprint.adapter.base_facts import read_base_facts
 from mindprint.adapter.formats import read_any_adapter
 from mindprint.adapter.merging import merged_folder
-from mindprint.adapter.module_names import FAMILIES
+from mindprint.adapter.module_names import FAMILIES, TRANSPOSED_LINEARS, TRANSPOSED_STACKS
+from mindprint.errors import AdapterError
 from mindprint.models import folder as models
 from mindprint.models.folder import ModelFolder
 from mindprint.models.tensor_files import add_float32, from_float32, read_float32, to_float32
+from mindprint.trust.bases import Doubt
+from mindprint.trust.merged import merge_findings
+from mindprint.trust.report import Finding
 
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe"}
@@ -181,21 +194,91 @@ def test_what_mlx_lm_trained_computes_the_same_here(tmp_path: Path) -> None:
     assert distance(found, wanted) < 1e-5
 
 
-def test_gpt2s_transposed_layers(tmp_path: Path) -> None:
-    from transformers import GPT2Config
+CONV1D = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+}
+LINEARS = ["c_attn", "c_proj", "c_fc"]
+TABLES = {"gpt2": "wte", "openai-gpt": "tokens_embed"}
+TARGETS = {"linears": [], "head": ["lm_head"], "embedding": ["table"], "both": ["lm_head", "table"]}
 
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("model_type", sorted(CONV1D))
+def test_families_that_store_linears_transposed(model_type: str, tied: bool, targets: str, tmp_path: Path) -> None:
+    """Merged as PEFT merges it, and verified, or refused where a tied base has no weight for the change alone."""
     torch.manual_seed(0)
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=131, n_positions=64, bos_token_id=1, eos_token_id=2)
+    config = CONFIG_MAPPING[model_type](
+        vocab_size=131, bos_token_id=1, eos_token_id=2, tie_word_embeddings=tied, **CONV1D[model_type]
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "tokenizer.json").write_text("{}")
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    lora = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["c_attn"], fan_in_fan_out=True)
-    wrapped = get_peft_model(network, lora)
+    named = LINEARS + [TABLES[model_type] if name == "table" else name for name in TARGETS[targets]]
+    settings: dict[str, Any] = {"target_modules": named, "fan_in_fan_out": True, "init_lora_weights": False}
+    wrapped = get_peft_model(network, LoraConfig(r=2, lora_alpha=4, **settings))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    tokens = np.arange(3, 23).reshape(2, 10)
+    case = Case(tmp_path / "base", tmp_path / "adapter", tokens, tokens, torch_logits(wrapped, tokens))
+    if tied and targets != "linears":
+        with pytest.raises(AdapterError, match="embedding and LM head are one tensor in this base"):
+            merged(case, tmp_path / "merged")
+        return
+    out = merged(case, tmp_path / "merged")
+    assert distance(logits_of(out, tokens), case.wanted) < 1e-5
+    same_tensors_as_peft(case, out, tmp_path / "peft")
+    adapter, _ = read_any_adapter(case.adapter, case.base)
+    for folder in (out, tmp_path / "peft"):
+        assert not [finding for finding in merge_findings(folder, case.base, adapter) if is_fault(finding)]
+
+
+def is_fault(finding: Finding | Doubt) -> bool:
+    return isinstance(finding, Doubt) or finding.fails
+
+
+def test_every_family_of_causal_models_with_conv1d_is_in_the_table() -> None:
+    """Which classes have transformers' `Conv1D` inside is read from their sources."""
+    root = Path(transformers.models.__file__).parent
+    with_it = {path.parent.name for path in root.glob("*/modeling_*.py") if re.search(r"\bConv1D\(", path.read_text())}
+    causal = {name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if model_type_to_module_name(name) in with_it}
+    assert causal == TRANSPOSED_LINEARS
+
+
+def test_every_family_whose_stacks_are_transposed_is_in_the_table() -> None:
+    root = Path(transformers.models.__file__).parent
+    marked = {path.parent.name for path in root.glob("*/modeling_*.py") if "is_transposed=True" in path.read_text()}
+    names = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    assert {name for name in names if model_type_to_module_name(name) in marked} == TRANSPOSED_STACKS
+
+
+@pytest.mark.parametrize("square", [False, True], ids=["oblong", "square"])
+def test_stacks_that_are_stored_transposed(square: bool, tmp_path: Path) -> None:
+    """GPT-OSS keeps `[experts, in, out]`; in its 20B model the stack of `down_proj` is square."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64 if square else 48, "num_local_experts": 3, "head_dim": 16}
+    config = CONFIG_MAPPING["gpt_oss"](**{**SMALL, **sizes, "num_hidden_layers": 1, "num_experts_per_tok": 2})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    settings: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": STACKS, "init_lora_weights": False}
+    wrapped = get_peft_model(network, LoraConfig(r=2, lora_alpha=4, **settings))
     wrapped.save_pretrained(tmp_path / "adapter")
     tokens = np.arange(3, 23).reshape(2, 10)
     case = Case(tmp_path / "base", tmp_path / "adapter", tokens, tokens, torch_logits(wrapped, tokens))
     out = merged(case, tmp_path / "merged")
     assert distance(logits_of(out, tokens), case.wanted) < 1e-5
+    adapter, _ = read_any_adapter(case.adapter, case.base)
+    assert not [finding for finding in merge_findings(out, case.base, adapter) if is_fault(finding)]
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_families_in_which_mlx_lm_has_no_head_are_marked(model_type: str) -> None:
+    """Such a model computes with the embedding as the head, even where config.json says that the two are not tied."""
+    model_class, _ = mlx_lm_classes({"model_type": model_type})
+    source = inspect.getsource(inspect.getmodule(model_class))
+    has_head = re.search(r"self\.(lm_head|embed_out)\b", source) is not None
+    assert has_head == FAMILIES[model_type].mlx_lm_head
 
 
 def test_reduced_dtypes_round_as_torch_does() -> None:

@@ -5,9 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mindprint.adapter.base_facts import BaseFacts
-from mindprint.adapter.weight_changes import Weight, stored_factors
-from mindprint.contract import AdapterState, Float32, LoraConfig, LoraFactors
+from mindprint.contract import Float32, LoraFactors
 from mindprint.models.tensor_files import TensorInfo, from_float32
 from mindprint.trust.merged import judge
 
@@ -29,38 +27,6 @@ def stored(folder: Path, values: Float32, dtype: str) -> TensorInfo:
 def fate(folder: Path, merged: Float32, dtype: str = "F32", factors: LoraFactors = FACTORS) -> tuple[str, float]:
     found = judge(stored(folder, merged, dtype), stored(folder, WEIGHT, "F32"), factors, SCALE)
     return found.fate, found.factor
-
-
-def test_experts_lie_in_one_tensor_or_each_in_tensors_of_its_own() -> None:
-    """Two experts of rank 1 on three inputs, whose inner size is 2: B's first two rows are the gate, the others up."""
-    a = np.arange(6, dtype=np.float32).reshape(2, 1, 3)
-    b = np.arange(8, dtype=np.float32).reshape(2, 4, 1)
-    site = "model.layers.0.mlp.experts.gate_up_proj"
-    adapter = AdapterState(LoraConfig(1, 1.0, (site,)), {site: LoraFactors(a, b)})
-    base = BaseFacts("mixtral", 1, tied=False)
-
-    stacked = list(stored_factors(adapter, base, {site}))
-    assert [str(weight) for _, weight, _ in stacked] == [f"{site}[0]", f"{site}[1]"]
-    assert np.array_equal(stacked[1][2].b, b[1])
-
-    apart = "model.layers.0.block_sparse_moe.experts.1.w3.weight"  # of expert 1, up
-    ((_, weight, factors),) = stored_factors(adapter, base, {apart})
-    assert str(weight) == apart
-    assert np.array_equal(factors.b @ factors.a, b[1, 2:] @ a[1])
-
-
-def test_a_part_of_a_stack_is_where_it_lies(tmp_path: Path) -> None:
-    stack = stored(tmp_path, RANDOM.normal(size=(3, 4, 5)).astype(np.float32), "F16")
-    part = Weight("stack", 1).of(stack)
-    assert (part.shape, part.start, part.end) == ((4, 5), 40, 80)
-
-
-def test_an_embedding_lies_transposed() -> None:
-    site = "model.embed_tokens"
-    a, b = np.ones((2, 7), np.float32), np.ones((3, 2), np.float32)
-    adapter = AdapterState(LoraConfig(2, 2.0, (site,)), {site: LoraFactors(a, b)})
-    ((_, _, factors),) = stored_factors(adapter, BaseFacts("llama", 1, tied=False), {f"{site}.weight"})
-    assert (factors.b @ factors.a).shape == (7, 3)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])

@@ -1,4 +1,4 @@
-"""What of a base decides how an adapter's files are read and written: from its config.json alone."""
+"""Facts from a base's config.json that are needed to read, write and merge adapter files."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mindprint.adapter.module_names import FAMILIES, Family
-from mindprint.errors import ModelError
+from mindprint.adapter.module_names import FAMILIES, TRANSPOSED_LINEARS, TRANSPOSED_STACKS, Family
 from mindprint.models.folder import model_config
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -16,33 +15,48 @@ _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """`tied` says whether embedding and LM head are one tensor; None where nothing tells."""
+    """Facts about a base.
+
+    `layers` is None where its config.json does not say how many layers there are. `tied` is whether embedding and LM
+    head are one tensor, and None where nothing tells.
+    """
 
     model_type: str
-    layers: int
+    layers: int | None
     tied: bool | None
 
     @property
     def family(self) -> Family:
-        """What its modules are called; for a family that was not compared, transformers' names everywhere."""
+        """Return the names of its modules: transformers' names everywhere for a family that was not compared."""
         return FAMILIES.get(self.model_type, Family())
 
     @property
     def compared(self) -> bool:
+        """Return whether the names of this family's modules were compared with mlx-lm's."""
         return self.model_type in FAMILIES
+
+    @property
+    def transposed_linears(self) -> bool:
+        """Return whether the files keep the weights of linear layers, but for the LM head, as `[in, out]`."""
+        return self.model_type in TRANSPOSED_LINEARS
+
+    @property
+    def transposed_stacks(self) -> bool:
+        """Return whether the files keep stacks of experts as `[experts, in, out]`."""
+        return self.model_type in TRANSPOSED_STACKS
 
 
 def read_base_facts(folder: Path) -> BaseFacts:
-    """Read a base's config.json. Raises `ModelError` where it does not say how many layers there are."""
+    """Read a base's config.json. Raises `ModelError` for one that is broken or missing."""
     config = model_config(folder)
-    layers = next((config[name] for name in _LAYERS if isinstance(config.get(name), int)), None)
-    if layers is None:
-        raise ModelError(f"{folder / 'config.json'}: does not say how many layers there are ({_LAYERS[0]})")
+    text = config.get("text_config")
+    parts = (config, text) if isinstance(text, dict) else (config,)
+    layers = next((part[name] for part in parts for name in _LAYERS if isinstance(part.get(name), int)), None)
     return BaseFacts(config["model_type"], layers, _tied(config))
 
 
 def _tied(config: Mapping[str, Any]) -> bool | None:
-    """What the configuration says, or what its class assumes where it says nothing."""
+    """Return the configuration's own statement, or the default of its class where it has none."""
     stated = config.get("tie_word_embeddings")
     if stated is not None:
         return bool(stated)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -131,7 +131,7 @@ def _refuse_quantized(base: models.ModelFolder) -> None:
         )
 
 
-def _require_floats(changes: Mapping[str, WeightChange], tensors: Mapping[str, TensorInfo]) -> None:
+def _require_floats(changes: Iterable[str], tensors: Mapping[str, TensorInfo]) -> None:
     for name in changes:
         if tensors[name].dtype not in ("F32", "F16", "BF16"):
             raise ModelError(
@@ -194,7 +194,7 @@ def _write_shard(
     target: Path,
     shard: Path,
     tensors: Mapping[str, TensorInfo],
-    changes: Mapping[str, WeightChange],
+    changes: Mapping[str, Sequence[WeightChange]],
     threads: _Threads,
 ) -> None:
     """A shard with its changed weights in place: the bytes between them, header included, are copied."""
@@ -204,8 +204,10 @@ def _write_shard(
         size, at = shard.stat().st_size, 0
         for start, name in changed:
             _copy(threads, files, at, start)
-            for first, factors in _blocks(changes[name]):
-                threads.do(_merge_block, files, tensors[name], first, factors, changes[name].scale)
+            for change in changes[name]:
+                place = change.weight.locate(tensors[name])
+                for first, factors in _blocks(change.factors):
+                    threads.do(_merge_block, files, place, first, factors, change.scale)
             at = tensors[name].end
         _copy(threads, files, at, size)
         threads.wait()
@@ -228,16 +230,13 @@ def _write(target: int, content: bytes | memoryview, start: int) -> None:
         content, start = content[written:], start + written
 
 
-def _blocks(change: WeightChange) -> Iterator[tuple[int, LoraFactors]]:
-    """Row blocks of a weight, or of each weight of a stack: the first element, and the factors of these rows."""
-    a, b = (part if part.ndim == 3 else part[None] for part in change.factors)
-    rows, columns = b.shape[1], a.shape[2]
+def _blocks(factors: LoraFactors) -> Iterator[tuple[int, LoraFactors]]:
+    """Yield row blocks of a weight: the first element of each, and the factors of its rows."""
+    rows, columns = len(factors.b), factors.a.shape[1]
     step = max(1, BLOCK_ELEMENTS // columns)
-    for number in range(len(a)):
-        inner = np.ascontiguousarray(a[number])
-        for row in range(0, rows, step):
-            part = np.ascontiguousarray(b[number, row : row + step])
-            yield (number * rows + row) * columns, LoraFactors(inner, part)
+    inner = np.ascontiguousarray(factors.a)
+    for row in range(0, rows, step):
+        yield row * columns, LoraFactors(inner, np.ascontiguousarray(factors.b[row : row + step]))
 
 
 def _merge_block(files: tuple[int, int], info: TensorInfo, first: int, factors: LoraFactors, scale: float) -> None:

@@ -22,7 +22,7 @@ from mindprint.adapter.base_facts import BaseFacts
 from mindprint.adapter.module_names import Experts, from_mlx_lm, split_expert, split_stack, to_mlx_lm
 from mindprint.adapter.peft_format import CONFIG_FILE, adapter_tensors
 from mindprint.adapter.peft_settings import read_object
-from mindprint.adapter.targets import LM_HEADS, in_order, is_embedding
+from mindprint.adapter.targets import in_order, is_embedding, is_lm_head
 from mindprint.contract import AdapterState, Float32, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError
 from mindprint.models.tensor_files import TensorFileError, TensorInfo, read_float32
@@ -210,6 +210,11 @@ def write_adapter(folder: Path, adapter: AdapterState, base: BaseFacts, base_mod
     Ranks that differ are filled up with zeros, which is exact; scales that differ go into B, rounded once to float32.
     Raises `AdapterError` for what mlx-lm's adapters cannot hold.
     """
+    if base.tied is False and not base.family.mlx_lm_head:
+        raise AdapterError(
+            f"mlx-lm's {base.model_type} has no LM head but the embedding, and this base has one "
+            "(tie_word_embeddings is false): mlx-lm cannot compute it"
+        )
     sites = _one_by_one(_without_tied_head(adapter, base), base.family.experts)
     scales = {site: adapter.config.scale(origin) for site, (origin, _) in sites.items()}
     rank = max(pair.a.shape[-2] for _, pair in sites.values())
@@ -229,7 +234,7 @@ def _without_tied_head(adapter: AdapterState, base: BaseFacts) -> dict[str, Lora
     """The sites, without a head that is adapted exactly as the embedding that it is. Raises where it is not."""
     sites = dict(adapter.tensors)
     table = next((site for site in sites if is_embedding(site)), None)
-    head = next((site for site in sites if site.rpartition(".")[2] in LM_HEADS), None)
+    head = next((site for site in sites if is_lm_head(site)), None)
     if (table is None and head is None) or _is_tied(base) is False:
         return sites
     if table is None:
@@ -318,6 +323,8 @@ def _tensors(modules: Mapping[str, LoraFactors]) -> dict[str, Float32]:
 
 def _keys(modules: Sequence[str], base: BaseFacts) -> tuple[int, list[str]]:
     """`num_layers` and `keys`: relative to a layer where the last layers are adapted alike, else every name in full."""
+    if base.layers is None:
+        raise AdapterError("the base's config.json does not say how many layers there are (num_hidden_layers)")
     inside: dict[int, set[str]] = {}
     outside = []
     for path in modules:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mindprint.adapter.targets import is_stack
+from mindprint.adapter.targets import is_embedding, is_stack
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Experts:
 class Family:
     """What is called otherwise: beginnings or inner parts of names, transformers' first.
 
-    `transposed` families keep the weights of linear layers as `[in, out]` (GPT-2's Conv1D).
+    `mlx_lm_head` is False where mlx-lm computes with the embedding as the head, whatever the base's config.json says.
     """
 
     mlx_lm: tuple[tuple[str, str], ...] = ()
     file: tuple[tuple[str, str], ...] = ()
     experts: Experts | None = None
-    transposed: bool = False
+    mlx_lm_head: bool = True
 
 
 _SAME = Family()
@@ -58,12 +58,13 @@ _MIXTRAL = Family(
 FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(
         (
-            "apertus", "cohere", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "helium",
+            "apertus", "ernie4_5", "exaone4", "gemma3_text", "glm4", "granite", "helium",
             "hunyuan_v1_dense", "llama", "mistral", "nemotron", "olmo2", "phi", "phi3", "qwen2", "qwen3", "seed_oss",
             "smollm3", "stablelm", "starcoder2",
         ),
         _SAME,
     ),
+    **dict.fromkeys(("cohere", "gemma", "gemma2"), Family(mlx_lm_head=False)),
     **dict.fromkeys(("olmoe", "qwen2_moe", "qwen3_moe"), Family(experts=Experts())),
     "mixtral": _MIXTRAL,
     "gpt_neox": Family(
@@ -74,9 +75,15 @@ FAMILIES: Mapping[str, Family] = {
         ),
         file=(("lm_head", "embed_out"),),
     ),
-    "gpt2": Family(mlx_lm=(("transformer.", "model."),), file=(("transformer.", ""),), transposed=True),
+    "gpt2": Family(mlx_lm=(("transformer.", "model."),), file=(("transformer.", ""),), mlx_lm_head=False),
 }  # fmt: skip
 """The families whose names were compared."""
+
+TRANSPOSED_LINEARS = frozenset({"gpt2", "openai-gpt"})
+"""The families whose linear layers are transformers' `Conv1D`, which keeps its weight as `[in, out]`."""
+
+TRANSPOSED_STACKS = frozenset({"gpt_oss", "aria", "aria_text"})
+"""The families whose stacks of experts are `[experts, in, out]`: transformers' `is_transposed`, which PEFT obeys."""
 
 
 def to_mlx_lm(site: str, known: Family) -> str:
@@ -90,8 +97,14 @@ def from_mlx_lm(path: str, known: Family) -> str:
 
 
 def file_names(site: str, known: Family) -> tuple[str, ...]:
-    """What the tensor of a module's weight may be called in a checkpoint's files, likeliest first."""
-    names = (site, _renamed(site, known.file))
+    """Return the possible names of a module's weight in a checkpoint's files, likeliest first.
+
+    The last has no first component: a checkpoint saved from the model without its LM head has none (`model.`,
+    `transformer.`), and transformers adds it on loading.
+    """
+    names = [site, _renamed(site, known.file)]
+    if site.count(".") > 1 or is_embedding(site):
+        names.append(site.partition(".")[2] or site)
     return tuple(dict.fromkeys(f"{name}.weight" for name in names))
 
 

@@ -59,6 +59,10 @@ def is_embedding(site: str) -> bool:
     return site.rpartition(".")[2] in EMBEDDINGS
 
 
+def is_lm_head(site: str) -> bool:
+    return site.rpartition(".")[2] in LM_HEADS
+
+
 def is_router(site: str) -> bool:
     """Whether a site is a mixture's router, which transformers keeps as a parameter of a module of its own."""
     return _ROUTER.search(site) is not None and not site.endswith("shared_expert_gate")
@@ -80,7 +84,7 @@ def in_order(names: Sequence[str]) -> tuple[str, ...]:
 def _is_plain_linear(site: AdapterSite) -> bool:
     return (
         site.kind == "linear"
-        and site.name.rpartition(".")[2] not in LM_HEADS
+        and not is_lm_head(site.name)
         and not _ROUTER.search(site.name)
         and not _STACKED_EXPERTS.search(site.name)
     )

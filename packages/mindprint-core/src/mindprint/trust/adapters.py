@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mindprint.adapter.base_facts import read_base_facts
 from mindprint.adapter.formats import adapter_format
 from mindprint.adapter.peft_format import adapter_digest, base_copies
+from mindprint.adapter.weight_changes import stored_tensors
 from mindprint.contract import AdapterState, LoraFactors
 from mindprint.models import folder as models
 from mindprint.models.tensor_files import read_float32
@@ -44,9 +46,11 @@ def copy_findings(folder: Path, base: models.ModelFolder) -> Iterator[Finding]:
     """Whether weights of the base that PEFT saved along are the base's: PEFT puts them into it on loading."""
     if adapter_format(folder) != "peft":
         return
-    weights, copies = models.tensors(base.path), base_copies(folder)
-    pairs = {site: weights.get(f"{site}.weight") for site in copies}
-    other = tuple(site for site, own in pairs.items() if own is not None and not same_values(copies[site], own))
+    weights, copies, facts = models.tensors(base.path), base_copies(folder), read_base_facts(base.path)
+    stored = {site: stored_tensors(site, weights.keys(), facts) for site in copies}
+    other = tuple(
+        site for site, names in stored.items() if not all(same_values(copies[site], weights[name]) for name in names)
+    )
     if other:
         message = f"the adapter brings {listed(other)} of its own, not the base's: it was trained beside LoRA"
         yield Finding("adapter_changed", message, sites=other)
@@ -54,11 +58,12 @@ def copy_findings(folder: Path, base: models.ModelFolder) -> Iterator[Finding]:
 
 def strength_findings(adapter: AdapterState, base: models.ModelFolder) -> Iterator[Finding]:
     """Whether the change is small beside the weights that it changes, for an adapter without a fingerprint."""
-    weights, found = models.tensors(base.path), changes(adapter)
-    sites = [site for site in found if f"{site}.weight" in weights]
+    weights, found, facts = models.tensors(base.path), changes(adapter), read_base_facts(base.path)
+    stored = {site: stored_tensors(site, weights.keys(), facts) for site in found}
+    sites = [site for site, names in stored.items() if names]
     ratios = []
     for site in sites[:: max(1, len(sites) // WEIGHED)]:
-        norm = float(np.linalg.norm(read_float32(weights[f"{site}.weight"]).astype(np.float64)))
+        norm = float(np.linalg.norm(read_float32(weights[stored[site][0]]).astype(np.float64)))
         ratios.append(found[site].norm / max(norm, 1e-300))
     ratio = float(np.median(ratios)) if ratios else 0.0
     if ratio >= IMPLAUSIBLE:

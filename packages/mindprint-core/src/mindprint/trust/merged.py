@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mindprint.adapter.base_facts import read_base_facts
-from mindprint.adapter.weight_changes import stored_factors
+from mindprint.adapter.weight_changes import NotStoredError, site_changes
 from mindprint.contract import AdapterState, Float32, LoraFactors
 from mindprint.errors import ModelError
 from mindprint.models import folder as models
@@ -71,7 +71,8 @@ class _Sums:
 def merge_findings(merged: Path, base: Path, adapter: AdapterState) -> Iterator[Finding | Doubt]:
     """What is wrong with a merge; tensors under other names only the probe can judge.
 
-    Raises `ModelError` for a folder that cannot be read, or that was quantized after merging.
+    Raises `ModelError` for a folder that cannot be read, or that was quantized after merging, and `AdapterError` for an
+    adapter whose shapes are not those of the base.
     """
     if scheme := models.quantization(merged):
         raise ModelError(
@@ -79,19 +80,24 @@ def merge_findings(merged: Path, base: Path, adapter: AdapterState) -> Iterator[
         )
     found, wanted = models.tensors(merged), models.tensors(base)
     shared = sorted(found.keys() & wanted.keys())
-    placed: set[str] = set()
+    facts = read_base_facts(base)
     adapted: set[str] = set()
+    not_stored: set[str] = set()
     fates: dict[str, Merge] = {}
-    for site, weight, factors in stored_factors(adapter, read_base_facts(base), wanted.keys()):
-        placed.add(site)
-        name = weight.tensor
-        if name in found and found[name].shape == wanted[name].shape and found[name].dtype in EPSILON:
-            adapted.add(name)
-            scale = adapter.config.scale(site)
-            fates[str(weight)] = judge(weight.of(found[name]), weight.of(wanted[name]), factors, scale)
+    for site in adapter.tensors:
+        try:
+            changes = site_changes(adapter, site, wanted, facts)
+        except NotStoredError:
+            not_stored.add(site)
+            continue
+        for change in changes:
+            name, place = change.weight.tensor, change.weight.locate
+            if name in found and found[name].shape == wanted[name].shape and found[name].dtype in EPSILON:
+                adapted.add(name)
+                fates[str(change.weight)] = judge(place(found[name]), place(wanted[name]), change.factors, change.scale)
     rest = [name for name in shared if name not in adapted]
     yield from _described(fates)
-    yield from _elsewhere(adapter.tensors.keys() - placed)
+    yield from _elsewhere(not_stored)
     yield from _untouched(tuple(name for name in rest if not same_values(found[name], wanted[name])))
     yield from _names(found.keys(), wanted.keys())
 
