@@ -49,10 +49,12 @@ def forbid(session: nox.Session, *modules: str) -> None:
 
 @nox.session(python=PYTHON)
 def lint(session: nox.Session) -> None:
-    """Style: ruff's checks and its formatter."""
-    session.install("-q", "-c", CONSTRAINTS, "ruff")
+    """Style and structure: ruff's checks, its formatter, and the layers of pyproject.toml."""
+    session.install("-q", "-c", CONSTRAINTS, "ruff", "import-linter")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    sources = os.pathsep.join(str(folder.resolve()) for folder in Path("packages").glob("*/src"))
+    session.run("lint-imports", env={"PYTHONPATH": sources})
 
 
 @nox.session(python=PYTHON)
