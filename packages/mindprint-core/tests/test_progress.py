@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from mindprint.cli.progress import Lines, progress
+from mindprint.api.progress import Lines, show_progress
 from mindprint.events import (
     CheckpointWritten,
     Event,
@@ -85,7 +85,7 @@ def test_a_bar_stays_on_one_line_however_long_the_topic() -> None:
 
 def test_a_dumb_terminal_gets_lines() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
-    with progress(console) as on_event:
+    with show_progress(console) as on_event:
         assert isinstance(on_event, Lines)
 
 
@@ -94,7 +94,7 @@ def _shown(*events: Event) -> str:
     console = Console(
         file=io.StringIO(), force_terminal=True, width=100, color_system=None, legacy_windows=False, _environ={}
     )
-    with progress(console) as on_event:
+    with show_progress(console) as on_event:
         for event in events:
             on_event(event)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]

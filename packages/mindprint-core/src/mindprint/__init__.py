@@ -1,6 +1,11 @@
 """Mindprint: teach a language model one person's voice, with the same numbers on every backend.
 
-The names below are the public interface; each is imported when it is first used, so that `import mindprint` is quick.
+    import mindprint
+
+    result = mindprint.train("my-voice")
+    print(mindprint.generate(result.run, "Is the tide in?"))
+
+The names below are the public interface. Each is imported when it is first used, so that `import mindprint` is quick.
 """
 
 from __future__ import annotations
@@ -12,65 +17,192 @@ from mindprint._version import __version__
 
 _EXPORTS = {
     "AdapterState": "contract",
+    "Answer": "runs.opened",
+    "AnsweredPrompt": "api",
     "Backend": "plugins.backend",
+    "CheckpointWritten": "events",
+    "CompareResult": "api",
     "Config": "config",
+    "ConfigFile": "config",
+    "ConvertResult": "api",
+    "DataConfig": "config",
+    "Decided": "events",
+    "EvaluateResult": "api",
+    "Evaluated": "events",
+    "Event": "events",
+    "GenerateResult": "api",
     "LoraConfig": "contract",
+    "MergeResult": "api",
     "MindprintError": "errors",
+    "ModelConfig": "config",
     "ModelSpec": "contract",
+    "NotVerifiedError": "api",
+    "Notice": "events",
+    "Observer": "events",
+    "OpenedAdapter": "runs.opened",
+    "Origin": "data.rows",
     "PreferenceLoss": "losses",
+    "PreferenceRow": "data.rows",
+    "RunFinished": "events",
     "RunResult": "runs.results",
+    "RunStarted": "events",
     "Sampling": "contract",
+    "SftRow": "data.rows",
+    "StageFinished": "events",
     "StageResult": "runs.results",
+    "StageStarted": "events",
+    "StepDone": "events",
     "TokenBatch": "contract",
+    "TrainResult": "api",
     "TrainingState": "contract",
     "Update": "contract",
+    "Verdict": "runs.results",
+    "VerifyResult": "api",
+    "compare": "api",
+    "convert": "api",
+    "evaluate": "api",
+    "generate": "api",
     "hookimpl": "hookspecs",
+    "initial_adapter": "adapter.initial",
     "load_backend": "plugins.backend",
-    "load_config": "config",
-    "train": "training.run",
+    "load_config": "api",
+    "load_tokenizer": "data.tokenizer",
+    "merge": "api",
+    "open_adapter": "api",
+    "render_preferences": "data.render",
+    "render_prompt": "data.render",
+    "render_sft": "data.render",
+    "resolve_model": "models.folder",
+    "resolve_targets": "adapter.targets",
+    "sft_batch": "data.collate",
+    "train": "api",
+    "verify": "api",
+    "write_adapter": "adapter.peft_format",
 }
 
 __all__ = [
     "AdapterState",
+    "Answer",
+    "AnsweredPrompt",
     "Backend",
+    "CheckpointWritten",
+    "CompareResult",
     "Config",
+    "ConfigFile",
+    "ConvertResult",
+    "DataConfig",
+    "Decided",
+    "EvaluateResult",
+    "Evaluated",
+    "Event",
+    "GenerateResult",
     "LoraConfig",
+    "MergeResult",
     "MindprintError",
+    "ModelConfig",
     "ModelSpec",
+    "NotVerifiedError",
+    "Notice",
+    "Observer",
+    "OpenedAdapter",
+    "Origin",
     "PreferenceLoss",
+    "PreferenceRow",
+    "RunFinished",
     "RunResult",
+    "RunStarted",
     "Sampling",
+    "SftRow",
+    "StageFinished",
     "StageResult",
+    "StageStarted",
+    "StepDone",
     "TokenBatch",
+    "TrainResult",
     "TrainingState",
     "Update",
+    "Verdict",
+    "VerifyResult",
     "__version__",
+    "compare",
+    "convert",
+    "evaluate",
+    "generate",
     "hookimpl",
+    "initial_adapter",
     "load_backend",
     "load_config",
+    "load_tokenizer",
+    "merge",
+    "open_adapter",
+    "render_preferences",
+    "render_prompt",
+    "render_sft",
+    "resolve_model",
+    "resolve_targets",
+    "sft_batch",
     "train",
+    "verify",
+    "write_adapter",
 ]
 
 if TYPE_CHECKING:
-    from mindprint.config import Config, load_config
-    from mindprint.contract import (
-        AdapterState,
-        LoraConfig,
-        ModelSpec,
-        Sampling,
-        TokenBatch,
-        TrainingState,
-        Update,
+    from mindprint.adapter.initial import initial_adapter
+    from mindprint.adapter.peft_format import write_adapter
+    from mindprint.adapter.targets import resolve_targets
+    from mindprint.api import (
+        AnsweredPrompt,
+        CompareResult,
+        ConvertResult,
+        EvaluateResult,
+        GenerateResult,
+        MergeResult,
+        NotVerifiedError,
+        TrainResult,
+        VerifyResult,
+        compare,
+        convert,
+        evaluate,
+        generate,
+        load_config,
+        merge,
+        open_adapter,
+        train,
+        verify,
     )
+    from mindprint.config import Config, ConfigFile, DataConfig, ModelConfig
+    from mindprint.contract import AdapterState, LoraConfig, ModelSpec, Sampling, TokenBatch, TrainingState, Update
+    from mindprint.data.collate import sft_batch
+    from mindprint.data.render import render_preferences, render_prompt, render_sft
+    from mindprint.data.rows import Origin, PreferenceRow, SftRow
+    from mindprint.data.tokenizer import load_tokenizer
     from mindprint.errors import MindprintError
+    from mindprint.events import (
+        CheckpointWritten,
+        Decided,
+        Evaluated,
+        Event,
+        Notice,
+        Observer,
+        RunFinished,
+        RunStarted,
+        StageFinished,
+        StageStarted,
+        StepDone,
+    )
     from mindprint.hookspecs import hookimpl
     from mindprint.losses import PreferenceLoss
+    from mindprint.models.folder import resolve_model
     from mindprint.plugins.backend import Backend, load_backend
-    from mindprint.runs.results import RunResult, StageResult
-    from mindprint.training.run import train
+    from mindprint.runs.opened import Answer, OpenedAdapter
+    from mindprint.runs.results import RunResult, StageResult, Verdict
 
 
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'mindprint' has no attribute {name!r}")
     return getattr(import_module(f"mindprint.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

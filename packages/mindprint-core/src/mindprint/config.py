@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -81,6 +82,11 @@ class DataConfig(Section):
     )
     curriculum: str | None = Field(
         None, description="File with titles and order of units, chapters, topics. Default: `curriculum.yaml` in `path`."
+    )
+    rows_digest: str | None = Field(
+        None,
+        description="Written by a run whose rows came from memory (`train(..., rows=rows)`): their digest. Not for you "
+        "to set.",
     )
     format: Literal["chat", "raw"] = Field(
         "chat", description="`chat` uses the tokenizer's template; `raw` is plain text and end-of-sequence."
@@ -335,12 +341,22 @@ class Config(Section):
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """A configuration and the folder that its relative paths start from."""
+    """A configuration and the folder that its relative paths start from.
+
+    `records` are training rows from memory, which take the place of the files that `data` names.
+    """
 
     config: Config
     folder: Path
     source: str = "configuration"
     lines: Mapping[tuple[str, ...], int] = field(default_factory=dict, repr=False)
+    records: tuple[Mapping[str, Any], ...] | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        return dump_config(self.config)
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(self.source)}</p><pre>{escape(str(self))}</pre>"
 
     def resolve(self, path: str) -> Path:
         """A path of the configuration, absolute."""
@@ -375,7 +391,7 @@ def make_config(values: Mapping[str, Any], folder: Path | None = None, overrides
 def merged(base: ConfigFile, values: Mapping[str, Any]) -> ConfigFile:
     """The same configuration with `values` merged into it, section by section."""
     result = _drop_replaced_lengths(_merge(base.config.model_dump(exclude_unset=True), values), values)
-    return ConfigFile(_validate(result, base.source, {}), base.folder, base.source)
+    return ConfigFile(_validate(result, base.source, {}), base.folder, base.source, records=base.records)
 
 
 def dump_config(config: Config) -> str:

@@ -66,6 +66,10 @@ class ScorerError(MindprintError, RuntimeError):
     """A scorer plugin that the configuration names is missing or broken."""
 
 
+class MissingLibraryError(MindprintError, ImportError):
+    """A library that only some calls need is not installed; the message names the command that installs it."""
+
+
 class GuardError(MindprintError, RuntimeError):
     """Training was stopped because continuing would corrupt the result in silence."""
 

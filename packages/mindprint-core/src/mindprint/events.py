@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from mindprint.contract import StageName
 
@@ -119,3 +119,20 @@ class RunFinished(Event):
     run: str
     adapter: str
     seconds: float
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """An object that watches a run: `mindprint.train(..., observers=[observer])`.
+
+    It receives every event, in order, after core's own files are written. Tell events apart by their class::
+
+        class Losses:
+            def on_event(self, event: Event) -> None:
+                match event:
+                    case StepDone(step=step, loss=loss):
+                        print(step, loss)
+    """
+
+    def on_event(self, event: Event) -> None:
+        """Receive one event. An exception ends the run."""

@@ -1,18 +1,37 @@
-"""What commands print: results on standard output, as text or one JSON object; everything else on standard error."""
+"""Output of the commands: results on standard output, as text or one JSON object, everything else on standard error."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-PROGRAM = "mindprint"
+from mindprint.printing import PROGRAM, tell
+from mindprint.printing import text_table as table
+
+if TYPE_CHECKING:
+    from mindprint.api.results import Result
+    from mindprint.events import Notice
+
+__all__ = [
+    "PROGRAM",
+    "Failure",
+    "emit",
+    "json_only",
+    "json_option",
+    "notice",
+    "say",
+    "show",
+    "table",
+    "tell",
+    "tell_notice",
+]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 """The option that every command has."""
@@ -23,7 +42,7 @@ _out: list[TextIO] = []
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a command ended: the error's kind, its message, and the exit code."""
+    """A command's failure: the error's kind, its message, and the exit code."""
 
     kind: str
     message: str
@@ -37,7 +56,7 @@ class Failure:
 
 @contextmanager
 def json_only(*, enabled: bool) -> Iterator[Callable[[Failure], None]]:
-    """With `--json`, whatever a library prints goes to standard error. Yields what reports a failure."""
+    """With `--json`, send a library's output to standard error. Give a function that reports a failure."""
 
     def failed(failure: Failure) -> None:
         if not failure.message:
@@ -65,38 +84,30 @@ def emit(result: Mapping[str, Any]) -> None:
 
 
 def say(text: str = "") -> None:
-    """A line of the result, on standard output."""
+    """Print a line of the result."""
     sys.stdout.write(text + "\n")
 
 
-def tell(text: str) -> None:
-    """A line about the work, on standard error; what stands before it on standard output comes before it."""
-    with suppress(OSError):  # said when it is flushed for good
-        sys.stdout.flush()
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+def show(result: Result, *, as_json: bool) -> None:
+    """Print a result of the API as text or as one JSON object."""
+    if as_json:
+        emit(result.to_dict())
+    else:
+        say(str(result))
 
 
 def notice(message: str, *, warning: bool = False) -> None:
-    """Something that the user should hear."""
+    """Write a message that the user should hear on standard error."""
     tell(f"{PROGRAM}: {'warning: ' if warning else ''}{message}")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """Aligned columns as plain text; the columns in `numbers` are set flush right."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column in numbers else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+def tell_notice(event: Notice) -> None:
+    """Write a notice of the API on standard error."""
+    notice(event.message, warning=event.warning)
 
 
 def _strict(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: null."""
+    """Replace NaN and infinity, which JSON does not know, by null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
-from mindprint.cli.output import emit, json_option, notice, say, table
-from mindprint.cli.progress import progress
-from mindprint.config import FILE_NAME, ConfigFile, load_config
+from mindprint.api import TrainResult, load_config, train
+from mindprint.cli.output import json_option, notice, say, show
+from mindprint.config import FILE_NAME, ConfigFile
 from mindprint.errors import MindprintError
+from mindprint.printing import short_path
 from mindprint.runs.folder import Resume, RunFolder, new_run_path, newest_run
 from mindprint.runs.opened import sample_prompt
-from mindprint.runs.results import RunResult
-from mindprint.training.run import train
 
 LONGEST_PROMPT = 100
 
@@ -71,14 +67,12 @@ def command(
     if max_topics:
         overrides.append(f"curriculum.max_topics={max_topics}")
     file, run = _named_run(path, overrides, run, resumed=resume is not None)
-    with progress() as on_event:
-        result = train(file, run=run, resume=resume or False, on_event=on_event)
-    if as_json:
-        emit(_as_json(result))
-    else:
-        _summarize(result, path, file)
-    for verdict in (*result.failed, *result.not_evaluated):
-        notice(str(verdict), warning=True)
+    result = train(file, run=run, resume=resume or False, progress=True)
+    show(result, as_json=as_json)
+    if not as_json:
+        say(f"try it:  mindprint generate {_project_or_run(result, path, file)} --prompt {_prompt(file)}")
+    for caution in result.cautions():
+        notice(caution, warning=True)
     return 1 if result.failed else 0
 
 
@@ -114,33 +108,12 @@ def _named_run(
     return load_config(folder.config, overrides), run
 
 
-# --- the end ---------------------------------------------------------------------------------------------------------
-
-
-def _as_json(result: RunResult) -> dict[str, Any]:
-    stages = [asdict(stage) for stage in result.stages]
-    verdicts = [asdict(verdict) for verdict in result.verdicts]
-    return {"run": str(result.run), "adapter": str(result.adapter), "stages": stages, "verdicts": verdicts}
-
-
-def _summarize(result: RunResult, path: Path, file: ConfigFile) -> None:
-    rows = [
-        (s.topic, s.stage, s.backend, str(s.steps), f"{s.first_loss:.4f} → {s.last_loss:.4f}", f"{s.seconds:.1f}")
-        for s in result.stages
-    ]
-    header = ("topic", "stage", "backend", "steps", "loss", "seconds")
-    say(table(header, rows, numbers=(3, 4, 5)))
-    say(f"\nreport:  {_shown(result.run / 'report.html')}")
-    say(f"adapter: {_shown(result.adapter)}")
-    say(f"try it:  mindprint generate {_project_or_run(result, path, file)} --prompt {_prompt(file)}")
-
-
-def _project_or_run(result: RunResult, path: Path, file: ConfigFile) -> str:
+def _project_or_run(result: TrainResult, path: Path, file: ConfigFile) -> str:
     """The project's folder if `generate` would find this run in it, else the run's."""
     newest = newest_run(file.folder / "runs")
     if path.is_dir() and newest is not None and newest.resolve() == result.run:
         return shlex.quote(str(path))
-    return shlex.quote(_shown(result.run))
+    return shlex.quote(short_path(result.run))
 
 
 def _prompt(file: ConfigFile) -> str:
@@ -149,9 +122,3 @@ def _prompt(file: ConfigFile) -> str:
         if prompt and len(prompt) <= LONGEST_PROMPT and prompt.isprintable():
             return shlex.quote(prompt)
     return '"…"'
-
-
-def _shown(path: Path) -> str:
-    """A path as short as it can be written here."""
-    relative = os.path.relpath(path)
-    return relative if len(relative) < len(str(path)) else str(path)

@@ -38,13 +38,18 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a row comes from: `sft.jsonl: line 3`. Parquet files and datasets count rows, quizzes questions."""
+    """Where a row comes from: `sft.jsonl: line 3`. Parquet files and datasets count rows, quizzes questions.
+
+    Rows from memory have their index: `rows[3]`.
+    """
 
     file: str
     line: int
-    unit: Literal["line", "row", "question"] = "line"
+    unit: Literal["line", "row", "question", "index"] = "line"
 
     def __str__(self) -> str:
+        if self.unit == "index":
+            return f"{self.file}[{self.line}]"
         return f"{self.file}: {self.unit} {self.line}"
 
 
@@ -392,6 +397,8 @@ _FILE_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 
 def _read_part(file: ConfigFile, part: Part, parse: Callable[[Record, Origin], Parsed]) -> tuple[Parsed, ...]:
+    if part != "heldout" and (file.records is not None or file.config.data.rows_digest):
+        return tuple(parse(record, origin) for origin, record in _records_in_memory(file, part))
     rows: list[Parsed] = []
     for source in _sources(file, part):
         before = len(rows)
@@ -399,6 +406,24 @@ def _read_part(file: ConfigFile, part: Part, parse: Callable[[Record, Origin], P
         if len(rows) == before:
             raise DataError(f"{shown_path(file.resolve(str(source)))}: the file is empty: data.{part} needs a row")
     return tuple(rows)
+
+
+def _records_in_memory(file: ConfigFile, part: Literal["sft", "preferences"]) -> list[tuple[Origin, Record]]:
+    """The rows of a part that were given from memory. A row with `chosen` or `rejected` is a preference pair."""
+    if file.records is None:
+        raise DataError(
+            f"{file.source}: was trained on rows from memory (digest {file.config.data.rows_digest}), which are not "
+            "kept: pass the same rows again from Python, rows=rows"
+        )
+    records = []
+    for index, record in enumerate(file.records):
+        if any(_given(record, name) for name in ("chosen", "rejected")) == (part == "preferences"):
+            records.append((Origin("rows", index, "index"), record))
+    if not records:
+        wanted = {"sft": "to be imitated (`prompt` and `completion`)",
+                  "preferences": "a preference pair (`prompt`, `chosen`, `rejected`)"}  # fmt: skip
+        raise DataError(f"rows: none is {wanted[part]}: add some, or set {_TURNED_OFF_BY[part]}")
+    return records
 
 
 def _sources(file: ConfigFile, part: Part) -> Sequence[str | Path]:

@@ -195,6 +195,7 @@ class _Run:
                     "sft": {topic: len(rows) for topic, rows in prepared.sft.items()},
                     "preferences": {topic: len(rows) for topic, rows in prepared.preferences.items()},
                 },
+                "rows_from_memory": prepared.config.data.rows_digest,
                 "splits": facts.stated(),
                 "curriculum": prepared.outline.stated(),
                 "stages": [

@@ -55,7 +55,8 @@ def _with_heldout(file: ConfigFile, heldout: Path | None) -> ConfigFile:
     if heldout is None:
         return file
     data = file.config.data.model_copy(update={"heldout": [str(heldout.resolve())]})
-    return ConfigFile(file.config.model_copy(update={"data": data}), file.folder, str(heldout))
+    changed = file.config.model_copy(update={"data": data})
+    return ConfigFile(changed, file.folder, str(heldout), records=file.records)
 
 
 def _candidates(file: ConfigFile, split: Split, heldout: Path | None) -> tuple[HeldOut, tuple[str, ...]]:

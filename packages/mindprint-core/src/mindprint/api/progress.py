@@ -1,17 +1,19 @@
-"""A run as it goes, from its events: a bar on a terminal, plain lines elsewhere, both on standard error."""
+"""A run as it proceeds, from its events: a bar on a terminal or in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import io
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from time import monotonic
-from typing import Self
+from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from mindprint.cli.output import PROGRAM, tell
 from mindprint.events import (
     Decided,
     Evaluated,
@@ -22,11 +24,19 @@ from mindprint.events import (
     StageStarted,
     StepDone,
 )
+from mindprint.printing import PROGRAM, tell
 from mindprint.reports.phrases import MISSING, interval
 from mindprint.runs.records import Decision, DecisionKind, EvaluationRecord, Interval
 
 SECONDS_BETWEEN_LINES = 10.0
-"""How often a plain line is written while a stage goes on."""
+"""Time between two plain lines within a stage."""
+
+SECONDS_BETWEEN_PICTURES = 0.2
+"""Time between two pictures in a notebook: each one is sent to the browser whole."""
+
+NOTEBOOK_LINES = 12
+NOTEBOOK_WIDTH = 110
+NOTEBOOK_PICTURE = '<pre style="line-height:1.3;margin:0;white-space:pre-wrap">{code}</pre>'
 
 TOPIC_WIDTH = 28
 
@@ -34,18 +44,27 @@ OnEvent = Callable[[Event], None]
 
 
 @contextmanager
-def progress(console: Console | None = None) -> Iterator[OnEvent]:
-    """Show a run while the block lasts; yields what takes its events."""
+def show_progress(console: Console | None = None) -> Iterator[OnEvent]:
+    """Show a run for as long as the block lasts. Give the function that takes its events."""
     console = console or Console(stderr=True)
-    if not console.is_terminal or console.is_dumb_terminal:
+    if console.is_jupyter:
+        with NotebookBar() as notebook_bar:
+            yield notebook_bar
+    elif console.is_terminal and not console.is_dumb_terminal:
+        with Bar(console) as bar:
+            yield bar
+    else:
         yield Lines()
-        return
-    with Bar(console) as bar:
-        yield bar
+
+
+def is_interactive() -> bool:
+    """Return whether a person is likely to watch: standard error is a terminal, or this is a notebook."""
+    console = Console(stderr=True)
+    return console.is_jupyter or console.is_terminal
 
 
 class Lines:
-    """A line when a stage begins and ends, and every ten seconds between."""
+    """A line when a stage begins and ends, and every ten seconds in between."""
 
     def __init__(self, write: Callable[[str], None] = tell, clock: Callable[[], float] = monotonic) -> None:
         self._write = write
@@ -83,9 +102,9 @@ class Lines:
 
 
 class Bar:
-    """One bar over the whole run, with the stage at hand and its loss; notices scroll by above it."""
+    """A bar over the whole run with the current stage and its loss. Notices scroll by above it."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, auto_refresh: bool = True) -> None:
         self._console = console
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -96,6 +115,7 @@ class Bar:
             TimeRemainingColumn(),
             console=console,
             expand=True,
+            auto_refresh=auto_refresh,
         )
         self._task = self._bar.add_task("loading the model", total=None, loss="", visible=False)
 
@@ -125,6 +145,55 @@ class Bar:
 
     def _print(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style=style), soft_wrap=True)
+
+
+class NotebookBar(Bar):
+    """The same bar in the output of a notebook's cell, with the latest notices above it.
+
+    Rich's own live display needs ipywidgets in the notebook and in the kernel. Here rich writes the picture, and
+    IPython replaces it in place, which every notebook can do.
+    """
+
+    def __init__(self, display: Callable[[str], None] | None = None, clock: Callable[[], float] = monotonic) -> None:
+        super().__init__(Console(file=io.StringIO(), force_jupyter=False), auto_refresh=False)
+        self._display = display or _notebook_display()
+        self._clock = clock
+        self._shown_at = -SECONDS_BETWEEN_PICTURES
+        self._lines: deque[Text] = deque(maxlen=NOTEBOOK_LINES)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._show()
+
+    def __call__(self, event: Event) -> None:
+        super().__call__(event)
+        if self._clock() - self._shown_at >= SECONDS_BETWEEN_PICTURES:
+            self._show()
+
+    def _print(self, text: str, style: str = "") -> None:
+        self._lines.append(Text(text, style=style))
+
+    def _show(self) -> None:
+        self._shown_at = self._clock()
+        console = Console(file=io.StringIO(), record=True, width=NOTEBOOK_WIDTH, force_jupyter=False)
+        console.print(Group(*self._lines, self._bar.get_renderable()), soft_wrap=False)
+        self._display(console.export_html(inline_styles=True, code_format=NOTEBOOK_PICTURE))
+
+
+def _notebook_display() -> Callable[[str], None]:
+    """Return a function that shows HTML in the current cell and replaces it at each further call."""
+    ipython: Any = import_module("IPython.display")
+    handle = ipython.DisplayHandle()
+    shown = False
+
+    def display(html: str) -> None:
+        nonlocal shown
+        (handle.update if shown else handle.display)(ipython.HTML(html))
+        shown = True
+
+    return display
 
 
 def _started(event: RunStarted) -> str:

@@ -1,0 +1,274 @@
+"""Adapters as files: prove one, merge it into its base model, or convert it for another tool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+
+from mindprint import atomic
+from mindprint.adapter import mlx_lm_format, peft_format
+from mindprint.adapter.base_facts import BaseFacts, read_base_facts
+from mindprint.adapter.formats import Format, adapter_format, named_base, read_any_adapter
+from mindprint.adapter.merging import merged_folder, read_record, refuse_taken
+from mindprint.adapter.targets import is_router, is_stack
+from mindprint.api.options import Notices, OnNotice, backend_section
+from mindprint.api.results import ConvertResult, MergeResult, VerifyResult
+from mindprint.config import BackendConfig, ModelConfig
+from mindprint.contract import AdapterState, Dtype
+from mindprint.errors import AdapterError, GuardError
+from mindprint.models import folder as models
+from mindprint.plugins.loading import BACKENDS, installed
+from mindprint.runs.opened import Located, find_base, locate_adapter, placement_for, read_located
+from mindprint.trust.adapters import copy_findings
+from mindprint.trust.fingerprint import read_fingerprint
+from mindprint.trust.merged import merge_findings
+from mindprint.trust.report import Finding, Report
+from mindprint.trust.verify import verify_adapter, verify_merged
+
+
+class NotVerifiedError(GuardError):
+    """A merge that computes something other than base and adapter do. It was removed.
+
+    Attributes:
+        verification: What the verification found, or None where only the files were compared.
+    """
+
+    def __init__(self, out: Path, verification: VerifyResult | None, findings: tuple[Finding, ...]) -> None:
+        failures = "; ".join(finding.message for finding in findings if finding.fails)
+        super().__init__(f"{out}: was not kept, for the merge does not verify: {failures}")
+        self.verification = verification
+
+
+def verify(
+    path: str | PathLike[str],
+    *,
+    model: str | None = None,
+    adapter: str | PathLike[str] | None = None,
+    backend: str | None = None,
+    device: str | None = None,
+    dtype: Dtype | None = None,
+    on_notice: OnNotice | None = None,
+) -> VerifyResult:
+    """Recompute an adapter's fingerprint and name what differs.
+
+    Args:
+        path: A project (its newest complete run), the folder of a run or of an adapter, or that of a merged model.
+        model: Where the base model is, if not where the run or the adapter says.
+        adapter: The adapter that `path`, a merged model, came from, if it is no longer where it was.
+        backend: `torch`, `mlx`, or any installed backend. Default: the run's.
+        device: `cpu`, `cuda`, `mps`, `metal`. Default: the run's.
+        dtype: What to compute in. Default: float32 where it fits.
+        on_notice: Receives messages about loading as they come.
+
+    Returns:
+        A `VerifyResult`. `result.ok` is True if it does what it did where it was trained.
+
+    Raises:
+        AdapterError: The adapter, or the one that a merged model came from, cannot be found or read.
+        MindprintError: The base model cannot be found, read or loaded.
+
+    Example:
+        >>> result = mindprint.verify("my-voice")
+        >>> result.ok
+        True
+        >>> print(result.verdict)
+        verified: it does what it did where it was trained
+    """
+    section = BackendConfig(type=backend or "auto", device=device or "auto", dtype=dtype or "auto")
+    chosen = None if backend is None and device is None else section
+    notices = Notices(on_notice)
+    folder = Path(path)
+    if is_merged(folder):
+        report = _verify_merge(folder, Path(adapter) if adapter else None, model, chosen, dtype, notices)
+    else:
+        located = locate_adapter(folder)
+        base = find_base(located, model)
+        report = verify_adapter(located.adapter, base, placement_for(located, chosen, dtype, base), notices)
+    return VerifyResult(report, notices.heard)
+
+
+def is_merged(folder: Path) -> bool:
+    """Return whether a folder is a model's rather than an adapter's, a run's or a project's."""
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").exists()
+
+
+def _verify_merge(
+    path: Path,
+    adapter: Path | None,
+    model: str | None,
+    section: BackendConfig | None,
+    dtype: Dtype | None,
+    notices: Notices,
+) -> Report:
+    record = read_record(path)
+    source = adapter or (path / record.adapter if record else None)
+    if source is None:
+        raise AdapterError(f"{path} is a merged model: name the adapter that it came from with --adapter")
+    if adapter is None and not source.is_dir():
+        raise AdapterError(f"{path}: the adapter that it came from is no longer at {source}; name it with --adapter")
+    located = locate_adapter(source)
+    base, state = read_located(located, model)
+    if adapter is None and record is not None and peft_format.adapter_digest(state) != record.adapter_digest:
+        raise AdapterError(f"{source}: is no longer the adapter that was merged into {path}; name that with --adapter")
+    merged = models.resolve_model(ModelConfig(name=str(path.resolve())), Path.cwd())
+    placement = placement_for(located, section, dtype, base)
+    return verify_merged(merged, base, state, placement, read_fingerprint(located.adapter), notices)
+
+
+def merge(
+    adapter: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    verify: bool = True,
+    model: str | None = None,
+    backend: str | None = None,
+    device: str | None = None,
+    on_notice: OnNotice | None = None,
+) -> MergeResult:
+    """Write the base model with the adapter in it to a new folder, and verify it.
+
+    Only the verification computes with a framework. A merge that does not verify is removed.
+
+    Args:
+        adapter: A project (its newest complete run), a run, or an adapter of Mindprint's, PEFT's or mlx-lm's.
+        out: The new model's folder. It must not exist.
+        verify: Let a backend compare the merged model with base and adapter. Otherwise only the files are compared.
+        model: Where the base model is, if not where the run or the adapter says.
+        backend: The backend that verifies. Default: the run's.
+        device: `cpu`, `cuda`, `mps`, `metal`. Default: the run's.
+        on_notice: Receives messages about the work as they come.
+
+    Returns:
+        A `MergeResult` with the folder, the changed weights and the verification.
+
+    Raises:
+        NotVerifiedError: The merged model computes something else. Nothing is left behind.
+        RunError: `out` exists already, or the folder that it is to be in does not.
+        MindprintError: The adapter or its base model cannot be read, or the base model is quantized.
+
+    Example:
+        >>> result = mindprint.merge("my-voice", "my-model")
+        >>> result.verification.ok
+        True
+        >>> (result.folder / "model.safetensors").is_file()
+        True
+    """
+    target = Path(out)
+    refuse_taken(target)
+    notices = Notices(on_notice)
+    located = locate_adapter(adapter)
+    base, state = read_located(located, model)
+    _refuse_own_weights(located.adapter, base)
+    computes = verify and bool(installed(BACKENDS))
+    if verify and not computes:
+        notices("no backend is installed: the files are compared, nothing is computed", warning=True)
+    verification = None
+    with merged_folder(target, base, state, located.adapter) as merged:
+        if computes:
+            section = backend_section(backend, device)
+            verification = _verified(located, merged.folder, target, base, state, section, notices)
+        else:
+            _compare_files(merged.folder, target, base, state)
+    return MergeResult(target, base.name, tuple(merged.changed), verification, notices.heard)
+
+
+def _verified(
+    located: Located,
+    folder: Path,
+    out: Path,
+    base: models.ModelFolder,
+    state: AdapterState,
+    section: BackendConfig | None,
+    notices: Notices,
+) -> VerifyResult:
+    """Compare what a backend computes with the merge to what it computes with base and adapter."""
+    merged = models.resolve_model(ModelConfig(name=str(folder.resolve())), Path.cwd())
+    placement = placement_for(located, section, None, base)
+    report = verify_merged(merged, base, state, placement, read_fingerprint(located.adapter), notices)
+    verification = VerifyResult(replace(report, subject=str(out)))
+    if not verification.ok:
+        raise NotVerifiedError(out, verification, verification.findings)
+    return verification
+
+
+def _compare_files(folder: Path, out: Path, base: models.ModelFolder, state: AdapterState) -> None:
+    """Compare every changed weight with W + s·B·A, and every other weight with the base model's."""
+    findings = tuple(found for found in merge_findings(folder, base.path, state) if isinstance(found, Finding))
+    if any(finding.fails for finding in findings):
+        raise NotVerifiedError(out, None, findings)
+
+
+def _refuse_own_weights(folder: Path, base: models.ModelFolder) -> None:
+    """Refuse embeddings that PEFT saved along with an adapter on them, unless they are the base model's."""
+    if adapter_format(folder) == "peft":
+        for finding in copy_findings(folder, base):
+            raise AdapterError(f"{folder}: {finding.message}; it cannot be merged as LoRA")
+
+
+def convert(
+    adapter: str | PathLike[str],
+    out: str | PathLike[str],
+    to: Format,
+    *,
+    model: str | None = None,
+    on_notice: OnNotice | None = None,
+) -> ConvertResult:
+    """Write an adapter in the format of PEFT or of mlx-lm to a new folder.
+
+    Args:
+        adapter: A project (its newest complete run), a run, or an adapter of Mindprint's, PEFT's or mlx-lm's.
+        out: The new adapter's folder. It must not exist.
+        to: `peft` or `mlx-lm`.
+        model: Where the base model is, if not where the run or the adapter says.
+        on_notice: Receives the notes as they come.
+
+    Returns:
+        A `ConvertResult` with the folder and the number of modules.
+
+    Raises:
+        AdapterError: The adapter is in that format already, or holds something that the format cannot.
+        RunError: `out` exists already, or the folder that it is to be in does not.
+
+    Example:
+        >>> result = mindprint.convert("my-voice", "my-voice-mlx", to="mlx-lm")
+        >>> result.source_format, result.target_format
+        ('peft', 'mlx-lm')
+    """
+    target = Path(out)
+    refuse_taken(target)
+    located = locate_adapter(adapter)
+    source = adapter_format(located.adapter)
+    if source == to:
+        raise AdapterError(f"{located.adapter}: is in the format of {to} already")
+    base = find_base(located, model)
+    facts = read_base_facts(base.path)
+    state, _ = read_any_adapter(located.adapter, base.path)
+    with atomic.new_folder(target) as aside:
+        base_name = named_base(located.adapter) or base.name
+        notes = (*_write_converted(aside, state, facts, base_name, to), *_uncompared(facts))
+    notices = Notices(on_notice)
+    for note in notes:
+        notices(note)
+    return ConvertResult(target, source, to, len(state.tensors), notes)
+
+
+def _write_converted(folder: Path, state: AdapterState, facts: BaseFacts, base_name: str, to: Format) -> Iterator[str]:
+    """Write the adapter, and yield what a person should know about it."""
+    if to == "mlx-lm":
+        yield from mlx_lm_format.write_adapter(folder, state, facts, base_name)
+        return
+    parameters = [site for site in state.tensors if is_stack(site) or is_router(site)]
+    if state.config.dropout and parameters:
+        yield f"dropout {state.config.dropout:g} is left out: PEFT has none on {parameters[0]}"
+        state = AdapterState(replace(state.config, dropout=0.0), state.tensors)
+    peft_format.write_adapter(folder, state, base_name)
+
+
+def _uncompared(facts: BaseFacts) -> Iterator[str]:
+    if not facts.compared:
+        yield (
+            f"mlx-lm's module names for model_type {facts.model_type!r} were not compared with transformers' "
+            "names; mlx-lm refuses an adapter whose names do not fit"
+        )

@@ -1,0 +1,127 @@
+"""The result of an evaluation, and its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mindprint.api.results import Result, Source, Table
+from mindprint.events import Notice
+from mindprint.printing import html_text
+from mindprint.reports.phrases import interval
+from mindprint.voice.assessment import Assessed, Assessment
+from mindprint.voice.copying import Copying
+from mindprint.voice.evaluation import Evaluation, Measured, TextEvaluation
+from mindprint.voice.quizzing import QuizEvaluation
+from mindprint.voice.scoring import NotScored, VoiceScore
+
+PAIRS_HEADER = ("topic", "pairs", "prefers chosen", "a token", "margin", "perplexity", "reward accuracy")
+TEXTS_HEADER = ("topic", "texts", "tokens", "perplexity")
+VOICE_HEADER = ("topic", "answers", "words", "voice untuned", "voice tuned", "copied", "longest copy", "length")
+QUIZ_HEADER = ("topic", "questions", "concepts untuned", "concepts tuned")
+
+
+@dataclass(frozen=True)
+class EvaluateResult(Result):
+    """Figures on held-out text, returned by `mindprint.evaluate`. What was not measured is None.
+
+    Attributes:
+        source: The adapter, its base model, and where they computed.
+        pairs: Both models on held-out preference pairs: `pairs.overall.reward_accuracy`, and so on.
+        texts: Both models on held-out texts that are not pairs: perplexity.
+        voice: The voice of the models' own answers to held-out prompts.
+        quiz: The share of key concepts in answers to quiz questions.
+        not_evaluated: Quiz questions that could not be evaluated, with the reason.
+        notices: Messages about the work, in order.
+    """
+
+    source: Source
+    pairs: Evaluation | None
+    texts: TextEvaluation | None
+    voice: Assessment | None
+    quiz: QuizEvaluation | None
+    not_evaluated: tuple[str, ...] = ()
+    notices: tuple[Notice, ...] = ()
+
+    def blocks(self) -> Iterator[Table | str]:
+        """Yield one table for each kind of held-out text, with a row per topic and one for all."""
+        if self.pairs:
+            rows = [_pairs_row(*row) for row in [*self.pairs.topics.items(), ("all", self.pairs.overall)]]
+            yield Table(PAIRS_HEADER, rows, range(1, len(PAIRS_HEADER)))
+        if self.texts:
+            rows = [
+                (topic, str(read.texts), str(read.tokens), f"{read.base:.1f} → {read.adapter:.1f}")
+                for topic, read in [*self.texts.topics.items(), ("all", self.texts.overall)]
+            ]
+            yield Table(TEXTS_HEADER, rows, range(1, len(TEXTS_HEADER)))
+        if self.voice:
+            rows = [_voice_row(*row) for row in [*self.voice.topics.items(), ("all", self.voice.overall)]]
+            yield Table(VOICE_HEADER, rows, range(1, len(VOICE_HEADER)))
+        if self.quiz:
+            rows = [
+                (topic, str(covered.questions), _share(covered.untuned), _share(covered.tuned))
+                for topic, covered in [*self.quiz.topics.items(), ("all", self.quiz.overall)]
+            ]
+            yield Table(QUIZ_HEADER, rows, range(1, len(QUIZ_HEADER)))
+
+    def cautions(self) -> Sequence[str]:
+        """Return what limits these figures: few pairs, no voice score, copied answers, what was not evaluated."""
+        cautions = []
+        if self.pairs and self.pairs.overall.few:
+            count = self.pairs.overall.pairs
+            cautions.append(
+                f"only {count} held-out pairs, so that one of them moves an accuracy by {1 / count:.0%}: "
+                "read these figures as hints"
+            )
+        if self.voice:
+            overall = self.voice.overall
+            if isinstance(overall.tuned, NotScored):
+                cautions.append(f"the voice could not be scored: {overall.tuned.reason}")
+            cautions += [f"tuned model: {flag}" for flag in getattr(overall.copying, "flagged", ())]
+        return [*cautions, *(f"not evaluated: {problem}" for problem in self.not_evaluated)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the source, and the figures of pairs, texts, voice and quiz."""
+        parts = {"texts": self.texts, "voice": self.voice, "quiz": self.quiz}
+        return {
+            **asdict(self.source),
+            **(asdict(self.pairs) if self.pairs else {"overall": None, "topics": {}}),
+            **{name: asdict(part) if part else None for name, part in parts.items()},
+            "not_evaluated": list(self.not_evaluated),
+        }
+
+    def _repr_html_(self) -> str:
+        heard = [notice.message for notice in self.notices if notice.warning]
+        return "\n".join([super()._repr_html_(), *(html_text(message, warning=True) for message in heard)])
+
+
+def _pairs_row(topic: str, measured: Measured) -> tuple[str, ...]:
+    base, adapter = measured.base, measured.adapter
+    return (
+        topic,
+        str(measured.pairs),
+        f"{base.prefers_chosen:.0%} → {adapter.prefers_chosen:.0%}",
+        f"{base.prefers_chosen_per_token:.0%} → {adapter.prefers_chosen_per_token:.0%}",
+        f"{base.margin:+.1f} → {adapter.margin:+.1f}",
+        f"{base.perplexity:.1f} → {adapter.perplexity:.1f}",
+        f"{measured.reward_accuracy:.0%}",
+    )
+
+
+def _voice_row(topic: str, assessed: Assessed) -> tuple[str, ...]:
+    tuned, copying = assessed.tuned, assessed.copying
+    counts = (str(tuned.texts), str(tuned.words)) if isinstance(tuned, VoiceScore) else ("-", str(tuned.words))
+    copied = ("-", "-", "-")
+    if isinstance(copying, Copying):
+        length = "-" if copying.length is None else f"{copying.length:.2f}"
+        copied = (f"{copying.copy_rate:.0%}", f"{copying.longest.words} words", length)
+    return (topic, *counts, _shown_interval(assessed.untuned), _shown_interval(tuned), *copied)
+
+
+def _shown_interval(score: VoiceScore | NotScored) -> str:
+    return "not scored" if isinstance(score, NotScored) else interval(score)
+
+
+def _share(share: float | NotScored) -> str:
+    return f"{share:.0%}" if isinstance(share, float) else share.reason

@@ -1,0 +1,121 @@
+"""Talk to a trained adapter: open it, or answer a few prompts without and with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from typing import Literal
+
+from mindprint.api.options import Notices, OnNotice, backend_section
+from mindprint.api.results import AnsweredPrompt, GenerateResult, Source
+from mindprint.contract import Dtype
+from mindprint.errors import DataError
+from mindprint.runs import opened as runs_opened
+from mindprint.runs.opened import Answer, OpenedAdapter
+
+
+@contextmanager
+def open_adapter(
+    path: str | PathLike[str],
+    *,
+    backend: str | None = None,
+    device: str | None = None,
+    dtype: Dtype | None = None,
+    model: str | None = None,
+    on_notice: OnNotice | None = None,
+) -> Iterator[OpenedAdapter]:
+    """Load a base model and its adapter, for as long as the `with` block lasts.
+
+    Args:
+        path: A project (its newest complete run), the folder of a run, or the folder of an adapter.
+        backend: `torch`, `mlx`, or any installed backend. Default: the run's.
+        device: `cpu`, `cuda`, `mps`, `metal`. Default: the run's.
+        dtype: `float32`, `bfloat16` or `float16`. Default: the run's. Taken only with `backend` or `device`.
+        model: Where the base model is, if not where the run or the adapter says.
+        on_notice: Receives messages about loading as they come.
+
+    Returns:
+        A context manager. It gives an `OpenedAdapter`, whose `answer(prompts)` answers with the adapter and
+        `answer(prompts, adapter=False)` without it.
+
+    Raises:
+        MindprintError: The adapter or its base model cannot be found, read or loaded.
+
+    Example:
+        >>> with mindprint.open_adapter("my-voice") as voice:
+        ...     answers = voice.answer(["Is the tide in?", "Where is the rope?"])
+        >>> [type(answer.text) for answer in answers]
+        [<class 'str'>, <class 'str'>]
+    """
+    section = backend_section(backend, device, dtype)
+    with runs_opened.open_adapter(path, section, model=model, notice=Notices(on_notice)) as opened:
+        yield opened
+
+
+def generate(
+    path: str | PathLike[str],
+    prompts: str | Sequence[str],
+    *,
+    only: Literal["base", "adapter"] | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    backend: str | None = None,
+    device: str | None = None,
+    model: str | None = None,
+    on_notice: OnNotice | None = None,
+) -> GenerateResult:
+    """Answer prompts without and with the adapter.
+
+    Args:
+        path: A project (its newest complete run), the folder of a run, or the folder of an adapter.
+        prompts: One prompt, or several.
+        only: Ask one of the two models alone.
+        max_new_tokens: The longest answer. Default: the run's setting.
+        temperature: 0 is greedy. Default: the run's setting.
+        top_p: Nucleus sampling. Default: the run's setting.
+        seed: Seed of the draws.
+        backend: `torch`, `mlx`, or any installed backend. Default: the run's.
+        device: `cpu`, `cuda`, `mps`, `metal`. Default: the run's.
+        model: Where the base model is, if not where the run or the adapter says.
+        on_notice: Receives messages about loading as they come.
+
+    Returns:
+        A `GenerateResult`. Print it, or read `result.answers[0].tuned.text`.
+
+    Raises:
+        DataError: A prompt is empty, or there is none.
+        MindprintError: The adapter or its base model cannot be found, read or loaded.
+
+    Example:
+        >>> result = mindprint.generate("my-voice", "Is the tide in?")
+        >>> result.answers[0].prompt
+        'Is the tide in?'
+        >>> print(result)  # doctest: +ELLIPSIS
+        prompt: Is the tide in?
+        <BLANKLINE>
+        without the adapter:
+        ...
+    """
+    asked = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not asked or not all(prompt.strip() for prompt in asked):
+        raise DataError("prompts: a prompt is empty" if asked else "prompts: there is none")
+    notices = Notices(on_notice)
+    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    with runs_opened.open_adapter(path, backend_section(backend, device), model=model, notice=notices) as opened:
+        changed = {name: value for name, value in given.items() if value is not None}
+        settings = opened.config.generation.model_copy(update=changed)
+        sides: list[Sequence[Answer | None]] = [
+            [None] * len(asked) if only == skipped else opened.answer(asked, settings, seed=seed, adapter=adapter)
+            for adapter, skipped in ((False, "adapter"), (True, "base"))
+        ]
+        source = source_of(opened)
+    answers = tuple(AnsweredPrompt(*row) for row in zip(asked, *sides, strict=True))
+    return GenerateResult(answers, source, notices.heard)
+
+
+def source_of(opened: OpenedAdapter) -> Source:
+    """Return where an opened adapter is, what it is on, and where it computes."""
+    return Source(str(opened.located.adapter.resolve()), opened.base.name, *opened.placement.key)

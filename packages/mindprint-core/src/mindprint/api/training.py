@@ -1,0 +1,141 @@
+"""Train from Python: a configuration and rows go in, a run with its adapter and its loss curve comes out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mindprint import config as settings
+from mindprint.api.progress import is_interactive, show_progress
+from mindprint.api.results import TrainResult
+from mindprint.config import ConfigFile
+from mindprint.data.memory import check_records, records_digest
+from mindprint.errors import RunError
+from mindprint.events import Event, Observer
+from mindprint.runs.folder import Resume, RunFolder, newest_run
+from mindprint.training import run as training_run
+
+OnEvent = Callable[[Event], None]
+Configuration = str | os.PathLike[str] | ConfigFile | Mapping[str, Any]
+Records = Iterable[Mapping[str, Any]]
+
+
+def load_config(config: Configuration, overrides: Sequence[str] = (), **changes: Any) -> ConfigFile:
+    """Read and check a configuration.
+
+    Args:
+        config: A folder with `mindprint.yaml`, a YAML file, or the values themselves.
+        overrides: Settings as the command line takes them: `"sft.learning_rate=1e-4"`.
+        **changes: Sections or settings to merge in: `backend="mlx"`, `sft={"learning_rate": 1e-4}`.
+
+    Returns:
+        A `ConfigFile`: the checked settings (`.config`), and the folder that relative paths start from (`.folder`).
+        It prints as YAML.
+
+    Raises:
+        ConfigError: A setting is unknown, has a wrong type, or contradicts another one.
+
+    Example:
+        >>> file = mindprint.load_config("my-voice", sft={"learning_rate": 1e-4})
+        >>> file.config.sft.learning_rate
+        0.0001
+    """
+    if isinstance(config, ConfigFile):
+        file = config
+    elif isinstance(config, Mapping):
+        file = settings.make_config(config, overrides=overrides)
+    else:
+        file = settings.load_config(config, overrides)
+    return settings.merged(file, changes) if changes else file
+
+
+def train(
+    config: Configuration,
+    *,
+    rows: Records | None = None,
+    run: str | os.PathLike[str] | None = None,
+    resume: bool | Resume = False,
+    progress: bool | None = None,
+    on_event: OnEvent | None = None,
+    observers: Sequence[object] = (),
+    **overrides: Any,
+) -> TrainResult:
+    """Train SFT, then DPO, topic by topic, and write one adapter.
+
+    Args:
+        config: A folder with `mindprint.yaml`, a YAML file, the values themselves, or what `load_config` returned.
+        rows: Training rows from memory instead of the data folder's files: a list of dicts, or a `datasets.Dataset`.
+            A row with `chosen` and `rejected` is a preference pair, every other row is imitated. The fields are those
+            of the files. Held-out pairs, quizzes and the curriculum still come from the data folder, if there is one.
+        run: The run's folder. Default: a new one under `runs/` next to the configuration.
+        resume: Continue the newest run, or `run`, from its last checkpoint. `"latest"` takes the newest checkpoint
+            that is not damaged. A run of `rows` needs the same `rows` again.
+        progress: Show how the run proceeds, in a notebook and in a terminal. Default: only there.
+        on_event: Receives every event of the run. An exception that it raises ends the run.
+        observers: Objects with an `on_event` method (see `Observer`), or plugins whose hooks watch the backend.
+        **overrides: Sections or settings to merge in: `backend="mlx"`, `sft={"learning_rate": 1e-4}`.
+
+    Returns:
+        A `TrainResult`: the adapter's folder, a summary of each stage, and the loss curve in `result.steps`.
+
+    Raises:
+        MindprintError: The input is wrong. Nothing was trained.
+        GuardError: Continuing would have corrupted the result.
+        Interrupted: The user stopped the run. A checkpoint was written, and the message says how to continue.
+
+    Example:
+        >>> result = mindprint.train("my-voice")
+        >>> [(stage.stage, stage.steps) for stage in result.stages if stage.topic == result.stages[0].topic]
+        [('sft', 1), ('dpo', 1)]
+        >>> [step.loss for step in result.steps][0] > 0
+        True
+    """
+    file = load_config(config, **overrides)
+    if rows is not None:
+        records = check_records(rows)
+        data = file.config.data.model_copy(update={"rows_digest": records_digest(records)})
+        file = replace(file, config=file.config.model_copy(update={"data": data}), records=records)
+    elif resume:
+        _refuse_without_rows(file, run)
+    watching = [observer for observer in observers if isinstance(observer, Observer)]
+    hooked = [observer for observer in observers if observer not in watching or _has_hooks(observer)]
+    with _shown(progress) as show:
+        listeners: list[OnEvent] = [show, *([on_event] if on_event else []), *(one.on_event for one in watching)]
+
+        def tell_all(event: Event) -> None:
+            for listener in listeners:
+                listener(event)
+
+        result = training_run.train(file, run=run, resume=resume, on_event=tell_all, observers=hooked)
+    return TrainResult(result.run, result.adapter, result.stages, result.verdicts)
+
+
+def _refuse_without_rows(file: ConfigFile, run: str | os.PathLike[str] | None) -> None:
+    """Raise `RunError` if the run that would continue was trained on rows from memory."""
+    path = Path(run) if run else newest_run(file.folder / "runs")
+    if path is None or not RunFolder(path).config.is_file():
+        return
+    digest = settings.load_config(RunFolder(path).config).config.data.rows_digest
+    if digest is not None:
+        raise RunError(
+            f"{path}: was trained on rows from memory (digest {digest}), which are not kept: "
+            "resume it from Python with the same rows, mindprint.train(..., resume=True, rows=rows)"
+        )
+
+
+def _has_hooks(observer: object) -> bool:
+    return any(name.startswith("mindprint_") for name in dir(observer))
+
+
+@contextmanager
+def _shown(progress: bool | None) -> Iterator[OnEvent]:
+    """Give what shows a run: a display where it is asked for or someone is looking, else nothing."""
+    if not (is_interactive() if progress is None else progress):
+        yield lambda _: None
+        return
+    with show_progress() as show:
+        yield show

@@ -1,0 +1,69 @@
+"""Tables and lines, as plain text for a terminal and as HTML for a notebook, from the standard library alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from html import escape
+from pathlib import Path
+
+PROGRAM = "mindprint"
+
+_CELL = "padding:0.2em 0.8em;vertical-align:top;text-align:"
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> str:
+    """Align columns as plain text. The columns in `numbers` are set flush right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in numbers else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> str:
+    """Write a table as HTML with every cell escaped. Line breaks in a cell are kept."""
+
+    def row(tag: str, cells: Sequence[str]) -> str:
+        sides = ("right" if column in numbers else "left" for column in range(len(cells)))
+        written = (
+            f'<{tag} style="{_CELL}{side};white-space:pre-wrap">{escape(cell)}</{tag}>'
+            for side, cell in zip(sides, cells, strict=True)
+        )
+        return f"<tr>{''.join(written)}</tr>"
+
+    body = "".join(row("td", cells) for cells in rows)
+    return f'<table style="border-collapse:collapse"><thead>{row("th", header)}</thead><tbody>{body}</tbody></table>'
+
+
+def html_text(text: str, *, warning: bool = False) -> str:
+    """Write lines as one HTML paragraph, escaped, with their line breaks."""
+    colour = "color:#a15c00;" if warning else ""
+    return f'<p style="{colour}margin:0.4em 0;white-space:pre-wrap">{escape(text)}</p>'
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Replace control characters, because a model's words must not move the cursor. `lines` keeps line breaks."""
+    if lines:
+        return "".join(sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in text)
+    return "".join(sign if sign.isprintable() else " " for sign in text)
+
+
+def short_path(path: Path) -> str:
+    """Write a path relative to the working directory where that is shorter."""
+    relative = os.path.relpath(path)
+    return relative if len(relative) < len(str(path)) else str(path)
+
+
+def tell(text: str) -> None:
+    """Write a line about the work on standard error, after everything that was printed before it."""
+    with suppress(OSError):  # reported when standard output is flushed for good
+        sys.stdout.flush()
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
