@@ -39,7 +39,8 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Co
         return f"<tr>{''.join(written)}</tr>"
 
     body = "".join(row("td", cells) for cells in rows)
-    return f'<table style="border-collapse:collapse"><thead>{row("th", header)}</thead><tbody>{body}</tbody></table>'
+    style = "border-collapse:collapse;margin:0.6em 0"
+    return f'<table style="{style}"><thead>{row("th", header)}</thead><tbody>{body}</tbody></table>'
 
 
 def html_text(text: str, *, warning: bool = False) -> str:

@@ -45,7 +45,7 @@ def loss_curve_svg(steps: Sequence[StepDone]) -> str:
         for step in (first, last):
             yield _label(x_of(step), HEIGHT - 4, f"{step}", "middle")
         stages = dict.fromkeys(step.stage for step in drawn)
-        for place, stage in enumerate(stages):
+        for place, stage in enumerate(reversed(stages)):
             yield _label(WIDTH - MARGIN - 60 * place, 14, stage.upper(), "end", COLOURS[stage])
 
     title = f"loss of {len(drawn)} steps, from {drawn[0].loss:.4f} to {drawn[-1].loss:.4f}"
