@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -20,7 +19,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from mindprint.contract import AdamW
 from mindprint.errors import ConfigError
+from mindprint.input_files import read_text, resolve_path
 from mindprint.losses import PreferenceLoss, PreferenceLossName
+from mindprint.yaml_files import parse_yaml, parse_yaml_value
 
 FILE_NAME = "mindprint.yaml"
 
@@ -360,7 +361,10 @@ class ConfigFile:
 
     def resolve(self, path: str) -> Path:
         """A path of the configuration, absolute."""
-        return (self.folder / Path(path).expanduser()).resolve()
+        try:
+            return resolve_path(self.folder, path)
+        except ValueError as error:
+            raise ConfigError(f"{self.source}: {error}") from error
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ConfigFile:
@@ -372,10 +376,12 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     if file.is_dir():
         file = file / FILE_NAME
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such configuration; `mindprint init FOLDER` makes one") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
     values, lines = parse_yaml(text, str(file))
     config = _validate(_overridden(values, overrides), str(file), lines)
@@ -402,53 +408,6 @@ def dump_config(config: Config) -> str:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `3e-4` is a number, and a key given twice is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$|[-+]?\.\d+(?:[eE][-+]?\d+)?$"),
-    list("-+.0123456789"),
-)
-
-
-def parse_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """Settings as people write them, and the line of each key. Raises `ConfigError` with the line that is wrong."""
-    try:
-        node = yaml.compose(text, _Loader)
-        values = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f" line {mark.line + 1}:" if mark else ""
-        raise ConfigError(f"{source}:{line} {error.problem or 'is not valid YAML'}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: is not valid YAML: {str(error).splitlines()[0]}") from error
-    if values is None:
-        return {}, {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{source}: line 1: expected `key: value` lines, found {type(values).__name__}")
-    return values, dict(_key_lines(node))
-
-
-def _key_lines(node: yaml.Node | None, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], int]]:
-    found = []
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*path, str(key.value))
-            found.append((here, key.start_mark.line + 1))
-            found.extend(_key_lines(value, here))
-    return found
-
-
 def _overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     result = dict(values)
     changes: dict[str, Any] = {}
@@ -457,7 +416,7 @@ def _overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str
         if not equals or not key.strip():
             raise ConfigError(f"override {text!r}: expected key=value, such as backend.type=mlx")
         try:
-            parsed = yaml.load(value, _Loader)  # noqa: S506 (a SafeLoader)
+            parsed = parse_yaml_value(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {text!r}: the value is not valid YAML") from error
         path = key.strip().split(".")

@@ -27,6 +27,7 @@ from mindprint.adapter.peft_format import adapter_digest
 from mindprint.adapter.weight_changes import WeightChange, weight_changes
 from mindprint.contract import AdapterState, Float32, LoraFactors
 from mindprint.errors import ModelError, RunError
+from mindprint.input_files import read_json, typed
 from mindprint.models import folder as models
 from mindprint.models.tensor_files import FLOATS, TensorInfo, add_float32
 
@@ -110,8 +111,8 @@ def read_record(folder: Path) -> MergeRecord | None:
     if not file.is_file():
         return None
     try:
-        return MergeRecord(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return typed(MergeRecord, read_json(file))
+    except (OSError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read: {error}") from error
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from mindprint.adapter.targets import ALL_LINEAR, STACKED_PARAMETERS
 from mindprint.errors import AdapterError
+from mindprint.input_files import read_json
 
 HELD = frozenset(
     {
@@ -123,7 +124,7 @@ def read_settings(file: Path) -> PeftSettings:
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object of an adapter's configuration file. Raises `AdapterError` if there is none."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     except FileNotFoundError:
         raise AdapterError(f"{file}: no such file; an adapter is a folder with it and its tensors") from None
     except (ValueError, OSError) as error:

@@ -13,6 +13,8 @@ from mindprint.cli.migration import migrate
 from mindprint.cli.output import emit, json_option, notice, say
 from mindprint.config import FILE_NAME, make_config
 from mindprint.errors import ConfigError
+from mindprint.input_files import read_text
+from mindprint.yaml_files import parse_yaml_value
 
 
 @click.command("migrate", short_help="Translate a training_pipeline.yaml.")
@@ -39,10 +41,10 @@ def command(*, old: Path, as_json: bool) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml_value(read_text(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections such as `backend:` and `sft:`, found {type(values).__name__}")

@@ -23,8 +23,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mindprint.config import ConfigFile, Level, parse_yaml
+from mindprint.config import ConfigFile, Level
 from mindprint.errors import DataError
+from mindprint.input_files import read_text
+from mindprint.yaml_files import parse_yaml
 
 CURRICULUM_FILE = "curriculum.yaml"
 
@@ -155,7 +157,7 @@ def _path(file: ConfigFile) -> Path | None:
 
 def _parsed(path: Path) -> _File:
     try:
-        values, lines = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        values, lines = parse_yaml(read_text(path), str(path))
         return _File.model_validate(values)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text (byte {error.start}): save it as UTF-8") from error

@@ -15,6 +15,7 @@ from typing import Any
 from mindprint.config import ConfigFile
 from mindprint.data.rows import DEFAULT_TOPIC, Origin, Record, checked_text, kind_of, shown_path
 from mindprint.errors import DataError
+from mindprint.input_files import read_json
 from mindprint.text.words import words
 
 QUIZ_FILE = "quiz.json"
@@ -91,7 +92,7 @@ def _origin(path: Path, number: int) -> Origin:
 def _read(path: Path) -> list[Any]:
     name = shown_path(path)
     try:
-        found = json.loads(path.read_bytes().decode("utf-8-sig"))
+        found = read_json(path)
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

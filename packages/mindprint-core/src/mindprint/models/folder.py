@@ -17,6 +17,7 @@ from typing import Any
 from mindprint.config import ModelConfig
 from mindprint.data.tokenizer import TOKENIZER_FILES
 from mindprint.errors import ModelError
+from mindprint.input_files import LARGEST_FILE, read_json, resolve_path
 from mindprint.models.tensor_files import TensorFileError, TensorInfo, read_header
 
 BUILTIN = ("tiny",)
@@ -59,7 +60,10 @@ def resolve_model(config: ModelConfig, folder: Path) -> ModelFolder:
     """
     if config.name.startswith("builtin:"):
         return ModelFolder(check_model_folder(_builtin(config.name)), config.name)
-    path = (folder / Path(config.name).expanduser()).resolve()
+    try:
+        path = resolve_path(folder, config.name)
+    except ValueError as error:
+        raise ModelError(f"model.name: {error}; name a folder, or a hub model as owner/name") from error
     if path.is_dir():
         if config.revision is not None:
             raise ModelError(f"{path}: is a folder, and model.revision is for models on the hub: remove it")
@@ -72,11 +76,22 @@ def resolve_model(config: ModelConfig, folder: Path) -> ModelFolder:
 def check_model_folder(folder: Path) -> Path:
     """The folder, if config, weights and tokenizer are there and whole. Raises `ModelError` naming what is not."""
     model_config(folder)
+    _refuse_special_files(folder)
     for file in weight_files(folder):
         _tensors_of(file)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(f"{folder}: has no tokenizer (tokenizer.json): copy its files into the model folder")
     return folder
+
+
+def _refuse_special_files(folder: Path) -> None:
+    """Raise `ModelError` for a pipe, a device or a huge file under the name of a file that a library will read."""
+    for pattern in NEEDED_FILES:
+        for path in folder.glob(pattern):
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise ModelError(f"{path}: is not a regular file: copy the model's own file into the folder")
+            if path.suffix in (".json", ".jinja", ".txt") and path.is_file() and path.stat().st_size > LARGEST_FILE:
+                raise ModelError(f"{path}: is larger than {LARGEST_FILE:,} bytes: download it again")
 
 
 def model_config(folder: Path) -> dict[str, Any]:
@@ -169,7 +184,7 @@ def _tensors_of(path: Path) -> dict[str, TensorInfo]:
 
 def _json_object(path: Path, missing: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError:
         raise ModelError(f"{path.parent}: {missing}") from None
     except (OSError, ValueError) as error:

@@ -5,7 +5,6 @@ The format is a length, a JSON header and bytes. NumPy has no bfloat16: its bits
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mindprint.contract import Dtype, Float32
+from mindprint.input_files import MALFORMED, parse_json
 
 FLOATS: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -58,7 +58,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         length = file.seek(0, 2)
     try:
         found = {name: _info(entry, path, offset) for name, entry in entries.items() if name != "__metadata__"}
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise TensorFileError("has a broken safetensors header") from error
     expected = max((info.end for info in found.values()), default=offset)
     if length < expected:
@@ -130,7 +130,7 @@ def _entries(file: BinaryIO) -> tuple[Mapping[str, Any], int]:
     if len(text) < length:
         raise TensorFileError(f"is truncated ({8 + len(text)} of at least {8 + length} bytes)")
     try:
-        header = json.loads(text)
+        header = parse_json(text)
     except ValueError as error:
         raise TensorFileError("has a broken safetensors header") from error
     if not isinstance(header, dict):

@@ -14,6 +14,7 @@ from mindprint import atomic
 from mindprint.contract import LoadedModel, ModelSpec
 from mindprint.errors import RunError
 from mindprint.hookspecs import hookimpl
+from mindprint.input_files import read_json, typed
 
 COSTS_FILE = "costs.json"
 
@@ -51,10 +52,10 @@ def write_costs(run: Path, costs: Costs) -> None:
 def read_costs(run: Path) -> Costs | None:
     """What a run cost; None for one that was not measured."""
     try:
-        return Costs(**json.loads((run / COSTS_FILE).read_text(encoding="utf-8")))
+        return typed(Costs, read_json(run / COSTS_FILE))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(f"{run / COSTS_FILE}: cannot be read: {error}; delete it, or train again") from error
 
 

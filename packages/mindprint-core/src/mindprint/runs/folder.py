@@ -6,16 +6,18 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from mindprint import atomic
 from mindprint.config import Config, ConfigFile
+from mindprint.contract import StageName
 from mindprint.errors import RunError
 from mindprint.events import StepDone
+from mindprint.input_files import MALFORMED, parse_json, read_json, read_text, typed
 from mindprint.runs.records import (
     AnswerRecord,
     Decision,
@@ -28,10 +30,25 @@ from mindprint.runs.records import (
 Resume = Literal["last", "latest"]
 """From the last checkpoint, or from the newest that is sound."""
 
+Record = TypeVar("Record")
+
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
 
 _NUMBERED = re.compile(r"run-(\d+)")
+
+
+@dataclass(frozen=True)
+class _StepLine:
+    """The fields of a line of metrics.jsonl that a run needs to continue."""
+
+    topic: str
+    stage: StageName
+    step: int
+    loss: float
+    seconds: float
+    backend: str
+    attempt: int | None = None
 
 
 class RunFolder:
@@ -95,8 +112,8 @@ class RunFolder:
         if not self.split.exists():
             return frozenset()
         try:
-            return frozenset(json.loads(self.split.read_text(encoding="utf-8"))["trained"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return typed(frozenset[str], read_json(self.split)["trained"])
+        except (OSError, *MALFORMED) as error:
             raise RunError(f"{self.split}: cannot be read, so what was trained on is unknown: {error}") from error
 
     def append_step(self, event: StepDone) -> None:
@@ -105,19 +122,19 @@ class RunFolder:
 
     def read_steps(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl. A last line that was cut off by a crash is not one."""
-        return _lines(self.metrics)
+        return [_checked(self.metrics, number, line) for number, line in enumerate(_lines(self.metrics), 1)]
 
     def append_evaluation(self, record: EvaluationRecord) -> None:
         _append(self.evaluations_file, as_line(record))
 
     def evaluations(self) -> list[EvaluationRecord]:
-        return [evaluation_from(line) for line in _lines(self.evaluations_file)]
+        return _parsed(self.evaluations_file, evaluation_from)
 
     def append_decision(self, decision: Decision) -> None:
         _append(self.decisions_file, as_line(decision))
 
     def decisions(self) -> list[Decision]:
-        return [decision_from(line) for line in _lines(self.decisions_file)]
+        return _parsed(self.decisions_file, decision_from)
 
     def write_answers(self, answers: Sequence[AnswerRecord]) -> None:
         """The held-out prompts of the final evaluation with all answers."""
@@ -164,13 +181,36 @@ def _append(file: Path, line: Mapping[str, Any]) -> None:
 def _lines(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    try:
+        text = read_text(file)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: cannot be read: {error}; restore it from a copy") from error
+    lines = []
+    for line in text.splitlines():
         try:
-            found.append(json.loads(line))
+            lines.append(parse_json(line))
         except ValueError:
             break
-    return found
+    return lines
+
+
+def _parsed(file: Path, parse: Callable[[dict[str, Any]], Record]) -> list[Record]:
+    records = []
+    for number, line in enumerate(_lines(file), 1):
+        try:
+            records.append(parse(line))
+        except ValueError as error:
+            raise RunError(f"{file}: line {number}: {error}; restore the file from a copy") from error
+    return records
+
+
+def _checked(file: Path, number: int, line: dict[str, Any]) -> dict[str, Any]:
+    """Return a line of metrics.jsonl as it is, if it has what every step has."""
+    try:
+        typed(_StepLine, line)
+    except ValueError as error:
+        raise RunError(f"{file}: line {number}: {error}; restore the file from a copy") from error
+    return line
 
 
 def _write(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:

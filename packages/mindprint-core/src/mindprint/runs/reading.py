@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 from mindprint.config import Config, load_config
 from mindprint.contract import StageName
 from mindprint.errors import MindprintError, RunError
+from mindprint.input_files import MALFORMED, parse_json, read_bytes, read_json, typed
 from mindprint.runs.folder import RunFolder
 from mindprint.runs.records import (
     OUTCOMES,
@@ -152,7 +152,7 @@ def read_run(path: Path) -> RunRecord:
         config=_config(folder, broken),
         manifest=manifest,
         titles={str(name): str(title) for name, title in titles.items()} if isinstance(titles, Mapping) else {},
-        stages=tuple(PlannedStage(**stage) for stage in manifest.get("stages", ())),
+        stages=_planned(folder.manifest, manifest),
         steps=_read(folder.metrics, _step, broken) or (),
         evaluations=_read(folder.evaluations_file, evaluation_from, broken),
         decisions=_read(folder.decisions_file, decision_from, broken),
@@ -172,12 +172,19 @@ def _about(record: EvaluationRecord, topic: str) -> bool:
 
 def _manifest(file: Path) -> Mapping[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except (OSError, ValueError) as error:
         raise RunError(f"{file}: cannot be read: {error}; it is the run's own record and cannot be rebuilt") from error
     if not isinstance(content, dict):
         raise RunError(f"{file}: must hold a JSON object, found {type(content).__name__}")
     return content
+
+
+def _planned(file: Path, manifest: Mapping[str, Any]) -> tuple[PlannedStage, ...]:
+    try:
+        return tuple(typed(PlannedStage, stage) for stage in manifest.get("stages", ()))
+    except MALFORMED as error:
+        raise RunError(f"{file}: its stages cannot be read: {error}; restore the file from a copy") from error
 
 
 def _config(folder: RunFolder, broken: list[str]) -> Config | None:
@@ -193,25 +200,22 @@ def _read(file: Path, parse: Callable[[Mapping[str, Any]], Record], broken: list
     if not file.is_file():
         return None
     found: list[Record] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(_text(file).splitlines(), 1):
         try:
-            found.append(parse(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            found.append(parse(parse_json(line)))
+        except MALFORMED:
             broken.append(f"{file.name}, line {number}: is not as this version writes it; what follows is left out")
             break
     return tuple(found)
 
 
+def _text(file: Path) -> str:
+    try:
+        return read_bytes(file).decode(errors="replace")
+    except OSError as error:
+        raise RunError(f"{file}: cannot be read: {error.strerror}; restore it, or move it away") from error
+
+
 def _step(line: Mapping[str, Any]) -> Step:
-    rewards = {name: line.get(name) for name in ("reward_chosen", "reward_rejected", "reward_margin")}
-    return Step(
-        line["topic"],
-        line["stage"],
-        int(line["step"]),
-        float(line["loss"]),
-        float(line.get("seconds", 0.0)),
-        int(line.get("attempt") or 1),
-        undone=bool(line.get("rolled_back")),
-        skipped=bool(line.get("skipped")),
-        **rewards,
-    )
+    marks = {"undone": bool(line.get("rolled_back")), "skipped": bool(line.get("skipped"))}
+    return typed(Step, {"seconds": 0.0, **line, **marks, "attempt": line.get("attempt") or 1})

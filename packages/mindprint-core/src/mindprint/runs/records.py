@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from mindprint.config import Level
 from mindprint.contract import StageName
+from mindprint.input_files import typed
 
 Outcome = Literal["measured", "passed", "failed", "not evaluated"]
 """`measured`: no threshold was set. `not evaluated`: one was, and could not be applied; it is neither pass nor fail."""
@@ -143,33 +144,20 @@ class AnswerRecord:
 
 
 def evaluation_from(line: Mapping[str, Any]) -> EvaluationRecord:
-    """An `EvaluationRecord` from its line as parsed. Raises `KeyError` or `TypeError` if it is none."""
-    figures = dict(line["figures"])
-    for name in ("voice", "untuned_voice", "person_voice"):
-        figures[name] = _interval(figures.get(name))
-    figures["flagged"] = tuple(figures.get("flagged", ()))
-    earlier = tuple(
-        Forgetting(**{**one, "voice_then": _interval(one["voice_then"]), "voice_now": _interval(one["voice_now"])})
-        for one in line["earlier"]
-    )
-    whole = {**line, "reasons": tuple(line["reasons"]), "collapse": tuple(line["collapse"]), "earlier": earlier}
-    return EvaluationRecord(**{**whole, "figures": Figures(**figures)})
+    """Return an `EvaluationRecord` from its line as parsed. Raises `ValueError` if it is not one."""
+    return typed(EvaluationRecord, line)
 
 
 def decision_from(line: Mapping[str, Any]) -> Decision:
-    """A `Decision` from its line as parsed. Raises `TypeError` if it is none."""
-    return Decision(**line)
+    """Return a `Decision` from its line as parsed. Raises `ValueError` if it is not one."""
+    return typed(Decision, line)
 
 
 def answer_from(line: Mapping[str, Any]) -> AnswerRecord:
-    """An `AnswerRecord` from its line as parsed. Raises `TypeError` if it is none."""
-    return AnswerRecord(**{**line, "missing": tuple(line["missing"])})
+    """Return an `AnswerRecord` from its line as parsed. Raises `ValueError` if it is not one."""
+    return typed(AnswerRecord, line)
 
 
 def as_line(record: EvaluationRecord | Decision | AnswerRecord) -> dict[str, Any]:
     """A record as the JSON object of its line; the `*_from` of its kind reads it back."""
     return asdict(record)
-
-
-def _interval(value: Mapping[str, float] | None) -> Interval | None:
-    return None if value is None else Interval(**value)

@@ -29,6 +29,7 @@ from mindprint.adapter.peft_format import (
 )
 from mindprint.contract import LoraFactors, TrainingState
 from mindprint.errors import AdapterError, CheckpointError, DamagedCheckpointError
+from mindprint.input_files import MALFORMED, read_json, typed
 
 CURSOR_FILE = "cursor.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -102,7 +103,7 @@ def read_checkpoint(folder: Path, identity: Mapping[str, str]) -> Checkpoint:
         state = _read_optimizer(folder / OPTIMIZER_FILE, TrainingState(adapter))
     except (AdapterError, SafetensorError, KeyError, ValueError) as error:
         raise DamagedCheckpointError(f"{folder}: {error}") from error
-    return Checkpoint(folder, Cursor(**content["cursor"]), state)
+    return Checkpoint(folder, typed(Cursor, content["cursor"]), state)
 
 
 def list_checkpoints(parent: Path) -> list[Path]:
@@ -141,7 +142,7 @@ def prune_checkpoints(parent: Path, keep: int, stages: int) -> None:
 
 def _starts_stage(folder: Path, stages: int) -> bool:
     try:
-        cursor = Cursor(**_read_cursor(folder / CURSOR_FILE)["cursor"])
+        cursor = typed(Cursor, _read_cursor(folder / CURSOR_FILE)["cursor"])
     except CheckpointError:
         return False
     return cursor.stage_step == 0 and cursor.stage_index < stages
@@ -170,17 +171,17 @@ def _read_optimizer(file: Path, start: TrainingState) -> TrainingState:
 
 def _read_cursor(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         if content["format"] != FORMAT:
             raise CheckpointError(
                 f"{file}: is in checkpoint format {content['format']}, this Mindprint reads format {FORMAT}"
             )
-        Cursor(**content["cursor"])
+        typed(Cursor, content["cursor"])
         content["identity"].items()
         content["files"].items()
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{file}: is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise DamagedCheckpointError(f"{file}: is truncated or edited ({error})") from error
     return dict(content)
 

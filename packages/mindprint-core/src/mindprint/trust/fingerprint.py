@@ -17,9 +17,10 @@ import numpy as np
 from mindprint._version import __version__
 from mindprint.contract import Dtype, Float32
 from mindprint.errors import AdapterError
+from mindprint.input_files import MALFORMED, read_json, typed
 from mindprint.trust.changes import Change
-from mindprint.trust.digests import PartDigest, WeightsDigest
-from mindprint.trust.probe import DECIMALS, Noise, Probe
+from mindprint.trust.digests import WeightsDigest
+from mindprint.trust.probe import DECIMALS, Noise, Probe, Source
 
 FILE_NAME = "fingerprint.json"
 FORMAT = 1
@@ -117,19 +118,37 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
     if not file.is_file():
         return None
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         if values["format"] != FORMAT:
             raise AdapterError(
                 f"{file}: is in fingerprint format {values['format']}, this Mindprint reads format {FORMAT}"
             )
         return _fingerprint(values)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, *MALFORMED) as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(
             f"{file}: is truncated or edited ({type(error).__name__}: {error}); restore it, or delete it to have the "
             "adapter checked without"
         ) from error
+
+
+@dataclass(frozen=True)
+class _ProbeFacts:
+    """The probe as the file has it."""
+
+    rows: tuple[tuple[int, ...], ...]
+    source: Source
+
+
+@dataclass(frozen=True)
+class _Where:
+    """Where a measurement was taken, as the file has it."""
+
+    backend: str
+    device: str
+    dtype: Dtype
+    libraries: Mapping[str, str]
 
 
 def _measurement_values(measurement: Measurement) -> dict[str, Any]:
@@ -142,36 +161,39 @@ def _measurement_values(measurement: Measurement) -> dict[str, Any]:
 
 
 def _fingerprint(values: Mapping[str, Any]) -> Fingerprint:
-    adapter, base, tokenizer, probe = (values[name] for name in ("adapter", "base", "tokenizer", "probe"))
-    recorded = {site: _change(change) for site, change in adapter["changes"].items()}
-    parts = {name: PartDigest(**part) for name, part in base["weights"]["parts"].items()}
-    rows = tuple(np.array(row, np.int32) for row in probe["rows"])
+    probe = typed(_ProbeFacts, values["probe"])
+    for change in values["adapter"]["changes"].values():
+        _require_finite(change)
     found = Fingerprint(
-        AdapterRecord(**{**adapter, "changes": recorded}),
-        BaseRecord(str(base["name"]), dict(base["settings"]), WeightsDigest(**{**base["weights"], "parts": parts})),
-        TokenizerRecord(tokenizer["digest"], tokenizer["template"], tuple(tokenizer["stop_token_ids"])),
-        Probe(rows, probe["source"]),
+        typed(AdapterRecord, values["adapter"]),
+        typed(BaseRecord, values["base"]),
+        typed(TokenizerRecord, values["tokenizer"]),
+        Probe(tuple(np.array(row, np.int32) for row in probe.rows), probe.source),
         tuple(_measurement(one) for one in values["measurements"]),
-        values["mindprint"],
+        typed(str, values["mindprint"]),
     )
+    if any(len(row) < 2 for row in found.probe.rows):
+        raise ValueError("a row of the probe is too short to predict anything")
     if not found.measurements or any(len(one.base) != found.probe.tokens for one in found.measurements):
         raise ValueError("the measurements do not belong to the probe")
     return found
 
 
-def _change(values: Mapping[str, Any]) -> Change:
-    numbers = [values["scale"], values["norm"], *values["traces"]]
-    if not all(math.isfinite(number) for number in numbers):
+def _require_finite(change: Mapping[str, Any]) -> None:
+    if not all(math.isfinite(number) for number in [change["scale"], change["norm"], *change["traces"]]):
         raise ValueError("a change is not finite")
-    return Change(values["scale"], values["norm"], tuple(values["traces"]))
 
 
 def _measurement(values: Mapping[str, Any]) -> Measurement:
     base, adapter = (np.array(values[name], np.float32) for name in ("base", "adapter"))
     if base.shape != adapter.shape or not (np.isfinite(base).all() and np.isfinite(adapter).all()):
         raise ValueError("a measurement's log-probs are not finite, or not as many with the adapter as without")
-    where = {name: values[name] for name in ("backend", "device", "dtype", "libraries")}
-    return Measurement(**where, base=base, adapter=adapter, noise=Noise(**values["noise"]))
+    if base.ndim != 1:
+        raise ValueError("a measurement's log-probs are not a list of numbers")
+    where = typed(_Where, values)
+    return Measurement(
+        where.backend, where.device, where.dtype, where.libraries, base, adapter, typed(Noise, values["noise"])
+    )
 
 
 def _lines(value: Any, depth: int = 3, indent: str = "") -> str:

@@ -1,0 +1,113 @@
+"""Bytes, text, JSON and paths that somebody else wrote: read within bounds, refused in one sentence.
+
+Everything here raises `OSError` or `ValueError` and nothing else. Whoever calls it names the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+Value = TypeVar("Value")
+
+LARGEST_FILE = 2**28
+"""Bytes of the largest file that is read whole: several times the largest tokenizer.json."""
+
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""Errors that reading values of the wrong shape can raise: what catches them can take any value that JSON can hold."""
+
+_LONG_NUMBER = re.compile(r"\d{19}")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
+    """Read a regular file of at most `limit` bytes. Never waits for a pipe, and never reads a device.
+
+    Raises `OSError` for what cannot be opened, is not a regular file, or is larger.
+    """
+    # Without O_NONBLOCK, opening a pipe that nobody writes to waits for ever.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        # A file can grow after its size was asked for, and files of /proc have none: the read is bounded as well.
+        content = file.read(limit + 1) if status.st_size <= limit else b"\0" * (limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"is larger than {limit:,} bytes", str(path))
+    return content
+
+
+def read_text(path: Path, limit: int = LARGEST_FILE) -> str:
+    """Read a UTF-8 text file, with or without a byte order mark. Raises `OSError` or `UnicodeDecodeError`."""
+    return read_bytes(path, limit).decode("utf-8-sig")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON. Raises `ValueError` for anything that is not JSON or that no other part of a program could hold.
+
+    Whole numbers beyond 64 bits become floats, as in JSON's own model of numbers. Half a surrogate pair is refused: it
+    is no character, and writing it anywhere fails.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
+    try:
+        # The hook costs a call for each number, so it is set only where a number is long.
+        value = json.loads(text, parse_int=_whole_number if _LONG_NUMBER.search(text) else None)
+        if _ESCAPED_SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half a character (a lone surrogate such as \\ud800)") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    return value
+
+
+def read_json(path: Path, limit: int = LARGEST_FILE) -> Any:
+    """Read a file of one JSON value. Raises `OSError` or `ValueError`, neither naming the file in its text."""
+    return parse_json(read_bytes(path, limit))
+
+
+def resolve_path(folder: Path, text: str) -> Path:
+    """Return the absolute path that a person means by `text`, relative to `folder`. `~` is their home.
+
+    Raises `ValueError` for what no path can be: a NUL character, a user that does not exist, links that go in circles.
+    """
+    try:
+        return (folder / Path(text).expanduser()).resolve()
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ValueError(f"{text!r} is not a path: {error}") from error
+
+
+def _whole_number(digits: str) -> int | float:
+    # 4300 digits is where Python refuses. A float of so many is infinite, and that is refused where it matters.
+    if len(digits) > 4000:
+        return float(digits)
+    number = int(digits)
+    return number if -(2**63) <= number < 2**64 else float(digits)
+
+
+def typed(kind: type[Value], value: object) -> Value:
+    """Return a value that JSON held as a dataclass, with every field checked against its annotation.
+
+    Fields that the dataclass lacks are ignored: a newer version may write more. Raises `ValueError` naming the field.
+    """
+    try:
+        checked: Value = _adapters(kind).validate_python(value)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, problem["loc"])) or kind.__name__
+        raise ValueError(f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from error
+    return checked
+
+
+_adapters: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
