@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -10,6 +11,8 @@ from html import escape
 from pathlib import Path
 
 PROGRAM = "mindprint"
+
+_STEERING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _CELL = "padding:0.2em 0.8em;vertical-align:top;text-align:"
 
@@ -56,6 +59,15 @@ def printable(text: str, *, lines: bool = False) -> str:
     return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
+def visible(text: str) -> str:
+    r"""Write out what would steer a terminal instead of being shown: `\x1b` for an escape character.
+
+    File names, messages of a template and the contents of files come from others. Line breaks and tabs stay. Signs that
+    turn the direction of writing are written out too, and so is half a surrogate pair, which no encoding takes.
+    """
+    return _STEERING.sub(lambda sign: sign[0].encode("unicode_escape").decode(), text)
+
+
 def short_path(path: Path) -> str:
     """Write a path relative to the working directory where that is shorter."""
     relative = os.path.relpath(path)
@@ -66,5 +78,5 @@ def tell(text: str) -> None:
     """Write a line about the work on standard error, after everything that was printed before it."""
     with suppress(OSError):  # reported when standard output is flushed for good
         sys.stdout.flush()
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(visible(text) + "\n")
     sys.stderr.flush()

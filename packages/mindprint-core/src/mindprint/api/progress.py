@@ -24,7 +24,7 @@ from mindprint.events import (
     StageStarted,
     StepDone,
 )
-from mindprint.printing import PROGRAM, tell
+from mindprint.printing import PROGRAM, tell, visible
 from mindprint.reports.phrases import MISSING, interval
 from mindprint.runs.records import Decision, DecisionKind, EvaluationRecord, Interval
 
@@ -134,7 +134,7 @@ class Bar:
             case Notice():
                 self._print(_noticed(event), "yellow" if event.warning else "")
             case StageStarted():
-                self._bar.update(self._task, description=f"{_short(event.topic)} {event.stage}")
+                self._bar.update(self._task, description=f"{visible(_short(event.topic))} {event.stage}")
             case StepDone():
                 self._bar.update(self._task, completed=event.step, loss=f"loss {event.loss:.4f}")
             case Evaluated():
@@ -144,7 +144,7 @@ class Bar:
                 self._print(f"{PROGRAM}: {_decided(event.decision)}")
 
     def _print(self, text: str, style: str = "") -> None:
-        self._console.print(Text(text, style=style), soft_wrap=True)
+        self._console.print(Text(visible(text), style=style), soft_wrap=True)
 
 
 class NotebookBar(Bar):
@@ -173,7 +173,7 @@ class NotebookBar(Bar):
             self._show()
 
     def _print(self, text: str, style: str = "") -> None:
-        self._lines.append(Text(text, style=style))
+        self._lines.append(Text(visible(text), style=style))
 
     def _show(self) -> None:
         self._shown_at = self._clock()

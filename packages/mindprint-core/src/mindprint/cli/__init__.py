@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -39,8 +41,12 @@ DEBUG = "MINDPRINT_DEBUG"
 """Set to 1 in the environment, this shows the traceback of every error."""
 
 WRONG_INPUT = 2
+INTERNAL = 70
+"""A mistake in Mindprint itself, as sysexits.h numbers it: no input should lead to it."""
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+
+LONGEST_CAUSE = 300
 
 
 class Commands(click.Group):
@@ -69,16 +75,18 @@ def group() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 a check failed, 2 the input is wrong, 130 interrupted."""
+    """Run a command and return its exit code: 0 done, 1 a check failed, 2 the input is wrong, 70 an internal
+    error, 130 interrupted.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     with json_only(enabled="--json" in arguments) as failed:
         try:
             code = _run(arguments)
             sys.stdout.flush()
         except Exception as error:
-            failure = _failure(error)
-            if failure is None or os.environ.get(DEBUG) == "1":
+            if os.environ.get(DEBUG) == "1":
                 raise
+            failure = _failure(error) or _internal(error)
             _drain()
             failed(failure)
             return failure.exit_code
@@ -99,7 +107,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _failure(error: Exception) -> Failure | None:
-    """What the user is told of an expected error; None for one that is a mistake of ours."""
+    """Return the user's message for an expected error, and None for one that is a mistake of ours."""
     kind = type(error).__name__
     if isinstance(error, MindprintError):
         return Failure(kind, str(error), error.exit_code)
@@ -112,7 +120,22 @@ def _failure(error: Exception) -> Failure | None:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return Failure(kind, f"{where}{error.strerror or error}", WRONG_INPUT)
-    return None
+    return Failure(kind, "needs more memory than there is", WRONG_INPUT) if isinstance(error, MemoryError) else None
+
+
+def _internal(error: Exception) -> Failure:
+    """Return the message for a mistake of ours, with the traceback in a file that can go along with a report."""
+    try:
+        handle, log = tempfile.mkstemp(prefix="mindprint-", suffix=".log")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"mindprint {__version__}, Python {sys.version}, {sys.platform}\n")
+            file.writelines(traceback.format_exception(error))
+        how = f"please report it with {log}"
+    except OSError:
+        how = f"please report it with the traceback that {DEBUG}=1 shows"
+    name = type(error).__name__
+    said = str(error)[:LONGEST_CAUSE]
+    return Failure(name, f"{name}: {said}: this is a mistake in Mindprint, not in your input; {how}", INTERNAL)
 
 
 def _drain() -> None:

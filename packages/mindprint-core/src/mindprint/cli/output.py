@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from mindprint.printing import PROGRAM, tell
+from mindprint.printing import PROGRAM, tell, visible
 from mindprint.printing import text_table as table
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def emit(result: Mapping[str, Any]) -> None:
 
 def say(text: str = "") -> None:
     """Print a line of the result."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(visible(text) + "\n")
 
 
 def show(result: Result, *, as_json: bool) -> None:
