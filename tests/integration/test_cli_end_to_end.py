@@ -186,7 +186,7 @@ def test_ctrl_c_then_resume(run: Run, voice: str, name: str) -> None:
     assert stopped.code == 130
     assert stopped.err.splitlines()[-1].startswith("mindprint: stopped; the checkpoint of step ")
     assert "Traceback" not in stopped.err
-    way_on = stopped.err.splitlines()[-1].partition("go on with: mindprint ")[2]
+    way_on = stopped.err.splitlines()[-1].partition("continue with: mindprint ")[2]
     _finishes_like_an_undisturbed_run(run, voice, name, shlex.split(way_on))
 
 

@@ -307,7 +307,7 @@ def trl_sft(prepared: Prepared, qwen2: Path, adapter: Path, folder: Path, rows: 
         train_dataset=trl_dataset(read(rows)),
         processing_class=trl_tokenizer(qwen2, template),
     )
-    for example, row in zip(prepared.sft[plan.topic], trainer.train_dataset, strict=True):
+    for example, row in zip(prepared.examples_of(plan), trainer.train_dataset, strict=True):
         assert example.tokens.tolist() == row["input_ids"]
         assert example.loss_mask[1:].tolist() == [label != -100 for label in row["labels"]][1:]
     return finished(trainer)
@@ -328,7 +328,7 @@ def trl_dpo(prepared: Prepared, qwen2: Path, adapter: Path, folder: Path, rows: 
         train_dataset=trl_dataset(read(rows)),
         processing_class=trl_tokenizer(qwen2, CHAT_TEMPLATE),
     )
-    for example, row in zip(prepared.preferences[plan.topic], trainer.train_dataset, strict=True):
+    for example, row in zip(prepared.examples_of(plan), trainer.train_dataset, strict=True):
         assert example.prompt.tolist() == row["prompt_ids"]
         assert example.chosen.tolist() == row["chosen_ids"][: len(example.chosen)]
         assert example.rejected.tolist() == row["rejected_ids"][: len(example.rejected)]

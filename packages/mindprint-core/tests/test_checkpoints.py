@@ -102,15 +102,15 @@ def test_the_newest_sound_one_only_when_asked_for(tmp_path: Path) -> None:
     write(tmp_path, 10)
     truncate("optimizer.safetensors")(write(tmp_path, 20))
     with pytest.raises(CheckpointError, match="`--resume latest` takes the newest sound checkpoint"):
-        newest_checkpoint(tmp_path, IDENTITY, whole=False)
-    found, passed_over = newest_checkpoint(tmp_path, IDENTITY, whole=True)
+        newest_checkpoint(tmp_path, IDENTITY, sound=False)
+    found, passed_over = newest_checkpoint(tmp_path, IDENTITY, sound=True)
     assert found.cursor.step == 10
     assert len(passed_over) == 1 and "000020" in passed_over[0]
 
 
 def test_nothing_to_resume_from(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        newest_checkpoint(tmp_path / "checkpoints", IDENTITY, whole=True)
+        newest_checkpoint(tmp_path / "checkpoints", IDENTITY, sound=True)
 
 
 def test_half_written_folders_do_not_count(tmp_path: Path) -> None:

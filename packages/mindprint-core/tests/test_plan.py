@@ -1,12 +1,20 @@
 """The plan of a run: stages in order, their steps, their backends."""
 
 from mindprint.config import make_config
-from mindprint.training.plan import plan_run, total_steps
+from mindprint.training.plan import RowLengths, plan_run, total_steps
+
+
+def lengths(sft: dict[str, int], pairs: dict[str, int]) -> RowLengths:
+    """Rows of ten tokens each, as many as given for each topic."""
+    return {
+        "sft": {topic: [10] * count for topic, count in sft.items()},
+        "dpo": {topic: [10] * count for topic, count in pairs.items()},
+    }
 
 
 def test_topic_by_topic_sft_then_dpo() -> None:
     config = make_config({"sft": {"epochs_per_topic": 2, "batch_size": 4}, "dpo": {"steps_per_topic": 5}}).config
-    plans = plan_run(config, ["a", "b"], {"a": 10, "b": 4}, {"a": 3, "b": 3})
+    plans = plan_run(config, ["a", "b"], lengths({"a": 10, "b": 4}, {"a": 3, "b": 3}))
     assert [(plan.topic, plan.stage, plan.steps, plan.first_step) for plan in plans] == [
         ("a", "sft", 6, 0),  # 2 epochs of 3 steps
         ("a", "dpo", 5, 6),
@@ -17,27 +25,27 @@ def test_topic_by_topic_sft_then_dpo() -> None:
 
 
 def test_default_lengths_are_three_epochs_and_a_hundred_steps() -> None:
-    plans = plan_run(make_config({}).config, ["a"], {"a": 8}, {"a": 8})
+    plans = plan_run(make_config({}).config, ["a"], lengths({"a": 8}, {"a": 8}))
     assert [plan.steps for plan in plans] == [6, 100]
 
 
 def test_a_disabled_stage_is_not_planned() -> None:
-    plans = plan_run(make_config({"dpo": {"enabled": False}}).config, ["a"], {"a": 4}, {"a": 4})
+    plans = plan_run(make_config({"dpo": {"enabled": False}}).config, ["a"], lengths({"a": 4}, {"a": 4}))
     assert [plan.stage for plan in plans] == ["sft"]
 
 
 def test_accumulation_makes_fewer_steps() -> None:
     config = make_config({"sft": {"epochs_per_topic": 1, "batch_size": 2, "gradient_accumulation": 3}}).config
-    assert plan_run(config, ["a"], {"a": 13}, {})[0].steps == 3  # 7 micro-batches
+    assert plan_run(config, ["a"], lengths({"a": 13}, {}))[0].steps == 3  # 7 micro-batches
 
 
 def test_a_stages_backend_comes_before_the_runs() -> None:
     config = make_config({"backend": "torch", "dpo": {"backend": "mlx"}}).config
-    assert [plan.backend.type for plan in plan_run(config, ["a"], {"a": 4}, {"a": 4})] == ["torch", "mlx"]
+    assert [plan.backend.type for plan in plan_run(config, ["a"], lengths({"a": 4}, {"a": 4}))] == ["torch", "mlx"]
 
 
 def test_the_schedule_starts_anew_in_each_stage() -> None:
     config = make_config({"sft": {"learning_rate": 1.0, "schedule": "linear", "steps_per_topic": 4}}).config
-    first, second = plan_run(config, ["a", "b"], {"a": 4, "b": 4}, {})
+    first, second = plan_run(config, ["a", "b"], lengths({"a": 4, "b": 4}, {}))
     assert [first.learning_rate(step) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
     assert second.learning_rate(0) == 1.0

@@ -131,7 +131,7 @@ def _prepares(path: Path, into: list[Prepared]) -> Iterator[Finding]:
 
 
 def _counts(prepared: Prepared) -> str:
-    sft, pairs = (sum(map(len, rows.values())) for rows in (prepared.sft, prepared.preferences))
+    sft, pairs = (sum(map(len, rows.values())) for rows in prepared.examples.values())
     topics = len({plan.topic for plan in prepared.plans})
     return f"{prepared.model.name}, {topics} topics, {sft} SFT rows, {pairs} preference pairs"
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mindprint.config import BackendConfig
-from mindprint.contract import AdapterFacts, AdapterState, Dtype, LoadedModel, ModelSpec, TrainingState
-from mindprint.errors import GuardError
+from mindprint.contract import AdapterFacts, AdapterSite, AdapterState, Dtype, LoadedModel, ModelSpec, TrainingState
+from mindprint.errors import BackendError, GuardError
 from mindprint.models.folder import ModelFolder, quantization
 from mindprint.plugins.backend import Backend, choose_backend, load_backend
 
@@ -105,6 +105,27 @@ class Engine:
         self._base_digest = placement.backend.base_digest(self._model)
         for note in self._model.notes:
             self._notice(note)
+
+    def load_everywhere(
+        self, placements: Sequence[Placement], targets_of: Callable[[Sequence[AdapterSite]], Sequence[str]]
+    ) -> Sequence[AdapterSite]:
+        """Load the base at every placement, the first one last, so that what cannot be loaded is known before training.
+
+        Returns the sites of the first. Raises `BackendError` when another placement lacks a targeted site of it, or
+        has it with another shape.
+        """
+        sites_at: dict[Placement, Sequence[AdapterSite]] = {}
+        for placement in reversed(dict.fromkeys(placements)):
+            self.load(placement)
+            sites_at[placement] = self.backend.adapter_sites(self.model)
+        sites = sites_at[placements[0]]
+        targets = set(targets_of(sites))
+        for placement, others in sites_at.items():
+            lacking = {site for site in sites if site.name in targets} - set(others)
+            if lacking:
+                names = ", ".join(sorted(site.name for site in lacking)[:3])
+                raise BackendError(f"backend {placement.backend.name!r} cannot adapt {names} of this base as others do")
+        return sites
 
     def inject(self, adapter: AdapterState) -> None:
         """Attach the adapter and check that it, and only it, will be trained."""

@@ -65,6 +65,48 @@ class Checkpoint:
     state: TrainingState
 
 
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, str], base_model: str, keep: int, stages: int) -> None:
+        self._folder = folder
+        self._identity = identity
+        self._base_model = base_model
+        self._keep = keep
+        self._stages = stages
+
+    def save(self, state: TrainingState, cursor: Cursor) -> Path:
+        """Write a checkpoint, then delete those that are no longer needed."""
+        self._folder.mkdir(exist_ok=True)
+        path = write_checkpoint(self._folder, state, cursor, self._identity, self._base_model)
+        prune_checkpoints(self._folder, self._keep, self._stages)
+        return path
+
+    def read(self, step: int) -> Checkpoint:
+        """Read the checkpoint after `step` optimizer steps. Raises as `read_checkpoint` does."""
+        return read_checkpoint(self._folder / checkpoint_name(step), self._identity)
+
+    def find_newest(self, *, sound: bool) -> tuple[Checkpoint | None, list[str]]:
+        """Return the checkpoint to resume from and the reasons for which others were passed over.
+
+        None for a run that was ended before its first checkpoint. Raises as `newest_checkpoint` does.
+        """
+        if not list_checkpoints(self._folder):
+            return None, []
+        return newest_checkpoint(self._folder, self._identity, sound=sound)
+
+    def newest_step(self) -> int | None:
+        """Return the optimizer steps before the newest checkpoint, None where there is no checkpoint."""
+        folders = list_checkpoints(self._folder)
+        return int(folders[-1].name) if folders else None
+
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints of steps that a resumed run will take again."""
+        for folder in list_checkpoints(self._folder):
+            if int(folder.name) > step:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def checkpoint_name(step: int) -> str:
     return f"{step:06d}"
 
@@ -113,10 +155,10 @@ def list_checkpoints(parent: Path) -> list[Path]:
     return sorted(path for path in parent.iterdir() if path.is_dir() and path.name.isdigit())
 
 
-def newest_checkpoint(parent: Path, identity: Mapping[str, str], *, whole: bool) -> tuple[Checkpoint, list[str]]:
+def newest_checkpoint(parent: Path, identity: Mapping[str, str], *, sound: bool) -> tuple[Checkpoint, list[str]]:
     """The checkpoint to resume from, and what was passed over to find it.
 
-    With `whole` False the newest, which must be sound. With `whole` True the newest that is sound. Either way one that
+    With `sound` False the newest, which must be sound. With `sound` True the newest that is sound. Either way one that
     is of another base, dataset or configuration is refused.
     """
     folders = list_checkpoints(parent)
@@ -125,7 +167,7 @@ def newest_checkpoint(parent: Path, identity: Mapping[str, str], *, whole: bool)
         try:
             return read_checkpoint(folder, identity), passed_over
         except DamagedCheckpointError as error:
-            if not whole:
+            if not sound:
                 raise CheckpointError(f"{error} (`--resume latest` takes the newest sound checkpoint)") from error
             passed_over.append(str(error))
     if passed_over:

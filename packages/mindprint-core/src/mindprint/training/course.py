@@ -18,7 +18,8 @@ from mindprint.events import Decided, Evaluated, Event, Notice
 from mindprint.models.engine import Engine
 from mindprint.runs.folder import RunFolder
 from mindprint.runs.records import VERDICTS, Decision, EvaluationRecord, Figures, Forgetting, Outcome
-from mindprint.training.checkpoints import Cursor, checkpoint_name, read_checkpoint
+from mindprint.training.checkpoints import CheckpointStore, Cursor
+from mindprint.training.objectives import OBJECTIVES
 from mindprint.training.plan import StagePlan, total_steps
 from mindprint.training.prepare import Prepared
 
@@ -50,12 +51,14 @@ class Course:
         folder: RunFolder,
         engine: Engine,
         examiner: Examiner,
+        checkpoints: CheckpointStore,
         emit: Callable[[Event], None],
     ) -> None:
         self._prepared = prepared
         self._folder = folder
         self._engine = engine
         self._examiner = examiner
+        self._checkpoints = checkpoints
         self._emit = emit
         self._settings = prepared.config.curriculum
         self._evaluation = prepared.config.evaluation
@@ -63,7 +66,7 @@ class Course:
     def stage(self, position: Position) -> StagePlan:
         """The planned stage at a position, as it is taken there."""
         rate = self._settings.retry_learning_rate ** (position.attempt - 1)
-        return self._prepared.plans[position.index].taken(position.step, position.attempt, rate)
+        return self._prepared.plans[position.index].for_attempt(position.step, position.attempt, rate)
 
     def after(self, plan: StagePlan, position: Position, state: TrainingState) -> tuple[Position, TrainingState]:
         """What follows a stage that ended in `state`, which is in memory."""
@@ -77,15 +80,15 @@ class Course:
             else:
                 self._warn_of_collapse(f"{plan.topic} {plan.stage}", examined.collapse)
         gate = self._gate(plan, step, examined)
-        goes_on = self._has_dpo_next(plan) and (gate is None or gate.decision == "train")
+        continues = self._next_stage(plan) is not None and (gate is None or gate.decision == "train")
         outcome: tuple[Outcome, tuple[str, ...]] = ("measured", ())
         if examined:
-            if not goes_on:
+            if not continues:
                 outcome = judged(self._evaluation.topic, examined.figures)
             self._record("topic", plan.topic, step, examined, outcome, plan)
         if gate:
             self._decide(gate)
-        if goes_on:
+        if continues:
             return replace(position, index=plan.index + 1, step=step), state
         return self._after_topic(plan, replace(position, step=step), state, outcome)
 
@@ -109,20 +112,24 @@ class Course:
     def _is_examined(self, plan: StagePlan) -> bool:
         if self._settings.roll_back:
             return True
-        if self._has_dpo_next(plan) and self._settings.dpo != "never":
-            return not isinstance(self._settings.dpo, str)
+        following = self._next_stage(plan)
+        gate = OBJECTIVES[following.stage].gate(self._settings) if following else "never"
+        if following and gate != "never":
+            return not isinstance(gate, str)
         return self._evaluation.happens("topic")
 
-    def _has_dpo_next(self, plan: StagePlan) -> bool:
+    def _next_stage(self, plan: StagePlan) -> StagePlan | None:
+        """Return the stage that the topic takes after this one, None after its last."""
         following = self._prepared.plans[plan.index + 1 : plan.index + 2]
-        return any(one.topic == plan.topic for one in following)
+        return following[0] if following and following[0].topic == plan.topic else None
 
     def _gate(self, plan: StagePlan, step: int, examined: Examined | None) -> Decision | None:
-        """What the gate says of the topic's DPO, where there is one and the gate is not simply open."""
-        if not self._has_dpo_next(plan) or self._settings.dpo == "always":
+        """Decide whether the topic's next stage runs. None if there is none, or nothing to decide."""
+        following = self._next_stage(plan)
+        if following is None or OBJECTIVES[following.stage].gate(self._settings) == "always":
             return None
         runs, why = dpo_runs(self._settings, examined.figures if examined else None)
-        return Decision("train" if runs else "skip", step, plan.topic, why, "dpo", plan.attempt)
+        return Decision("train" if runs else "skip", step, plan.topic, why, following.stage, plan.attempt)
 
     def _rolled_back(self, plan: StagePlan, step: int, collapse: Sequence[str]) -> TrainingState:
         why = "; ".join(collapse)
@@ -133,8 +140,7 @@ class Course:
 
     def _restored(self, step: int) -> TrainingState:
         """The state of a checkpoint, also in memory."""
-        folder = self._folder.checkpoints / checkpoint_name(step)
-        state = read_checkpoint(folder, self._prepared.identity).state
+        state = self._checkpoints.read(step).state
         self._engine.backend.restore(self._engine.model, state)
         return state
 
@@ -247,9 +253,13 @@ class Course:
         plans = self._prepared.plans
         if decision.decision == "stop":
             return decision.step
-        index = self._index_after(decision.topic)
+        topic = [plan for plan in plans if plan.topic == decision.topic]
+        names = [plan.stage for plan in topic]
+        remaining: list[StagePlan] = []
         if decision.decision == "retry":
-            index = next(plan.index for plan in plans if plan.topic == decision.topic)
-        elif decision.decision == "train" or (decision.decision == "roll back" and decision.stage == "sft"):
-            index = next((plan.index for plan in plans if plan.topic == decision.topic and plan.stage == "dpo"), index)
-        return decision.step + total_steps(plans[index:])
+            remaining = topic
+        elif decision.decision == "train" and decision.stage in names:
+            remaining = topic[names.index(decision.stage) :]
+        elif decision.decision == "roll back" and decision.stage in names:
+            remaining = topic[names.index(decision.stage) + 1 :]
+        return decision.step + total_steps([*remaining, *plans[self._index_after(decision.topic) :]])

@@ -10,6 +10,7 @@ from mindprint.adapter.peft_format import write_adapter
 from mindprint.config import Config
 from mindprint.contract import AdapterState
 from mindprint.models.folder import ModelFolder
+from mindprint.training.objectives import OBJECTIVES
 from mindprint.trust.fingerprint import FILE_NAME as FINGERPRINT_FILE
 from mindprint.trust.fingerprint import Fingerprint, fingerprint_json
 
@@ -27,7 +28,7 @@ def write_final_adapter(
 def model_card(adapter: AdapterState, model: ModelFolder, config: Config) -> str:
     """A model card in the Hub's format: front matter, what it is, how to load it."""
     lora = adapter.config
-    stages = [name.upper() for name, stage in (("sft", config.sft), ("dpo", config.dpo)) if stage.enabled]
+    stages = [stage.upper() for stage, objective in OBJECTIVES.items() if objective.settings(config).enabled]
     base = "" if model.name.startswith("builtin:") or Path(model.name).exists() else f"base_model: {model.name}\n"
     return f"""---
 {base}library_name: peft

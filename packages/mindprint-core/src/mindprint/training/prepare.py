@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
+from mindprint import atomic
+from mindprint._version import __version__
 from mindprint.adapter.formats import read_any_adapter
+from mindprint.adapter.initial import initial_adapter, started_adapter
 from mindprint.adapter.peft_format import adapter_digest
-from mindprint.config import Config, ConfigFile
-from mindprint.contract import AdapterState, StageName
+from mindprint.adapter.targets import resolve_targets
+from mindprint.config import AdapterConfig, Config, ConfigFile, dump_config
+from mindprint.contract import AdapterSite, AdapterState, LoraConfig, StageName, TrainingState
 from mindprint.curriculum.outline import Outline, read_outline
 from mindprint.data.quizzes import Quizzes, read_quizzes
-from mindprint.data.render import PreferenceExample, Rendered, SftExample, render_preferences, render_sft
+from mindprint.data.render import Rendered, render_preferences
 from mindprint.data.rows import PreferenceRow, check_topics, read_rows
 from mindprint.data.split import Split, split_rows
 from mindprint.data.tokenizer import Tokenizer, load_tokenizer
 from mindprint.errors import AdapterError, DataError
 from mindprint.events import Notice
+from mindprint.hookspecs import HOOK_API
 from mindprint.models import folder as models
-from mindprint.training.plan import StagePlan, plan_run
-from mindprint.training.reference import rows_digest
+from mindprint.models.engine import Placement
+from mindprint.runs.folder import RunFolder, portable
+from mindprint.training.objectives import OBJECTIVES
+from mindprint.training.plan import RowLengths, StagePlan, plan_run
 from mindprint.trust.adapters import copy_findings
 from mindprint.trust.probe import Probe, heldout_probe, synthetic_probe
 
@@ -34,8 +43,8 @@ class Prepared:
     config_file: ConfigFile
     model: models.ModelFolder
     tokenizer: Tokenizer
-    sft: Mapping[str, tuple[SftExample, ...]]
-    preferences: Mapping[str, tuple[PreferenceExample, ...]]
+    examples: Mapping[StageName, Mapping[str, tuple[Any, ...]]]
+    """The rendered rows of each stage, by topic."""
     plans: tuple[StagePlan, ...]
     identity: Mapping[str, str]
     probe: Probe
@@ -49,6 +58,10 @@ class Prepared:
     def config(self) -> Config:
         return self.config_file.config
 
+    def examples_of(self, plan: StagePlan) -> tuple[Any, ...]:
+        """Return the examples that a planned stage trains on."""
+        return self.examples[plan.stage][plan.topic]
+
 
 def prepare(file: ConfigFile) -> Prepared:
     """Read model folder, tokenizer and data, and plan the stages. Raises a `MindprintError` for what is wrong."""
@@ -59,19 +72,61 @@ def prepare(file: ConfigFile) -> Prepared:
     quizzes = _readable(read_quizzes(file))
     split = split_rows(rows, quizzes, config.data)
     tokenizer = load_tokenizer(model.path)
-    sft = render_sft(split.train.sft, tokenizer, config.data)
-    preferences = render_preferences(split.train.preferences, tokenizer, config.data)
-    by_topic = _by_topic(sft.examples), _by_topic(preferences.examples)
-    named = read_outline(file, list(dict.fromkeys([*by_topic[0], *by_topic[1]])))
+    rendered = {stage: objective.render(split.train, tokenizer, config.data) for stage, objective in OBJECTIVES.items()}
+    examples = {stage: _by_topic(stage_rows.examples) for stage, stage_rows in rendered.items()}
+    named = read_outline(file, list(dict.fromkeys(chain.from_iterable(examples.values()))))
     outline = named.chosen(config.curriculum.topics, config.curriculum.max_topics)
-    sft_rows, pairs = ({topic: len(rows) for topic, rows in stage.items()} for stage in by_topic)
-    plans = plan_run(config, outline.topics, sft_rows, pairs, _lengths(*by_topic))
+    plans = plan_run(config, outline.topics, _row_lengths(examples))
     start = _start(file, model)
-    identity = _identity(config, model, tokenizer, sft.examples, preferences.examples, start)
+    identity = _identity(config, model, tokenizer, rendered, start)
     probe = _probe(file, model, tokenizer, split.held_out.pairs)
-    notes = dict.fromkeys([*tokenizer.notes, *sft.notes, *preferences.notes, *_cuts(config, sft, preferences)])
+    rendering_notes = chain.from_iterable(stage_rows.notes for stage_rows in rendered.values())
+    notes = dict.fromkeys([*tokenizer.notes, *rendering_notes, *_cuts(config, rendered.values())])
     told = (*(Notice(note) for note in notes), *_of_split(split, quizzes, named), *_publishes(probe))
-    return Prepared(file, model, tokenizer, *by_topic, plans, identity, probe, split, outline, told, start)
+    return Prepared(file, model, tokenizer, examples, plans, identity, probe, split, outline, told, start)
+
+
+def lora_config(settings: AdapterConfig, sites: Sequence[AdapterSite]) -> LoraConfig:
+    """Return the LoRA configuration that the settings mean on a base with these sites."""
+    targets = resolve_targets(sites, settings.target_modules)
+    return LoraConfig(settings.r, settings.alpha, targets, settings.dropout, settings.use_rslora)
+
+
+def initial_state(prepared: Prepared, sites: Sequence[AdapterSite]) -> TrainingState:
+    """Return the state that training begins with: a new adapter, or the one that the configuration names."""
+    settings = prepared.config.adapter
+    lora = lora_config(settings, sites)
+    if settings.start_from is not None and prepared.start is not None:
+        return TrainingState(started_adapter(prepared.start, lora, Path(settings.start_from)))
+    return TrainingState(initial_adapter(sites, lora, prepared.config.seed))
+
+
+def write_facts(prepared: Prepared, placements: Sequence[Placement], folder: RunFolder) -> None:
+    """Write what a run is before it trains: config.yaml, split.json and manifest.json."""
+    atomic.write_text(folder.config, dump_config(portable(prepared.config_file, folder.path)))
+    facts = prepared.split.facts
+    folder.write_split(facts.trained, facts.held_out)
+    folder.write_manifest(
+        {
+            "mindprint": __version__,
+            "hook_api": HOOK_API,
+            "model": {"name": prepared.model.name, "revision": prepared.model.revision},
+            "identity": dict(prepared.identity),
+            "rows": {
+                objective.rows: {topic: len(rows) for topic, rows in prepared.examples[stage].items()}
+                for stage, objective in OBJECTIVES.items()
+            },
+            "rows_from_memory": prepared.config.data.rows_digest,
+            "splits": facts.stated(),
+            "curriculum": prepared.outline.stated(),
+            "stages": [
+                {"topic": plan.topic, "stage": plan.stage, "steps": plan.steps, "backend": place.backend.name,
+                 "device": place.device, "dtype": place.dtype}
+                for plan, place in zip(prepared.plans, placements, strict=True)
+            ],
+            "environment": {place.backend.name: place.environment() for place in placements},
+        }
+    )  # fmt: skip
 
 
 def _readable(quizzes: Quizzes) -> Quizzes:
@@ -123,7 +178,7 @@ def _publishes(probe: Probe) -> Iterator[Notice]:
         yield Notice(words, warning=True)
 
 
-def _cuts(config: Config, *rendered: Rendered[Any]) -> Iterator[str]:
+def _cuts(config: Config, rendered: Collection[Rendered[Any]]) -> Iterator[str]:
     """What `data.max_length` did to the rows, in words."""
     limit = f"data.max_length = {config.data.max_length}"
     if cut := sum(part.cut for part in rendered):
@@ -139,37 +194,30 @@ def _by_topic(examples: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
     return {topic: tuple(rows) for topic, rows in topics.items()}
 
 
-def _lengths(
-    sft: Mapping[str, Sequence[SftExample]], preferences: Mapping[str, Sequence[PreferenceExample]]
-) -> dict[tuple[str, StageName], list[int]]:
-    """Tokens of each row, or of each pair's prompt and two completions, by topic and stage."""
-    singles: dict[tuple[str, StageName], list[int]] = {
-        (topic, "sft"): [len(row.tokens) for row in rows] for topic, rows in sft.items()
+def _row_lengths(examples: Mapping[StageName, Mapping[str, Sequence[Any]]]) -> RowLengths:
+    return {
+        stage: {topic: [OBJECTIVES[stage].token_count(row) for row in rows] for topic, rows in topics.items()}
+        for stage, topics in examples.items()
     }
-    pairs: dict[tuple[str, StageName], list[int]] = {
-        (topic, "dpo"): [len(row.prompt) + len(row.chosen) + len(row.rejected) for row in rows]
-        for topic, rows in preferences.items()
-    }
-    return singles | pairs
 
 
 def _identity(
     config: Config,
     model: models.ModelFolder,
     tokenizer: Tokenizer,
-    sft: Sequence[SftExample],
-    preferences: Sequence[PreferenceExample],
+    rendered: Mapping[StageName, Rendered[Any]],
     start: AdapterState | None,
 ) -> dict[str, str]:
-    """What a checkpoint belongs to, each part by digest; a run goes on only with the same."""
-    rows = hashlib.blake2b(digest_size=16)
-    for example in sft:
-        rows.update(example.topic.encode() + example.tokens.tobytes() + example.loss_mask.tobytes())
-    rows.update(rows_digest(preferences).encode())
-    # How a step is computed may change when a run goes on; what it computes may not.
-    stages = {name: getattr(config, name).model_dump(exclude={"backend", "share_prompts"}) for name in ("sft", "dpo")}
-    stages |= {name: getattr(config, name).model_dump() for name in ("curriculum", "evaluation")}
-    # Where an adapter to go on from lies may change; what it is may not.
+    """Digest each part of what a checkpoint belongs to. A run continues only with the same."""
+    dataset = hashlib.blake2b(digest_size=16)
+    for stage, objective in OBJECTIVES.items():
+        objective.update_digest(dataset, rendered[stage].examples)
+    training: dict[str, Any] = {
+        stage: objective.settings(config).model_dump(exclude=set(objective.may_change_on_resume))
+        for stage, objective in OBJECTIVES.items()
+    }
+    sections = {name: getattr(config, name).model_dump() for name in ("curriculum", "evaluation")}
+    # The folder of an adapter to continue from may change. The adapter itself may not.
     adapter = config.adapter.model_dump(exclude={"start_from"})
     if start is not None:
         adapter["start"] = adapter_digest(start)
@@ -177,9 +225,9 @@ def _identity(
         "base model": models.base_digest(model.path),
         "tokenizer": tokenizer.digest,
         "chat template": tokenizer.template_digest,
-        "dataset": rows.hexdigest(),
+        "dataset": dataset.hexdigest(),
         "adapter configuration": _digest(adapter),
-        "training configuration": _digest({**stages, "seed": config.seed, **_grouping(config)}),
+        "training configuration": _digest({**training, **sections, "seed": config.seed, **_grouping(config)}),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mindprint import atomic
+from mindprint.adapter.peft_format import adapter_digest
+from mindprint.contract import TrainingState
 from mindprint.data.render import PreferenceExample
 from mindprint.errors import GuardError
-from mindprint.models.likelihoods import CompletionSums
+from mindprint.models.engine import Engine, Placement
+from mindprint.models.likelihoods import CompletionSums, sum_pairs
+from mindprint.training.objectives import pairs_digest
+from mindprint.training.plan import StagePlan
 
 
 def reference_key(**parts: str) -> str:
@@ -22,14 +27,44 @@ def reference_key(**parts: str) -> str:
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def rows_digest(examples: Sequence[PreferenceExample]) -> str:
-    """Digest of the token ids of all pairs, in order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for example in examples:
-        for part in (example.prompt, example.chosen, example.rejected):
-            digest.update(len(part).to_bytes(4, "little"))
-            digest.update(np.ascontiguousarray(part).tobytes())
-    return digest.hexdigest()
+class ReferenceCache:
+    """The references of a run: one file a stage and attempt, so that a resumed run does not evaluate them again."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, str], engine: Engine, pad_id: int) -> None:
+        self._folder = folder
+        self._identity = identity
+        self._engine = engine
+        self._pad_id = pad_id
+
+    def reference_of(
+        self, plan: StagePlan, placement: Placement, start: TrainingState, examples: Sequence[PreferenceExample]
+    ) -> CompletionSums:
+        """Return a stage's reference, from its file or computed with `start`, the state that the stage starts from.
+
+        Raises `GuardError` if the file belongs to something else.
+        """
+        key = reference_key(
+            base=self._identity["base model"],
+            adapter=adapter_digest(start.adapter),
+            rows=pairs_digest(examples),
+            template=self._identity["chat template"],
+            dtype=placement.dtype,
+        )
+        attempt = f"-{plan.attempt}" if plan.attempt > 1 else ""
+        file = self._folder / f"{plan.index:04d}{attempt}.safetensors"
+        if file.exists():
+            return load_reference(file, key)
+        self._engine.start_stage(placement, start)
+        reference = sum_pairs(
+            self._engine.backend,
+            self._engine.model,
+            examples,
+            self._pad_id,
+            share_prompts=getattr(plan.settings, "share_prompts", True),
+        )
+        self._folder.mkdir(exist_ok=True)
+        save_reference(file, reference, key, placement.backend.name)
+        return reference
 
 
 def save_reference(file: Path, reference: CompletionSums, key: str, backend: str) -> None:

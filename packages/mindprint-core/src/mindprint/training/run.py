@@ -7,19 +7,13 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from mindprint import atomic
-from mindprint._version import __version__
-from mindprint.adapter.initial import initial_adapter, started_adapter
-from mindprint.adapter.peft_format import adapter_digest
-from mindprint.adapter.targets import resolve_targets
-from mindprint.config import ConfigFile, DpoConfig, dump_config, load_config, make_config, merged
-from mindprint.contract import AdapterSite, AdapterState, LoraConfig, TrainingState
+from mindprint.config import ConfigFile, load_config, make_config, merged
+from mindprint.contract import AdapterState, TrainingState
 from mindprint.curriculum.examiner import Examiner
-from mindprint.errors import BackendError, Interrupted, MindprintError
+from mindprint.errors import Interrupted, MindprintError
 from mindprint.events import (
     CheckpointWritten,
     Event,
@@ -30,36 +24,21 @@ from mindprint.events import (
     StageStarted,
     StepDone,
 )
-from mindprint.hookspecs import HOOK_API
 from mindprint.models.engine import Engine, Placement, Placements
-from mindprint.models.likelihoods import CompletionSums, sum_pairs
 from mindprint.plugins.loading import load_scorers, load_trackers, observer_hooks
 from mindprint.plugins.watching import Trackers
 from mindprint.reports import write_reports
-from mindprint.runs.folder import Resume, RunFolder, open_run, portable
+from mindprint.runs.folder import Resume, RunFolder, open_run
 from mindprint.runs.results import RunResult, stage_results, verdicts
-from mindprint.training.checkpoints import (
-    Checkpoint,
-    Cursor,
-    checkpoint_name,
-    list_checkpoints,
-    newest_checkpoint,
-    prune_checkpoints,
-    read_checkpoint,
-    write_checkpoint,
-)
+from mindprint.training.checkpoints import Checkpoint, CheckpointStore, Cursor
 from mindprint.training.course import Course, Position
 from mindprint.training.final_adapter import write_final_adapter
 from mindprint.training.loop import run_stage, stop_on_signal
+from mindprint.training.objectives import OBJECTIVES
 from mindprint.training.plan import StagePlan, total_steps
-from mindprint.training.prepare import Prepared, prepare
-from mindprint.training.reference import (
-    load_reference,
-    reference_key,
-    rows_digest,
-    save_reference,
-)
-from mindprint.training.stages import DpoStage, SftStage, Stage
+from mindprint.training.prepare import Prepared, initial_state, lora_config, prepare, write_facts
+from mindprint.training.reference import ReferenceCache
+from mindprint.training.stages import Stage
 from mindprint.trust.measurement import take_fingerprint
 
 OnEvent = Callable[[Event], None]
@@ -107,6 +86,7 @@ class _Run:
         observers: Sequence[object],
         trackers: Trackers,
     ) -> None:
+        config = prepared.config
         self.prepared = prepared
         self.folder = folder
         self.resume = resume
@@ -116,19 +96,26 @@ class _Run:
         self._trackers = trackers
         self.engine = Engine(prepared.model, self._notice)
         self.placements: tuple[Placement, ...] = ()
-        extra = load_scorers(prepared.config.voice.scorers)
-        examiner = Examiner(prepared.split, prepared.config, prepared.tokenizer, self.engine, extra)
-        self.course = Course(prepared, folder, self.engine, examiner, self._emit)
+        self.checkpoints = CheckpointStore(
+            folder.checkpoints, prepared.identity, prepared.model.name, config.checkpoints.keep, len(prepared.plans)
+        )
+        self.references = ReferenceCache(folder.references, prepared.identity, self.engine, prepared.tokenizer.pad_id)
+        extra = load_scorers(config.voice.scorers)
+        examiner = Examiner(prepared.split, config, prepared.tokenizer, self.engine, extra)
+        self.course = Course(prepared, folder, self.engine, examiner, self.checkpoints, self._emit)
 
     def train(self) -> RunResult:
         started = perf_counter()
-        self.placements = self._place()
+        placements = Placements(self._observers)
+        self.placements = tuple(placements.resolve(plan.backend) for plan in self.prepared.plans)
         with self._open_folder():
-            start = self._find_checkpoint() if self.resume else None
+            start = self._find_start() if self.resume else None
             try:
                 self._announce(start)
-                state = self._stages(start)
-                self._finish(state)
+                state = self._train_stages(start)
+                if self.prepared.config.evaluation.happens("final"):
+                    self.engine.start_stage(self.placements[-1], state)
+                    self.course.finish()
                 self._write_adapter(state.adapter)
             finally:
                 self.engine.release()
@@ -144,32 +131,25 @@ class _Run:
             with self.folder.locked():
                 yield
         except BaseException:
-            if made and not list_checkpoints(self.folder.checkpoints):
+            if made and self.checkpoints.newest_step() is None:
                 shutil.rmtree(made[-1], ignore_errors=True)
             raise
 
-    # --- before the first step ---------------------------------------------------------------------------------------
-
-    def _place(self) -> tuple[Placement, ...]:
-        placements = Placements(self._observers)
-        return tuple(placements.resolve(plan.backend) for plan in self.prepared.plans)
-
-    def _find_checkpoint(self) -> Checkpoint | None:
-        """Where to go on from; None for a run that was ended before its first checkpoint."""
-        if not list_checkpoints(self.folder.checkpoints):
+    def _find_start(self) -> Checkpoint | None:
+        """Return the checkpoint to continue from, None for a run that was ended before its first one."""
+        checkpoint, passed_over = self.checkpoints.find_newest(sound=self.resume == "latest")
+        if checkpoint is None:
             self._notice("the run has no checkpoint yet: it starts from the beginning")
-            return None
-        checkpoint, passed_over = newest_checkpoint(
-            self.folder.checkpoints, self.prepared.identity, whole=self.resume == "latest"
-        )
         for reason in passed_over:
             self._notice(f"passed over: {reason}", warning=True)
         return checkpoint
 
     def _announce(self, start: Checkpoint | None) -> None:
-        self._write_facts()
+        write_facts(self.prepared, self.placements, self.folder)
         if start is not None:
-            self._forget_after(start.cursor)
+            ended = start.cursor.stage_index == len(self.prepared.plans)
+            self.folder.forget_after(start.cursor.step, ended=ended)
+            self.checkpoints.forget_after(start.cursor.step)
             self._warn_of_other_environment(start.cursor)
         resumed_from = start.cursor.step if start else None
         self._emit(RunStarted(str(self.folder.path), total_steps(self.prepared.plans), resumed_from))
@@ -179,39 +159,6 @@ class _Run:
             self._notice(f"backend: {placement}")
             for note in placement.backend.info.notes:
                 self._notice(note)
-
-    def _write_facts(self) -> None:
-        prepared = self.prepared
-        atomic.write_text(self.folder.config, dump_config(portable(prepared.config_file, self.folder.path)))
-        facts = prepared.split.facts
-        self.folder.write_split(facts.trained, facts.held_out)
-        self.folder.write_manifest(
-            {
-                "mindprint": __version__,
-                "hook_api": HOOK_API,
-                "model": {"name": prepared.model.name, "revision": prepared.model.revision},
-                "identity": dict(prepared.identity),
-                "rows": {
-                    "sft": {topic: len(rows) for topic, rows in prepared.sft.items()},
-                    "preferences": {topic: len(rows) for topic, rows in prepared.preferences.items()},
-                },
-                "rows_from_memory": prepared.config.data.rows_digest,
-                "splits": facts.stated(),
-                "curriculum": prepared.outline.stated(),
-                "stages": [
-                    {"topic": plan.topic, "stage": plan.stage, "steps": plan.steps, "backend": place.backend.name,
-                     "device": place.device, "dtype": place.dtype}
-                    for plan, place in zip(prepared.plans, self.placements, strict=True)
-                ],
-                "environment": {place.backend.name: place.environment() for place in self.placements},
-            }
-        )  # fmt: skip
-
-    def _forget_after(self, cursor: Cursor) -> None:
-        self.folder.forget_after(cursor.step, ended=cursor.stage_index == len(self.prepared.plans))
-        for checkpoint in list_checkpoints(self.folder.checkpoints):
-            if int(checkpoint.name) > cursor.step:
-                shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _warn_of_other_environment(self, cursor: Cursor) -> None:
         placement = self.placements[min(cursor.stage_index, len(self.placements) - 1)]
@@ -227,63 +174,32 @@ class _Run:
                 warning=True,
             )
 
-    # --- stage by stage ----------------------------------------------------------------------------------------------
-
-    def _stages(self, start: Checkpoint | None) -> TrainingState:
+    def _train_stages(self, start: Checkpoint | None) -> TrainingState:
+        """Take every stage from the checkpoint, or from the beginning, and return what training ends with."""
         position, done = (Position.of(start.cursor), start.cursor.stage_step) if start else (Position(), 0)
         ended = len(self.prepared.plans)
         if start and position.index == ended:
             return start.state
-        sites = self._load_everywhere(position.index)
-        state = start.state if start else self._initial_state(sites)
+        targets = self.prepared.config.adapter
+        sites = self.engine.load_everywhere(
+            self.placements[position.index :], lambda sites: lora_config(targets, sites).target_modules
+        )
+        state = start.state if start else initial_state(self.prepared, sites)
         with stop_on_signal() as stop_requested:
             while position.index < ended:
                 plan, placement = self.course.stage(position), self.placements[position.index]
                 if not done:
                     state = state.without_optimizer()
                     self._save_checkpoint(position, 0, state)
-                    self._stop_if(stop_requested)
-                self._run_stage(plan, placement, position, state, done, stop_requested)
+                    if stop_requested():
+                        raise self._interrupted()
+                self._train_stage(plan, placement, position, state, done, stop_requested)
                 position, state = self.course.after(plan, position, self.engine.backend.save(self.engine.model))
                 done = 0
             self._save_checkpoint(position, 0, state.without_optimizer())
         return state
 
-    def _finish(self, state: TrainingState) -> None:
-        """Evaluate the whole run with what it came to, where its last stage trained."""
-        if self.prepared.config.evaluation.happens("final"):
-            self.engine.start_stage(self.placements[-1], state)
-            self.course.finish()
-
-    def _load_everywhere(self, first: int) -> Sequence[AdapterSite]:
-        """Load the base at every placement still to come, `first` last: what cannot be had is said before training.
-
-        Returns the sites of `first`. Raises `BackendError` when another placement lacks one, or has it otherwise.
-        """
-        found: dict[Placement, Sequence[AdapterSite]] = {}
-        for placement in reversed(dict.fromkeys(self.placements[first:])):
-            self.engine.load(placement)
-            found[placement] = self.engine.backend.adapter_sites(self.engine.model)
-        sites = found[self.placements[first]]
-        targets = set(self._targets(sites))
-        for placement, others in found.items():
-            lacking = {site for site in sites if site.name in targets} - set(others)
-            if lacking:
-                names = ", ".join(sorted(site.name for site in lacking)[:3])
-                raise BackendError(f"backend {placement.backend.name!r} cannot adapt {names} of this base as others do")
-        return sites
-
-    def _targets(self, sites: Sequence[AdapterSite]) -> tuple[str, ...]:
-        return resolve_targets(sites, self.prepared.config.adapter.target_modules)
-
-    def _initial_state(self, sites: Sequence[AdapterSite]) -> TrainingState:
-        wanted = self.prepared.config.adapter
-        lora = LoraConfig(wanted.r, wanted.alpha, self._targets(sites), wanted.dropout, wanted.use_rslora)
-        if wanted.start_from is not None and self.prepared.start is not None:
-            return TrainingState(started_adapter(self.prepared.start, lora, Path(wanted.start_from)))
-        return TrainingState(initial_adapter(sites, lora, self.prepared.config.seed))
-
-    def _run_stage(
+    def _train_stage(
         self,
         plan: StagePlan,
         placement: Placement,
@@ -292,10 +208,15 @@ class _Run:
         done: int,
         stop_requested: Callable[[], bool],
     ) -> None:
+        """Take the steps of one stage after the first `done` of them. Raises `Interrupted` when asked to stop."""
         started = perf_counter()
-        reference = self._reference(plan, placement, state, done)
+        examples, reference = self.prepared.examples_of(plan), None
+        if OBJECTIVES[plan.stage].needs_reference(plan.settings):
+            # In the middle of a stage, `state` is no longer the policy that the stage started with.
+            start = self.checkpoints.read(plan.first_step).state if done else state
+            reference = self.references.reference_of(plan, placement, start, examples)
         self.engine.start_stage(placement, state)
-        stage = self._stage(plan, reference)
+        stage = Stage(plan, examples, self.prepared.tokenizer.pad_id, reference)
         self._emit(StageStarted(plan.topic, plan.stage, placement.backend.name, plan.steps, done))
         losses: list[float] = []
 
@@ -318,46 +239,6 @@ class _Run:
             )
         )
 
-    def _stage(self, plan: StagePlan, reference: CompletionSums | None) -> Stage:
-        pad_id = self.prepared.tokenizer.pad_id
-        if plan.stage == "sft":
-            return SftStage(plan, self.prepared.sft[plan.topic], pad_id)
-        return DpoStage(plan, self.prepared.preferences[plan.topic], pad_id, reference)
-
-    def _reference(
-        self, plan: StagePlan, placement: Placement, state: TrainingState, done: int
-    ) -> CompletionSums | None:
-        """The stage's reference: from the run's cache, or computed with the adapter that the stage starts from."""
-        settings = plan.settings
-        if not isinstance(settings, DpoConfig) or settings.preference_loss().reference_free:
-            return None
-        if done:
-            folder = self.folder.checkpoints / checkpoint_name(plan.first_step)
-            state = read_checkpoint(folder, self.prepared.identity).state
-        examples = self.prepared.preferences[plan.topic]
-        key = reference_key(
-            base=self.prepared.identity["base model"],
-            adapter=adapter_digest(state.adapter),
-            rows=rows_digest(examples),
-            template=self.prepared.identity["chat template"],
-            dtype=placement.dtype,
-        )
-        again = f"-{plan.attempt}" if plan.attempt > 1 else ""
-        file = self.folder.references / f"{plan.index:04d}{again}.safetensors"
-        if file.exists():
-            return load_reference(file, key)
-        self.engine.start_stage(placement, state)
-        reference = sum_pairs(
-            self.engine.backend,
-            self.engine.model,
-            examples,
-            self.prepared.tokenizer.pad_id,
-            share_prompts=settings.share_prompts,
-        )
-        self.folder.references.mkdir(exist_ok=True)
-        save_reference(file, reference, key, placement.backend.name)
-        return reference
-
     def _save_checkpoint(self, position: Position, stage_step: int, state: TrainingState) -> None:
         step = position.step + stage_step
         placement = self.placements[min(position.index, len(self.placements) - 1)]
@@ -365,27 +246,16 @@ class _Run:
             step, position.index, stage_step, placement.backend.name, placement.environment(), position.attempt,
             position.topic_step,
         )  # fmt: skip
-        self.folder.checkpoints.mkdir(exist_ok=True)
-        path = write_checkpoint(
-            self.folder.checkpoints, state, cursor, self.prepared.identity, self.prepared.model.name
-        )
-        keep = self.prepared.config.checkpoints.keep
-        prune_checkpoints(self.folder.checkpoints, keep, len(self.prepared.plans))
-        self._emit(CheckpointWritten(str(path), step))
-
-    def _stop_if(self, stop_requested: Callable[[], bool]) -> None:
-        if stop_requested():
-            raise self._interrupted()
+        self._emit(CheckpointWritten(str(self.checkpoints.save(state, cursor)), step))
 
     def _interrupted(self) -> Interrupted:
-        step = list_checkpoints(self.folder.checkpoints)[-1].name
         return Interrupted(
-            f"stopped; the checkpoint of step {int(step)} is in {self.folder.checkpoints}; "
-            f"go on with: mindprint train {shlex.quote(str(self.folder.path))} --resume"
+            f"stopped; the checkpoint of step {self.checkpoints.newest_step()} is in {self.folder.checkpoints}; "
+            f"continue with: mindprint train {shlex.quote(str(self.folder.path))} --resume"
         )
 
     def _write_adapter(self, adapter: AdapterState) -> None:
-        """The final adapter with its fingerprint, taken where the last stage trained."""
+        """Write the final adapter with its fingerprint, taken where the last stage trained."""
         prepared = self.prepared
         fingerprint = take_fingerprint(
             self.engine, self.placements[-1], adapter, prepared.tokenizer, prepared.probe, self._notice
@@ -393,13 +263,11 @@ class _Run:
         write_final_adapter(self.folder.adapter, adapter, prepared.model, prepared.config, fingerprint)
 
     def _write_reports(self) -> None:
-        """What cannot be reported of a run does not undo it: its adapter is whole."""
+        """Write the reports. A report that fails does not undo the run: its adapter is whole."""
         try:
             write_reports(self.folder)
         except (MindprintError, OSError) as error:
             self._notice(f"no report: {error}; try again with: mindprint report {self.folder.path}", warning=True)
-
-    # --- telling -----------------------------------------------------------------------------------------------------
 
     def _emit(self, event: Event) -> None:
         self._on_event(event)

@@ -33,7 +33,7 @@ from mindprint.contract import (
     TrainingState,
     Update,
 )
-from mindprint.data.collate import pair_sequences, sft_batch
+from mindprint.data.collate import sft_batch
 from mindprint.data.render import render_sft
 from mindprint.data.rows import Origin, SftRow
 from mindprint.data.tokenizer import load_tokenizer
@@ -45,8 +45,9 @@ from mindprint.models.likelihoods import sum_pairs
 from mindprint.models.tensor_files import FLOAT_DTYPES
 from mindprint.plugins.backend import Backend, is_finite
 from mindprint.training.guards import LOG_PROB_NOISE
-from mindprint.training.prepare import Prepared
-from mindprint.training.stages import DpoStage, SftStage, Stage, StepOutcome
+from mindprint.training.objectives import OBJECTIVES
+from mindprint.training.prepare import Prepared, lora_config
+from mindprint.training.stages import Stage, StepOutcome
 
 STEPS = 5
 ROWS = 4
@@ -193,17 +194,13 @@ def check_deeply(prepared: Prepared, placement: Placement) -> Iterator[Finding]:
 
 def _own_batch(prepared: Prepared) -> TokenBatch:
     """A few of the configuration's own rows, to compute log-probs of."""
-    plan, pad_id = prepared.plans[0], prepared.tokenizer.pad_id
-    if plan.stage == "sft":
-        return sft_batch(prepared.sft[plan.topic][:ROWS], pad_id)
-    return pair_sequences(prepared.preferences[plan.topic][:ROWS], pad_id)[0]
+    plan = prepared.plans[0]
+    return OBJECTIVES[plan.stage].sample_sequences(prepared.examples_of(plan)[:ROWS], prepared.tokenizer.pad_id)
 
 
 def _inject_configured(engine: Engine, config: Config) -> AdapterState:
-    sites, wanted = engine.backend.adapter_sites(engine.model), config.adapter
-    targets = resolve_targets(sites, wanted.target_modules)
-    lora = LoraConfig(wanted.r, wanted.alpha, targets, wanted.dropout, wanted.use_rslora)
-    adapter = initial_adapter(sites, lora, config.seed)
+    sites = engine.backend.adapter_sites(engine.model)
+    adapter = initial_adapter(sites, lora_config(config.adapter, sites), config.seed)
     engine.inject(adapter)
     return adapter
 
@@ -212,12 +209,10 @@ def _take_steps(engine: Engine, prepared: Prepared, start: AdapterState) -> list
     """The first steps of the run's first stage, as the run itself would take them."""
     plan, pad_id = prepared.plans[0], prepared.tokenizer.pad_id
     engine.backend.restore(engine.model, TrainingState(start))
-    stage: Stage
-    if plan.stage == "sft":
-        stage = SftStage(plan, prepared.sft[plan.topic], pad_id)
-    else:
-        examples = prepared.preferences[plan.topic]
-        stage = DpoStage(plan, examples, pad_id, sum_pairs(engine.backend, engine.model, examples, pad_id))
+    examples, reference = prepared.examples_of(plan), None
+    if OBJECTIVES[plan.stage].needs_reference(plan.settings):
+        reference = sum_pairs(engine.backend, engine.model, examples, pad_id)
+    stage = Stage(plan, examples, pad_id, reference)
     return [stage.take_step(engine, step) for step in range(min(DEEP_STEPS, plan.steps))]
 
 
@@ -267,11 +262,7 @@ def _merged(
 def _answers(engine: Engine, prepared: Prepared) -> Finding:
     """Answer a few of the rows' prompts: every answer has words, and one at least comes to its end."""
     plan, tokenizer = prepared.plans[0], prepared.tokenizer
-    if plan.stage == "sft":
-        rows = prepared.sft[plan.topic][:PROMPTS]
-        prompts = [row.tokens[: max(1, int(row.loss_mask.argmax()))] for row in rows]
-    else:
-        prompts = [pair.prompt for pair in prepared.preferences[plan.topic][:PROMPTS]]
+    prompts = [OBJECTIVES[plan.stage].sample_prompt(example) for example in prepared.examples_of(plan)[:PROMPTS]]
     longest = max(LONGEST_ANSWER, prepared.config.generation.max_new_tokens)
     answers = engine.backend.generate(engine.model, prompts, Sampling(longest, tokenizer.stop_token_ids))
     ended = sum(answer.stop_reason == "stop" for answer in answers)
