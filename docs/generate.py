@@ -101,9 +101,10 @@ def _names(annotation: object) -> Iterator[str]:
 
 HOOKS_HEADER = """# Hooks
 
-Every hook, as `mindprint/hookspecs.py` specifies it. An implementation is a function of that name, marked with
-`mindprint.hookspecs.hookimpl`; it may leave arguments out that it does not need. Types are in `mindprint/contract.py`.
-What may change, and when: [hook API versions](hook-api.md). How to write them: [write a backend](write-a-backend.md).
+This page lists every hook as `mindprint/hookspecs.py` specifies it. To implement one, write a function of that name and
+mark it with `mindprint.hookspecs.hookimpl`. You may leave out arguments that you do not need. The types are in
+`mindprint/contract.py`, where each field has its shape, unit and dtype. Read [write a backend](write-a-backend.md) to
+learn how to write them, and [hook API versions](hook-api.md) to learn which changes a new version may bring.
 
 <!-- Generated from mindprint.hookspecs by docs/generate.py; do not edit. -->
 """
@@ -112,14 +113,35 @@ What may change, and when: [hook API versions](hook-api.md). How to write them: 
 def hooks() -> str:
     """The hook reference, Markdown, in the order of the file."""
     sections = [HOOKS_HEADER]
-    for title, required in (("A backend: all of these", True), ("Beside a backend", False)):
+    for title, required in (("A backend implements all of these", True), ("Trackers and scorers", False)):
         sections.append(f"\n## {title}\n")
         for name, function in vars(hookspecs).items():
-            options = getattr(function, f"{hookspecs.PROJECT}_spec", None)
-            if options and bool(options["firstresult"]) is required:
-                doc = inspect.getdoc(function)
+            is_hook = hasattr(function, f"{hookspecs.PROJECT}_spec")
+            if is_hook and (name in hookspecs.REQUIRED_HOOKS) is required:
+                doc = docstring_as_markdown(inspect.getdoc(function) or "")
                 sections.append(f"\n### {name}\n\n```text\n{signature(name, function)}\n```\n\n{doc}\n")
     return "".join(sections)
+
+
+def docstring_as_markdown(doc: str) -> str:
+    """Return a docstring as Markdown, with its `Args:`, `Returns:` and `Raises:` as lists.
+
+    The entries of a section are indented by four spaces, and the lines that continue an entry by more.
+    """
+    lines: list[str] = []
+    section = ""
+    for line in doc.splitlines():
+        if line in ("Args:", "Returns:", "Raises:"):
+            section = line
+            lines += [f"**{line.removesuffix(':')}**", ""]
+        elif not section or not line.strip():
+            lines.append(line)
+        elif line.startswith(" " * 8) or section == "Returns:":
+            lines.append(line.strip() if section == "Returns:" else f"  {line.strip()}")
+        else:
+            name, _, text = line.strip().partition(": ")
+            lines.append(f"- `{name}`: {text}")
+    return "\n".join(lines)
 
 
 def signature(name: str, function: Callable[..., object]) -> str:

@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from mindprint.errors import ConfigError, ScorerError
-from mindprint.plugins.loading import load_scorers
+from mindprint.plugins.scoring import load_scorers
 from mindprint.voice.embeddings import mindprint_scorers
 from mindprint.voice.scoring import VoiceReference, VoiceScore, fit_scorer
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mindprint.errors import ConfigError
-from mindprint.plugins.loading import load_scorers
+from mindprint.plugins.scoring import load_scorers
 
 
 def mindprint(folder: Path, *words: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from mindprint.contract import (
     LoadedModel,
     LoraConfig,
     LoraFactors,
+    ModelSpec,
     PreferenceBatch,
     Sampling,
     StepMetrics,
@@ -24,16 +26,19 @@ from mindprint.contract import (
     TrainingState,
     Update,
 )
-from mindprint.errors import BackendError, ContractError
+from mindprint.errors import AdapterError, BackendError, ContractError
+from mindprint.hookspecs import REQUIRED_HOOKS
 from mindprint.losses import PreferenceLoss
-from mindprint.plugins import backend as backends
-from mindprint.plugins.backend import Backend, choose_backend
-from mindprint.plugins.loading import Plugin
+from mindprint.plugins import choosing
+from mindprint.plugins.backend import Backend
+from mindprint.plugins.choosing import choose_backend
+from mindprint.plugins.entries import Plugin
 
 MODEL = LoadedModel(object(), "cpu", "float32", 1, 10)
 IDS, LENGTHS = np.ones((2, 3), np.int32), np.full(2, 3, np.int32)
 BATCH = TokenBatch(IDS, LENGTHS, np.array([[False, True, True]] * 2))
 PAIRS = PreferenceBatch(IDS, LENGTHS, IDS, LENGTHS, IDS, LENGTHS)
+ADAPTER = AdapterState(LoraConfig(2, 4.0, ()), {})
 CPU = DeviceInfo("cpu", None)
 
 
@@ -129,6 +134,58 @@ def test_what_a_hook_raises_names_backend_and_hook() -> None:
         backend.sft_step(MODEL, [BATCH], Update(1e-3, 4))
 
 
+CALLS: dict[str, Callable[[Backend], object]] = {
+    "load_model": lambda backend: backend.load_model(ModelSpec("", "cpu", "float32")),
+    "release": lambda backend: backend.release(MODEL),
+    "adapter_sites": lambda backend: backend.adapter_sites(MODEL),
+    "base_digest": lambda backend: backend.base_digest(MODEL),
+    "inject_adapter": lambda backend: backend.inject_adapter(MODEL, ADAPTER),
+    "sft_step": lambda backend: backend.sft_step(MODEL, [BATCH], Update(1e-3, 4)),
+    "dpo_step": lambda backend: backend.dpo_step(MODEL, [PAIRS], PreferenceLoss(), Update(1e-3, 6, 2)),
+    "log_probs": lambda backend: backend.log_probs(MODEL, BATCH),
+    "generate": lambda backend: backend.generate(MODEL, [IDS[0]], Sampling(5, (1,))),
+    "save": lambda backend: backend.save(MODEL),
+    "restore": lambda backend: backend.restore(MODEL, TrainingState(ADAPTER)),
+}
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), GeneratorExit(), BaseException("odd"), MemoryError("no room")])
+@pytest.mark.parametrize("hook", CALLS)
+def test_no_hook_can_end_the_process(hook: str, error: BaseException) -> None:
+    """A library that calls `sys.exit(0)` would end a run as if it had succeeded; only KeyboardInterrupt passes."""
+    assert {f"mindprint_{name}" for name in CALLS} | {"mindprint_backend_info"} == set(REQUIRED_HOOKS)
+    words = rf"backend 'acme' \(acme-backend 3.1\): mindprint_{hook} raised {type(error).__name__}"
+    with pytest.raises(BackendError, match=words):
+        CALLS[hook](raising(hook, error))
+    with pytest.raises(KeyboardInterrupt):
+        CALLS[hook](raising(hook, KeyboardInterrupt()))
+    with pytest.raises(AdapterError, match="^as it was raised$"):
+        CALLS[hook](raising(hook, AdapterError("as it was raised")))
+
+
+@pytest.mark.parametrize("hook", ["adapter_sites", "generate"])
+def test_a_generator_of_a_plugin_is_read_under_guard(hook: str) -> None:
+    """Its code runs when it is read, after the hook has returned."""
+
+    def answers() -> Iterator[object]:
+        raise SystemExit(0)
+        yield
+
+    with pytest.raises(BackendError, match=f"mindprint_{hook} raised SystemExit: 0"):
+        CALLS[hook](make(**{hook: answers()}))
+    with pytest.raises(ContractError, match=f"mindprint_{hook} returned int, the contract asks for tuple"):
+        CALLS[hook](make(**{hook: 3}))
+
+
+def raising(hook: str, error: BaseException) -> Backend:
+    def implementation(**_: Any) -> object:
+        raise error
+
+    backend = make()
+    setattr(backend._hook, f"mindprint_{hook}", implementation)
+    return backend
+
+
 def test_every_prompt_gets_an_answer() -> None:
     with pytest.raises(ContractError, match="mindprint_generate answered 0 of 1 prompts"):
         make(generate=[]).generate(MODEL, [IDS[0]], Sampling(5, (1,)))
@@ -150,14 +207,19 @@ def test_a_dtype_that_does_not_train_there() -> None:
         backend.dtype(CPU, "float16")
 
 
-def test_mps_is_never_chosen_unasked() -> None:
-    backend = make(DeviceInfo("mps", None), CPU)
+def test_a_device_that_must_be_named_is_never_chosen_unasked() -> None:
+    backend = make(MPS, CPU)
     assert backend.device("auto").name == "cpu"
     assert backend.device("mps").name == "mps"
+    with pytest.raises(BackendError, match=r"backend 'acme' has no usable device here \(mps: must be named\)"):
+        make(MPS).device("auto")
 
 
-CUDA, METAL, MPS = (DeviceInfo(name, None) for name in ("cuda", "metal", "mps"))
-NO_CUDA = DeviceInfo("cuda", "no NVIDIA driver")
+CUDA, METAL = (DeviceInfo(name, None, accelerator=True) for name in ("cuda", "metal"))
+MPS = DeviceInfo("mps", None, accelerator=True, auto=False)
+NO_CUDA = DeviceInfo("cuda", "no NVIDIA driver", accelerator=True)
+RANKS = {"Linux": {"torch": 20.0, "mlx": 10.0}, "Darwin": {"torch": 10.0, "mlx": 20.0}}
+"""As the plugins state them."""
 
 
 @pytest.mark.parametrize(
@@ -180,33 +242,33 @@ def test_the_best_backend_for_the_hardware(
     loaded: list[str],
 ) -> None:
     """An accelerator first, else the platform's own; and no framework is loaded that need not be asked."""
-    asked = pretend(monkeypatch, system, devices)
-    choice = choose_backend(asked)
+    asked = pretend(monkeypatch, devices)
+    choice = choose_backend(asked, lambda name: RANKS[system].get(name, 0))
     assert choice.name == chosen
     assert choice.reason
     assert asked.names == loaded
 
 
-def test_a_broken_candidate_is_left_out_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, "Linux", {"torch": (), "mlx": (CPU,)})
+def test_a_broken_candidate_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, {"torch": (), "mlx": (CPU,)})
 
     def load(name: str) -> Backend:
         if name == "torch":
             raise BackendError("backend 'torch' failed to import")
         return make(CPU, name=name)
 
-    choice = choose_backend(load)
+    choice = choose_backend(load, RANKS["Linux"].__getitem__)
     assert choice.name == "mlx"
     assert "left out: backend 'torch' failed to import" in choice.reason
 
 
 def test_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, "Linux", {})
+    pretend(monkeypatch, {})
     with pytest.raises(BackendError, match=r'no backend is installed; pip install "mindprint-core\[torch\]"'):
         choose_backend()
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, system: str, devices: dict[str, tuple[DeviceInfo, ...]]) -> Any:
+def pretend(monkeypatch: pytest.MonkeyPatch, devices: dict[str, tuple[DeviceInfo, ...]]) -> Any:
     class Asked:
         def __init__(self) -> None:
             self.names: list[str] = []
@@ -215,7 +277,5 @@ def pretend(monkeypatch: pytest.MonkeyPatch, system: str, devices: dict[str, tup
             self.names.append(name)
             return make(*devices[name], name=name)
 
-    plugins = tuple(Plugin("mindprint.backends", name, "", "", "") for name in sorted(devices))
-    monkeypatch.setattr(backends, "installed", lambda group: plugins)
-    monkeypatch.setattr(backends.platform, "system", lambda: system)
+    monkeypatch.setattr(choosing, "installed_names", lambda group: tuple(sorted(devices)))
     return Asked()

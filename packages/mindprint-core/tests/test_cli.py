@@ -15,7 +15,7 @@ from mindprint.adapter import merging
 from mindprint.cli import COMMANDS, main
 from mindprint.cli.train import _with_resume_value, project_and_overrides
 from mindprint.config import load_config
-from mindprint.plugins.loading import BACKENDS, Plugin, installed
+from mindprint.plugins.entries import BACKENDS, Plugin, installed
 from mindprint.runs.folder import RunFolder
 
 SETTINGS = ["sft.epochs_per_topic=2", "dpo.steps_per_topic=3", "checkpoints.every=2", "generation.max_new_tokens=6"]

@@ -6,7 +6,7 @@ import pytest
 
 from mindprint.config import make_config
 from mindprint.errors import ConfigError, MindprintError, ScorerError
-from mindprint.plugins.loading import load_scorers
+from mindprint.plugins.scoring import load_scorers
 from mindprint.voice.lexicon import Lexicon, mindprint_scorers
 
 LEXICON = Lexicon(("mind you", "never you"), ("utilise", "at the end of the day"), (("tide", "current"),))
@@ -85,7 +85,9 @@ def test_settings_that_make_no_sense(settings: dict[str, object], message: str) 
 
 
 def test_a_scorer_that_is_not_installed() -> None:
-    with pytest.raises(ScorerError, match=r"voice\.scorers\.nonesuch: is not installed \(installed: .*lexicon"):
+    with pytest.raises(
+        ScorerError, match=r"scorer 'nonesuch' is not installed \(installed: .*lexicon.*take it out of voice.scorers"
+    ):
         load_scorers({"nonesuch": {}})
 
 
@@ -98,8 +100,8 @@ def test_a_scorer_that_is_not_installed() -> None:
         ),
         ("def mindprint_scorers(wanted): return []", "does not fit the hook contract: .*wanted"),
         ("def mindprint_scorer(settings): return []", "unknown hook 'mindprint_scorer'"),
-        ("import nowhere_at_all", "failed to load: ModuleNotFoundError"),
-        ("raise SystemExit(3)", "failed to load: SystemExit: 3"),
+        ("import nowhere_at_all", "failed to import: ModuleNotFoundError"),
+        ("raise SystemExit(3)", "failed to import: SystemExit: 3"),
         ("", "does not implement mindprint_scorers"),
     ],
 )

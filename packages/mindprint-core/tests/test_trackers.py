@@ -17,7 +17,8 @@ import mindprint
 from mindprint.cli import main
 from mindprint.errors import PluginError
 from mindprint.events import Event, Notice, RunFinished
-from mindprint.plugins.loading import TRACKERS, installed, load_trackers
+from mindprint.plugins.entries import TRACKERS, installed
+from mindprint.plugins.watching import load_trackers
 from mindprint.training.checkpoints import list_checkpoints
 
 COUNT = iter(range(1000))
@@ -157,7 +158,7 @@ def test_one_that_raises_is_named_once_and_the_run_goes_on(
     (warning,) = [event for event in events if isinstance(event, Notice) and event.warning]
     assert warning.message == (
         f"tracker 'bad' (bad-tracker 0.3) raised {error.partition('(')[0]}: disk full, at StepDone; "
-        "it sees no more of this run, which goes on"
+        "it sees no more of this run, which continues"
     )
     assert isinstance(events[-1], RunFinished)
     read = json.loads(python(READ_TENSORBOARD, str(tmp_path / "run" / "tensorboard"), path=tmp_path))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from toy_base import install_toy, write_toy_model
 
-from mindprint.plugins import loading as plugins
+from mindprint.plugins.loading import load_backend_plugin
 
 
 @pytest.fixture(scope="session")
@@ -21,9 +21,9 @@ def toy_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toy(toy_site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The toy backend, installed in this process; its name."""
     monkeypatch.syspath_prepend(str(toy_site))
-    plugins.load_backend_plugin.cache_clear()
+    load_backend_plugin.cache_clear()
     yield "toy"
-    plugins.load_backend_plugin.cache_clear()
+    load_backend_plugin.cache_clear()
 
 
 @pytest.fixture(scope="session")

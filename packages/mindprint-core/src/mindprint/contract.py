@@ -1,8 +1,8 @@
-"""What crosses the border between core and a backend.
+"""The values that cross the border between core and plugins.
 
-Frozen dataclasses over NumPy, nothing else: no framework type, no dict with agreed keys. Arrays that cross are
-inputs; neither side writes into them. Shapes use these letters: `r` rank, `T` tokens, `P` prompt tokens, `C`
-completion tokens. Token ids and lengths are int32, log-probs and adapter tensors float32, masks bool.
+Frozen dataclasses over NumPy and nothing else: no framework type, no dict with agreed keys. The arrays that core hands
+over are inputs, and neither side writes into them. Shapes use these letters: `r` rank, `T` tokens, `P` prompt tokens,
+`C` completion tokens. Token ids and lengths are int32, log-probs and adapter tensors float32, masks bool.
 """
 
 from __future__ import annotations
@@ -23,20 +23,34 @@ Bool = NDArray[np.bool_]
 Dtype = Literal["float32", "bfloat16", "float16"]
 StageName = Literal["sft", "dpo"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
-"""In the order in which a topic takes them."""
+"""The stages in the order in which a topic takes them."""
 SiteKind = Literal["linear", "embedding", "experts"]
 
+CAPABILITIES = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding", "experts"})
+"""The optional parts of the contract, beyond the minimum of float32, greedy generation and LoRA on linear layers.
 
-# --- what a backend is -----------------------------------------------------------------------------------------------
+- `dropout`: LoRA dropout in SFT steps, keyed by `Update.seed` and the index of the micro-batch.
+- `bfloat16`, `float16`: a base in that dtype, adapter and moments in float32, and for float16 a dynamic loss scale.
+- `sampling`: draws at a temperature above 0 and with `top_p`, reproducible for a seed.
+- `embedding`: sites of the kind `embedding`, and LoRA on them.
+- `experts`: reserved. Core does not train stacked experts yet.
+"""
 
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """One kind of device as this backend sees it on this machine.
+    """One kind of device, as this backend sees it on this machine.
 
-    `name` is what a user writes as `backend.device` (`cpu`, `cuda`, `mps`, `metal`). `reason` says why it cannot be
-    used and is None exactly when it can. `default_dtype` is what `dtype: auto` means there: the fastest dtype that
-    trains well on it.
+    Args:
+        name: The word that a user writes as `backend.device` (`cpu`, `cuda`, `mps`, `metal`, or any other).
+        reason: Why it cannot be used here. None exactly when it can.
+        detail: More about it for the user, such as the name of the GPU.
+        dtypes: The dtypes in which the backend trains on it.
+        default_dtype: The dtype that `dtype: auto` means: the fastest one that trains well on it.
+        accelerator: Whether it is much faster than this machine's CPU. Under `backend: auto` a backend with an
+            accelerator is preferred to one without. A backend that does not say so is treated as a CPU.
+        auto: Whether `backend: auto` and `device: auto` may choose it. False for a device that works and that nobody
+            should get without asking for it.
     """
 
     name: str
@@ -44,18 +58,25 @@ class DeviceInfo:
     detail: str = ""
     dtypes: tuple[Dtype, ...] = ("float32",)
     default_dtype: Dtype = "float32"
+    accelerator: bool = False
+    auto: bool = True
 
     @property
     def usable(self) -> bool:
+        """Whether it can be used here."""
         return self.reason is None
 
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What a backend can do here. `devices` is in the backend's own order of preference.
+    """A backend's account of itself on this machine.
 
-    `capabilities` are the optional parts of the contract that it claims, by the names in `CAPABILITIES`;
-    `libraries` are the versions that decide its numbers, recorded in the manifest and compared on resume.
+    Args:
+        name: The backend's name.
+        devices: Its devices, in its order of preference.
+        capabilities: The optional parts of the contract that it claims, of `CAPABILITIES`.
+        libraries: The versions that decide its numbers. They are recorded in the manifest and compared on resume.
+        notes: Sentences for the user, which `mindprint plugins --check` prints.
     """
 
     name: str
@@ -65,22 +86,20 @@ class BackendInfo:
     notes: tuple[str, ...] = ()
 
     def device(self, name: str) -> DeviceInfo | None:
+        """Return the device called `name`, if the backend states one."""
         return next((device for device in self.devices if device.name == name), None)
-
-
-CAPABILITIES = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding", "experts"})
-"""What a backend may claim beyond the required minimum (float32, greedy generation, LoRA on linear layers).
-
-`experts` is reserved: core does not train stacked experts yet.
-"""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A base model to load. `path` is a local folder in Hugging Face layout: core resolves hub names before this.
+    """A base model to load.
 
-    `device` and `dtype` are concrete (core has resolved `auto`). `quantization` is the base's own scheme as its
-    config.json states it, None for full precision; a backend that cannot train on it raises `ModelError`.
+    Args:
+        path: A local folder in Hugging Face layout. Core has resolved names of the hub.
+        device: The device's name, never `auto`.
+        dtype: The dtype of the base's weights, never `auto`.
+        quantization: The base's own quantization scheme as its config.json states it. None for full precision. A
+            backend that cannot train on it raises `ModelError`.
     """
 
     path: str
@@ -91,7 +110,16 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A loaded base. `handle` is the backend's own and opaque; the rest are facts that core records."""
+    """A loaded base model.
+
+    Args:
+        handle: The backend's object, which core hands back unread as `model`.
+        device: The device's name.
+        dtype: The dtype of the weights.
+        parameters: The number of elements of all weights. Tied weights count once.
+        vocab_size: The number of tokens that the model can predict.
+        notes: Sentences for the user.
+    """
 
     handle: Any
     device: str
@@ -101,15 +129,17 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
 
 
-# --- adapters --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class AdapterSite:
     """A place that can take LoRA, under the name that the module has in transformers.
 
-    `linear`: a weight `[out, in]`. `embedding`: a table `[in, out]` with `in` the vocabulary. `experts`: a stack
-    of `experts` weights `[out, in]`.
+    Args:
+        name: The module's path in transformers' class for the base, such as `model.layers.0.self_attn.q_proj`.
+        kind: `linear` for a weight `[out, in]`, `embedding` for a table `[in, out]` with the vocabulary as `in`,
+            `experts` for a stack of weights `[out, in]`.
+        in_features: `in`.
+        out_features: `out`.
+        experts: The number of weights in a stack of experts, else None.
     """
 
     name: str
@@ -121,9 +151,16 @@ class AdapterSite:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """LoRA (Hu et al. 2021) as PEFT writes it. `target_modules` are the full site names, resolved by core.
+    """LoRA (Hu et al. 2021, arXiv 2106.09685) as PEFT writes it.
 
-    `rank_pattern` and `alpha_pattern` map full site names to what differs from `r` and `alpha`.
+    Args:
+        r: Rank.
+        alpha: Numerator of the scale. Use `scale`, which knows the denominator.
+        target_modules: The full site names, which core has resolved.
+        dropout: Share of a site's inputs that is dropped in SFT steps.
+        use_rslora: Whether the scale is that of rank-stabilized LoRA.
+        rank_pattern: Ranks that differ from `r`, by full site name.
+        alpha_pattern: Alphas that differ from `alpha`, by full site name.
     """
 
     r: int
@@ -135,19 +172,20 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def rank(self, site: str) -> int:
+        """Return the rank at a site."""
         return self.rank_pattern.get(site, self.r)
 
     def scale(self, site: str) -> float:
-        """What `B @ A` is multiplied with: alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)."""
+        """Return the factor of `B @ A` at a site: alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)."""
         rank, alpha = self.rank(site), self.alpha_pattern.get(site, self.alpha)
         return float(alpha) / (sqrt(rank) if self.use_rslora else rank)
 
 
 class LoraFactors(NamedTuple):
-    """`a` is `[r, in]`, `b` is `[out, r]`, float32; the change of the weight is `scale * b @ a`.
+    """The two factors of a site: `a` `[r, in]` and `b` `[out, r]`, float32. The weight changes by `scale * b @ a`.
 
-    Of a stack of experts `a` is `[experts, r, in]` and `b` `[experts, out, r]`. Only adapters that others made have
-    such factors (under the name of the stack's parameter, `...experts.gate_up_proj`); no backend trains them.
+    For a stack of experts `a` is `[experts, r, in]` and `b` is `[experts, out, r]`. Only adapters that other programs
+    made have such factors, under the name of the stack's parameter (`...experts.gate_up_proj`). No backend trains them.
     """
 
     a: Float32
@@ -156,19 +194,20 @@ class LoraFactors(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterState:
-    """An adapter as values: its configuration and the factors of each site."""
+    """An adapter as values: its configuration, and the factors of each site by its name."""
 
     config: LoraConfig
     tensors: Mapping[str, LoraFactors]
 
     @property
     def elements(self) -> int:
+        """The number of elements of all factors."""
         return sum(factors.a.size + factors.b.size for factors in self.tensors.values())
 
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What a backend says after injection: where the adapter went, and how many elements will be trained."""
+    """A backend's report after an injection: the sites that it adapted, and the number of elements it will train."""
 
     sites: tuple[str, ...]
     trainable_elements: int
@@ -176,12 +215,16 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All that training continues from, portable between backends.
+    """Everything that training continues from, portable between backends.
 
-    `first_moments` and `second_moments` are AdamW's, by site and in the layout of the factors; empty before the
-    first step. `optimizer_steps` counts the updates that were applied. `loss_scale` is None unless the base is
-    float16; it starts at 2^16, halves (to no less than 1) when a step overflows, which is then skipped, and doubles at
-    every 2000th applied update: so it needs no counter of its own.
+    Args:
+        adapter: The adapter's configuration and factors.
+        first_moments: AdamW's first moments, by site and in the layout of the factors. Empty before the first step.
+        second_moments: AdamW's second moments, likewise.
+        optimizer_steps: The number of updates that were applied.
+        loss_scale: None unless the base is float16. It starts at 2^16, halves (to no less than 1) when a step
+            overflows, which is then skipped, and doubles at every 2000th applied update. So `optimizer_steps` is the
+            only counter it needs.
     """
 
     adapter: AdapterState
@@ -191,22 +234,21 @@ class TrainingState:
     loss_scale: float | None = None
 
     def without_optimizer(self) -> TrainingState:
-        """The same adapter, as a stage starts with it: no moments, no steps."""
+        """Return the same adapter as a stage starts with it: no moments, no steps."""
         return TrainingState(self.adapter)
-
-
-# --- steps -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TokenBatch:
     """Whole sequences, padded on the right with any valid id.
 
-    `tokens` int32 `[rows, T]`; `lengths` int32 `[rows]`; `loss_mask` bool `[rows, T]` is True for every token whose
-    log-prob counts. It is never True in column 0 (nothing predicts the first token) nor in padding.
-
-    `shared`, int32 `[rows / 2]`, says that row k and row rows / 2 + k begin with the same `shared[k]` tokens, at least
-    one and none of them under the mask: a backend may read them once. The log-probs are the same.
+    Args:
+        tokens: int32 `[rows, T]`.
+        lengths: int32 `[rows]`, at most `T`.
+        loss_mask: bool `[rows, T]`, True for every token whose log-prob counts. It is never True in column 0, because
+            nothing predicts the first token, nor in padding.
+        shared: int32 `[rows / 2]`, or None. Row k and row rows / 2 + k begin with the same `shared[k]` tokens, at least
+            one, and none of them is under the mask. A backend may read them once: the log-probs are the same.
     """
 
     tokens: Int32
@@ -216,17 +258,24 @@ class TokenBatch:
 
     @property
     def loss_tokens(self) -> int:
+        """The number of tokens whose log-prob counts."""
         return int(self.loss_mask.sum())
 
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """Pairs of completions of one prompt, each part apart: how they are laid out for the model is the backend's choice.
+    """Pairs of completions of one prompt, each part by itself: the backend chooses how the model reads them.
 
-    Each of `prompt`, `chosen` and `rejected` is int32 `[pairs, width]`, padded on the right with any valid id, with
-    int32 `[pairs]` lengths, none of them 0. Every completion token counts. `reference_chosen` and
-    `reference_rejected` are float32 `[pairs]`, the summed log-probs under the reference; None where the loss takes
-    no reference.
+    Args:
+        prompt: int32 `[pairs, P]`, padded on the right with any valid id.
+        prompt_lengths: int32 `[pairs]`, none of them 0.
+        chosen: int32 `[pairs, C]`, padded likewise. Every completion token counts.
+        chosen_lengths: int32 `[pairs]`, none of them 0.
+        rejected: int32 `[pairs, C']`, padded likewise.
+        rejected_lengths: int32 `[pairs]`, none of them 0.
+        reference_chosen: float32 `[pairs]`, the chosen completions' summed log-probs under the reference. None where
+            the loss takes no reference.
+        reference_rejected: float32 `[pairs]`, likewise for the rejected completions.
     """
 
     prompt: Int32
@@ -240,6 +289,7 @@ class PreferenceBatch:
 
     @property
     def pairs(self) -> int:
+        """The number of pairs."""
         return len(self.prompt_lengths)
 
 
@@ -254,19 +304,24 @@ class AdamW:
 
 @dataclass(frozen=True)
 class Update:
-    """How one optimizer step is taken.
+    """The settings of one optimizer step.
 
-    The step's loss is a sum over all its micro-batches (and ranks) divided by the global normalizers: `tokens` (loss
-    tokens; of the chosen answers in a preference step) and `pairs`. `max_grad_norm` clips by global norm as
-    `torch.nn.utils.clip_grad_norm_` (factor `max / (norm + 1e-6)`, at most 1); None leaves gradients alone.
-    `seed` keys dropout together with the index of the micro-batch.
+    The step's loss is a sum over all its micro-batches (and ranks), divided by the global normalizers `tokens` and
+    `pairs`. So it does not matter how a step is divided.
 
-    `share_prompts` allows a preference step to read each prompt once for both of its completions. It changes no numbers
-    but their rounding, and a backend may do without.
-
-    `gradient_checkpointing` asks for less memory at the price of time (Chen et al. 2016, arXiv 1604.06174): activations
-    within a layer are computed again on the way back instead of being kept. It changes no numbers but their rounding
-    (dropout masks are the same again), and a backend may do without.
+    Args:
+        learning_rate: The rate of this step.
+        tokens: Loss tokens of the whole step. In a preference step, those of the chosen completions.
+        pairs: Pairs of the whole step. 0 in an SFT step.
+        optimizer: AdamW's other settings.
+        max_grad_norm: Limit of the global norm of the gradient, applied as `torch.nn.utils.clip_grad_norm_` does
+            (factor `max / (norm + 1e-6)`, at most 1). None leaves gradients alone.
+        seed: Keys dropout, together with the index of the micro-batch.
+        share_prompts: Allows a preference step to read each prompt once for both of its completions. It changes no
+            number except by rounding, and a backend may ignore it.
+        gradient_checkpointing: Asks for less memory at the price of time (Chen et al. 2016, arXiv 1604.06174):
+            activations within a layer are computed again in the backward pass instead of being kept. It changes no
+            number except by rounding (dropout masks are the same), and a backend may ignore it.
     """
 
     learning_rate: float
@@ -281,10 +336,16 @@ class Update:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What a step did. `grad_norm` is the global norm before clipping.
+    """The result of a step.
 
-    `skipped` is True when no update was applied because scaled float16 gradients overflowed. A preference step also
-    returns the summed log-probs of the policy before the update, float32 `[pairs]`, in the order of its batches.
+    Args:
+        loss: The step's loss before the update, in nats, under the normalizers of `Update`.
+        grad_norm: The global norm of the gradient before clipping.
+        skipped: True when no update was applied because scaled float16 gradients overflowed.
+        loss_scale: The loss scale that the step used. None unless the base is float16.
+        chosen_log_probs: In a preference step, the summed log-probs of the chosen completions before the update,
+            float32 `[pairs]`, in the order of the batches.
+        rejected_log_probs: The same for the rejected completions.
     """
 
     loss: float
@@ -295,12 +356,17 @@ class StepMetrics:
     rejected_log_probs: Float32 | None = None
 
 
-# --- generation ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Sampling:
-    """How to continue a prompt. `temperature` 0 is greedy; otherwise draws are reproducible for a `seed`."""
+    """The settings of generation.
+
+    Args:
+        max_new_tokens: Limit of new tokens.
+        stop_token_ids: Ids of which any ends the answer.
+        temperature: 0 is greedy.
+        top_p: Share of probability from which a draw is taken.
+        seed: Makes draws reproducible.
+    """
 
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
@@ -311,28 +377,35 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generation:
-    """`tokens` int32 `[new]`, without the stop token. `stop_reason` is `stop` (a stop token came) or `length`."""
+    """A generated answer.
+
+    Args:
+        tokens: int32 `[new]`, without the stop token.
+        stop_reason: `stop` when a stop token came, `length` at the limit.
+    """
 
     tokens: Int32
     stop_reason: Literal["stop", "length"]
 
 
-# --- measures of a voice ----------------------------------------------------------------------------------------------
-
-
 class Fitted(Protocol):
-    """A measure that knows a person."""
+    """A measure that knows a person's texts."""
 
     def __call__(self, texts: Sequence[str], /) -> Float64:
-        """A number a text, float64 `[texts]`: higher is more like the person."""
+        """Return a number for each text, float64 `[texts]`. Higher is more like the person."""
 
 
 class Measure(Protocol):
-    """A way to look at a text. Scorer plugins provide these too."""
+    """A way to look at a text. Core's measures and those of scorer plugins have this shape."""
 
     @property
     def name(self) -> str:
-        """How results call it."""
+        """The measure's name in results."""
 
     def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:
-        """Learn to tell the person's texts from others'. Neither is empty."""
+        """Learn to tell the person's texts from others.
+
+        Args:
+            own: Texts of the person, not empty.
+            background: Texts of others, not empty.
+        """

@@ -51,7 +51,7 @@ class BackendError(MindprintError, RuntimeError):
 
 
 class PluginError(MindprintError, RuntimeError):
-    """A plugin that is no backend cannot be had: it does not import, is no such thing, or shares its name."""
+    """A scorer, tracker or command could not be loaded (import error, wrong type, or a name that two claim)."""
 
 
 class ContractError(BackendError, TypeError):
@@ -62,7 +62,7 @@ class NotFiniteError(ContractError):
     """A model computed log-probs that are NaN or infinite: its weights or its adapter's are, or overflow."""
 
 
-class ScorerError(MindprintError, RuntimeError):
+class ScorerError(PluginError):
     """A scorer plugin that the configuration names is missing or broken."""
 
 

@@ -1,12 +1,15 @@
 """The contract: every hook that a plugin can implement. Read this first.
 
-A backend is a module that implements the hooks from `mindprint_backend_info` to `mindprint_restore`, all of them. It
-states the hook API versions it supports as a module attribute, `MINDPRINT_HOOK_APIS = (1,)`, and imports its framework
-inside the hooks, never at top level. Core decides everything that could differ by accident (tokens, masks, order,
-initial adapter, learning rate, normalizers); a backend only computes. `contract.py` defines what crosses.
+A backend is a module that implements every hook of `REQUIRED_HOOKS`. It states the hook API versions that it supports
+as a module attribute, `MINDPRINT_HOOK_APIS = (1,)`, and imports its framework inside the hooks, never at top level.
+Core decides everything that could differ by accident (tokens, masks, order, initial adapter, learning rate,
+normalizers). A backend only computes. `contract.py` defines the values that cross, with shapes, units and dtypes.
 
-`model` below is `LoadedModel.handle`: whatever the backend made of it. No hook assumes a module that is changed in
-place; a functional framework can keep its parameters in a handle of its own.
+In these hooks `model` is `LoadedModel.handle`, the backend's own object. No hook assumes a module that is changed in
+place: a functional framework can keep its parameters in the handle.
+
+A hook may raise the errors that it states, and any other `MindprintError`, whose message core shows as it is. Anything
+else that a hook raises becomes a `BackendError` that names backend and hook. KeyboardInterrupt passes.
 """
 
 from __future__ import annotations
@@ -41,51 +44,113 @@ if TYPE_CHECKING:
 PROJECT = "mindprint"
 
 HOOK_API = 1
-"""Version of this module and of `contract.py` together. A backend states the versions that it supports."""
+"""The version of everything that plugins import from core; docs/hook-api.md lists it. A backend states the versions
+that it supports."""
 
 SUPPORTED_HOOK_APIS = (1,)
 """The versions that this core can drive."""
+
+REQUIRED_HOOKS = (
+    "mindprint_backend_info",
+    "mindprint_load_model",
+    "mindprint_release",
+    "mindprint_adapter_sites",
+    "mindprint_base_digest",
+    "mindprint_inject_adapter",
+    "mindprint_sft_step",
+    "mindprint_dpo_step",
+    "mindprint_log_probs",
+    "mindprint_generate",
+    "mindprint_save",
+    "mindprint_restore",
+)
+"""The hooks that every backend implements. A longer list is another version of the hook API."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
-# --- a backend -------------------------------------------------------------------------------------------------------
-
-
 @hookspec(firstresult=True)
 def mindprint_backend_info() -> BackendInfo:  # type: ignore[empty-body]
-    """Say which devices, dtypes and capabilities are usable here. Must not train, download or allocate a model."""
+    """Say which devices, dtypes and capabilities are usable here.
+
+    Called once for each backend in use, before any other hook. It must not train, download or allocate a model.
+
+    Returns:
+        The devices in the backend's order of preference, each with the reason if it cannot be used. The answer does not
+        depend on when it is asked.
+    """
 
 
 @hookspec(firstresult=True)
 def mindprint_load_model(spec: ModelSpec) -> LoadedModel:  # type: ignore[empty-body]
-    """Load a base for training and inference: frozen, no dropout of its own, weights in `spec.dtype`.
+    """Load a base for training and inference: frozen, without dropout, weights in `spec.dtype`.
 
-    Raises `mindprint.errors.ModelError` for a base that it cannot compute *exactly as transformers does*.
+    Args:
+        spec: The folder, and the device and dtype that this backend stated as usable.
+
+    Returns:
+        The handle, and facts that core records.
+
+    Raises:
+        ModelError: The backend cannot compute this base *exactly as transformers does*, or weights are missing.
     """
 
 
 @hookspec(firstresult=True)
 def mindprint_release(model: Any) -> bool:  # type: ignore[empty-body]
-    """Free the model's memory. The handle is not used again. Returns True."""
+    """Free the model's memory. Core does not use the handle again.
+
+    Args:
+        model: The handle.
+
+    Returns:
+        True.
+    """
 
 
 @hookspec(firstresult=True)
 def mindprint_adapter_sites(model: Any) -> Sequence[AdapterSite]:  # type: ignore[empty-body]
-    """List every place of the base that can take LoRA, in the model's order, under transformers' module names."""
+    """List every place of the base that can take LoRA, in the model's order.
+
+    List the LM head where transformers' class has it as a linear layer (`linear`), and the token embedding
+    (`embedding`) exactly if the backend claims the capability `embedding`. Core chooses among the sites: `all-linear`
+    leaves out the LM head, embeddings and routers, and users can name any site.
+
+    Args:
+        model: The handle, with or without an adapter.
+
+    Returns:
+        The sites under transformers' module names. An injected adapter changes neither the list nor the names.
+    """
 
 
 @hookspec(firstresult=True)
 def mindprint_base_digest(model: Any) -> str:  # type: ignore[empty-body]
-    """Digest the base's weights as they are in memory; changes if any element does. Compared only with itself."""
+    """Digest the base's weights as they are in memory, without the adapter.
+
+    Args:
+        model: The handle.
+
+    Returns:
+        Any text that changes if any element does. Core compares it only with an earlier answer of the same backend.
+    """
 
 
 @hookspec(firstresult=True)
 def mindprint_inject_adapter(model: Any, adapter: AdapterState) -> AdapterFacts:  # type: ignore[empty-body]
     """Attach `adapter` to exactly `adapter.config.target_modules`, with its values, in float32, trainable.
 
-    Raises `mindprint.errors.AdapterError` if the model has an adapter already, or a site does not exist or fit.
+    Args:
+        model: The handle.
+        adapter: Factors `a` float32 `[r, in]` and `b` float32 `[out, r]` for each site.
+
+    Returns:
+        The sites adapted and the number of elements that will be trained, counted on the model.
+
+    Raises:
+        AdapterError: The model has an adapter already, or a site does not exist, or a factor has another shape. The
+            model is then as it was.
     """
 
 
@@ -93,21 +158,52 @@ def mindprint_inject_adapter(model: Any, adapter: AdapterState) -> AdapterFacts:
 def mindprint_sft_step(  # type: ignore[empty-body]
     model: Any, batches: Sequence[TokenBatch], update: Update
 ) -> StepMetrics:
-    """Take one optimizer step on the completion loss: `-sum(log p) / update.tokens` over all micro-batches."""
+    """Take one optimizer step on the completion loss: `-sum(log p) / update.tokens` over all micro-batches.
+
+    Args:
+        model: The handle, with an adapter.
+        batches: The micro-batches. Their numbers of rows and widths vary from step to step.
+        update: The step's settings and global normalizers.
+
+    Returns:
+        The loss before the update, and the gradient's norm before clipping.
+
+    Raises:
+        AdapterError: The model has no adapter.
+    """
 
 
 @hookspec(firstresult=True)
 def mindprint_dpo_step(  # type: ignore[empty-body]
     model: Any, batches: Sequence[PreferenceBatch], loss: PreferenceLoss, update: Update
 ) -> StepMetrics:
-    """Take one optimizer step on `loss.total(...)`, which core defines, without dropout."""
+    """Take one optimizer step on a preference loss, without dropout.
+
+    Args:
+        model: The handle, with an adapter.
+        batches: The micro-batches. Their numbers of pairs and widths vary from step to step.
+        loss: The loss. Differentiate `loss.total(...)` and define no loss in the backend.
+        update: The step's settings and global normalizers.
+
+    Returns:
+        In addition to the fields of an SFT step, the summed log-probs of both completions of each pair.
+
+    Raises:
+        AdapterError: The model has no adapter.
+    """
 
 
 @hookspec(firstresult=True)
 def mindprint_log_probs(model: Any, batch: TokenBatch, adapter: bool) -> Float32:  # type: ignore[empty-body]
-    """Per-token log-probs, float32 `[rows, T]`: `log p(tokens[t] | tokens[:t])` under the mask, 0 elsewhere.
+    """Return per-token log-probs: `log p(tokens[t] | tokens[:t])` in nats under the mask, 0 elsewhere.
 
-    With `adapter` False, or no adapter injected, the base alone answers. Log-softmax is taken in float32.
+    Args:
+        model: The handle.
+        batch: The sequences.
+        adapter: Whether the adapter takes part. With False, or no adapter injected, the base alone answers.
+
+    Returns:
+        float32 `[rows, T]`. Log-softmax is taken in float32 or better. A row's values do not depend on its neighbours.
     """
 
 
@@ -115,39 +211,75 @@ def mindprint_log_probs(model: Any, batch: TokenBatch, adapter: bool) -> Float32
 def mindprint_generate(  # type: ignore[empty-body]
     model: Any, prompts: Sequence[Int32], sampling: Sampling, adapter: bool
 ) -> Sequence[Generation]:
-    """Continue each prompt (int32 `[P]`), in order. What a prompt gets does not depend on its neighbours."""
+    """Continue each prompt, in order.
+
+    Args:
+        model: The handle.
+        prompts: Token ids, int32 `[P]` each, of unlike lengths.
+        sampling: The limit, the stop tokens, and how a token is drawn.
+        adapter: Whether the adapter takes part.
+
+    Returns:
+        An answer for each prompt. It does not depend on the prompt's neighbours.
+    """
 
 
 @hookspec(firstresult=True)
 def mindprint_save(model: Any) -> TrainingState:  # type: ignore[empty-body]
-    """Copy out everything training continues from. Core writes the files, so every backend's files are the same."""
+    """Copy out everything training continues from. Core writes the files, so every backend's files are the same.
+
+    Args:
+        model: The handle, with an adapter.
+
+    Returns:
+        NumPy arrays that later steps do not change.
+
+    Raises:
+        AdapterError: The model has no adapter.
+    """
 
 
 @hookspec(firstresult=True)
 def mindprint_restore(model: Any, state: TrainingState) -> bool:  # type: ignore[empty-body]
-    """Take over a state that any backend saved: adapter values, moments, step count. Returns True.
+    """Take over a state that any backend saved: adapter values, moments, step count.
 
-    The adapter is injected already, with the same configuration; a state without moments starts the optimizer anew.
-    Raises `mindprint.errors.AdapterError` without an adapter, or for a state of another configuration.
+    Args:
+        model: The handle. An adapter of the same configuration is injected already.
+        state: The state. Without moments the optimizer starts from scratch.
+
+    Returns:
+        True.
+
+    Raises:
+        AdapterError: The model has no adapter, or the state is of another configuration.
     """
-
-
-# --- beside a backend ------------------------------------------------------------------------------------------------
 
 
 @hookspec
 def mindprint_event(event: Event) -> None:
-    """Watch a run: called for every event of `mindprint.events`, in order, after core's own files are written.
+    """Watch a run. Called for every event, in order, after core has written its own files.
 
-    A tracker that the configuration names and that raises is named in a warning and sees no more of the run, which goes
-    on. KeyboardInterrupt passes: it is the user's.
+    A tracker is a class in the entry-point group `mindprint.trackers` with this hook as a method. Core makes an
+    instance for each run. A tracker that raises is named in a warning and sees no more of the run, which continues.
+    KeyboardInterrupt passes.
+
+    Args:
+        event: An instance of one of the classes in `mindprint.events`.
     """
 
 
 @hookspec
 def mindprint_scorers(settings: Mapping[str, object]) -> Sequence[Measure]:  # type: ignore[empty-body]
-    """Provide measures of a voice, shown beside the score of core and never averaged into it.
+    """Provide measures of a voice. Results show them next to core's score, which they do not change.
 
-    `settings` is what stands under the plugin's name in `voice.scorers`. Raises `mindprint.errors.ConfigError` for
-    settings that it does not understand. Such a plugin stands in the entry-point group `mindprint.scorers`.
+    A scorer is a module in the entry-point group `mindprint.scorers`.
+
+    Args:
+        settings: The settings under the scorer's name in `voice.scorers`.
+
+    Returns:
+        Measures with unlike names.
+
+    Raises:
+        ConfigError: The scorer does not understand the settings.
     """

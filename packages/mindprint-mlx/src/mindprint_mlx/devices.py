@@ -41,13 +41,13 @@ def device(name: str) -> mx.Device:
 
 def _metal() -> DeviceInfo:
     reason = None if mx.metal.is_available() else "MLX finds no Metal GPU: it needs Apple silicon and macOS"
-    return DeviceInfo("metal", reason, _gpu_name(reason), ALL_DTYPES, "bfloat16")
+    return DeviceInfo("metal", reason, _gpu_name(reason), ALL_DTYPES, "bfloat16", accelerator=True)
 
 
 def _cuda() -> DeviceInfo:
     available = hasattr(mx, "cuda") and mx.cuda.is_available()
     reason = None if available else 'this MLX has no CUDA; on Linux with an NVIDIA GPU: pip install "mlx[cuda12]"'
-    return DeviceInfo("cuda", reason, _gpu_name(reason), ALL_DTYPES, "bfloat16")
+    return DeviceInfo("cuda", reason, _gpu_name(reason), ALL_DTYPES, "bfloat16", accelerator=True)
 
 
 def _cpu(chosen: blas.Blas) -> DeviceInfo:

@@ -5,6 +5,7 @@ No framework is imported at top level, so that naming the plugin costs nothing.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from mindprint_mlx.model import Handle
 
 MINDPRINT_HOOK_APIS = (1,)
+
+MINDPRINT_AUTO_RANK = 20 if sys.platform == "darwin" else 10
+"""`backend: auto` asks this backend first on a Mac, where it has the GPU, and after PyTorch elsewhere."""
 
 
 @hookimpl

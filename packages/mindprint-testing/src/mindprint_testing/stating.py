@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from mindprint.contract import CAPABILITIES
-from mindprint.plugins.loading import find_backend
+from mindprint.plugins.entries import BACKENDS
+from mindprint.plugins.loading import find_plugin
 from mindprint_testing.bench import Bench
 from mindprint_testing.claims import Claims
 
@@ -68,7 +69,7 @@ class Stating(Claims):
         If it fails: `mindprint plugins --check`, auto-selection and every other backend's users wait for, or fail
         with, this framework. Look at the imports at the top of the plugin's module, and move them into the hooks.
         """
-        module = find_backend(self.backend_name).module
+        module = find_plugin(BACKENDS, self.backend_name).module
         command = [sys.executable, "-c", PROBE, module]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
         assert done.returncode == 0, done.stderr

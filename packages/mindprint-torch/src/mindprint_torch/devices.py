@@ -30,12 +30,13 @@ def backend_info() -> BackendInfo:
 def _cuda() -> DeviceInfo:
     if not torch.cuda.is_available():
         built = torch.backends.cuda.is_built()
-        return DeviceInfo("cuda", "no CUDA device is visible" if built else f"torch {torch.__version__} has no CUDA")
+        reason = "no CUDA device is visible" if built else f"torch {torch.__version__} has no CUDA"
+        return DeviceInfo("cuda", reason, accelerator=True)
     detail = torch.cuda.get_device_name()
     if torch.cuda.is_bf16_supported(including_emulation=False):
         dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
-        return DeviceInfo("cuda", None, detail, dtypes, "bfloat16")
-    return DeviceInfo("cuda", None, detail, ("float32", "float16"), "float16")
+        return DeviceInfo("cuda", None, detail, dtypes, "bfloat16", accelerator=True)
+    return DeviceInfo("cuda", None, detail, ("float32", "float16"), "float16", accelerator=True)
 
 
 def _cpu() -> DeviceInfo:
@@ -44,8 +45,8 @@ def _cpu() -> DeviceInfo:
 
 def _mps() -> DeviceInfo:
     if not torch.backends.mps.is_available():
-        return DeviceInfo("mps", "needs Apple Silicon and a PyTorch built for it")
-    return DeviceInfo("mps", None, "named only: PyTorch on MPS corrupts adapters")
+        return DeviceInfo("mps", "needs Apple Silicon and a PyTorch built for it", accelerator=True, auto=False)
+    return DeviceInfo("mps", None, "named only: PyTorch on MPS corrupts adapters", accelerator=True, auto=False)
 
 
 def _version(distribution: str) -> str:

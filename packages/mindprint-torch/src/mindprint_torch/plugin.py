@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from mindprint_torch.model import TorchModel
 
 MINDPRINT_HOOK_APIS = (1,)
+
+MINDPRINT_AUTO_RANK = 10 if sys.platform == "darwin" else 20
+"""`backend: auto` asks this backend after MLX on a Mac, where it would train on the CPU, and before it elsewhere."""
 
 
 @hookimpl

@@ -19,7 +19,7 @@ from mindprint.config import BackendConfig, ModelConfig
 from mindprint.contract import AdapterState, Dtype
 from mindprint.errors import AdapterError, GuardError
 from mindprint.models import folder as models
-from mindprint.plugins.loading import BACKENDS, installed
+from mindprint.plugins.entries import BACKENDS, installed
 from mindprint.runs.opened import Located, find_base, locate_adapter, placement_for, read_located
 from mindprint.trust.adapters import copy_findings
 from mindprint.trust.fingerprint import read_fingerprint

@@ -14,7 +14,8 @@ from mindprint.api.options import Notices, OnNotice
 from mindprint.api.training import Configuration, load_config
 from mindprint.config import ConfigFile, merged
 from mindprint.errors import BackendError, ConfigError
-from mindprint.plugins.loading import canonical_name, find_backend
+from mindprint.plugins.entries import BACKENDS, canonical_name
+from mindprint.plugins.loading import find_plugin
 from mindprint.reports import equivalence, read_run
 from mindprint.reports.compared import write_comparison
 from mindprint.training.prepare import prepare
@@ -73,7 +74,7 @@ def check_backends(backends: Sequence[str]) -> tuple[str, str]:
     if len(names) != 2 or names[0] == names[1]:
         raise BackendError(f"--backends {','.join(backends)!r}: name two different backends, such as torch,mlx")
     for name in names:
-        find_backend(name)
+        find_plugin(BACKENDS, name)
     return names[0], names[1]
 
 

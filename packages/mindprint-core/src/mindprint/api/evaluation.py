@@ -14,7 +14,7 @@ from mindprint.api.training import Records
 from mindprint.data.memory import check_records
 from mindprint.data.render import PreferenceExample, Rendered, SftExample, render_preferences, render_sft
 from mindprint.errors import DataError
-from mindprint.plugins.loading import load_scorers
+from mindprint.plugins.scoring import load_scorers
 from mindprint.runs.opened import Located, OpenedAdapter, locate_adapter, open_adapter
 from mindprint.voice.answers import answer_held_out, asked_of, reference_of, unread
 from mindprint.voice.assessment import Assessment, assess

@@ -9,14 +9,14 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
-from importlib.metadata import EntryPoint
 
 import click
 
 from mindprint._version import __version__
 from mindprint.cli.output import PROGRAM, Failure, json_only
-from mindprint.errors import MindprintError, PluginError
-from mindprint.plugins.entries import entry_points
+from mindprint.errors import MindprintError
+from mindprint.plugins.entries import COMMANDS as THIRD_PARTY
+from mindprint.plugins.entries import installed
 
 COMMANDS = {
     "init": "Make a project: configuration, sample data, and a README of what goes where.",
@@ -34,8 +34,6 @@ COMMANDS = {
 }
 """The commands that ship with core, with their line of help: listing them imports none of them."""
 
-THIRD_PARTY = "mindprint.commands"
-"""Entry points of this group add commands: `name = module:command`, the object a `click.Command`."""
 
 DEBUG = "MINDPRINT_DEBUG"
 """Set to 1 in the environment, this shows the traceback of every error."""
@@ -62,7 +60,7 @@ class Commands(click.Group):
         return _load(name) if name in _third_party() else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        plugins = {name: f"from {_origin(points[0])}" for name, points in _third_party().items()}
+        plugins = {name: f"from {origin}" for name, origin in _third_party().items()}
         rows = [(name, COMMANDS.get(name) or plugins[name]) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
@@ -150,29 +148,19 @@ def _drain() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-# --- commands of other distributions ---------------------------------------------------------------------------------
-
-
-def _third_party() -> dict[str, list[EntryPoint]]:
-    """Every claim to a command's name, from metadata alone."""
-    claims: dict[str, list[EntryPoint]] = {}
-    for point in entry_points(group=THIRD_PARTY):
-        claims.setdefault(point.name, []).append(point)
-    return claims
+def _third_party() -> dict[str, str]:
+    """Return the commands of other distributions with their origins, from metadata alone."""
+    origins: dict[str, str] = {}
+    for plugin in installed(THIRD_PARTY):
+        origins.setdefault(plugin.name, plugin.origin)
+    return origins
 
 
 def _load(name: str) -> click.Command:
-    from mindprint.plugins.loading import COMMANDS, described, installed, load_object  # noqa: PLC0415 (help needs none of it)
+    from mindprint.plugins.loading import failure, find_plugin, load_plugin  # noqa: PLC0415 (help needs none of it)
 
-    claims = [plugin for plugin in installed(COMMANDS) if plugin.name == name]
-    loaded = load_object(claims)
+    plugin = find_plugin(THIRD_PARTY, name)
+    loaded = load_plugin(plugin)
     if not isinstance(loaded, click.Command):
-        raise PluginError(
-            f"{described(claims[0])}: {claims[0].module} is a {type(loaded).__name__}, no click.Command; "
-            "tell its author, or uninstall its distribution"
-        )
+        raise failure(plugin, f": {plugin.module} is a {type(loaded).__name__}, not a click.Command")
     return loaded
-
-
-def _origin(point: EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value

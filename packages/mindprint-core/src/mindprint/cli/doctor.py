@@ -19,7 +19,7 @@ from mindprint.config import ModelConfig, load_config
 from mindprint.models.engine import Placement, Placements
 from mindprint.models.folder import resolve_model
 from mindprint.plugins.backend import Backend, load_backend
-from mindprint.plugins.loading import BACKENDS, installed
+from mindprint.plugins.entries import BACKENDS, install_commands, installed
 from mindprint.training.prepare import Prepared, prepare
 from mindprint.training.selfcheck import Finding, check_deeply, check_training, guarded
 
@@ -79,7 +79,7 @@ def _versions() -> dict[str, str]:
 def _installed(report: Report) -> list[str]:
     names = [plugin.name for plugin in installed(BACKENDS)]
     if not names:
-        remedy = 'none; pip install "mindprint-core[torch]" or "mindprint-core[mlx]"'
+        remedy = f"none; {install_commands()}"
         report.findings.append(Finding("installed backends", ok=False, detail=remedy))
     return names
 

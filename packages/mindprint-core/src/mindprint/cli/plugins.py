@@ -9,21 +9,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mindprint.cli.output import emit, json_option, say, table
-from mindprint.errors import PluginError
-from mindprint.plugins.loading import (
+from mindprint.plugins.entries import (
     BACKENDS,
     COMMANDS,
     GROUPS,
     SCORERS,
     TRACKERS,
     Plugin,
-    described,
-    fitting_hooks,
+    install_commands,
     installed,
-    kind,
-    load_backend_plugin,
-    load_object,
 )
+from mindprint.plugins.hooks import plugin_hooks
+from mindprint.plugins.loading import failure, find_plugin, hook_apis, load_backend_plugin, load_plugin
 
 if TYPE_CHECKING:
     from mindprint.contract import BackendInfo
@@ -73,7 +70,7 @@ def info_values(info: BackendInfo) -> dict[str, Any]:
 def _described(plugin: Plugin) -> dict[str, Any]:
     return {
         "name": plugin.name,
-        "kind": kind(plugin),
+        "kind": plugin.kind,
         "distribution": plugin.distribution,
         "version": plugin.version,
         "module": plugin.module,
@@ -93,26 +90,26 @@ def _backend(plugin: Plugin) -> dict[str, Any]:
     from mindprint.plugins.backend import load_backend  # noqa: PLC0415 (listing needs none of it)
 
     info = load_backend(plugin.name).info
-    _, module = load_backend_plugin(plugin.name)
-    return {"hook_apis": list(module.MINDPRINT_HOOK_APIS), "lines": device_lines(info), **info_values(info)}
+    apis = hook_apis(*load_backend_plugin(plugin.name))
+    return {"hook_apis": list(apis), "lines": device_lines(info), **info_values(info)}
 
 
 def _imported(plugin: Plugin) -> dict[str, Any]:
-    loaded = load_object([other for other in installed(plugin.group) if other.name == plugin.name])
+    loaded = load_plugin(find_plugin(plugin.group, plugin.name))
     if plugin.group == COMMANDS and not isinstance(loaded, click.Command):
-        raise PluginError(f"{described(plugin)}: {plugin.module} is a {type(loaded).__name__}, no click.Command")
+        raise failure(plugin, f": {plugin.module} is a {type(loaded).__name__}, not a click.Command")
     if plugin.group == SCORERS or (plugin.group == TRACKERS and isinstance(loaded, type)):
-        fitting_hooks(plugin, loaded)  # of a tracker the class: to make one may need a library that nobody wants here
+        plugin_hooks(plugin, loaded)  # of a tracker the class: to make one may need a library that nobody wants here
     return {}
 
 
 def _show(plugins: list[Plugin], checks: Mapping[Plugin, dict[str, Any]]) -> None:
     if not plugins:
-        say('no plugin is installed; a backend is needed: pip install "mindprint-core[torch]" or "mindprint-core[mlx]"')
+        say(f"no plugin is installed; a backend is needed: {install_commands()}")
         return
-    say(table(HEADER, [(kind(p), p.name, p.distribution, p.version, p.module) for p in plugins]))
+    say(table(HEADER, [(p.kind, p.name, p.distribution, p.version, p.module) for p in plugins]))
     for plugin, found in checks.items():
-        say(f"\n{kind(plugin)} {plugin.name}: {'works' if found['ok'] else found['cause']}")
+        say(f"\n{plugin.kind} {plugin.name}: {'works' if found['ok'] else found['cause']}")
         for line in _details(found):
             say(f"  {line}")
 

@@ -13,7 +13,8 @@ from mindprint.config import BackendConfig
 from mindprint.contract import AdapterFacts, AdapterSite, AdapterState, Dtype, LoadedModel, ModelSpec, TrainingState
 from mindprint.errors import BackendError, GuardError
 from mindprint.models.folder import ModelFolder, quantization
-from mindprint.plugins.backend import Backend, choose_backend, load_backend
+from mindprint.plugins.backend import Backend, load_backend
+from mindprint.plugins.choosing import choose_backend
 
 FLOAT32_BYTES = 8 * 2**30
 """A base whose float32 weights take no more than this, and no more than half of the memory, is measured in float32."""

@@ -1,1 +1,1 @@
-"""Find plugins, load the chosen ones, and call a backend's hooks."""
+"""Find plugins, load the chosen ones, and call their hooks."""

@@ -1,16 +1,14 @@
-"""One chosen backend's hooks as typed methods: what the rest of core calls.
+"""One chosen backend's hooks as typed methods, through which the rest of core calls it.
 
-Each method calls its hook with keyword arguments and checks what came back, so that a backend that breaks the contract
-is named together with the hook and the finding, before its answer reaches a file.
+Each method calls its hook with keyword arguments and checks the answer, so that a backend that breaks the contract is
+named together with the hook and the finding, before its answer reaches a file.
 """
 
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -35,21 +33,16 @@ from mindprint.contract import (
     TrainingState,
     Update,
 )
-from mindprint.errors import BackendError, ContractError, MindprintError, NotFiniteError
+from mindprint.errors import BackendError, ContractError, NotFiniteError
 from mindprint.losses import PreferenceLoss
-from mindprint.plugins.loading import (
-    BACKENDS,
-    Plugin,
-    canonical_name,
-    installed,
-    load_backend_plugin,
-    plugin_manager,
-)
-
-ACCELERATORS = ("cuda", "metal")
-"""Devices that make `auto` prefer a backend. MPS is not one: PyTorch on MPS corrupts adapters; it must be named."""
+from mindprint.plugins.entries import Plugin
+from mindprint.plugins.hooks import backend_hooks
+from mindprint.plugins.loading import call_plugin, load_backend_plugin
+from mindprint.plugins.stated import check_info
 
 T = TypeVar("T")
+
+DEBUG_HINT = "MINDPRINT_DEBUG=1 shows where"
 
 
 class Backend:
@@ -58,14 +51,18 @@ class Backend:
     def __init__(self, plugin: Plugin, hook: Any) -> None:
         self.plugin = plugin
         self._hook = hook
-        self.info = self._checked("mindprint_backend_info", BackendInfo, self._call("mindprint_backend_info"))
+        hook_name = "mindprint_backend_info"
+        info = self._checked(hook_name, BackendInfo, self._call(hook_name))
+        # The plugin's own classes may be behind this: reading them is guarded as calling it is.
+        call_plugin(plugin, hook_name, lambda: check_info(plugin, info))
+        self.info = info
 
     @property
     def name(self) -> str:
         return self.plugin.name
 
     def load_model(self, spec: ModelSpec) -> LoadedModel:
-        """Load a base model; see `hookspecs.mindprint_load_model`."""
+        """Load a base model. See `hookspecs.mindprint_load_model`."""
         return self._checked("mindprint_load_model", LoadedModel, self._call("mindprint_load_model", spec=spec))
 
     def release(self, model: LoadedModel) -> None:
@@ -73,14 +70,11 @@ class Backend:
         self._call("mindprint_release", model=model.handle)
 
     def adapter_sites(self, model: LoadedModel) -> tuple[AdapterSite, ...]:
-        """Every place of the base that can take LoRA."""
-        sites = tuple(self._call("mindprint_adapter_sites", model=model.handle))
-        for site in sites:
-            self._checked("mindprint_adapter_sites", AdapterSite, site)
-        return sites
+        """Return every place of the base that can take LoRA."""
+        return self._sequence("mindprint_adapter_sites", AdapterSite, model=model.handle)
 
     def base_digest(self, model: LoadedModel) -> str:
-        """Digest of the base weights in memory."""
+        """Return the digest of the base weights in memory."""
         return self._checked("mindprint_base_digest", str, self._call("mindprint_base_digest", model=model.handle))
 
     def inject_adapter(self, model: LoadedModel, adapter: AdapterState) -> AdapterFacts:
@@ -89,7 +83,7 @@ class Backend:
         return self._checked("mindprint_inject_adapter", AdapterFacts, facts)
 
     def sft_step(self, model: LoadedModel, batches: Sequence[TokenBatch], update: Update) -> StepMetrics:
-        """One optimizer step on the completion loss."""
+        """Take one optimizer step on the completion loss."""
         with self._inputs_kept("mindprint_sft_step", batches):
             metrics = self._call("mindprint_sft_step", model=model.handle, batches=batches, update=update)
         return self._checked("mindprint_sft_step", StepMetrics, metrics)
@@ -97,21 +91,22 @@ class Backend:
     def dpo_step(
         self, model: LoadedModel, batches: Sequence[PreferenceBatch], loss: PreferenceLoss, update: Update
     ) -> StepMetrics:
-        """One optimizer step on a preference loss."""
+        """Take one optimizer step on a preference loss."""
         hook = "mindprint_dpo_step"
         with self._inputs_kept(hook, batches):
-            metrics = self._call(hook, model=model.handle, batches=batches, loss=loss, update=update)
-        metrics = self._checked(hook, StepMetrics, metrics)
+            answer = self._call(hook, model=model.handle, batches=batches, loss=loss, update=update)
+        metrics = self._checked(hook, StepMetrics, answer)
         pairs = sum(batch.pairs for batch in batches)
         for field in ("chosen_log_probs", "rejected_log_probs"):
             values = getattr(metrics, field)
             self._check_array(hook, field, values, (pairs,), np.float32)
+            # A step whose loss is not finite is the loop's to report: it knows the rows of the batch.
             if is_finite(metrics) and not metrics.skipped:
                 self._check_finite(hook, field, values)
         return metrics
 
     def log_probs(self, model: LoadedModel, batch: TokenBatch, *, adapter: bool = True) -> Float32:
-        """Per-token log-probs, float32 `[rows, T]`, 0 outside the mask."""
+        """Return per-token log-probs, float32 `[rows, T]`, 0 outside the mask."""
         hook = "mindprint_log_probs"
         with self._inputs_kept(hook, [batch]):
             values = self._call(hook, model=model.handle, batch=batch, adapter=adapter)
@@ -124,14 +119,12 @@ class Backend:
     ) -> tuple[Generation, ...]:
         """Continue each prompt, in order."""
         hook = "mindprint_generate"
-        answers = tuple(
-            self._call("mindprint_generate", model=model.handle, prompts=prompts, sampling=sampling, adapter=adapter)
-        )
+        arguments = {"prompts": prompts, "sampling": sampling, "adapter": adapter}
+        answers = self._sequence(hook, Generation, model=model.handle, **arguments)
         if len(answers) != len(prompts):
             raise ContractError(f"backend {self.name!r}: {hook} answered {len(answers)} of {len(prompts)} prompts")
         for answer in answers:
-            tokens = self._checked(hook, Generation, answer).tokens
-            self._check_array(hook, "tokens", tokens, (np.size(tokens),), np.int32)
+            self._check_array(hook, "tokens", answer.tokens, (np.size(answer.tokens),), np.int32)
         return answers
 
     def save(self, model: LoadedModel) -> TrainingState:
@@ -141,9 +134,9 @@ class Backend:
             rank = state.adapter.config.rank(site)
             shapes = (rank, np.shape(factors.a)[-1]), (np.shape(factors.b)[0], rank)
             self._check_factors(site, factors, shapes)
-            for what, moments in (("first", state.first_moments), ("second", state.second_moments)):
+            for order, moments in (("first", state.first_moments), ("second", state.second_moments)):
                 if moments:
-                    self._check_factors(f"{what} moment of {site}", moments[site], shapes)
+                    self._check_factors(f"{order} moment of {site}", moments[site], shapes)
         return state
 
     def restore(self, model: LoadedModel, state: TrainingState) -> None:
@@ -151,28 +144,34 @@ class Backend:
         self._call("mindprint_restore", model=model.handle, state=state)
 
     def device(self, name: str) -> DeviceInfo:
-        """The device called `name`, or the best usable one for `auto`.
+        """Return the device called `name`, or for `auto` the first usable one that `auto` may choose.
 
-        Raises `BackendError` with the reason if it cannot be used here.
+        Raises:
+            BackendError: It cannot be used here. The message holds the reason.
         """
+        usable = [device for device in self.info.devices if device.usable]
         if name == "auto":
-            usable = [device for device in self.info.devices if device.usable and device.name != "mps"]
-            if usable:
-                return usable[0]
-            reasons = "; ".join(f"{device.name}: {device.reason}" for device in self.info.devices)
-            raise BackendError(f"backend {self.name!r} has no usable device here ({reasons})")
-        found = self.info.device(name)
-        have = ", ".join(device.name for device in self.info.devices if device.usable) or "none"
-        if found is None:
-            raise BackendError(f"backend {self.name!r} knows no device {name!r} (usable here: {have})")
-        if not found.usable:
+            for device in usable:
+                if device.auto:
+                    return device
+            reasons = "; ".join(f"{device.name}: {device.reason or 'must be named'}" for device in self.info.devices)
+            raise BackendError(f"backend {self.name!r} has no usable device here ({reasons or 'it states none'})")
+        names = ", ".join(device.name for device in usable) or "none"
+        named = self.info.device(name)
+        if named is None:
+            raise BackendError(f"backend {self.name!r} knows no device {name!r} (usable here: {names})")
+        if not named.usable:
             raise BackendError(
-                f"backend {self.name!r} cannot use device {name!r} here: {found.reason} (usable: {have})"
+                f"backend {self.name!r} cannot use device {name!r} here: {named.reason} (usable: {names})"
             )
-        return found
+        return named
 
     def dtype(self, device: DeviceInfo, name: Dtype | Literal["auto"]) -> Dtype:
-        """The dtype called `name` on `device`, or its default for `auto`. Raises `BackendError` if unsupported."""
+        """Return the dtype called `name` on `device`, or its default for `auto`.
+
+        Raises:
+            BackendError: The device does not train in it.
+        """
         if name == "auto":
             return device.default_dtype
         if name not in device.dtypes:
@@ -181,23 +180,29 @@ class Backend:
             )
         return name
 
-    def _call(self, hook: str, **arguments: Any) -> Any:
-        """Call a hook; what it raises beside a `MindprintError` becomes one that names backend, hook and cause."""
-        try:
-            return getattr(self._hook, hook)(**arguments)
-        except MindprintError:
-            raise
-        except Exception as error:
-            name, version = self.plugin.distribution, self.plugin.version
-            stands = "; the last checkpoint stands" if hook.endswith("_step") else ""
-            raise BackendError(
-                f"backend {self.name!r} ({name} {version}): {hook} raised {type(error).__name__}: {error}{stands} "
-                "(MINDPRINT_DEBUG=1 shows where)"
-            ) from error
+    def _call(self, hook: str, convert: Callable[[Any], Any] = lambda answer: answer, **arguments: Any) -> Any:
+        """Return a hook's answer. `convert` is applied where exceptions are still the plugin's."""
+        kept = "the last checkpoint is kept, " if hook.endswith("_step") else ""
+        return call_plugin(
+            self.plugin, hook, lambda: convert(getattr(self._hook, hook)(**arguments)), kept + DEBUG_HINT
+        )
+
+    def _sequence(self, hook: str, item: type[T], **arguments: Any) -> tuple[T, ...]:
+        """Return a hook's answer as a tuple of items of one type."""
+
+        def as_tuple(answer: Any) -> Any:
+            # A generator runs the plugin's code only when it is read.
+            return tuple(answer) if isinstance(answer, Iterable) else answer
+
+        answer = self._checked(hook, tuple, self._call(hook, as_tuple, **arguments))
+        return tuple(self._checked(hook, item, each) for each in answer)
 
     @contextmanager
     def _inputs_kept(self, hook: str, batches: Sequence[TokenBatch | PreferenceBatch]) -> Iterator[None]:
-        """Raise `ContractError` if the backend wrote into the arrays of these batches: they are core's."""
+        """Raise `ContractError` if the backend wrote into the arrays of these batches.
+
+        Core uses its rows again in the next epoch, and NumPy cannot stop a framework that shares their memory.
+        """
         given = [
             (batch, name, values) for batch in batches for name, values in vars(batch).items() if values is not None
         ]
@@ -207,81 +212,50 @@ class Backend:
             if not np.array_equal(values, copy):
                 raise ContractError(
                     f"backend {self.name!r}: {hook} wrote into its input {type(batch).__name__}.{name}; "
-                    "it must copy what it changes"
+                    "it must copy an array before changing it"
                 )
 
-    def _check_finite(self, hook: str, what: str, values: np.ndarray) -> None:
+    def _check_finite(self, hook: str, subject: str, values: np.ndarray) -> None:
         if not np.isfinite(values).all():
-            raise NotFiniteError(f"backend {self.name!r}: {hook} returned {what} that are not finite")
+            raise NotFiniteError(f"backend {self.name!r}: {hook} returned {subject} that are not finite")
 
-    def _check_factors(self, what: str, pair: LoraFactors, shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    def _check_factors(self, subject: str, pair: LoraFactors, shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
         for letter, values, shape in zip("AB", pair, shapes, strict=True):
-            self._check_array("mindprint_save", f"{what}.{letter}", values, shape, np.float32)
-            self._check_finite("mindprint_save", f"values of {what}.{letter}", values)
+            self._check_array("mindprint_save", f"{subject}.{letter}", values, shape, np.float32)
+            self._check_finite("mindprint_save", f"values of {subject}.{letter}", values)
 
-    def _checked(self, hook: str, kind: type[T], value: object) -> T:
-        if not isinstance(value, kind):
+    def _checked(self, hook: str, expected: type[T], value: object) -> T:
+        if not isinstance(value, expected):
             raise ContractError(
-                f"backend {self.name!r}: {hook} returned {type(value).__name__}, the contract asks for {kind.__name__}"
+                f"backend {self.name!r}: {hook} returned {type(value).__name__}, "
+                f"the contract asks for {expected.__name__}"
             )
         return value
 
-    def _check_array(self, hook: str, what: str, value: object, shape: tuple[int, ...], dtype: type) -> None:
-        if not isinstance(value, np.ndarray) or value.dtype != dtype or value.shape != shape:
-            found = (
-                f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
-            )
-            raise ContractError(
-                f"backend {self.name!r}: {hook} returned {what} as {found}, "
-                f"the contract asks for {np.dtype(dtype)}{list(shape)}"
-            )
+    def _check_array(self, hook: str, subject: str, value: object, shape: tuple[int, ...], dtype: type) -> None:
+        if isinstance(value, np.ndarray) and value.dtype == dtype and value.shape == shape:
+            return
+        returned = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+        raise ContractError(
+            f"backend {self.name!r}: {hook} returned {subject} as {returned}, "
+            f"the contract asks for {np.dtype(dtype)}{list(shape)}"
+        )
 
 
 def load_backend(name: str, observers: Iterable[object] = ()) -> Backend:
-    """Load the installed backend called `name`. Raises `BackendError` if it is missing, broken or does not fit."""
-    plugin, module = load_backend_plugin(canonical_name(name))
-    return Backend(plugin, plugin_manager(plugin, module, observers).hook)
+    """Load the installed backend called `name`.
 
+    Args:
+        name: The entry point's name, or an alias of it.
+        observers: Objects with hooks that watch the backend's calls.
 
-@dataclass(frozen=True)
-class Choice:
-    """What auto-selection chose, and why, in words for the user."""
-
-    name: str
-    reason: str
-
-
-def choose_backend(load: Callable[[str], Backend] = load_backend) -> Choice:
-    """The best installed backend for this hardware: the first with an accelerator, else the first that works at all.
-
-    Candidates are asked in the platform's order, so that on a Mac MLX is found before PyTorch is imported, and
-    elsewhere the reverse. Raises `BackendError` when nothing is installed or nothing is usable.
+    Raises:
+        BackendError: The backend is missing, broken, or does not fit the contract.
     """
-    names = [plugin.name for plugin in installed(BACKENDS)]
-    if not names:
-        raise BackendError('no backend is installed; pip install "mindprint-core[torch]" or "mindprint-core[mlx]"')
-    if len(names) == 1:
-        return Choice(names[0], "the only backend installed")
-    on_mac = platform.system() == "Darwin"
-    preferred = ("mlx", "torch") if on_mac else ("torch", "mlx")
-    ordered = sorted(names, key=lambda name: (preferred.index(name) if name in preferred else len(preferred), name))
-    failures: list[str] = []
-    working: list[str] = []
-    for name in ordered:
-        try:
-            device = load(name).device("auto")
-        except BackendError as error:
-            failures.append(str(error))
-            continue
-        if device.name in ACCELERATORS:
-            return Choice(name, f"it can use {device.detail or device.name} here")
-        working.append(name)
-    if not working:
-        raise BackendError("no installed backend works here: " + "; ".join(failures))
-    left_out = f" (left out: {'; '.join(failures)})" if failures else ""
-    return Choice(working[0], f"no accelerator is usable here, and it is the fastest on this CPU{left_out}")
+    plugin, module = load_backend_plugin(name)
+    return Backend(plugin, backend_hooks(plugin, module, observers))
 
 
 def is_finite(metrics: StepMetrics) -> bool:
-    """Whether loss and gradient norm of a step are finite numbers."""
+    """Return whether loss and gradient norm of a step are finite numbers."""
     return math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)

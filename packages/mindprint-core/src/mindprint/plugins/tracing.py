@@ -1,4 +1,4 @@
-"""A trace of hook calls on request: one line a call on standard error, with what it took and what came back."""
+"""A trace of hook calls on request: one line a call on standard error, with its arguments, its result and its time."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 import pluggy
 
 TRACE = "MINDPRINT_TRACE"
-"""Set to 1 in the environment, every hook call is traced."""
+"""Environment variable. Set to 1, every hook call is traced."""
 
 
 def trace_if_asked(manager: pluggy.PluginManager) -> None:
     """Trace the manager's hook calls if the environment asks for it."""
     if os.environ.get(TRACE) != "1":
         return
+    # A hook may call another hook, so the starting times are a stack.
     started: list[float] = []
 
     def before(_hook: str, _impls: Sequence[Any], _arguments: Mapping[str, Any]) -> None:
@@ -26,16 +27,16 @@ def trace_if_asked(manager: pluggy.PluginManager) -> None:
     def after(outcome: pluggy.Result[Any], hook: str, impls: Sequence[Any], arguments: Mapping[str, Any]) -> None:
         seconds = perf_counter() - started.pop()
         plugins = ", ".join(impl.plugin_name for impl in impls) or "nobody"
-        given = ", ".join(f"{name}={_short(value)}" for name, value in arguments.items())
+        given = ", ".join(f"{name}={_summary(value)}" for name, value in arguments.items())
         error = outcome.exception
-        result = f"raised {type(error).__name__}: {error}" if error else _short(outcome.get_result())
+        result = f"raised {type(error).__name__}: {error}" if error else _summary(outcome.get_result())
         sys.stderr.write(f"mindprint: trace: {hook}({given}) [{plugins}] {seconds:.4f} s -> {result}\n")
 
     manager.add_hookcall_monitoring(before, after)
 
 
-def _short(value: object) -> str:
-    """A value by its kind and size, never by its contents: a trace must not publish anyone's writing."""
+def _summary(value: object) -> str:
+    # By kind and size, never by contents: a trace must not publish anyone's writing.
     shape = getattr(value, "shape", None)
     if shape is not None:
         return f"{getattr(value, 'dtype', '')}{list(shape)}"

@@ -1,11 +1,25 @@
-"""Trackers watch a run and cannot end it."""
+"""Trackers: made for one run each, watching it, unable to end it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pluggy
 
 from mindprint.events import Event
-from mindprint.plugins.loading import Tracker, described
+from mindprint.plugins.entries import TRACKERS, Plugin, described
+from mindprint.plugins.hooks import plugin_hooks
+from mindprint.plugins.loading import ALTERNATIVES, cause_of, failure, find_plugin, load_plugin
+
+
+@dataclass(frozen=True, eq=False)
+class Tracker:
+    """A tracker made for one run. Its hooks are apart from all others, so that its failures can be told from theirs."""
+
+    plugin: Plugin
+    hooks: pluggy.HookRelay
 
 
 class Trackers:
@@ -15,18 +29,45 @@ class Trackers:
         self._watching = list(trackers)
 
     def tell(self, event: Event) -> list[str]:
-        """Hand an event to each. One that raises sees no more; returns what to say of it.
+        """Hand an event to each tracker, and drop the trackers that raise.
 
-        A library that calls `sys.exit` ends no run either. KeyboardInterrupt is the user's and passes.
+        Returns:
+            A message for each tracker that was dropped.
         """
         failures = []
         for tracker in tuple(self._watching):
             try:
                 tracker.hooks.mindprint_event(event=event)
-            except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever it is, training goes on)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # noqa: BLE001 (no tracker ends a run, not even by `sys.exit`)
                 self._watching.remove(tracker)
                 failures.append(
-                    f"{described(tracker.plugin)} raised {type(error).__name__}: {error}, at {type(event).__name__}; "
-                    "it sees no more of this run, which goes on"
+                    f"{described(tracker.plugin)} raised {cause_of(error)}, at {type(event).__name__}; "
+                    "it sees no more of this run, which continues"
                 )
         return failures
+
+
+def load_trackers(names: Iterable[str]) -> tuple[Tracker, ...]:
+    """Load the trackers that a configuration names, and make each of them for one run.
+
+    Raises:
+        PluginError: A tracker is not installed, cannot be imported or started, or does not fit the contract.
+    """
+    return tuple(_start_tracker(name) for name in names)
+
+
+def _start_tracker(name: str) -> Tracker:
+    plugin = find_plugin(TRACKERS, name)
+    tracker_class: Any = load_plugin(plugin)
+    try:
+        tracker = tracker_class()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        # Trackers import their library when they are made: a ModuleNotFoundError names the package to install.
+        library = getattr(error, "name", None) or plugin.distribution
+        remedy = f"pip install {library}, or {ALTERNATIVES[TRACKERS]}"
+        raise failure(plugin, f" cannot start: {cause_of(error)}", remedy) from error
+    return Tracker(plugin, plugin_hooks(plugin, tracker))

@@ -25,8 +25,9 @@ from mindprint.events import (
     StepDone,
 )
 from mindprint.models.engine import Engine, Placement, Placements
-from mindprint.plugins.loading import load_scorers, load_trackers, observer_hooks
-from mindprint.plugins.watching import Trackers
+from mindprint.plugins.hooks import observer_hooks
+from mindprint.plugins.scoring import load_scorers
+from mindprint.plugins.watching import Trackers, load_trackers
 from mindprint.reports import write_reports
 from mindprint.runs.folder import Resume, RunFolder, open_run
 from mindprint.runs.results import RunResult, stage_results, verdicts
