@@ -6,12 +6,32 @@ is 0.5. Each expectation below is the formula with these numbers; `e` values to 
 e^-0.5 = 0.6065306597, e^-0.1 = 0.9048374180, e^-0.2 = 0.8187307531, e^-0.3 = 0.7408182207.
 """
 
+from __future__ import annotations
+
+import json
 import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from mindprint.losses import NUMPY, PairLogProbs, PreferenceLoss, sft_loss
+from mindprint import losses
+from mindprint.config import DpoConfig
+from mindprint.losses import (
+    NUMPY,
+    PAIRWISE_LOSSES,
+    PairLogProbs,
+    PreferenceLoss,
+    PreferenceLossName,
+    default_sft_weight,
+    sft_loss,
+    takes_label_smoothing,
+)
 
 PAIR = PairLogProbs(
     policy_chosen=np.array([-10.0]),
@@ -137,3 +157,125 @@ def _slope(loss: PreferenceLoss, field: str, pairs: PairLogProbs = PAIR, step: f
         return float(loss.per_pair(NUMPY, moved)[0])
 
     return (value(step) - value(-step)) / (2 * step)
+
+
+def test_the_names_are_those_defined() -> None:
+    assert get_args(PreferenceLossName) == tuple(PAIRWISE_LOSSES)
+
+
+def test_constants_of_the_configuration_come_from_the_definition() -> None:
+    """ORPO has its SFT term by definition, and label smoothing means something to two losses."""
+    assert {name for name in PAIRWISE_LOSSES if default_sft_weight(name)} == {"orpo"}
+    assert {name for name in PAIRWISE_LOSSES if takes_label_smoothing(name)} == {"sigmoid", "robust"}
+    assert DpoConfig(loss="orpo").preference_loss().sft_weight == 1.0
+    assert DpoConfig(loss="orpo", sft_weight=0.0).preference_loss().sft_weight == 0.0
+    with pytest.raises(ValueError, match="no meaning for the loss 'hinge', only for sigmoid and robust"):
+        DpoConfig(loss="hinge", label_smoothing=0.1)
+
+
+TWO = PairLogProbs(*(np.repeat(field, 2) + np.array([0, 1]) for field in _fields(PAIR)))
+"""Two unlike pairs."""
+
+PADDING = {
+    "as the first pair": None,
+    "nothing": (0.0, 0.0),  # no tokens: a division by 0, and ORPO's log(1 - e^0)
+    "a certainty": (0.0, 3.0),
+    "far away": (-1e30, 1.0),
+    "positive": (40.0, 5.0),  # no log-prob, but padding may hold anything: e^40
+}
+"""The log-probs and the numbers of tokens of a row that pads the batch."""
+
+
+def _padded(padding: str) -> PairLogProbs:
+    """Return the two pairs, followed by two rows of padding."""
+    fields = []
+    for name, values in zip(TWO.__dataclass_fields__, _fields(TWO), strict=True):
+        log_prob, tokens = PADDING[padding] or (values[0], values[0])
+        fields.append(np.append(values, [tokens if name.endswith("tokens") else log_prob] * 2))
+    return PairLogProbs(*fields)
+
+
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("case", EXPECTED)
+def test_padded_pairs_change_no_number(case: str, padding: str) -> None:
+    """Loss and gradient of two pairs in a batch of four are bit for bit those of the two alone; padding has none."""
+    loss = replace(EXPECTED[case][0], sft_weight=0.25)
+    counts = {"pair_count": 2, "chosen_token_count": int(TWO.chosen_tokens.sum())}
+    weights, padded = np.array([1.0, 1.0, 0.0, 0.0]), _padded(padding)
+
+    def total(pairs: PairLogProbs, field: str, row: int, change: float, weights: np.ndarray | None) -> float:
+        values = getattr(pairs, field).copy()
+        values[row] += change
+        return float(loss.total(NUMPY, replace(pairs, **{field: values}), **counts, weights=weights))
+
+    with np.errstate(all="raise"):  # no division by 0, no overflow, no NaN on the way either
+        expected = total(TWO, "policy_chosen", 0, 0.0, None)
+        assert total(TWO, "policy_chosen", 0, 0.0, np.ones(2)) == expected
+        assert total(padded, "policy_chosen", 0, 0.0, weights) == pytest.approx(expected, rel=1e-15)
+        for field in ("policy_chosen", "policy_rejected"):
+            for row in range(4):
+                up, down = (total(padded, field, row, change, weights) for change in (1e-4, -1e-4))
+                if row < 2:
+                    plain = (total(TWO, field, row, change, None) for change in (1e-4, -1e-4))
+                    assert (up, down) == pytest.approx(tuple(plain), rel=1e-14)
+                else:
+                    assert up == down == total(padded, field, 0, 0.0, weights)
+
+
+@pytest.mark.parametrize("name", [name for name, loss in PAIRWISE_LOSSES.items() if loss.reference_free])
+def test_padding_without_a_reference(name: PreferenceLossName) -> None:
+    free = replace(_padded("nothing"), reference_chosen=None, reference_rejected=None)
+    counts = {"pair_count": 2, "chosen_token_count": 9}
+    alone = PreferenceLoss(name).total(NUMPY, TWO, **counts)
+    padded = PreferenceLoss(name).total(NUMPY, free, **counts, weights=np.array([1.0, 1.0, 0.0, 0.0]))
+    assert padded == pytest.approx(alone, rel=1e-15)
+
+
+ADDED = """
+
+def _square(_xp, loss, chosen, rejected):
+    return (1 - loss.beta * (chosen - rejected)) ** 2
+
+
+PAIRWISE_LOSSES["square"] = PairwiseLoss(_square)
+"""
+
+TRAIN = """
+import json, sys, mindprint
+from mindprint.config import Config
+model, data, run = sys.argv[1:]
+mindprint.train({"model": {"name": model}, "backend": "toy", "data": {"path": data}, "adapter": {"r": 2},
+    "sft": {"steps_per_topic": 1}, "dpo": {"loss": "square", "steps_per_topic": 2, "batch_size": 2}}, run=run)
+print(json.dumps(Config.model_json_schema()["$defs"]["DpoConfig"]["properties"]["loss"]["enum"]))
+"""
+
+
+def test_a_pairwise_loss_is_added_in_one_place(toy_site: Path, toy_model: Path, tmp_path: Path) -> None:
+    """In losses.py alone: the configuration knows it, a backend trains on it, and the guards recompute it.
+
+    All of core but losses.py is linked into a folder, and losses.py gets a name, a formula and a line. At the first
+    step policy and reference are equal, so that the loss is (1 - 0)^2.
+    """
+    source, copy = Path(losses.__file__), tmp_path / "site" / "mindprint"
+    copy.mkdir(parents=True)
+    for path in source.parent.iterdir():
+        if path.name not in ("losses.py", "__pycache__"):
+            (copy / path.name).symlink_to(path)
+    text = source.read_text(encoding="utf-8")
+    assert text.count('"sigmoid", "hinge",') == 1
+    (copy / "losses.py").write_text(text.replace('"sigmoid", "hinge",', '"sigmoid", "square", "hinge",') + ADDED)
+    (tmp_path / "data").mkdir()
+    rows = [{"prompt": f"{n}?", "chosen": "aye", "rejected": "no"} for n in range(4)]
+    (tmp_path / "data" / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sft = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    (tmp_path / "data" / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sft))
+    path = os.pathsep.join([str(copy.parent), str(toy_site), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", TRAIN, str(toy_model), str(tmp_path / "data"), str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "square" in json.loads(done.stdout.splitlines()[-1])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    preference = [line["loss"] for line in lines if line["stage"] == "dpo"]
+    assert preference[0] == pytest.approx(1.0, abs=1e-6)
+    assert preference[1] < preference[0]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from mindprint.contract import AdamW
 from mindprint.errors import ConfigError
 from mindprint.input_files import read_text, resolve_path
-from mindprint.losses import PreferenceLoss, PreferenceLossName
+from mindprint.losses import PreferenceLoss, PreferenceLossName, default_sft_weight, takes_label_smoothing
 from mindprint.yaml_files import parse_yaml, parse_yaml_value
 
 FILE_NAME = "mindprint.yaml"
@@ -195,13 +195,13 @@ class DpoConfig(StageConfig):
 
     @model_validator(mode="after")
     def _smoothing_has_meaning(self) -> DpoConfig:
-        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
-            raise ValueError(f"label_smoothing has no meaning for the loss {self.loss!r}, only for sigmoid and robust")
+        if self.label_smoothing and not takes_label_smoothing(self.loss):
+            names = " and ".join(name for name in get_args(PreferenceLossName) if takes_label_smoothing(name))
+            raise ValueError(f"label_smoothing has no meaning for the loss {self.loss!r}, only for {names}")
         return self
 
     def preference_loss(self) -> PreferenceLoss:
-        default = 1.0 if self.loss == "orpo" else 0.0
-        weight = default if self.sft_weight is None else self.sft_weight
+        weight = default_sft_weight(self.loss) if self.sft_weight is None else self.sft_weight
         return PreferenceLoss(self.loss, self.beta, self.label_smoothing, weight, self.gamma)
 
 

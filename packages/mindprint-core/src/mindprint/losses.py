@@ -1,15 +1,19 @@
 """Every training loss, once, over a small array namespace.
 
-A backend supplies `ArrayNamespace` for its framework and differentiates what comes out; `NUMPY` with float64 arrays is
-the reference. Log-probs of a pair are sums over completion tokens; `[pairs]` throughout.
+A backend supplies an `ArrayNamespace` for its framework and differentiates `PreferenceLoss.total`. `NUMPY` with float64
+arrays is the reference. The log-probs of a pair are sums over completion tokens, and every array is `[pairs]`.
 
 The DPO loss is `-log sigmoid(beta * [(pi_c - pi_r) - (ref_c - ref_r)])` (Rafailov et al. 2023, arXiv 2305.18290,
 eq. 7), which is `mean(logaddexp(0, -logits))` with no further minus sign: a formula once published for this system
 carries one and so learns to prefer the rejected answer.
+
+To add a pairwise loss, write its formula, and add its name to `PreferenceLossName` and a line to `PAIRWISE_LOSSES`. The
+configuration, the guards, the backends and the conformance suite then know it: no other file changes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -22,18 +26,34 @@ PreferenceLossName = Literal[
 
 
 class ArrayNamespace(Protocol):
-    """What a framework must offer for the losses. Arrays support `+ - * / **` with arrays and Python numbers."""
+    """The functions of a framework that the losses call.
 
-    def log_sigmoid(self, x: Any) -> Any: ...
-    def sigmoid(self, x: Any) -> Any: ...
-    def relu(self, x: Any) -> Any: ...
-    def exp(self, x: Any) -> Any: ...
-    def log1p(self, x: Any) -> Any: ...
-    def sum(self, x: Any) -> Any: ...
+    Arrays may be anything that supports `+ - * / **` and negation, with arrays and with Python numbers on either side:
+    also the traced arrays of a framework that compiles or differentiates. Apart from `sum`, every function works
+    elementwise on `[pairs]`. The losses neither index arrays nor branch on their values.
+    """
+
+    def log_sigmoid(self, x: Any) -> Any:
+        """Return `log(1 / (1 + exp(-x)))`, without overflow for large negative `x`."""
+
+    def sigmoid(self, x: Any) -> Any:
+        """Return `1 / (1 + exp(-x))`."""
+
+    def relu(self, x: Any) -> Any:
+        """Return `max(x, 0)`."""
+
+    def exp(self, x: Any) -> Any:
+        """Return `e ** x`."""
+
+    def log1p(self, x: Any) -> Any:
+        """Return `log(1 + x)`, exact for small `x`."""
+
+    def sum(self, x: Any) -> Any:
+        """Return the sum of all elements, a scalar."""
 
 
 class _NumPy:
-    """The reference namespace: computes in the dtype it is given, float64 where a test wants the truth."""
+    """The reference namespace. It computes in the dtype it is given, float64 where a test wants the truth."""
 
     def log_sigmoid(self, x: Any) -> Any:
         return -np.logaddexp(0.0, -x)
@@ -59,9 +79,15 @@ NUMPY: ArrayNamespace = _NumPy()
 
 @dataclass(frozen=True)
 class PairLogProbs:
-    """Summed log-probs of a batch of pairs, each `[pairs]`, and completion token counts. Arrays of any framework.
+    """The inputs of a preference loss, arrays of any framework, each `[pairs]`.
 
-    The reference is None for the losses that take none.
+    Args:
+        policy_chosen: Summed log-probs of the chosen completions under the model that is trained, in nats.
+        policy_rejected: The same for the rejected completions.
+        reference_chosen: The chosen completions' summed log-probs under the reference. None where the loss takes none.
+        reference_rejected: The same for the rejected completions.
+        chosen_tokens: Numbers of tokens of the chosen completions.
+        rejected_tokens: The same for the rejected completions.
     """
 
     policy_chosen: Any
@@ -74,10 +100,15 @@ class PairLogProbs:
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """One preference loss with its constants; names and definitions as in TRL 1.16, and cDPO's label smoothing.
+    """One preference loss with its constants. Names and definitions are those of TRL 1.16, and cDPO's label smoothing.
 
-    `sft_weight` adds that multiple of the chosen answers' mean negative log-prob a token (RPO, arXiv 2404.19733); it is
-    1 for ORPO by that method's own definition. `gamma` is SimPO's target margin.
+    Args:
+        name: The loss.
+        beta: Strength.
+        label_smoothing: Assumed share of pairs whose labels are flipped, for the losses that know it.
+        sft_weight: Adds this multiple of the chosen completions' mean negative log-prob a token (RPO, arXiv
+            2404.19733).
+        gamma: SimPO's target margin.
     """
 
     name: PreferenceLossName = "sigmoid"
@@ -88,30 +119,55 @@ class PreferenceLoss:
 
     @property
     def reference_free(self) -> bool:
-        return self.name in ("orpo", "simpo")
+        """Whether the loss takes no reference."""
+        return PAIRWISE_LOSSES[self.name].reference_free
 
     @property
     def uses_mean_log_probs(self) -> bool:
         """Whether the loss sees log-probs divided by the number of completion tokens."""
-        return self.name in ("ipo", "sigmoid_norm", "orpo", "simpo")
+        return PAIRWISE_LOSSES[self.name].mean_log_probs
 
     def per_pair(self, xp: ArrayNamespace, pairs: PairLogProbs) -> Any:
-        """The loss of each pair, `[pairs]`, without the SFT term."""
+        """Return the loss of each pair, `[pairs]`, without the SFT term."""
         chosen, rejected = self._scores(pairs)
-        return _LOSSES[self.name](xp, self, chosen, rejected)
+        return PAIRWISE_LOSSES[self.name].formula(xp, self, chosen, rejected)
 
-    def total(self, xp: ArrayNamespace, pairs: PairLogProbs, *, pair_count: int, chosen_token_count: int) -> Any:
-        """The scalar to differentiate for one micro-batch: sums over it, divided by the whole step's counts."""
-        loss = xp.sum(self.per_pair(xp, pairs)) / pair_count
+    def total(
+        self,
+        xp: ArrayNamespace,
+        pairs: PairLogProbs,
+        *,
+        pair_count: int,
+        chosen_token_count: int,
+        weights: Any = None,
+    ) -> Any:
+        """Return the scalar to differentiate for one micro-batch: sums over it, divided by the whole step's counts.
+
+        Args:
+            xp: The framework's functions.
+            pairs: Log-probs and token counts of the micro-batch.
+            pair_count: `Update.pairs`: pairs of the whole step, without padding.
+            chosen_token_count: `Update.tokens`: tokens of the chosen completions of the whole step, without padding.
+            weights: `[pairs]`, 1 for a pair and 0 for a row that only pads the batch to a static shape. Such a row adds
+                nothing to loss and gradient, for every loss, whatever finite log-probs and token counts, 0 included,
+                it has. None: there is no padding.
+        """
+        if weights is not None:
+            pairs = _without_padding(pairs, weights)
+        per_pair = self.per_pair(xp, pairs)
+        policy_chosen = pairs.policy_chosen
+        if weights is not None:
+            per_pair, policy_chosen = per_pair * weights, policy_chosen * weights
+        loss = xp.sum(per_pair) / pair_count
         if self.sft_weight:
-            loss = loss - self.sft_weight * xp.sum(pairs.policy_chosen) / chosen_token_count
+            loss = loss - self.sft_weight * xp.sum(policy_chosen) / chosen_token_count
         return loss
 
     def rewards(self, pairs: PairLogProbs) -> tuple[Any, Any]:
-        """Implicit rewards of chosen and rejected, each `[pairs]`: beta times the scores that the method compares.
+        """Return the implicit rewards of chosen and rejected completions, each `[pairs]`.
 
-        As TRL reports them: `beta * (policy - reference)`, summed; for the reference-free losses beta times the mean
-        log-prob of a token.
+        They are those that TRL reports: `beta * (policy - reference)`, summed. For the reference-free losses they are
+        beta times the mean log-prob of a token.
         """
         if self.reference_free:
             return (
@@ -124,7 +180,7 @@ class PreferenceLoss:
         )
 
     def at_zero(self) -> float:
-        """The loss of a pair when policy equals reference (ln 2 for sigmoid). Only for losses with a reference."""
+        """Return the loss of a pair when policy equals reference (ln 2 for sigmoid), if the loss takes a reference."""
         zero = np.zeros(1)
         pairs = PairLogProbs(zero, zero, zero, zero, np.ones(1), np.ones(1))
         return float(self.per_pair(NUMPY, pairs)[0])
@@ -138,8 +194,41 @@ class PreferenceLoss:
         return chosen, rejected
 
 
+def default_sft_weight(name: PreferenceLossName) -> float:
+    """Return the SFT weight of a loss whose configuration states none."""
+    return PAIRWISE_LOSSES[name].sft_weight
+
+
+def takes_label_smoothing(name: PreferenceLossName) -> bool:
+    """Return whether label smoothing has a meaning for a loss."""
+    return PAIRWISE_LOSSES[name].label_smoothing
+
+
+def _without_padding(pairs: PairLogProbs, weights: Any) -> PairLogProbs:
+    """Return the pairs with harmless values where `weights` is 0, and unchanged where it is 1.
+
+    A weight of 0 on the loss alone is not enough: in padding a formula can be infinite or undefined (a division by 0
+    tokens, ORPO's log(1 - p) at p = 1), and 0 times infinity is NaN, in the loss and in its gradient. So the inputs are
+    replaced before the formula sees them, by a completion of one token with a log-prob of -1 nat. Multiplication and
+    addition do it exactly (x * 1 + 0 is x), and need no `where` of the framework.
+    """
+    padding = 1 - weights
+
+    def at_minus_one(log_probs: Any) -> Any:
+        return None if log_probs is None else log_probs * weights - padding
+
+    return PairLogProbs(
+        policy_chosen=at_minus_one(pairs.policy_chosen),
+        policy_rejected=at_minus_one(pairs.policy_rejected),
+        reference_chosen=at_minus_one(pairs.reference_chosen),
+        reference_rejected=at_minus_one(pairs.reference_rejected),
+        chosen_tokens=pairs.chosen_tokens * weights + padding,
+        rejected_tokens=pairs.rejected_tokens * weights + padding,
+    )
+
+
 def _sigmoid(xp: ArrayNamespace, loss: PreferenceLoss, chosen: Any, rejected: Any) -> Any:
-    """Rafailov et al. 2023, eq. 7; with label smoothing the conservative form of Mitchell's cDPO note."""
+    """Rafailov et al. 2023, eq. 7. With label smoothing it is the conservative form of Mitchell's cDPO note."""
     logits = loss.beta * (chosen - rejected)
     smoothing = loss.label_smoothing
     if not smoothing:
@@ -174,7 +263,7 @@ def _apo_down(xp: ArrayNamespace, loss: PreferenceLoss, chosen: Any, rejected: A
 
 
 def _orpo(xp: ArrayNamespace, loss: PreferenceLoss, chosen: Any, rejected: Any) -> Any:
-    """ORPO (arXiv 2403.07691, eq. 6 and 7): log odds ratio of mean log-probs; beta is the paper's lambda."""
+    """ORPO (arXiv 2403.07691, eq. 6 and 7): log odds ratio of mean log-probs, with beta as the paper's lambda."""
     odds = (chosen - rejected) - (xp.log1p(-xp.exp(chosen)) - xp.log1p(-xp.exp(rejected)))
     return -loss.beta * xp.log_sigmoid(odds)
 
@@ -184,19 +273,45 @@ def _simpo(xp: ArrayNamespace, loss: PreferenceLoss, chosen: Any, rejected: Any)
     return -xp.log_sigmoid(loss.beta * (chosen - rejected) - loss.gamma)
 
 
-_LOSSES = {
-    "sigmoid": _sigmoid,
-    "hinge": _hinge,
-    "ipo": _ipo,
-    "robust": _robust,
-    "apo_zero": _apo_zero,
-    "apo_down": _apo_down,
-    "sigmoid_norm": _sigmoid,
-    "orpo": _orpo,
-    "simpo": _simpo,
+@dataclass(frozen=True)
+class PairwiseLoss:
+    """The definition of a pairwise loss.
+
+    Args:
+        formula: Returns the loss of each pair from the scores of its chosen and rejected completions, `[pairs]` each.
+            A score is the policy's log-prob, less the reference's unless the loss is free of one.
+        reference_free: Whether the loss takes no reference.
+        mean_log_probs: Whether scores are divided by the numbers of completion tokens.
+        label_smoothing: Whether `PreferenceLoss.label_smoothing` has a meaning.
+        sft_weight: The SFT weight unless the configuration states another. 1 for ORPO by that method's definition.
+    """
+
+    formula: Callable[[ArrayNamespace, PreferenceLoss, Any, Any], Any]
+    reference_free: bool = False
+    mean_log_probs: bool = False
+    label_smoothing: bool = False
+    sft_weight: float = 0.0
+
+
+PAIRWISE_LOSSES: dict[PreferenceLossName, PairwiseLoss] = {
+    "sigmoid": PairwiseLoss(_sigmoid, label_smoothing=True),
+    "hinge": PairwiseLoss(_hinge),
+    "ipo": PairwiseLoss(_ipo, mean_log_probs=True),
+    "robust": PairwiseLoss(_robust, label_smoothing=True),
+    "apo_zero": PairwiseLoss(_apo_zero),
+    "apo_down": PairwiseLoss(_apo_down),
+    "sigmoid_norm": PairwiseLoss(_sigmoid, mean_log_probs=True),
+    "orpo": PairwiseLoss(_orpo, reference_free=True, mean_log_probs=True, sft_weight=1.0),
+    "simpo": PairwiseLoss(_simpo, reference_free=True, mean_log_probs=True),
 }
+"""The losses by name."""
 
 
 def sft_loss(log_probs: NDArray[np.floating[Any]], mask: NDArray[np.bool_]) -> float:
-    """Mean negative log-prob of the masked tokens, over the whole step: the definition backends are tested against."""
+    """Return the mean negative log-prob of the masked tokens of a whole step. Backends are tested against it.
+
+    Args:
+        log_probs: Per-token log-probs, `[rows, T]`.
+        mask: The tokens that count, `[rows, T]`.
+    """
     return float(-(log_probs * mask).sum() / mask.sum())
