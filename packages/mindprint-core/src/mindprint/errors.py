@@ -1,8 +1,8 @@
-"""Every error Mindprint raises on purpose.
+"""Every error that Mindprint raises on purpose.
 
-One root, so that a caller can catch them all; each subclass is also the standard kind, so that code which knows
-nothing of Mindprint handles it as it would any other. The command line prints the message alone and exits with
-`exit_code`; a message therefore names the thing, where it is, and what to do.
+There is one root, so that a caller can catch them all. Each subclass is also the standard kind, so that code which
+knows nothing of Mindprint handles it as it would any other. The command line prints the message alone and exits with
+`exit_code`. A message therefore names the thing, its place, and the remedy.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class ConfigError(MindprintError, ValueError):
 
 
 class DataError(MindprintError, ValueError):
-    """Training data is missing, unreadable or unusable; the message names file and line."""
+    """Training data is missing, unreadable or unusable. The message names file and line."""
 
 
 class ModelError(MindprintError, ValueError):
-    """A model folder is incomplete, or cannot be loaded as what it says it is."""
+    """A model folder is incomplete, or holds another model than it states."""
 
 
 class AdapterError(MindprintError, ValueError):
@@ -43,7 +43,7 @@ class CheckpointError(RunError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint whose files are not what was written."""
+    """A checkpoint whose files have changed since they were written."""
 
 
 class BackendError(MindprintError, RuntimeError):
@@ -55,11 +55,11 @@ class PluginError(MindprintError, RuntimeError):
 
 
 class ContractError(BackendError, TypeError):
-    """A backend's hook returned something that the contract does not allow; the message names hook and finding."""
+    """A backend's hook returned something that the contract does not allow. The message names hook and finding."""
 
 
 class NotFiniteError(ContractError):
-    """A model computed log-probs that are NaN or infinite: its weights or its adapter's are, or overflow."""
+    """A model computed log-probs that are NaN or infinite: its weights or its adapter's are, or they overflow."""
 
 
 class ScorerError(PluginError):
@@ -77,6 +77,6 @@ class GuardError(MindprintError, RuntimeError):
 
 
 class Interrupted(MindprintError):  # noqa: N818 (not a failure)
-    """The user stopped the run; a checkpoint was written, and the message says how to go on."""
+    """The user stopped the run. A checkpoint was written, and the message says how to continue."""
 
     exit_code = 130

@@ -1,4 +1,7 @@
-"""What happens in a run, as values: what `mindprint_event` receives and what progress displays are made of."""
+"""Events of a run, as values. `mindprint_event` receives them, and progress displays are made of them.
+
+An event may get new fields, and a run may send new kinds of events: a tracker ignores the kinds that it does not know.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,13 @@ class Event:
 
 @dataclass(frozen=True)
 class RunStarted(Event):
-    """A run begins, or goes on from a checkpoint (`resumed_from`, a global step)."""
+    """The start of a run, or its continuation from a checkpoint.
+
+    Args:
+        run: The run's folder.
+        total_steps: Optimizer steps of all topics and stages.
+        resumed_from: The global step of the checkpoint. None for a new run.
+    """
 
     run: str
     total_steps: int
@@ -27,7 +36,7 @@ class RunStarted(Event):
 
 @dataclass(frozen=True)
 class Notice(Event):
-    """Something the user should hear: a choice made for them, rows cut, a fallback that the docs state."""
+    """A sentence for the user: a choice made for them, rows that were cut, a plugin that was left out."""
 
     message: str
     warning: bool = False
@@ -35,7 +44,15 @@ class Notice(Event):
 
 @dataclass(frozen=True)
 class StageStarted(Event):
-    """A stage of a topic begins at `first_step` of `steps`."""
+    """The start of a topic's stage.
+
+    Args:
+        topic: The topic's name.
+        stage: The stage.
+        backend: The name of the backend that trains it.
+        steps: Optimizer steps of the stage.
+        first_step: The step at which it continues, from 0.
+    """
 
     topic: str
     stage: StageName
@@ -46,11 +63,27 @@ class StageStarted(Event):
 
 @dataclass(frozen=True)
 class StepDone(Event):
-    """One optimizer step, as the line of metrics.jsonl has it. `step` counts over the whole run, from 1.
+    """One optimizer step, with the fields of its line in metrics.jsonl.
 
-    `tokens` are those that the model read, without padding, and `padding` is the share that it would be of the batches'
-    arrays (`data.length_window` makes it smaller); rewards are means over the step's pairs. `attempt` is given from a
-    topic's second on.
+    Args:
+        topic: The topic's name.
+        stage: The stage.
+        backend: The name of the backend.
+        step: The step within the whole run, from 1.
+        stage_step: The step within the stage, from 1.
+        loss: The loss before the update, in nats.
+        learning_rate: The rate of this step.
+        grad_norm: The global norm of the gradient before clipping.
+        tokens: Tokens that the model read, without padding.
+        seconds: Time of the step.
+        skipped: Whether float16 gradients overflowed and no update was applied.
+        loss_scale: The loss scale of a float16 base.
+        reward_chosen: Mean reward of the step's chosen completions. As for all rewards, None in SFT.
+        reward_rejected: Mean reward of the rejected completions.
+        reward_margin: Mean difference of the two.
+        reward_accuracy: Share of pairs whose chosen completion has the higher reward.
+        attempt: The topic's attempt, given from the second on.
+        padding: Share of the batches' arrays that is padding. `data.length_window` makes it smaller.
     """
 
     topic: str
@@ -75,7 +108,7 @@ class StepDone(Event):
 
 @dataclass(frozen=True)
 class CheckpointWritten(Event):
-    """A checkpoint is on disk, whole."""
+    """A checkpoint that is on disk, whole. `step` counts over the whole run."""
 
     path: str
     step: int
@@ -83,7 +116,17 @@ class CheckpointWritten(Event):
 
 @dataclass(frozen=True)
 class StageFinished(Event):
-    """A stage of a topic is complete."""
+    """The end of a topic's stage.
+
+    Args:
+        topic: The topic's name.
+        stage: The stage.
+        backend: The name of the backend.
+        steps: Optimizer steps of the stage.
+        first_loss: The loss of the stage's first step, if this process took it.
+        last_loss: The loss of its last step.
+        seconds: Time of the stage in this process.
+    """
 
     topic: str
     stage: StageName
@@ -96,16 +139,18 @@ class StageFinished(Event):
 
 @dataclass(frozen=True)
 class Evaluated(Event):
-    """The run evaluated itself on held-out text; the line of evaluations.jsonl."""
+    """An evaluation on held-out text. `record` is its line in evaluations.jsonl."""
 
     record: EvaluationRecord
 
 
 @dataclass(frozen=True)
 class Decided(Event):
-    """A gate, a retry, a roll-back, a verdict: the line of decisions.jsonl.
+    """A gate, a retry, a roll-back or a verdict.
 
-    `total_steps` are the run's as now planned: those taken, and those still to come.
+    Args:
+        decision: Its line in decisions.jsonl.
+        total_steps: The run's optimizer steps as planned now: those taken and those to come.
     """
 
     decision: Decision
@@ -114,7 +159,7 @@ class Decided(Event):
 
 @dataclass(frozen=True)
 class RunFinished(Event):
-    """The run is complete and its adapter is written."""
+    """The end of a complete run. `adapter` is the folder of its adapter."""
 
     run: str
     adapter: str

@@ -1,9 +1,9 @@
-"""How a batch can be laid out for the model: which rows it reads, and which hidden state predicts which token.
+"""Layouts of a batch: the rows that the model reads, and the hidden state that predicts each token.
 
-For backends to use, or not: the contract leaves the layout to them. A layout separates what the model reads from what
-is asked of it, so that several layouts of the same batch give the same log-probs in the same places: each sequence a
-row of its own (`Layout`), or a prompt read once for both of its completions (Wang & Hegde 2024, arXiv 2410.20305),
-within one row (`Forked`) or ahead of them (`Continued`).
+They are for backends to use or not: the contract leaves the layout to them. A layout separates the rows that the model
+reads from the log-probs that are asked of it, so that several layouts of one batch give the same log-probs in the same
+places. Each sequence can be a row (`Layout`). Or a prompt is read once for both of its completions (Wang & Hegde 2024,
+arXiv 2410.20305), within one row (`Forked`) or ahead of them (`Continued`).
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ from numpy.typing import NDArray
 from mindprint.contract import Int32, PreferenceBatch, TokenBatch
 
 PROMPT, FIRST, SECOND, PADDING = range(4)
-"""What a token of a forked row belongs to."""
+"""The parts of a forked row, to one of which each token belongs."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Rows for the model and the questions asked of them, int32.
+    """Rows for the model, and the log-probs asked of them.
 
-    `tokens` `[rows, width]` are padded on the right and need no mask: attention is causal, so no token sees the
-    padding behind it. The k-th question is the log-prob of `targets[k]` given the hidden state at the flat position
-    `sources[k]` of `[rows, width]`; its answer belongs at the flat position `slots[k]` of an array of `shape`.
+    Args:
+        tokens: int32 `[rows, width]`, padded on the right. They need no mask: attention is causal, so no token sees the
+            padding behind it.
+        sources: int32 `[questions]`, flat positions in `[rows, width]`. The hidden state there predicts the target.
+        targets: int32 `[questions]`, the token whose log-prob is asked for.
+        slots: int32 `[questions]`, flat positions in an array of `shape`, to which the answers belong.
+        shape: The shape of the array of answers.
     """
 
     tokens: Int32
@@ -41,10 +45,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Forked(Layout):
-    """Rows of a prompt, its first completion and its second, one behind the other; `[rows, width]` as `tokens`.
+    """Rows of a prompt, its first completion and its second, one behind the other.
 
-    `positions` go on from the prompt in both completions; `parts` say what each token belongs to, and so which tokens
-    it sees (`sees`). Sources, targets, slots and shape are those of a layout.
+    Args:
+        positions: int32 `[rows, width]`. In both completions they continue those of the prompt.
+        parts: int32 `[rows, width]`: `PROMPT`, `FIRST`, `SECOND` or `PADDING` for each token. They decide which tokens
+            it sees (`sees`).
     """
 
     positions: Int32
@@ -53,11 +59,19 @@ class Forked(Layout):
 
 @dataclass(frozen=True)
 class Continued:
-    """Prompts `[pairs, P]`, and what goes on from them `[2 * pairs, C]`: row k and row pairs + k from prompt k.
+    """Prompts, and completions that continue them: row k and row pairs + k continue prompt k.
 
-    All are padded on the right. A token of a completion sees the first `prompt_lengths[k]` tokens of its prompt and its
-    own row up to itself; its position is its column plus that length. `sources` are flat positions in the hidden states
-    of the prompts, followed by those of the completions; the rest as in `Layout`.
+    A token of a completion sees the first `prompt_lengths[k]` tokens of its prompt, and its own row up to itself. Its
+    position is its column plus that length.
+
+    Args:
+        prompts: int32 `[pairs, P]`, padded on the right.
+        prompt_lengths: int32 `[pairs]`.
+        completions: int32 `[2 * pairs, C]`, padded on the right.
+        sources: Flat positions in the hidden states of the prompts, followed by those of the completions.
+        targets: As in `Layout`.
+        slots: As in `Layout`.
+        shape: As in `Layout`.
     """
 
     prompts: Int32
@@ -73,22 +87,26 @@ class Continued:
 
 
 def sees(parts: Any, order: Any) -> Any:
-    """Which tokens see which in forked rows: bool `[rows, width, width]`, for `parts` `[rows, width]` of any framework.
+    """Return which tokens see which in forked rows, bool `[rows, width, width]`.
 
-    `order` is `[0, 1, ..., width - 1]`. A token sees what stands before it and is of the prompt or of its own part;
-    padding sees the prompt and is seen by nothing that counts.
+    A token sees the tokens before it that are of the prompt or of its own part. Padding sees the prompt, and is seen by
+    nothing that counts.
+
+    Args:
+        parts: `Forked.parts`, an array of any framework.
+        order: `[0, 1, ..., width - 1]`, of the same framework.
     """
-    mine, theirs = parts[:, :, None], parts[:, None, :]
-    return (order[:, None] >= order[None, :]) & ((theirs == PROMPT) | (theirs == mine))
+    seeing, seen = parts[:, :, None], parts[:, None, :]
+    return (order[:, None] >= order[None, :]) & ((seen == PROMPT) | (seen == seeing))
 
 
 def sequences(batch: TokenBatch) -> Layout:
-    """Each sequence a row; answers at the place of their tokens, `[rows, T]`."""
+    """Return a layout with each sequence as a row. Answers belong at the places of their tokens, `[rows, T]`."""
     width = max(int(batch.lengths.max(initial=1)), 1)
     rows, columns = np.nonzero(batch.loss_mask)
     return Layout(
         tokens=batch.tokens[:, :width],
-        sources=_int32(rows * width + columns - 1),
+        sources=_int32(rows * width + columns - 1),  # the hidden state one column before predicts a token
         targets=batch.tokens[rows, columns],
         slots=_int32(rows * batch.tokens.shape[1] + columns),
         shape=(batch.tokens.shape[0], batch.tokens.shape[1]),
@@ -96,7 +114,7 @@ def sequences(batch: TokenBatch) -> Layout:
 
 
 def preference_sequences(batch: PreferenceBatch) -> TokenBatch:
-    """Prompt + chosen of every pair, then prompt + rejected of every pair, `[2 * pairs, T]`, said to share prompts."""
+    """Return prompt + chosen of every pair, then prompt + rejected, `[2 * pairs, T]`, as rows that share prompts."""
     prompts, prompt_lengths = np.tile(batch.prompt, (2, 1)), np.tile(batch.prompt_lengths, 2)
     lengths = _int32(prompt_lengths + np.concatenate([batch.chosen_lengths, batch.rejected_lengths]))
     tokens = np.zeros((len(lengths), int(lengths.max(initial=1))), np.int32)
@@ -108,13 +126,17 @@ def preference_sequences(batch: PreferenceBatch) -> TokenBatch:
 
 
 def forked(batch: TokenBatch) -> Forked:
-    """Each prompt of a batch that shares prompts once, in a row with both of its completions.
+    """Return each prompt once, in a row with both of its completions.
 
-    The last token of a completion predicts nothing and is left out. Raises `ValueError` if the batch shares nothing.
+    Args:
+        batch: Rows that share prompts.
+
+    Raises:
+        ValueError: The rows share nothing.
     """
-    prompts, own = _parts(batch)
+    prompts, read = _read_lengths(batch)
     pairs = len(prompts)
-    first, second = own[:pairs], own[pairs:]
+    first, second = read[:pairs], read[pairs:]
     ends = prompts + first
     width = int((ends + second).max())
     tokens, positions = np.zeros((pairs, width), np.int32), np.zeros((pairs, width), np.int32)
@@ -124,13 +146,16 @@ def forked(batch: TokenBatch) -> Forked:
     positions[rows, columns] = columns
     parts[rows, columns] = np.where(columns < prompts[rows], PROMPT, FIRST)
     rows, columns = np.nonzero(np.arange(width) < second[:, None])
-    places, read = ends[rows] + columns, prompts[rows] + columns
-    tokens[rows, places] = batch.tokens[pairs + rows, read]
-    positions[rows, places] = read
+    # The second completion lies behind the first, at the positions that it would have right behind the prompt.
+    places, original = ends[rows] + columns, prompts[rows] + columns
+    tokens[rows, places] = batch.tokens[pairs + rows, original]
+    positions[rows, places] = original
     parts[rows, places] = SECOND
     rows, columns = np.nonzero(batch.loss_mask)
     pair = rows % pairs
-    moved = (rows >= pairs) & (columns > prompts[pair])  # predicted by a token of the second completion
+    # A completion's first token is predicted by the prompt's last one, which both completions share. Only the later
+    # tokens of the second completion are predicted by tokens that have moved.
+    moved = (rows >= pairs) & (columns > prompts[pair])
     return Forked(
         tokens=tokens,
         sources=_int32(pair * width + columns - 1 + np.where(moved, first[pair], 0)),
@@ -143,17 +168,22 @@ def forked(batch: TokenBatch) -> Forked:
 
 
 def continued(batch: TokenBatch) -> Continued:
-    """Each prompt of a batch that shares prompts once, and then its completions, without their last tokens.
+    """Return each prompt once, and its two completions apart from it.
 
-    Raises `ValueError` if the batch shares nothing.
+    Args:
+        batch: Rows that share prompts.
+
+    Raises:
+        ValueError: The rows share nothing.
     """
-    prompts, own = _parts(batch)
-    pairs, width = len(prompts), max(int(own.max()), 1)
+    prompts, read = _read_lengths(batch)
+    pairs, width = len(prompts), max(int(read.max()), 1)
     completions = np.zeros((2 * pairs, width), np.int32)
-    rows, columns = np.nonzero(np.arange(width) < own[:, None])
+    rows, columns = np.nonzero(np.arange(width) < read[:, None])
     completions[rows, columns] = batch.tokens[rows, prompts[rows % pairs] + columns]
     rows, columns = np.nonzero(batch.loss_mask)
     longest = int(prompts.max())
+    # The place of the predicting token within its completion. -1 means that it is the prompt's last token.
     within = columns - 1 - prompts[rows % pairs]
     after = pairs * longest + rows * width + within
     return Continued(
@@ -168,9 +198,13 @@ def continued(batch: TokenBatch) -> Continued:
 
 
 def sharing_probe(vocabulary: int) -> TokenBatch:
-    """A batch to find out with whether a model can share prompts: do its layouts give the same log-probs?
+    """Return a batch with which a backend can find out whether its model can share prompts.
 
-    Two prompts of unlike lengths with two ragged completions each; every token after the prompt is asked for.
+    If it can, the layouts of this batch give the same log-probs. There are two prompts of unlike lengths with two
+    ragged completions each, and every token after the prompt is asked for.
+
+    Args:
+        vocabulary: The number of tokens of the model.
     """
     prompts, lengths = np.array([5, 2], np.int32), np.array([9, 7, 8, 5], np.int32)
     columns = np.arange(9)
@@ -181,14 +215,24 @@ def sharing_probe(vocabulary: int) -> TokenBatch:
 
 
 def groups_of_like_length(lengths: Int32, most_tokens: int, overhead: int) -> tuple[Int32, ...]:
-    """The rows of a batch, int32 `[rows]` a group, grouped so that reading group by group costs least.
+    """Group the rows of a batch so that reading them group by group costs least.
 
-    A group costs what its rows take when all are padded to its longest, and `overhead` tokens beside; it takes no more
-    than `most_tokens`, unless a single row does. Losses are sums over rows, so any grouping gives the same step.
+    Losses are sums over rows, so any grouping gives the same step.
+
+    Args:
+        lengths: int32 `[rows]`.
+        most_tokens: Limit of a group's tokens, padding included. A single row may exceed it.
+        overhead: The cost of a further group, in tokens.
+
+    Returns:
+        The rows of each group, int32, each row in one group.
     """
+    # With rows sorted by length, an optimal group is a run of neighbours: a row exchanged with one of another group
+    # would only widen it. So this is the shortest path over the places between rows, found by dynamic programming.
     order = np.argsort(-lengths, kind="stable")
     longest_first = lengths[order].tolist()
-    least: list[tuple[int, int]] = [(0, 0)]  # for the first n rows: the cost, and where the last group starts
+    # For the first n rows: the least cost, and the start of the last group.
+    least: list[tuple[int, int]] = [(0, 0)]
     for end in range(1, len(order) + 1):
         options = [
             (least[start][0] + (end - start) * longest_first[start] + overhead, start)
@@ -205,26 +249,37 @@ def groups_of_like_length(lengths: Int32, most_tokens: int, overhead: int) -> tu
 
 
 def token_rows(batch: TokenBatch, rows: NDArray[np.integer]) -> TokenBatch:
-    """Some rows of a batch, no wider than they need. Of rows that share prompts: first ones, then their second ones."""
+    """Return some rows of a batch, no wider than they need.
+
+    Args:
+        batch: The batch.
+        rows: Their indices. Of rows that share prompts, the first rows of the pairs, then the second ones.
+    """
     shared = None if batch.shared is None else batch.shared[rows[: len(rows) // 2]]
     width = int(batch.lengths[rows].max(initial=1))
     return TokenBatch(batch.tokens[rows, :width], batch.lengths[rows], batch.loss_mask[rows, :width], shared)
 
 
 def pairs_of(batch: PreferenceBatch, pairs: NDArray[np.integer]) -> PreferenceBatch:
-    """Some pairs of a batch."""
+    """Return some pairs of a batch, by their indices."""
     return replace(batch, **{name: values[pairs] for name, values in vars(batch).items() if values is not None})
 
 
-def _parts(batch: TokenBatch) -> tuple[Int32, Int32]:
-    """How many tokens of each prompt, `[pairs]`, and of each sequence after it, `[2 * pairs]`, are read."""
+def _read_lengths(batch: TokenBatch) -> tuple[Int32, Int32]:
+    """Return the numbers of tokens that are read of each prompt, `[pairs]`, and after it, `[2 * pairs]`.
+
+    The last token of a completion predicts nothing and is not read.
+    """
     if batch.shared is None:
         raise ValueError("the rows of this batch are not said to share prompts")
     return batch.shared, _int32(np.maximum(batch.lengths - np.tile(batch.shared, 2) - 1, 0))
 
 
 def preference_rows(batch: PreferenceBatch) -> Layout:
-    """Prompt + chosen of every pair, then prompt + rejected of every pair; answers `[2 * pairs, C]`, 0 after them."""
+    """Return a layout with prompt + chosen of every pair, then prompt + rejected, as rows.
+
+    The answers of a row are those of its completion, in an array `[2 * pairs, C]` with 0 behind them.
+    """
     joined = preference_sequences(batch)
     rows, columns = np.nonzero(joined.loss_mask)
     width = max(batch.chosen.shape[1], batch.rejected.shape[1])
@@ -238,7 +293,7 @@ def _stacked(upper: Int32, lower: Int32) -> Int32:
 
 
 def _write(into: Int32, values: Int32, starts: Int32, lengths: Int32) -> None:
-    """`into[row, start:start + length] = values[row, :length]` for every row."""
+    """Do `into[row, start:start + length] = values[row, :length]` for every row."""
     rows, columns = np.nonzero(np.arange(values.shape[1]) < lengths[:, None])
     into[rows, starts[rows] + columns] = values[rows, columns]
 

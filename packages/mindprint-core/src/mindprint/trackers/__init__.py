@@ -1,1 +1,1 @@
-"""Trackers that come with core, as plugins like any other: each sees a run through `mindprint_event` alone."""
+"""Trackers that come with core. They are plugins like any other, and see a run through `mindprint_event` alone."""

@@ -1,4 +1,4 @@
-"""What of a step a tracker plots."""
+"""The numbers of a step that a tracker plots."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mindprint.events import StepDone
 _NOT_PLOTTED = ("topic", "stage", "backend", "step", "stage_step")
 
 
-def scalars(event: StepDone) -> dict[str, float]:
-    """The numbers of a step by name, under its stage (`sft/loss`); what does not apply is left out."""
+def step_scalars(event: StepDone) -> dict[str, float]:
+    """Return the numbers of a step by name, under its stage (`sft/loss`), without those that do not apply."""
     values = {name: value for name, value in asdict(event).items() if name not in _NOT_PLOTTED and value is not None}
     return {f"{event.stage}/{name}": float(value) for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""`trackers: [tensorboard]`: the run's numbers as TensorBoard event files in `RUN/tensorboard`."""
+"""`trackers: [tensorboard]` writes the run's numbers as TensorBoard event files into `RUN/tensorboard`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from mindprint.events import Event, RunFinished, RunStarted, StepDone
 from mindprint.hookspecs import hookimpl
-from mindprint.trackers.scalars import scalars
+from mindprint.trackers.scalars import step_scalars
 
 
 class TensorBoard:
-    """One run's event file; closed when the run ends, and whole up to the last step if it is killed."""
+    """A writer of one run's event file. If the run is killed, the file is whole up to the last step."""
 
     def __init__(self) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: PLC0415 (only where it is named)
@@ -27,8 +27,8 @@ class TensorBoard:
         if isinstance(event, RunStarted):
             self._writer = self._make(str(Path(event.run) / "tensorboard"))
         elif isinstance(event, StepDone):
-            values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars(event).items()]
+            values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in step_scalars(event).items()]
             self._writer.add_event(self._event(step=event.step, summary=self._summary(value=values)))
-            self._writer.flush()
+            self._writer.flush()  # the writer buffers for two minutes otherwise, which a kill would lose
         elif isinstance(event, RunFinished):
             self._writer.close()
