@@ -127,7 +127,7 @@ ANSWER: Any = SimpleNamespace(headers={}, request=None)
         ),
         (
             errors.LocalEntryNotFoundError("offline\nmore"),
-            "owner/name at revision v1: is no folder here and cannot be ",
+            "owner/name at revision v1: is not a folder here and cannot be ",
         ),
         (OSError("No space left on device"), "cannot be downloaded from the hub: No space left on device"),
     ],
@@ -155,7 +155,7 @@ def test_the_real_client_offline(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path, env=env
     )
-    assert done.stdout.startswith("owner/name: is no folder here and cannot be downloaded from the hub: ")
+    assert done.stdout.startswith("owner/name: is not a folder here and cannot be downloaded from the hub: ")
     assert (done.stdout.count("\n"), done.stderr) == (1, "")
 
 

@@ -14,6 +14,12 @@ class MindprintError(Exception):
     exit_code = 2
 
 
+def first_line(error: object) -> str:
+    """Return the first line of an error's text that says something, or the error's type if none does."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
+
+
 class ConfigError(MindprintError, ValueError):
     """The configuration is wrong: an unknown key, a wrong type, values that contradict each other."""
 

@@ -1,6 +1,6 @@
 """Bytes, text, JSON and paths that somebody else wrote: read within bounds, refused in one sentence.
 
-Everything here raises `OSError` or `ValueError` and nothing else. Whoever calls it names the file.
+Everything here but `read_object` raises `OSError` or `ValueError` and nothing else, and its caller names the file.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+
+from mindprint.errors import MindprintError, first_line
 
 Value = TypeVar("Value")
 
@@ -24,6 +27,16 @@ LARGEST_FILE = 2**28
 
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """Errors that reading values of the wrong shape can raise: what catches them can take any value that JSON can hold."""
+
+DEEPEST = 64
+"""Nested lists and objects: real files of ours and of Hugging Face's have fewer than ten, and a writer that recurses
+would fail on many more."""
+
+NON_FINITE = ("NaN", "Infinity", "-Infinity")
+"""The constants that Python's writer makes of values that JSON does not have."""
+
+INFINITIES = NON_FINITE[1:]
+"""Those that transformers wrote into config.json, for the `time_step_limit` of Mamba 2."""
 
 _LONG_NUMBER = re.compile(r"\d{19}")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -52,17 +65,49 @@ def read_text(path: Path, limit: int = LARGEST_FILE) -> str:
     return read_bytes(path, limit).decode("utf-8-sig")
 
 
-def parse_json(text: str | bytes) -> Any:
+def read_object(
+    path: Path, error: type[MindprintError], *, missing: str = "", remedy: str = "", constants: Collection[str] = ()
+) -> dict[str, Any]:
+    """Read a file of one JSON object.
+
+    Args:
+        path: The file. A link is followed. A pipe, a device or a folder is refused.
+        error: The class of error to raise, with one line that names the file.
+        missing: The line if there is no such file. The default is `PATH: no such file`.
+        remedy: What to do about a file that cannot be read, put behind the reason.
+        constants: Those of `NON_FINITE` that are accepted as numbers.
+    """
+    try:
+        value = parse_json(read_bytes(path), constants)
+    except FileNotFoundError:
+        raise error(missing or f"{path}: no such file") from None
+    except (OSError, ValueError) as reason:
+        said = reason.strerror if isinstance(reason, OSError) and reason.strerror else first_line(reason)
+        raise error(f"{path}: cannot be read as JSON: {said}{remedy}") from reason
+    if not isinstance(value, dict):
+        raise error(f"{path}: must hold a JSON object, found {type(value).__name__}{remedy}")
+    return value
+
+
+def parse_json(text: str | bytes, constants: Collection[str] = NON_FINITE) -> Any:
     """Parse JSON. Raises `ValueError` for anything that is not JSON or that no other part of a program could hold.
 
-    Whole numbers beyond 64 bits become floats, as in JSON's own model of numbers. Half a surrogate pair is refused: it
-    is no character, and writing it anywhere fails.
+    A key that is there twice is refused, for readers differ in which of the two they take. So are NaN and the
+    infinities unless `constants` names them. Whole numbers beyond 64 bits become floats, as in JSON's own model of
+    numbers. Half a surrogate pair is refused as well: it is not a character, and writing it anywhere fails.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
     try:
         # The hook costs a call for each number, so it is set only where a number is long.
-        value = json.loads(text, parse_int=_whole_number if _LONG_NUMBER.search(text) else None)
+        value = json.loads(
+            text,
+            parse_int=_whole_number if _LONG_NUMBER.search(text) else None,
+            parse_constant=lambda name: _constant(name, constants),
+            object_pairs_hook=_object,
+        )
+        if text.count("[") + text.count("{") > DEEPEST:
+            _refuse_deep(value)
         if _ESCAPED_SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -86,6 +131,31 @@ def resolve_path(folder: Path, text: str) -> Path:
         return (folder / Path(text).expanduser()).resolve()
     except (ValueError, RuntimeError, OSError) as error:
         raise ValueError(f"{text!r} is not a path: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return value
+
+
+def _constant(name: str, accepted: Collection[str]) -> float:
+    if name not in accepted:
+        raise ValueError(f"{name} is not a number of JSON")
+    return float(name)
+
+
+def _refuse_deep(value: object) -> None:
+    # A stack rather than recursion: what is looked for is exactly what recursion would not survive.
+    waiting = [(value, 0)]
+    while waiting:
+        part, depth = waiting.pop()
+        if isinstance(part, dict | list):
+            if depth == DEEPEST:
+                raise ValueError("is nested too deeply")
+            waiting.extend((inner, depth + 1) for inner in (part.values() if isinstance(part, dict) else part))
 
 
 def _whole_number(digits: str) -> int | float:

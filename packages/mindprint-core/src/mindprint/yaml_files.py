@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from mindprint.errors import ConfigError
+from mindprint.errors import ConfigError, first_line
 from mindprint.input_files import MALFORMED
 
 LARGEST_FILE = 2**21
@@ -53,7 +53,7 @@ def parse_yaml(text: str, source: str) -> tuple[dict[str, Any], Lines]:
         line = f" line {mark.line + 1}:" if mark else ""
         raise ConfigError(f"{source}:{line} {error.problem or 'is not valid YAML'}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: is not valid YAML: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{source}: is not valid YAML: {first_line(error)}") from error
     if values is None:
         return {}, {}
     if not isinstance(values, dict):

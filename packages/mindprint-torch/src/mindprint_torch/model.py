@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging
 
 from mindprint.contract import AdapterSite, Dtype, LoadedModel, LoraConfig, ModelSpec
-from mindprint.errors import ModelError
+from mindprint.errors import ModelError, first_line
 from mindprint_torch.head import Head, embedding_layer, read_head
 from mindprint_torch.lora import NAME
 from mindprint_torch.optimizer import Optimizer
@@ -187,7 +187,7 @@ def _check_complete(path: str, report: Mapping[str, Any]) -> None:
             f"{path}: {len(mismatched)} weights have another shape than config.json: {_listed(mismatched)}"
         )
     if report["error_msgs"]:
-        raise ModelError(f"{path}: {_first_line(report['error_msgs'][0])}")
+        raise ModelError(f"{path}: {first_line(report['error_msgs'][0])}")
 
 
 def _listed(names: list[str]) -> str:
@@ -215,7 +215,7 @@ def _loading(path: str) -> Iterator[None]:
     except LOAD_FAILURES as error:
         raise ModelError(
             f"{path}: transformers {transformers.__version__} cannot load it: {type(error).__name__}: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -231,9 +231,4 @@ def _naming(path: str) -> Iterator[None]:
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
     except LOAD_FAILURES as error:
-        raise ModelError(f"{path}: the model does not run: {type(error).__name__}: {_first_line(error)}") from error
-
-
-def _first_line(message: object) -> str:
-    lines = str(message).strip().splitlines()
-    return lines[0][:300] if lines else "no reason given"
+        raise ModelError(f"{path}: the model does not run: {type(error).__name__}: {first_line(error)}") from error

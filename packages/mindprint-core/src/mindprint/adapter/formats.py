@@ -7,7 +7,7 @@ from typing import Literal
 
 from mindprint.adapter import mlx_lm_format, peft_format
 from mindprint.adapter.base_facts import read_base_facts
-from mindprint.adapter.peft_settings import read_object
+from mindprint.adapter.peft_settings import read_config
 from mindprint.contract import AdapterState
 from mindprint.errors import AdapterError
 
@@ -21,7 +21,7 @@ def adapter_format(folder: Path) -> Format:
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such folder" if not folder.exists() else f"{folder}: is no folder")
     config = folder / peft_format.CONFIG_FILE
-    values = read_object(config)
+    values = read_config(config)
     claims = "peft_type" in values, "lora_parameters" in values or "fine_tune_type" in values
     if claims == (True, False):
         return "peft"
@@ -34,7 +34,7 @@ def adapter_format(folder: Path) -> Format:
 def named_base(folder: Path) -> str:
     """The base model that an adapter names; empty if it names none."""
     key = {"peft": "base_model_name_or_path", "mlx-lm": "model"}[adapter_format(folder)]
-    return str(read_object(folder / peft_format.CONFIG_FILE).get(key) or "")
+    return str(read_config(folder / peft_format.CONFIG_FILE).get(key) or "")
 
 
 def read_any_adapter(folder: Path, base: Path | None = None) -> tuple[AdapterState, str]:

@@ -108,7 +108,7 @@ def merged_folder(out: Path, base: models.ModelFolder, adapter: AdapterState, so
 def read_record(folder: Path) -> MergeRecord | None:
     """The record of a merged folder; None if it has none. Raises `ModelError` for one that cannot be read."""
     file = folder / RECORD_FILE
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
     try:
         return typed(MergeRecord, read_json(file))

@@ -21,7 +21,7 @@ from safetensors.numpy import save
 from mindprint.adapter.base_facts import BaseFacts
 from mindprint.adapter.module_names import Experts, from_mlx_lm, split_expert, split_stack, to_mlx_lm
 from mindprint.adapter.peft_format import CONFIG_FILE, adapter_tensors
-from mindprint.adapter.peft_settings import read_object
+from mindprint.adapter.peft_settings import read_config
 from mindprint.adapter.targets import in_order, is_embedding, is_lm_head
 from mindprint.contract import AdapterState, Float32, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError
@@ -57,11 +57,11 @@ def read_adapter(folder: Path, base: BaseFacts | None = None) -> tuple[AdapterSt
 
 def named_base(folder: Path) -> str:
     """The base model that an adapter of mlx-lm's names; empty if it names none."""
-    return str(read_object(folder / CONFIG_FILE).get("model") or "")
+    return str(read_config(folder / CONFIG_FILE).get("model") or "")
 
 
 def _read_config(file: Path) -> tuple[int, float, float, tuple[str, ...] | None, str]:
-    values = read_object(file)
+    values = read_config(file)
     kind = values.get("fine_tune_type", "lora")
     if kind != "lora":
         what = {"dora": "DoRA, whose magnitudes have no place in LoRA", "full": "whole weights, no adapter"}

@@ -16,7 +16,7 @@ from typing import Any
 
 from mindprint.adapter.targets import ALL_LINEAR, STACKED_PARAMETERS
 from mindprint.errors import AdapterError
-from mindprint.input_files import read_json
+from mindprint.input_files import read_object
 
 HELD = frozenset(
     {
@@ -102,7 +102,7 @@ class PeftSettings:
 
 def read_settings(file: Path) -> PeftSettings:
     """Read an adapter_config.json. Raises `AdapterError` naming the field that is missing, wrong, or cannot be held."""
-    values = read_object(file)
+    values = read_config(file)
     try:
         _refuse_other_than_lora(values)
         ranks, alphas = _pattern(values, "rank_pattern"), _pattern(values, "alpha_pattern")
@@ -121,17 +121,10 @@ def read_settings(file: Path) -> PeftSettings:
         raise AdapterError(f"{file}: {error}") from error
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object of an adapter's configuration file. Raises `AdapterError` if there is none."""
-    try:
-        values = read_json(file)
-    except FileNotFoundError:
-        raise AdapterError(f"{file}: no such file; an adapter is a folder with it and its tensors") from None
-    except (ValueError, OSError) as error:
-        raise AdapterError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise AdapterError(f"{file}: must hold a JSON object, found {type(values).__name__}")
-    return values
+def read_config(file: Path) -> dict[str, Any]:
+    """Return the JSON object of an adapter's configuration file. Raises `AdapterError` if there is none."""
+    missing = f"{file}: no such file; an adapter is a folder with it and its tensors"
+    return read_object(file, AdapterError, missing=missing)
 
 
 def is_named(site: str, target: str) -> bool:

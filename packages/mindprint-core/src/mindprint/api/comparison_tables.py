@@ -12,14 +12,12 @@ from mindprint.contract import STAGES, StageName
 from mindprint.printing import printable
 from mindprint.reports import document
 from mindprint.reports.equivalence import (
-    FREE_TOLERANCE,
-    SFT_TOLERANCE,
-    VOICE_TOLERANCE,
     Comparison,
     Side,
     StageCurves,
 )
 from mindprint.reports.phrases import interval
+from mindprint.tolerances import FREE_TOLERANCE, SFT_TOLERANCE, VOICE_TOLERANCE
 
 SHOWN_ANSWERS = 3
 """Differing answers that are printed in full."""

@@ -12,7 +12,7 @@ from mindprint import atomic
 from mindprint.cli.migration import migrate
 from mindprint.cli.output import emit, json_option, notice, say
 from mindprint.config import FILE_NAME, make_config
-from mindprint.errors import ConfigError
+from mindprint.errors import ConfigError, first_line
 from mindprint.input_files import read_text
 from mindprint.yaml_files import parse_yaml_value
 
@@ -45,7 +45,7 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{path}: cannot be read as YAML: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections such as `backend:` and `sft:`, found {type(values).__name__}")
     return values

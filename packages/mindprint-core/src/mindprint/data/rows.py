@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from mindprint.config import Config, ConfigFile
-from mindprint.errors import DataError
+from mindprint.errors import DataError, first_line
+from mindprint.input_files import parse_json
 
 DEFAULT_TOPIC = "main"
 """The topic of rows that name none."""
@@ -500,12 +501,12 @@ def _json_records(path: Path) -> Iterator[tuple[Origin, Record]]:
 
 def _json_object(line: bytes, origin: Origin) -> Record:
     try:
-        value = json.loads(line.decode())
+        value = parse_json(line)
     except UnicodeDecodeError as error:
         raise DataError(f"{origin}: is not UTF-8 (byte {error.start + 1}): save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{origin}: not valid JSON: {error.msg} at column {error.colno}{_array_hint(line)}") from None
-    except (RecursionError, ValueError) as error:
+    except ValueError as error:
         raise DataError(f"{origin}: cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{origin}: must be an object {{...}}, found {kind_of(value)}{_array_hint(line)}")
@@ -558,7 +559,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[Origin, Record]]:
         for number, record in enumerate(rows, 1):
             yield Origin(shown, number, "row"), record
     except Exception as error:  # datasets, pyarrow and fsspec each have errors of their own
-        raise DataError(f"{shown}: cannot be read as Parquet: {_first_line(error)}") from error
+        raise DataError(f"{shown}: cannot be read as Parquet: {first_line(error)}") from error
 
 
 def _hub_records(repo: str, split: str, part: Part) -> Iterator[tuple[Origin, Record]]:
@@ -569,7 +570,7 @@ def _hub_records(repo: str, split: str, part: Part) -> Iterator[tuple[Origin, Re
     except Exception as error:  # datasets, huggingface_hub, httpx and fsspec each have errors of their own
         raise DataError(
             f"dataset {repo} (split {split}) of data.{part} is no file here and cannot be loaded from the hub: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     name = f"{repo}:{split}"
     return ((Origin(name, number, "row"), record) for number, record in enumerate(rows, 1))
@@ -584,11 +585,6 @@ def shown_path(path: str | Path) -> str:
         return str(Path(path).relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
 
 
 def kind_of(value: object) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from mindprint.contract import Int32
 from mindprint.data.rows import Message
 from mindprint.errors import DataError, ModelError
+from mindprint.input_files import INFINITIES, read_object
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
@@ -252,7 +253,9 @@ def _eos_in(folder: Path) -> list[int]:
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        # Either file may be missing; one that is there and broken is named.
+        content = read_object(path, ModelError, constants=INFINITIES) if path.exists() else {}
+        value = content.get("eos_token_id")
         found.extend([value] if isinstance(value, int) else value or [])
     return found
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from mindprint.config import ModelConfig
 from mindprint.data.tokenizer import TOKENIZER_FILES
-from mindprint.errors import ModelError
-from mindprint.input_files import LARGEST_FILE, read_json, resolve_path
+from mindprint.errors import ModelError, first_line
+from mindprint.input_files import INFINITIES, LARGEST_FILE, read_object, resolve_path
 from mindprint.models.tensor_files import TensorFileError, TensorInfo, read_header
 
 BUILTIN = ("tiny",)
@@ -96,9 +96,12 @@ def _refuse_special_files(folder: Path) -> None:
 
 def model_config(folder: Path) -> dict[str, Any]:
     """config.json as values. Raises `ModelError` where it is missing, broken, or names no `model_type`."""
-    config = _json_object(folder / "config.json", "no config.json: this is not a model folder")
+    file = folder / "config.json"
+    config = read_object(
+        file, ModelError, missing=f"{folder}: no config.json: this is not a model folder", constants=INFINITIES
+    )
     if not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{folder / 'config.json'}: has no model_type: it must say which architecture this is")
+        raise ModelError(f"{file}: has no model_type: it must say which architecture this is")
     return config
 
 
@@ -108,7 +111,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         return (folder / SINGLE_FILE,)
     if not (folder / INDEX_FILE).is_file():
         raise ModelError(f"{folder}: {_no_weights(folder)}")
-    shards = _json_object(folder / INDEX_FILE, "").get("weight_map")
+    shards = read_object(folder / INDEX_FILE, ModelError).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ModelError(f"{folder / INDEX_FILE}: has no weight_map: download the model again")
     names = sorted(set(map(str, shards.values())))
@@ -182,18 +185,6 @@ def _tensors_of(path: Path) -> dict[str, TensorInfo]:
         raise ModelError(f"{path}: {error}{mend}") from error
 
 
-def _json_object(path: Path, missing: str) -> dict[str, Any]:
-    try:
-        value = read_json(path)
-    except FileNotFoundError:
-        raise ModelError(f"{path.parent}: {missing}") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: must hold a JSON object, found {type(value).__name__}")
-    return value
-
-
 def _no_weights(folder: Path) -> str:
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles:
@@ -246,6 +237,7 @@ def _download(name: str, revision: str | None) -> Path:
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"{name}: has no revision {revision!r} on the hub: correct model.revision") from error
     except Exception as error:  # huggingface_hub, httpx and the file system each have errors of their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{name}{at}: is no folder here and cannot be downloaded from the hub: {reason}") from error
+        raise ModelError(
+            f"{name}{at}: is not a folder here and cannot be downloaded from the hub: {first_line(error)}"
+        ) from error
     return Path(path)

@@ -22,15 +22,7 @@ from mindprint.runs.costs import Costs, read_costs
 from mindprint.runs.folder import RunFolder
 from mindprint.runs.reading import RunRecord, Step, Stretch
 from mindprint.runs.records import Interval
-
-SFT_TOLERANCE = 1e-5
-"""Of an SFT loss before the first preference step, as |a - b| / (1 + a)."""
-
-FREE_TOLERANCE = 1e-3
-"""Of every loss from the first preference step on: such trajectories amplify rounding."""
-
-VOICE_TOLERANCE = 0.05
-"""Of the voice scale, on which 0 is the untuned model and 1 the person."""
+from mindprint.tolerances import FREE_TOLERANCE, SFT_TOLERANCE, VOICE_TOLERANCE
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from mindprint.config import Config, load_config
 from mindprint.contract import StageName
 from mindprint.errors import MindprintError, RunError
-from mindprint.input_files import MALFORMED, parse_json, read_bytes, read_json, typed
+from mindprint.input_files import MALFORMED, parse_json, read_bytes, read_object, typed
 from mindprint.runs.folder import RunFolder
 from mindprint.runs.records import (
     OUTCOMES,
@@ -171,13 +171,7 @@ def _about(record: EvaluationRecord, topic: str) -> bool:
 
 
 def _manifest(file: Path) -> Mapping[str, Any]:
-    try:
-        content = read_json(file)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: cannot be read: {error}; it is the run's own record and cannot be rebuilt") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{file}: must hold a JSON object, found {type(content).__name__}")
-    return content
+    return read_object(file, RunError, remedy="; it is the run's own record and cannot be rebuilt")
 
 
 def _planned(file: Path, manifest: Mapping[str, Any]) -> tuple[PlannedStage, ...]:

@@ -13,12 +13,7 @@ from mindprint.contract import AdapterState, Dtype, PreferenceBatch, StepMetrics
 from mindprint.errors import GuardError
 from mindprint.losses import NUMPY, PairLogProbs, PreferenceLoss
 from mindprint.plugins.backend import is_finite
-
-LOG_PROB_NOISE: dict[Dtype, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-"""Nats a token by which two evaluations of the same model may differ (batch shape, kernels), by the base's dtype."""
-
-LOSS_TOLERANCE = 1e-4
-"""Relative to 1 + loss: how far a backend's float32 loss may lie from core's, computed from its log-probs."""
+from mindprint.tolerances import LOG_PROB_NOISE, LOSS_TOLERANCE
 
 
 def check_step(metrics: StepMetrics, rows: Sequence[object]) -> None:

@@ -44,7 +44,7 @@ from mindprint.models.folder import ModelFolder, tensors
 from mindprint.models.likelihoods import sum_pairs
 from mindprint.models.tensor_files import FLOAT_DTYPES
 from mindprint.plugins.backend import Backend, is_finite
-from mindprint.training.guards import LOG_PROB_NOISE
+from mindprint.tolerances import LOG_PROB_NOISE
 from mindprint.training.objectives import OBJECTIVES
 from mindprint.training.prepare import Prepared, lora_config
 from mindprint.training.stages import Stage, StepOutcome

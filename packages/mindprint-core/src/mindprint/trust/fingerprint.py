@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -115,7 +116,8 @@ def fingerprint_json(fingerprint: Fingerprint) -> str:
 def read_fingerprint(folder: Path) -> Fingerprint | None:
     """The fingerprint in an adapter's folder, None if there is none. Raises `AdapterError` if it cannot be read."""
     file = folder / FILE_NAME
-    if not file.is_file():
+    # A broken link or a pipe is not the absence of a fingerprint: reading it fails, in one line.
+    if not os.path.lexists(file):
         return None
     try:
         values = read_json(file)

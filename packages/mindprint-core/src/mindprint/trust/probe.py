@@ -22,6 +22,7 @@ from mindprint.data.tokenizer import Tokenizer
 from mindprint.draws import uniform
 from mindprint.errors import DataError
 from mindprint.plugins.backend import Backend
+from mindprint.tolerances import PROBE_TOLERANCES
 from mindprint.trust.report import Comparison, Tolerance
 
 LONGEST, MIDDLE, TURN = 192, 96, 24
@@ -29,17 +30,6 @@ LONGEST, MIDDLE, TURN = 192, 96, 24
 
 HELDOUT_ROWS = 8
 """At most so many held-out rows, where the configuration asks for them."""
-
-TOLERANCES: Mapping[Dtype, tuple[float, float]] = {
-    "float32": (1e-5, 1e-4),
-    "float16": (1e-2, 1e-1),
-    "bfloat16": (8e-2, 8e-1),
-}
-"""Mean and greatest difference of log-probs, in nats a token, of one model on two machines or backends.
-
-float32: DESIGN's bound between torch and MLX. The others are that of rounding: a logit near 16 is known to 2^-7 in
-float16 and to 2^-4 in bfloat16, of which the mean over many tokens is about a third.
-"""
 
 DECIMALS = 6
 """Of log-probs in a fingerprint: a tenth of the smallest tolerance."""
@@ -102,8 +92,8 @@ def measure_noise(backend: Backend, model: LoadedModel, probe: Probe, alone: Flo
 
 def tolerance(dtypes: Sequence[Dtype], *noises: Noise | None) -> Tolerance:
     """What two evaluations in these dtypes may differ by: the coarser dtype's bound, or the measured noise if wider."""
-    coarsest = max(dtypes, key=lambda dtype: TOLERANCES[dtype])
-    mean, greatest = TOLERANCES[coarsest]
+    coarsest = max(dtypes, key=lambda dtype: PROBE_TOLERANCES[dtype])
+    mean, greatest = PROBE_TOLERANCES[coarsest]
     measured = [NOISE_FACTOR * max(one.mean / mean, one.greatest / greatest) for one in noises if one is not None]
     wider = min(max(measured, default=0.0), MOST)
     if wider <= 1:

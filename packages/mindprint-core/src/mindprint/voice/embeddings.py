@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mindprint.contract import Fitted, Float64, Measure
-from mindprint.errors import ConfigError, ScorerError
+from mindprint.errors import ConfigError, ScorerError, first_line
 from mindprint.hookspecs import hookimpl
 
 
@@ -99,7 +99,7 @@ class Embeddings:
                 trust_remote_code=config.trust_remote_code,
             )
         except Exception as error:  # what a hub or a folder can do wrong is anything
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             raise ScorerError(f"scorer 'embeddings': {config.model!r} cannot be loaded: {reason}") from error
         return loaded
 

@@ -1,0 +1,37 @@
+"""Every tolerance by which Mindprint compares what was computed twice, in one table.
+
+Guards of a run, the self-check of an installation, `verify` and `compare` import from here. docs/numerics.md says how
+each was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mindprint.contract import Dtype
+
+LOG_PROB_NOISE: Mapping[Dtype, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+"""Nats a token by which two evaluations of the same model may differ (batch shape, kernels), by the base's dtype."""
+
+LOSS_TOLERANCE = 1e-4
+"""Relative to 1 + loss: how far a backend's float32 loss may be from core's, computed from its log-probs."""
+
+PROBE_TOLERANCES: Mapping[Dtype, tuple[float, float]] = {
+    "float32": (1e-5, 1e-4),
+    "float16": (1e-2, 1e-1),
+    "bfloat16": (8e-2, 8e-1),
+}
+"""Mean and greatest difference of log-probs, in nats a token, of one model on two machines or backends.
+
+float32: the bound between torch and MLX in docs/numerics.md. The others are bounds of rounding. A logit near 16 is
+known to 2^-7 in float16 and to 2^-4 in bfloat16, and the mean error over many tokens is about a third of that.
+"""
+
+SFT_TOLERANCE = 1e-5
+"""|a - b| / (1 + a) of SFT losses of two backends, at every step."""
+
+FREE_TOLERANCE = 1e-3
+"""The same from the first preference step on, where trajectories run free and amplify rounding."""
+
+VOICE_TOLERANCE = 0.05
+"""Difference of the voice scores of two runs that are called equivalent, of the scale from 0 to 1."""
