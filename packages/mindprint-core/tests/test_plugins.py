@@ -351,7 +351,7 @@ def test_one_set_of_messages_for_every_kind_of_plugin(
 def test_a_command_that_is_none(install: Install) -> None:
     install("acme", "", "acme-plugin", group=COMMANDS)
     with pytest.raises(
-        PluginError, match=r"command 'acme' \(acme-plugin 3.1\): .* is a module, not a click.Command; up"
+        PluginError, match=r"command 'acme' \(acme-plugin 3.1\): .* is of type module, not a click.Command; up"
     ):
         LOADERS[COMMANDS]("acme")
 

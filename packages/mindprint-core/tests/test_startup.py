@@ -84,7 +84,8 @@ def test_a_broken_plugin_breaks_neither_help_nor_the_list(tmp_path: Path) -> Non
     assert invoked.returncode == 2
     assert invoked.stderr == (
         "mindprint: error: command 'broken' (broken-things 2.0) failed to import: ModuleNotFoundError: "
-        "No module named 'nowhere'; reinstall or uninstall its distribution\n"
+        "No module named 'nowhere'; reinstall it (pip install --force-reinstall broken-things) or uninstall its "
+        "distribution\n"
     )
 
 
@@ -94,7 +95,7 @@ def test_another_distribution_adds_a_command(tmp_path: Path) -> None:
     assert _mindprint("greet", "--name", "Nan", path=tmp_path).stdout == "hello Nan\n"
     wrong = _mindprint("size", path=tmp_path)
     assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
-    assert "hello_command:SIZE is a int, no click.Command" in wrong.stderr
+    assert "hello_command:SIZE is of type int, not a click.Command" in wrong.stderr
 
 
 def test_output_into_a_closed_pipe() -> None:

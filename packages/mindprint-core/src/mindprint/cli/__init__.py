@@ -162,5 +162,5 @@ def _load(name: str) -> click.Command:
     plugin = find_plugin(THIRD_PARTY, name)
     loaded = load_plugin(plugin)
     if not isinstance(loaded, click.Command):
-        raise failure(plugin, f": {plugin.module} is a {type(loaded).__name__}, not a click.Command")
+        raise failure(plugin, f": {plugin.module} is of type {type(loaded).__name__}, not a click.Command")
     return loaded

@@ -97,7 +97,7 @@ def _backend(plugin: Plugin) -> dict[str, Any]:
 def _imported(plugin: Plugin) -> dict[str, Any]:
     loaded = load_plugin(find_plugin(plugin.group, plugin.name))
     if plugin.group == COMMANDS and not isinstance(loaded, click.Command):
-        raise failure(plugin, f": {plugin.module} is a {type(loaded).__name__}, not a click.Command")
+        raise failure(plugin, f": {plugin.module} is of type {type(loaded).__name__}, not a click.Command")
     if plugin.group == SCORERS or (plugin.group == TRACKERS and isinstance(loaded, type)):
         plugin_hooks(plugin, loaded)  # of a tracker the class: to make one may need a library that nobody wants here
     return {}
