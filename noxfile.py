@@ -16,7 +16,8 @@ nox.needs_version = ">=2024.4"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = [
-    "lint", "core", "testing", "hello", "torch", "mlx", "types", "parity", "integration", "docs", "demo", "wheels",
+    "lint", "core", "testing", "hello", "torch", "mlx", "types", "parity", "integration", "docs", "site", "demo",
+    "wheels",
 ]  # fmt: skip
 
 # CPU builds of PyTorch are published for some Pythons only; 3.11 where there is one, else whatever runs nox.
@@ -143,6 +144,17 @@ def integration(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Documentation that cannot drift: links and settings are tested, code and command blocks run."""
     run_in_both(session, "pytest", "tests/docs", *IN_PARALLEL[:2], *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(python=PYTHON)
+def site(session: nox.Session) -> None:
+    """The documentation as a site, in build/site: a link or an anchor that leads nowhere fails.
+
+    `nox -s site -- serve` shows the site on this machine while you write.
+    """
+    session.install("-q", *UNCOMPILED, "-c", CONSTRAINTS, "mkdocs", "mkdocs-material")
+    words = session.posargs or ("build",)
+    session.run("mkdocs", *words, "--strict", "-f", "docs/site/mkdocs.yml", env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session(python=False, requires=["both"])

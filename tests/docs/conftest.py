@@ -1,4 +1,4 @@
-"""`command_blocks` lies beside the tests that use it."""
+"""Let the tests of this folder import the modules that are next to them."""
 
 import sys
 from pathlib import Path

@@ -16,6 +16,7 @@ from typing import Any, get_args
 import click
 import pytest
 import yaml
+from sample_rows import cut_sample_rows
 
 import mindprint
 from mindprint import hookspecs
@@ -26,7 +27,7 @@ from mindprint.models.folder import resolve_model
 from mindprint.trust.report import MEANINGS, Code
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/README.md")])
+PAGES = sorted(page for place in ("", "docs/", "packages/*/", "examples/*/") for page in ROOT.glob(f"{place}*.md"))
 COMMANDS = (
     "init",
     "train",
@@ -167,14 +168,11 @@ def test_the_step_by_step_example_runs(backend: str, tmp_path: Path) -> None:
 
 
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As written, on a sample project made short."""
+    """Run as written, on a sample project whose rows are cut."""
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[-1]
     monkeypatch.chdir(tmp_path)
     assert main(["init", "my-voice"]) == 0
-    config = tmp_path / "my-voice" / "mindprint.yaml"
-    short = re.sub(r"epochs_per_topic: \d+", "steps_per_topic: 1", config.read_text(encoding="utf-8"))
-    short = re.sub(r"prompts_per_topic: \d+", "prompts_per_topic: 1", short)
-    config.write_text(re.sub(r"steps_per_topic: \d+", "steps_per_topic: 1", short), encoding="utf-8")
+    cut_sample_rows(tmp_path / "my-voice" / "data")
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300)
     assert "my-voice/runs/run-001/adapter" in done.stdout
 
