@@ -89,40 +89,40 @@ def one_backend(project: Path, name: str, prompts: list[str]) -> dict[str, Any]:
 def show_voice(name: str, overall: dict[str, Any]) -> None:
     print(f"\n  {name}, {overall['pairs']} held-out pairs, never trained on             before     after")
     rows = {
-        "prefers_chosen": "finds the voice more likely than the plain answer",
+        "preference_accuracy": "finds the voice more likely than the plain answer",
         "perplexity": "perplexity of the voice",
     }
     for key, what in rows.items():
-        print(f"    {what:50s} {overall['base'][key]:9.3f} {overall['adapter'][key]:9.3f}")
+        print(f"    {what:50s} {overall['base'][key]:9.3f} {overall['tuned'][key]:9.3f}")
     what = "training raised the voice more than the plain answer"
     print(f"    {what:50s} {'':9s} {overall['reward_accuracy']:9.3f}")
 
 
 def show_score(voice: dict[str, Any]) -> None:
     """The voice of the model's own answers, or why it could not be scored."""
-    sides = [voice["overall"][side] for side in ("untuned", "tuned")]
+    sides = [voice["overall"][side] for side in ("base", "tuned")]
     shown = [f"{side['value']:9.2f}" if "value" in side else f" ({side['reason']})" for side in sides]
     print(f"    {'voice of its answers (1: the person)':50s} {' '.join(shown)}")
 
 
 def voice_checks(name: str, facts: dict[str, Any]) -> list[tuple[str, str, bool]]:
-    base, tuned = facts["overall"]["base"], facts["overall"]["adapter"]
+    base, tuned = facts["overall"]["base"], facts["overall"]["tuned"]
     accuracy, ratio = facts["overall"]["reward_accuracy"], tuned["perplexity"] / base["perplexity"]
     return [
-        (f"{name}: held-out preference accuracy at least {ACCURACY}", f"{accuracy:.3f}", accuracy >= ACCURACY),
+        (f"{name}: held-out reward accuracy at least {ACCURACY}", f"{accuracy:.3f}", accuracy >= ACCURACY),
         (f"{name}: held-out perplexity at most {PERPLEXITY} of what it was", f"{ratio:.3f}", ratio <= PERPLEXITY),
         score_check(name, facts["voice"]["overall"]),
     ]
 
 
 def score_check(name: str, voice: dict[str, Any]) -> tuple[str, str, bool]:
-    """Whether the tuned model's voice lies above the untuned one's whole interval, and recites nothing."""
-    untuned, tuned, flags = voice["untuned"], voice["tuned"], voice["copying"].get("flagged", ["no answers"])
-    what = f"{name}: the voice of its answers is above the untuned model's interval, and is not recited"
-    if "value" not in untuned or "value" not in tuned:
+    """Whether the tuned model's voice lies above the base model's whole interval, and recites nothing."""
+    base, tuned, flags = voice["base"], voice["tuned"], voice["copying"].get("flagged", ["no answers"])
+    what = f"{name}: the voice of its answers is above the base model's interval, and is not recited"
+    if "value" not in base or "value" not in tuned:
         return what, "could not be scored", False
-    figure = f"{tuned['value']:.2f} ({tuned['low']:.2f} to {tuned['high']:.2f}), untuned up to {untuned['high']:.2f}"
-    return what, "; ".join([figure, *flags]), tuned["low"] > untuned["high"] and not flags
+    figure = f"{tuned['value']:.2f} ({tuned['low']:.2f} to {tuned['high']:.2f}), base up to {base['high']:.2f}"
+    return what, "; ".join([figure, *flags]), tuned["low"] > base["high"] and not flags
 
 
 def same_voice_checks(measured: dict[str, dict[str, Any]]) -> list[tuple[str, str, bool]]:

@@ -99,8 +99,8 @@ def test_train_generate_eval_on_both(run: Run, voice: str) -> None:
         ]
         assert answers[0] == answers[1]
         measured = [run("eval", said.json["run"], "--json", "--backend", name).json["overall"] for name in BACKENDS]
-        assert measured[0]["adapter"]["perplexity"] == pytest.approx(measured[1]["adapter"]["perplexity"], rel=1e-4)
-        assert measured[0]["adapter"]["perplexity"] < measured[0]["base"]["perplexity"]
+        assert measured[0]["tuned"]["perplexity"] == pytest.approx(measured[1]["tuned"]["perplexity"], rel=1e-4)
+        assert measured[0]["tuned"]["perplexity"] < measured[0]["base"]["perplexity"]
         assert measured[0]["reward_margin"] == pytest.approx(measured[1]["reward_margin"], abs=1e-3)
 
 

@@ -77,9 +77,9 @@ def test_its_scorer_stands_beside_the_score(tmp_path: Path) -> None:
     settings = ("data.max_length=64", "backend.type=hello", "voice.scorers={hello: {}}")
     mindprint(tmp_path, "train", "voice", *settings, *lengths)
     voice = json.loads(mindprint(tmp_path, "eval", "voice", "--json"))["voice"]
-    measures = {side: voice["overall"][side]["measures"] for side in ("untuned", "person")}
+    measures = {side: voice["overall"][side]["measures"] for side in ("base", "person")}
     assert set(measures["person"]) > {"sentence length"}
-    assert measures["untuned"]["sentence length"] == pytest.approx(0, abs=1e-9)
+    assert measures["base"]["sentence length"] == pytest.approx(0, abs=1e-9)
     assert measures["person"]["sentence length"] == pytest.approx(1)
 
 

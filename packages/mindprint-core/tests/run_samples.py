@@ -33,7 +33,7 @@ MEASURED = Figures(
     prompts=16,
     words=612,
     voice=Interval(0.83, 0.71, 0.95),
-    untuned_voice=Interval(0.01, -0.12, 0.14),
+    base_voice=Interval(0.01, -0.12, 0.14),
     person_voice=Interval(1.0, 0.9, 1.1),
     copy_rate=0.12,
     person_copy_rate=0.08,
@@ -46,13 +46,13 @@ MEASURED = Figures(
     stopped=1.0,
     empty=0.0,
     pairs=16,
-    preference_accuracy=0.94,
-    preference_margin=4.2,
+    reward_accuracy=0.94,
+    reward_margin=4.2,
     perplexity=5.8,
-    untuned_perplexity=18.4,
+    base_perplexity=18.4,
 )
 FAILED = Figures(
-    prompts=12, words=420, voice=Interval(0.21, 0.05, 0.38), untuned_voice=Interval(0.0, -0.15, 0.15), copy_rate=0.41,
+    prompts=12, words=420, voice=Interval(0.21, 0.05, 0.38), base_voice=Interval(0.0, -0.15, 0.15), copy_rate=0.41,
     person_copy_rate=0.05, longest_copy=23, recited=0.4, flagged=("recites training text: 40% of the answers",),
 )  # fmt: skip
 TOO_LITTLE = Figures(prompts=1, words=38, unmeasured={"voice": "38 words of answers, and a score needs 100"})
@@ -128,7 +128,7 @@ def _topic(topic: str, first: int, attempt: int = 1, *, undone: bool = False) ->
 
 
 def evaluations() -> list[EvaluationRecord]:
-    low = Figures(prompts=16, words=600, voice=Interval(-0.4, -0.6, -0.2), untuned_voice=MEASURED.untuned_voice)
+    low = Figures(prompts=16, words=600, voice=Interval(-0.4, -0.6, -0.2), base_voice=MEASURED.base_voice)
     earlier = (Forgetting(HARBOUR, Interval(0.9, 0.85, 0.95), Interval(0.5, 0.4, 0.6), 5.8, 7.9),)
     return [
         EvaluationRecord("topic", HARBOUR, 40, "sft", figures=MEASURED),

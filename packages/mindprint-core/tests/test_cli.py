@@ -106,11 +106,13 @@ def test_init_train_generate_eval(run: Run, voice: str) -> None:
     assert [line.split()[:2] for line in pairs.splitlines()[1:]] == [["sea", "1"], ["land", "2"], ["all", "3"]]
     assert [line.split()[0] for line in answers.splitlines()[1:]] == ["all"]
     assert answers.count("not scored") == 2
-    assert "warning: 3 held-out rows stand in the training data: not scored\n" in evaluated.err
+    assert "warning: 3 held-out rows are also in the training data: not scored\n" in evaluated.err
     assert "the voice could not be scored: " in evaluated.err and "500 are needed to fit a voice" in evaluated.err
     as_json = run("eval", voice, "--json").json
     assert set(as_json["voice"]["overall"]["tuned"]) == {"reason", "words"}
-    assert run("eval", voice, "--no-answers", "--json").json == {**as_json, "voice": None}
+    unanswered = run("eval", voice, "--no-answers", "--json").json
+    assert unanswered["figures"]["overall"]["unmeasured"]["voice"] == "no answers were asked for"
+    assert {**unanswered, "figures": as_json["figures"]} == {**as_json, "voice": None}
     assert "only 3 held-out pairs, so that one of them moves an accuracy by 33%" in evaluated.err
 
 
@@ -143,7 +145,7 @@ def test_generate_and_eval_as_json(run: Run, voice: str) -> None:
     evaluation = run("eval", "voice/runs/run-001", "--json").json
     assert evaluation["overall"]["pairs"] == 3
     assert set(evaluation["topics"]) == {"sea", "land"}
-    assert evaluation["overall"]["adapter"]["perplexity"] < evaluation["overall"]["base"]["perplexity"]
+    assert evaluation["overall"]["tuned"]["perplexity"] < evaluation["overall"]["base"]["perplexity"]
 
 
 def test_sampling_follows_its_seed(run: Run, voice: str) -> None:
@@ -602,7 +604,7 @@ def test_quizzes_are_held_out_and_asked(run: Run, unsplit: str) -> None:
     assert "quiz.json: question 2: has no `reference_answers`: write at least one\n" in trained.err
     said = run("eval", unsplit)
     assert said.code == 2 and said.out.splitlines()[0].split() == [
-        "topic", "questions", "concepts", "untuned", "concepts", "tuned",
+        "topic", "questions", "base", "concepts", "tuned", "concepts",
     ]  # fmt: skip
     problem = "voice/data/quiz.json: question 2: has no `reference_answers`: write at least one"
     assert said.err.splitlines()[-1] == f"mindprint: warning: not evaluated: {problem}"

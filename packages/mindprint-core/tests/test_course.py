@@ -105,7 +105,7 @@ def test_by_default_everything_is_trained_and_evaluated_at_the_end(project: Proj
     assert (final.prompts, final.pairs) == (6, 6)
     # Six short answers: nobody's voice, and said so.
     assert final.voice is None and "500 are needed" in final.unmeasured["voice"]
-    assert 0 < (final.perplexity or 0) < (final.untuned_perplexity or 0)
+    assert 0 < (final.perplexity or 0) < (final.base_perplexity or 0)
     assert [(one.topic, one.person) for one in answers(result.run)] == [
         (topic, f"{HELD_OUT} aye") for topic in TOPICS for _ in range(2)
     ]
@@ -131,7 +131,7 @@ def test_a_topic_that_fails_is_tried_again_and_named(project: Project, tmp_path:
 
 
 def test_a_failure_can_end_the_run(project: Project, tmp_path: Path) -> None:
-    sections = {"evaluation": {"chapter": {"preference_accuracy": 1.0, "perplexity_ratio": 0.001}}}
+    sections = {"evaluation": {"chapter": {"reward_accuracy": 1.0, "perplexity_ratio": 0.001}}}
     result = train(project, tmp_path / "run", **sections, curriculum={"stop_after": "chapter"})
     assert {topic for topic, *_ in steps(result.run)} == {"u1/c1/bees", "u1/c1/tides"}
     assert decisions(result.run) == [("u1/c1/tides", "stop", None)]

@@ -33,7 +33,7 @@ def test_every_section_is_translated_or_named(tmp_path: Path, capsys: pytest.Cap
     assert (config.sft.learning_rate, config.sft.epochs_per_topic, config.sft.batch_size) == (3e-4, 2, 8)
     assert (config.dpo.learning_rate, config.dpo.steps_per_topic, config.dpo.beta) == (5e-6, 80, 0.2)
     assert (config.dpo.loss, config.adapter.r, config.adapter.alpha, config.seed) == ("ipo", 16, 32.0, 7)
-    assert config.evaluation.topic.preference_accuracy == 0.7
+    assert config.evaluation.topic.reward_accuracy == 0.7
     assert (config.model.name, config.data.path) == ("builtin:tiny", "rows")
 
 

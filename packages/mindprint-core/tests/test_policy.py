@@ -14,9 +14,9 @@ from mindprint.runs.records import Figures, Interval
 HALF = Figures(
     voice=Interval(0.5, 0.3, 0.7),
     copy_rate=0.2,
-    preference_accuracy=0.75,
+    reward_accuracy=0.75,
     perplexity=8.0,
-    untuned_perplexity=10.0,
+    base_perplexity=10.0,
     unmeasured={"concept_coverage": "there is no quiz"},
 )
 
@@ -36,9 +36,9 @@ def said(*tokens: int, stopped: bool = True) -> Generation:
         ({"perplexity_ratio": 0.7}, "failed", ("perplexity_ratio 0.80, at most 0.7 wanted",)),
         ({"concept_coverage": 0.0}, "not evaluated", ("concept_coverage: there is no quiz",)),
         (
-            {"concept_coverage": 0.0, "preference_accuracy": 0.8},
+            {"concept_coverage": 0.0, "reward_accuracy": 0.8},
             "failed",
-            ("preference_accuracy 0.75, at least 0.8 wanted", "concept_coverage: there is no quiz"),
+            ("reward_accuracy 0.75, at least 0.8 wanted", "concept_coverage: there is no quiz"),
         ),
     ],
 )
@@ -53,7 +53,7 @@ def test_a_figure_that_is_missing_is_not_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tuned", "untuned", "outcome"),
+    ("tuned", "base", "outcome"),
     [
         (np.inf, 10.0, "failed"),
         (10.0, np.inf, "passed"),
@@ -61,8 +61,8 @@ def test_a_figure_that_is_missing_is_not_zero() -> None:
         (None, None, "not evaluated"),
     ],
 )
-def test_a_perplexity_beyond_a_float_is_not_better(tuned: float | None, untuned: float | None, outcome: str) -> None:
-    figures = Figures(perplexity=tuned, untuned_perplexity=untuned)
+def test_a_perplexity_beyond_a_float_is_not_better(tuned: float | None, base: float | None, outcome: str) -> None:
+    figures = Figures(perplexity=tuned, base_perplexity=base)
     assert judged(Thresholds(perplexity_ratio=1.0), figures)[0] == outcome
 
 
@@ -86,10 +86,10 @@ def test_what_has_collapsed() -> None:
     assert collapsed(Figures(), [said(*[7] * 20)] * 2, [said(*[3] * 20)] * 2) == ()
     assert collapsed(Figures(), [said()] * 2, [said()] * 2) == ()
     endless = [said(1, 2, 3, 4, stopped=False)] * 2
-    assert collapsed(Figures(), endless, LIVELY) == ("the answers no longer stop by themselves (0%; untuned 100%)",)
+    assert collapsed(Figures(), endless, LIVELY) == ("the answers no longer stop by themselves (0%; base model 100%)",)
     assert collapsed(Figures(), endless, endless) == ()
     worse = Figures(voice=Interval(-0.4, -0.6, -0.1))
-    assert collapsed(worse, LIVELY, LIVELY) == ("the voice is below the untuned model's: -0.40",)
+    assert collapsed(worse, LIVELY, LIVELY) == ("the voice is below the base model's: -0.40",)
     assert collapsed(Figures(voice=Interval(-0.1, -0.3, 0.1)), LIVELY, LIVELY) == ()
     assert collapsed(Figures(), [], []) == ()
 

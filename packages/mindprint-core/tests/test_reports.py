@@ -124,7 +124,7 @@ def test_the_first_paragraph_says_what_came_out(run: Path) -> None:
     ("voice", "said"),
     [
         (Interval(0.1, -0.1, 0.3), "the intervals overlap, so a change is not shown"),
-        (Interval(-0.6, -0.8, -0.4), "it fell below the untuned model's"),
+        (Interval(-0.6, -0.8, -0.4), "it fell below the base model's"),
     ],
 )
 def test_a_change_within_the_intervals_is_no_change(run: Path, voice: Interval, said: str) -> None:
@@ -189,9 +189,9 @@ def test_advice_follows_the_symptoms(run: Path) -> None:
         ({"flagged": ("recites training text: 60%",)}, "recites training text", "fewer epochs"),
         ({"stopped": 0.2}, "only 20% of the answers come to an end", "generation.max_new_tokens"),
         ({"length": 3.0}, "3.00 times as long", "as long as what you want"),
-        ({"preference_accuracy": 0.3}, "in only 30%", "not swapped"),
+        ({"reward_accuracy": 0.3}, "in only 30%", "not swapped"),
         ({"perplexity": 21.0}, "perplexity 18.4 → 21.0", "fewer epochs"),
-        ({"concept_coverage": 0.2, "untuned_concept_coverage": 0.6}, "60% → 20%", "state these facts"),
+        ({"concept_coverage": 0.2, "base_concept_coverage": 0.6}, "60% → 20%", "state these facts"),
     ],
 )
 def test_each_symptom_has_its_advice(run: Path, changes: dict[str, object], symptom: str, remedy: str) -> None:
@@ -303,7 +303,7 @@ def test_every_chart_says_in_words_what_it_shows(run: Path) -> None:
     page = write_reports(run)[1].read_text(encoding="utf-8")
     charts = re.findall(r"<svg [^>]*role=\"img\"[^>]*><title>([^<]+)</title><desc>([^<]+)</desc>", page)
     assert len(charts) == page.count("<svg") == 6  # three of curves, and a row each for two topics and all of them
-    assert ("The harbour", "untuned 0.01, from -0.12 to 0.14; tuned 0.83, from 0.71 to 0.95") in charts
+    assert ("The harbour", "base 0.01, from -0.12 to 0.14; tuned 0.83, from 0.71 to 0.95") in charts
 
 
 def test_the_words_of_the_page_can_be_read_in_light_and_dark() -> None:

@@ -174,14 +174,14 @@ def test_an_assessment_scores_all_and_each_topic_on_one_scale() -> None:
     overall, topics = score(found.overall.tuned), [score(topic.tuned) for topic in found.topics.values()]
     assert overall.value == pytest.approx(0.5, abs=0.1)
     assert overall.value == pytest.approx(np.mean([topic.value for topic in topics]))
-    assert (score(found.overall.untuned).value, score(found.overall.person).value) == (
+    assert (score(found.overall.base).value, score(found.overall.person).value) == (
         pytest.approx(0),
         pytest.approx(1),
     )
     assert list(found.topics) == ["a", "b"] and [topic.texts for topic in topics] == [15, 15]
 
 
-def test_without_background_the_untuned_answers_are_judged_by_a_fit_on_the_other_half() -> None:
+def test_without_background_the_base_models_answers_are_judged_by_a_fit_on_the_other_half() -> None:
     """An adapter that does nothing scores 0, though its answers are those of the background."""
     alone = VoiceReference(REFERENCE.own, ())
     nothing = assess(alone, held_out_answers(HELD_OUT_OTHERS[:30]))
@@ -193,7 +193,7 @@ def test_without_background_the_untuned_answers_are_judged_by_a_fit_on_the_other
 def test_a_topic_with_too_little_text_says_so_and_the_rest_is_scored() -> None:
     answers = held_out_answers(list(HELD_OUT))
     found = assess(REFERENCE, HeldOutAnswers(("c", *answers.topics[1:]), *(getattr(answers, side) for side in
-                   ("prompts", "person", "untuned", "tuned"))))  # fmt: skip
+                   ("prompts", "person", "base", "tuned"))))  # fmt: skip
     assert isinstance(found.topics["c"].tuned, NotScored) and found.topics["c"].tuned.words == WORDS
     assert isinstance(found.topics["b"].tuned, VoiceScore) and isinstance(found.overall.tuned, VoiceScore)
 

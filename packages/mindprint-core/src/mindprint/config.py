@@ -233,15 +233,17 @@ class Thresholds(Section):
     """What an evaluation must reach to pass. By default nothing: then it is measured, and neither passes nor fails."""
 
     voice: Annotated[float, Field(ge=-1, le=2)] | None = Field(
-        None, description="At least this voice: 0 is the untuned model, 1 the person."
+        None, description="At least this voice: 0 is the base model, 1 the person."
     )
-    preference_accuracy: Share | None = Field(
-        None, description="At least this share of held-out pairs in which training raised the chosen answer the more."
+    reward_accuracy: Share | None = Field(
+        None,
+        description="At least this share of held-out pairs in which training raised the chosen answer more "
+        "than the rejected one.",
     )
     concept_coverage: Share | None = Field(None, description="At least this share of a quiz's key concepts.")
     copy_rate: Share | None = Field(None, description="At most this share of words copied from the training text.")
     perplexity_ratio: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="At most this perplexity of held-out text, over the untuned model's."
+        None, description="At most this perplexity of held-out text, over the base model's."
     )
 
     @property
@@ -352,6 +354,8 @@ class ConfigFile:
     source: str = "configuration"
     lines: Mapping[tuple[str, ...], int] = field(default_factory=dict, repr=False)
     records: tuple[Mapping[str, Any], ...] | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
+    """Settings that were given by an old name, each with the name that they have now."""
 
     def __str__(self) -> str:
         return dump_config(self.config)
@@ -384,14 +388,16 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     except ValueError as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
     values, lines = parse_yaml(text, str(file))
+    values, notes = _with_present_names(values, overrides, str(file))
     config = _validate(_overridden(values, overrides), str(file), lines)
-    return ConfigFile(config, file.parent.resolve(), str(file), lines)
+    return ConfigFile(config, file.parent.resolve(), str(file), lines, notes=notes)
 
 
 def make_config(values: Mapping[str, Any], folder: Path | None = None, overrides: Sequence[str] = ()) -> ConfigFile:
     """Check a configuration that is given as values rather than as a file."""
-    config = _validate(_overridden(dict(values), overrides), "configuration", {})
-    return ConfigFile(config, (folder or Path.cwd()).resolve())
+    values, notes = _with_present_names(values, overrides, "configuration")
+    config = _validate(_overridden(values, overrides), "configuration", {})
+    return ConfigFile(config, (folder or Path.cwd()).resolve(), notes=notes)
 
 
 def merged(base: ConfigFile, values: Mapping[str, Any]) -> ConfigFile:
@@ -408,6 +414,48 @@ def dump_config(config: Config) -> str:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
+OLD_NAMES: Mapping[tuple[str, ...], str] = {
+    ("evaluation", level, "preference_accuracy"): "reward_accuracy" for level in ("topic", "chapter", "unit", "final")
+}
+"""Settings by the path that older versions knew them under, and the last part of their present path."""
+
+
+def _present_path(path: tuple[str, ...]) -> tuple[str, ...]:
+    return (*path[:-1], OLD_NAMES[path]) if path in OLD_NAMES else path
+
+
+def _with_present_names(
+    values: Mapping[str, Any], overrides: Sequence[str], source: str
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return settings under their present names, and a note about each that was given by an old one.
+
+    Overrides are only noted here: `_overridden` reads them by either name.
+    """
+    notes = []
+    given = {tuple(text.partition("=")[0].strip().split(".")) for text in overrides}
+    result = dict(values)
+    for old in OLD_NAMES:
+        new = _present_path(old)
+        renaming = f"{'.'.join(old)} is now {'.'.join(new)}; the old name is still read"
+        section = _value_at(result, old[:-1])
+        if isinstance(section, Mapping) and old[-1] in section:
+            if new[-1] in section:
+                raise ConfigError(f"{source}: {renaming}, but both are given: remove one of them")
+            renamed = {OLD_NAMES[old] if key == old[-1] else key: value for key, value in section.items()}
+            result = _with_value(result, old[:-1], renamed)
+            notes.append(f"{source}: {renaming}")
+        if old in given:
+            notes.append(f"override: {renaming}")
+    return result, tuple(notes)
+
+
+def _value_at(values: Mapping[str, Any], path: Sequence[str]) -> object:
+    value: object = values
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
 def _overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     result = dict(values)
     changes: dict[str, Any] = {}
@@ -419,7 +467,7 @@ def _overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str
             parsed = parse_yaml_value(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {text!r}: the value is not valid YAML") from error
-        path = key.strip().split(".")
+        path = _present_path(tuple(key.strip().split(".")))
         result, changes = _with_value(result, path, parsed), _with_value(changes, path, parsed)
     return _drop_replaced_lengths(result, changes)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,16 +10,17 @@ from mindprint.api.results import Result, Source, Table
 from mindprint.events import Notice
 from mindprint.printing import html_text
 from mindprint.reports.phrases import interval
-from mindprint.voice.assessment import Assessed, Assessment
+from mindprint.runs.records import Figures
+from mindprint.voice.assessment import AnswerScores, Assessment
 from mindprint.voice.copying import Copying
-from mindprint.voice.evaluation import Evaluation, Measured, TextEvaluation
+from mindprint.voice.preferences import ByTopic, PairFigures, TextFigures
 from mindprint.voice.quizzing import QuizEvaluation
 from mindprint.voice.scoring import NotScored, VoiceScore
 
-PAIRS_HEADER = ("topic", "pairs", "prefers chosen", "a token", "margin", "perplexity", "reward accuracy")
+PAIRS_HEADER = ("topic", "pairs", "preference accuracy", "per token", "margin", "perplexity", "reward accuracy")
 TEXTS_HEADER = ("topic", "texts", "tokens", "perplexity")
-VOICE_HEADER = ("topic", "answers", "words", "voice untuned", "voice tuned", "copied", "longest copy", "length")
-QUIZ_HEADER = ("topic", "questions", "concepts untuned", "concepts tuned")
+VOICE_HEADER = ("topic", "answers", "words", "base voice", "tuned voice", "copied", "longest copy", "length")
+QUIZ_HEADER = ("topic", "questions", "base concepts", "tuned concepts")
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,19 @@ class EvaluateResult(Result):
         texts: Both models on held-out texts that are not pairs: perplexity.
         voice: The voice of the models' own answers to held-out prompts.
         quiz: The share of key concepts in answers to quiz questions.
+        figures: The figures of all topics together, with the keys of evaluations.jsonl.
+        topics: The same of each topic by itself.
         not_evaluated: Quiz questions that could not be evaluated, with the reason.
         notices: Messages about the work, in order.
     """
 
     source: Source
-    pairs: Evaluation | None
-    texts: TextEvaluation | None
+    pairs: ByTopic[PairFigures] | None
+    texts: ByTopic[TextFigures] | None
     voice: Assessment | None
     quiz: QuizEvaluation | None
+    figures: Figures
+    topics: Mapping[str, Figures]
     not_evaluated: tuple[str, ...] = ()
     notices: tuple[Notice, ...] = ()
 
@@ -51,7 +56,7 @@ class EvaluateResult(Result):
             yield Table(PAIRS_HEADER, rows, range(1, len(PAIRS_HEADER)))
         if self.texts:
             rows = [
-                (topic, str(read.texts), str(read.tokens), f"{read.base:.1f} → {read.adapter:.1f}")
+                (topic, str(read.texts), str(read.tokens), f"{read.base:.1f} → {read.tuned:.1f}")
                 for topic, read in [*self.texts.topics.items(), ("all", self.texts.overall)]
             ]
             yield Table(TEXTS_HEADER, rows, range(1, len(TEXTS_HEADER)))
@@ -60,7 +65,7 @@ class EvaluateResult(Result):
             yield Table(VOICE_HEADER, rows, range(1, len(VOICE_HEADER)))
         if self.quiz:
             rows = [
-                (topic, str(covered.questions), _share(covered.untuned), _share(covered.tuned))
+                (topic, str(covered.questions), _share(covered.base), _share(covered.tuned))
                 for topic, covered in [*self.quiz.topics.items(), ("all", self.quiz.overall)]
             ]
             yield Table(QUIZ_HEADER, rows, range(1, len(QUIZ_HEADER)))
@@ -88,6 +93,10 @@ class EvaluateResult(Result):
             **asdict(self.source),
             **(asdict(self.pairs) if self.pairs else {"overall": None, "topics": {}}),
             **{name: asdict(part) if part else None for name, part in parts.items()},
+            "figures": {
+                "overall": asdict(self.figures),
+                "topics": {topic: asdict(figures) for topic, figures in self.topics.items()},
+            },
             "not_evaluated": list(self.not_evaluated),
         }
 
@@ -96,27 +105,27 @@ class EvaluateResult(Result):
         return "\n".join([super()._repr_html_(), *(html_text(message, warning=True) for message in heard)])
 
 
-def _pairs_row(topic: str, measured: Measured) -> tuple[str, ...]:
-    base, adapter = measured.base, measured.adapter
+def _pairs_row(topic: str, measured: PairFigures) -> tuple[str, ...]:
+    base, tuned = measured.base, measured.tuned
     return (
         topic,
         str(measured.pairs),
-        f"{base.prefers_chosen:.0%} → {adapter.prefers_chosen:.0%}",
-        f"{base.prefers_chosen_per_token:.0%} → {adapter.prefers_chosen_per_token:.0%}",
-        f"{base.margin:+.1f} → {adapter.margin:+.1f}",
-        f"{base.perplexity:.1f} → {adapter.perplexity:.1f}",
+        f"{base.preference_accuracy:.0%} → {tuned.preference_accuracy:.0%}",
+        f"{base.preference_accuracy_per_token:.0%} → {tuned.preference_accuracy_per_token:.0%}",
+        f"{base.preference_margin:+.1f} → {tuned.preference_margin:+.1f}",
+        f"{base.perplexity:.1f} → {tuned.perplexity:.1f}",
         f"{measured.reward_accuracy:.0%}",
     )
 
 
-def _voice_row(topic: str, assessed: Assessed) -> tuple[str, ...]:
+def _voice_row(topic: str, assessed: AnswerScores) -> tuple[str, ...]:
     tuned, copying = assessed.tuned, assessed.copying
     counts = (str(tuned.texts), str(tuned.words)) if isinstance(tuned, VoiceScore) else ("-", str(tuned.words))
     copied = ("-", "-", "-")
     if isinstance(copying, Copying):
         length = "-" if copying.length is None else f"{copying.length:.2f}"
         copied = (f"{copying.copy_rate:.0%}", f"{copying.longest.words} words", length)
-    return (topic, *counts, _shown_interval(assessed.untuned), _shown_interval(tuned), *copied)
+    return (topic, *counts, _shown_interval(assessed.base), _shown_interval(tuned), *copied)
 
 
 def _shown_interval(score: VoiceScore | NotScored) -> str:

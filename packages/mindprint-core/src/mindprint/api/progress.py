@@ -220,10 +220,10 @@ def _evaluated(record: EvaluationRecord) -> str:
     parts = [_voice(figures.voice, figures.unmeasured.get("voice", "was not measured"))]
     if figures.copy_rate is not None:
         parts.append(f"{figures.copy_rate:.0%} copied")
-    if figures.preference_accuracy is not None:
-        parts.append(f"{figures.preference_accuracy:.0%} of pairs preferred")
+    if figures.reward_accuracy is not None:
+        parts.append(f"reward accuracy {figures.reward_accuracy:.0%}")
     if figures.perplexity is not None:
-        parts.append(f"perplexity {figures.untuned_perplexity:.1f} → {figures.perplexity:.1f}")
+        parts.append(f"perplexity {figures.base_perplexity:.1f} → {figures.perplexity:.1f}")
     if figures.concept_coverage is not None:
         parts.append(f"{figures.concept_coverage:.0%} of key concepts")
     what = (

@@ -1,4 +1,4 @@
-"""`mindprint eval`: the voice on held-out pairs and in answers to their prompts, before and after training."""
+"""`mindprint eval`: the voice on held-out pairs and in answers to their prompts, by both models."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ def command(
     answers: bool,
     as_json: bool,
 ) -> int:
-    """Measure the voice on held-out text, before and after training.
+    """Measure the voice on held-out text, with the base model and with the tuned model.
 
     PATH is a project (its newest complete run), the folder of a run, or that of an adapter. Held out are the pairs of
-    data.heldout, what the split kept from training, and the questions of quizzes; nothing is measured on what was
-    trained.
+    data.heldout, the rows that the split kept from training, and the questions of quizzes. Nothing is measured on rows
+    that were trained.
 
-    `prefers chosen` is the share of pairs whose chosen answer is the more probable as a whole, `a token` on the mean of
-    its tokens; margins are log p(chosen) - log p(rejected) in nats, perplexity is that of the chosen answers. `reward
-    accuracy` is the share of pairs in which training raised the chosen answer more than the rejected one.
+    `preference accuracy` is the share of pairs whose chosen answer is more probable than the rejected one, `per token`
+    the same by the mean over its tokens. The margin is log p(chosen) - log p(rejected) in nats, the perplexity that of
+    the chosen answers. `reward accuracy` is the share of pairs in which training raised the chosen answer more than
+    the rejected one. An arrow leads from the base model to the tuned model.
 
-    `voice` is that of the model's own answers to the held-out prompts, where 0 is the untuned model and 1 the person's
-    held-out answers, with its 95 % interval; docs/voice.md says what it can tell. What cannot be scored says
-    why. `concepts` is the share of a quiz's key concepts that the answers mention.
+    `voice` is that of the model's own answers to the held-out prompts, where 0 is the base model and 1 the person's
+    held-out answers, with its 95 % interval. docs/voice.md says how far it can be trusted. A figure that cannot be
+    measured says why. `concepts` is the share of a quiz's key concepts that the answers mention.
 
-    With --compare nothing is computed: the figures are those that each run's own final evaluation found.
+    With --compare nothing is computed: the figures are those of each run's own final evaluation.
     """
     if compare:
         show_compared(paths, as_json=as_json)

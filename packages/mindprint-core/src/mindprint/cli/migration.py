@@ -50,7 +50,7 @@ TABLE: Mapping[str, Mapping[str, str]] = {
     "sft": {**{old: f"sft.{new}" for old, new in _STAGE.items()}, **_SHARED},
     "dpo": {**{old: f"dpo.{new}" for old, new in _STAGE.items()}, **_SHARED, **_DPO},
     "thresholds": {
-        "preference_accuracy": "evaluation.topic.preference_accuracy",
+        "preference_accuracy": "evaluation.topic.reward_accuracy",
         "concept_coverage": "evaluation.topic.concept_coverage",
         "copy_rate": "evaluation.topic.copy_rate",
     },

@@ -19,11 +19,11 @@ NOT_EVALUATED = "not evaluated"
 
 FIGURES: dict[str, Callable[[Figures], str]] = {
     "voice": lambda one: interval(one.voice),
-    "voice untuned": lambda one: interval(one.untuned_voice),
+    "base voice": lambda one: interval(one.base_voice),
     "words": lambda one: str(one.words),
     "copied words": lambda one: percent(one.copy_rate),
     "length": lambda one: number(one.length),
-    "chosen gained": lambda one: percent(one.preference_accuracy),
+    "reward accuracy": lambda one: percent(one.reward_accuracy),
     "perplexity": lambda one: number(one.perplexity, 1),
     "key concepts": lambda one: percent(one.concept_coverage) if one.questions else "no quizzes",
 }

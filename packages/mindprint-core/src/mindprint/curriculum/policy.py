@@ -40,7 +40,7 @@ def judged(thresholds: Thresholds, figures: Figures) -> tuple[Outcome, tuple[str
 def _held_against(thresholds: Thresholds, figures: Figures) -> Iterator[tuple[str, float | None, float, bool]]:
     rows = (
         ("voice", figures.voice.value if figures.voice else None, thresholds.voice, True),
-        ("preference_accuracy", figures.preference_accuracy, thresholds.preference_accuracy, True),
+        ("reward_accuracy", figures.reward_accuracy, thresholds.reward_accuracy, True),
         ("concept_coverage", figures.concept_coverage, thresholds.concept_coverage, True),
         ("copy_rate", figures.copy_rate, thresholds.copy_rate, False),
         ("perplexity_ratio", _ratio(figures), thresholds.perplexity_ratio, False),
@@ -51,33 +51,33 @@ def _held_against(thresholds: Thresholds, figures: Figures) -> Iterator[tuple[st
 
 
 def _ratio(figures: Figures) -> float | None:
-    """Perplexity over the untuned model's; None where either is missing, or both are beyond a float."""
-    if figures.perplexity is None or not figures.untuned_perplexity:
+    """Perplexity over the base model's; None where either is missing, or both are beyond a float."""
+    if figures.perplexity is None or not figures.base_perplexity:
         return None
-    ratio = figures.perplexity / figures.untuned_perplexity
+    ratio = figures.perplexity / figures.base_perplexity
     return None if math.isnan(ratio) else ratio
 
 
-def collapsed(figures: Figures, tuned: Sequence[Generation], untuned: Sequence[Generation]) -> tuple[str, ...]:
-    """What says that training broke the model: empty answers, one repeated token, no end, less voice than untuned.
+def collapsed(figures: Figures, tuned: Sequence[Generation], base: Sequence[Generation]) -> tuple[str, ...]:
+    """Name each sign that training broke the model: empty answers, one repeated token, no end, less voice than before.
 
-    An untuned model that answers so itself (a base that never learned to answer, or to stop) is not broken by training.
+    An base model that answers so itself (a base that never learned to answer, or to stop) is not broken by training.
     """
     found = []
     if not tuned:
         return ()
-    empty, empty_before = (_share(len(one.tokens) == 0 for one in side) for side in (tuned, untuned))
+    empty, empty_before = (_share(len(one.tokens) == 0 for one in side) for side in (tuned, base))
     empty = max(empty, figures.empty or 0)
     if empty > MOSTLY >= empty_before:
         found.append(f"{empty:.0%} of the answers are empty")
-    repeated, repeated_before = (_share(_one_token(one) for one in side) for side in (tuned, untuned))
+    repeated, repeated_before = (_share(_one_token(one) for one in side) for side in (tuned, base))
     if repeated > MOSTLY >= repeated_before:
         found.append(f"{repeated:.0%} of the answers are one repeated token")
-    stopped, before = (_share(one.stop_reason == "stop" for one in side) for side in (tuned, untuned))
+    stopped, before = (_share(one.stop_reason == "stop" for one in side) for side in (tuned, base))
     if before >= STOPS and stopped <= NEVER_STOPS:
-        found.append(f"the answers no longer stop by themselves ({stopped:.0%}; untuned {before:.0%})")
+        found.append(f"the answers no longer stop by themselves ({stopped:.0%}; base model {before:.0%})")
     if figures.voice is not None and figures.voice.high < 0:
-        found.append(f"the voice is below the untuned model's: {figures.voice.value:.2f}")
+        found.append(f"the voice is below the base model's: {figures.voice.value:.2f}")
     return tuple(found)
 
 

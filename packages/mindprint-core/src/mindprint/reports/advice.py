@@ -13,7 +13,7 @@ from mindprint.voice.copying import ALLOWED, LONG, SHORT
 from mindprint.voice.scoring import MIN_SCORED_WORDS
 
 LOW_VOICE = 0.5
-"""A voice whose interval ends below this is nearer to the untuned model than to the person."""
+"""A voice whose interval ends below this is nearer to the base model than to the person."""
 
 FEW_STOP = 0.5
 """Share of answers that end by themselves below which most are cut off."""
@@ -141,7 +141,7 @@ def _copying(record: RunRecord, figures: Figures) -> Iterator[Advice]:
 
 
 def _voice(figures: Figures) -> Iterator[Advice]:
-    voice, untuned = figures.voice, figures.untuned_voice
+    voice, base = figures.voice, figures.base_voice
     if voice is None:
         return
     copied = figures.copy_rate is not None and figures.copy_rate > (figures.person_copy_rate or 0.0) + ALLOWED
@@ -150,9 +150,9 @@ def _voice(figures: Figures) -> Iterator[Advice]:
             f"the voice is low, {interval(voice)}, though {percent(figures.copy_rate)} of the words are copied",
             "it learned texts rather than a voice: fewer epochs, or more text",
         )
-    elif voice.low <= (untuned.high if untuned else 0.0):
+    elif voice.low <= (base.high if base else 0.0):
         yield Advice(
-            f"the voice, {interval(voice)}, is not above what chance does to the untuned model's",
+            f"the voice, {interval(voice)}, is not above what chance does to the base model's",
             "train longer or at a higher sft.learning_rate while the SFT loss still falls; otherwise raise adapter.r, "
             "or give more text",
         )
@@ -198,10 +198,10 @@ def _answers(figures: Figures) -> Iterator[Advice]:
 
 
 def _preferences(record: RunRecord, figures: Figures) -> Iterator[Advice]:
-    if figures.preference_accuracy is not None and figures.preference_accuracy < 0.5:
+    if figures.reward_accuracy is not None and figures.reward_accuracy < 0.5:
         yield Advice(
             f"on held-out pairs the chosen answer gained over the rejected one in only "
-            f"{percent(figures.preference_accuracy)}",
+            f"{percent(figures.reward_accuracy)}",
             "see that chosen and rejected are not swapped in the data; else raise dpo.learning_rate or its steps",
         )
     last = [step for step in record.steps if step.stage == "dpo" and not step.undone][-LAST:]
@@ -215,13 +215,13 @@ def _preferences(record: RunRecord, figures: Figures) -> Iterator[Advice]:
 
 
 def _knowledge(figures: Figures) -> Iterator[Advice]:
-    before, after = figures.untuned_perplexity, figures.perplexity
+    before, after = figures.base_perplexity, figures.perplexity
     if before is not None and after is not None and after > before:
         yield Advice(
             f"the person's held-out text became more surprising: perplexity {number(before, 1)} → {number(after, 1)}",
             "it learned the rows by heart: fewer epochs or a lower sft.learning_rate",
         )
-    had, has = figures.untuned_concept_coverage, figures.concept_coverage
+    had, has = figures.base_concept_coverage, figures.concept_coverage
     if had is not None and has is not None and has < had:
         yield Advice(
             f"quizzes: fewer key concepts than before training, {percent(had)} → {percent(has)}",

@@ -35,7 +35,7 @@ from mindprint.reports.phrases import (
 )
 from mindprint.runs.reading import RunRecord, Step, finite
 from mindprint.runs.records import Decision, EvaluationRecord, Figures, Interval
-from mindprint.voice.evaluation import FEW_PAIRS
+from mindprint.voice.preferences import FEW_PAIRS
 
 STEP = "optimizer step of the run"
 
@@ -87,22 +87,22 @@ def _voice_sentence(record: RunRecord) -> str:
     figures = record.final.figures if record.final else None
     if figures is None or figures.voice is None:
         return f"The voice {MISSING}: {why_missing(figures, 'voice')}."
-    untuned = figures.untuned_voice
-    before = f"from {interval(untuned)} before training " if untuned else ""
-    verdict = _compared(figures.voice, untuned)
+    base = figures.base_voice
+    before = f"from {interval(base)} before training " if base else ""
+    verdict = _compared(figures.voice, base)
     return (
-        f"On a scale from 0 (the untuned model) to 1 (the person) the voice went {before}to {interval(figures.voice)} "
+        f"On a scale from 0 (the base model) to 1 (the person) the voice went {before}to {interval(figures.voice)} "
         f"after it: {verdict}. That is from {plural(figures.words, 'word')} of answers to "
         f"{plural(figures.prompts, 'held-out prompt')}; in brackets the 95 % interval."
     )
 
 
-def _compared(voice: Interval, untuned: Interval | None) -> str:
-    floor = untuned or Interval(0.0, 0.0, 0.0)
+def _compared(voice: Interval, base: Interval | None) -> str:
+    floor = base or Interval(0.0, 0.0, 0.0)
     if voice.low > floor.high:
         return "it rose beyond what chance would do"
     if voice.high < floor.low:
-        return "it fell below the untuned model's"
+        return "it fell below the base model's"
     return "the intervals overlap, so a change is not shown"
 
 
@@ -137,8 +137,8 @@ def _not_proven(record: RunRecord) -> Iterator[str]:
         yield "Anything about the finished adapter: the run has no final evaluation."
     else:
         figures = final.figures
-        if figures.voice and figures.voice.low <= (figures.untuned_voice.high if figures.untuned_voice else 0.0):
-            yield "That the voice changed at all: its interval reaches that of the untuned model."
+        if figures.voice and figures.voice.low <= (figures.base_voice.high if figures.base_voice else 0.0):
+            yield "That the voice changed at all: its interval reaches that of the base model."
         for name, reason in figures.unmeasured.items():
             yield f"{name.replace('_', ' ').capitalize()}: {reason}."
         if 0 < figures.pairs < FEW_PAIRS:
@@ -238,10 +238,10 @@ def _voice(record: RunRecord) -> Iterator[Block]:
         rows.append(("all topics", _dots(record.final)))
     yield DotChart(
         "Voice by topic",
-        "For each topic the voice of the untuned and of the tuned model's answers with 95 % intervals, between the "
+        "For each topic the voice of the base and of the tuned model's answers with 95 % intervals, between the "
         "floor, 0, and the ceiling, 1. The table below has the figures.",
         tuple(rows),
-        (0.0, "untuned model"),
+        (0.0, "base model"),
         (1.0, "the person"),
     )
     yield _voice_table(record)
@@ -251,17 +251,17 @@ def _dots(found: EvaluationRecord | None) -> tuple[Dot, ...]:
     figures = found.figures if found else None
     if figures is None or figures.voice is None:
         return (Dot("tuned", "first", None, f"{MISSING}: {why_missing(figures, 'voice')}"),)
-    return (Dot("untuned", "third", figures.untuned_voice), Dot("tuned", "first", figures.voice))
+    return (Dot("base", "third", figures.base_voice), Dot("tuned", "first", figures.voice))
 
 
 def _voice_table(record: RunRecord) -> Table:
     rows = [_voice_row(record, topic) for topic in record.topics]
     if record.final:
         one = record.final
-        rows.append(("all topics", interval(one.figures.untuned_voice), NONE, _scored(one), str(one.figures.words),
+        rows.append(("all topics", interval(one.figures.base_voice), NONE, _scored(one), str(one.figures.words),
                      one.outcome, "; ".join(one.reasons)))  # fmt: skip
-    header = ("topic", "untuned", "after its training", "at the end", "words", "outcome", "why")
-    return Table("Voice, with 95 % intervals: 0 is the untuned model, 1 the person", header, tuple(rows),
+    header = ("topic", "base", "after its training", "at the end", "words", "outcome", "why")
+    return Table("Voice, with 95 % intervals: 0 is the base model, 1 the person", header, tuple(rows),
                  frozenset({1, 2, 3, 4}))  # fmt: skip
 
 
@@ -275,7 +275,7 @@ def _voice_row(record: RunRecord, topic: str) -> tuple[str, ...]:
         why = why_missing(figures, "voice")
     return (
         record.title(topic),
-        interval(figures.untuned_voice) if latest else NONE,
+        interval(figures.base_voice) if latest else NONE,
         _scored(trained),
         _scored(ended),
         str(figures.words) if latest else NONE,

@@ -51,7 +51,7 @@ def _spread(answers: Sequence[AnswerRecord]) -> list[AnswerRecord]:
 
 
 def _side_by_side(record: RunRecord, one: AnswerRecord) -> SideBySide:
-    texts = (("before", one.untuned), ("after", one.tuned), ("the person", one.person))
+    texts = (("base model", one.base), ("tuned model", one.tuned), ("the person", one.person))
     note = f"key concepts that the answer lacks: {', '.join(one.missing)}" if one.missing else ""
     return SideBySide(_clipped(one.prompt), record.title(one.topic), tuple((n, _clipped(t)) for n, t in texts), note)
 
@@ -128,17 +128,17 @@ def copying(record: RunRecord) -> Iterator[Block]:
 
 
 def preferences(record: RunRecord) -> Iterator[Block]:
-    measured = [(n, f) for n, f in _by_topic(record) if (f.perplexity, f.preference_accuracy) != (None, None)]
+    measured = [(n, f) for n, f in _by_topic(record) if (f.perplexity, f.reward_accuracy) != (None, None)]
     if not measured:
-        yield Paragraph(f"Preference accuracy and perplexity {MISSING}: {_why(record, 'preference_accuracy')}.")
+        yield Paragraph(f"Preference accuracy and perplexity {MISSING}: {_why(record, 'reward_accuracy')}.")
         return
     rows = tuple(
         (
             name,
             str(one.pairs),
-            percent(one.preference_accuracy),
-            number(one.preference_margin),
-            number(one.untuned_perplexity, 1),
+            percent(one.reward_accuracy),
+            number(one.reward_margin),
+            number(one.base_perplexity, 1),
             number(one.perplexity, 1),
         )
         for name, one in measured
@@ -158,7 +158,7 @@ def quizzes(record: RunRecord) -> Iterator[Block]:
         yield Paragraph("There were no quizzes (quiz.json in the data).")
         return
     rows = tuple(
-        (name, str(one.questions), percent(one.untuned_concept_coverage), percent(one.concept_coverage))
+        (name, str(one.questions), percent(one.base_concept_coverage), percent(one.concept_coverage))
         for name, one in asked
     )
     if rows:

@@ -110,7 +110,7 @@ def _cautions(records: Sequence[RunRecord]) -> list[str]:
 
     found = []
     if differs("identity", "base model"):
-        found.append("the runs have different bases: each voice is measured from its own untuned model")
+        found.append("the runs have different bases: each voice is measured from its own base model")
     if differs("splits", "digests", "held_out"):
         found.append("the runs hold out different prompts: their figures are of different text")
     return found

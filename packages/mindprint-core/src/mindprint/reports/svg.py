@@ -60,7 +60,7 @@ def dot_chart(chart: DotChart) -> str:
     rows = "".join(_dot_row(label, dots, across, [value for value, _ in marks]) for label, dots in chart.rows)
     return (
         f'<figure class="dots"><figcaption>{escape(chart.title)}</figcaption>'
-        '<ul class="key"><li><i class="first"></i>tuned</li><li><i class="third"></i>untuned</li></ul>'
+        '<ul class="key"><li><i class="first"></i>tuned</li><li><i class="third"></i>base</li></ul>'
         f'<div class="row scale" aria-hidden="true"><span></span><div class="marks">{names}</div></div>{rows}'
         f'<p class="described">{escape(chart.description)}</p></figure>'
     )

@@ -40,17 +40,18 @@ class Interval:
 class Figures:
     """What was measured of the answers to some held-out prompts, and of held-out texts and pairs beside them.
 
-    Voices lie on the run's scale: 0 the untuned model, 1 the person. Shares are 0 to 1, margins in nats, lengths in
-    words over the person's. `untuned_` and `person_` figures are those of the untuned model and of the person's own
-    held-out texts. `stopped`: share of answers that ended by themselves; `empty`: share without a word.
-    `preference_accuracy` and `preference_margin` are the reward accuracy and margin of `voice.evaluation.Measured`:
-    whether, and by how much, training raised the chosen answer more than the rejected one.
+    Voices lie on the run's scale: 0 the base model, 1 the person. Shares are 0 to 1, margins in nats, lengths in
+    words over the person's. `base_` and `person_` figures are those of the base model and of the person's own
+    held-out texts. All others are the tuned model's. `stopped` is the share of answers that ended by themselves,
+    `empty` the share without a word. `reward_accuracy` and `reward_margin` say in what share of pairs, and by how much,
+    training raised the chosen answer more than the rejected one (`voice.preferences.PairFigures`).
+    docs/glossary.md defines every figure.
     """
 
     prompts: int = 0
     words: int = 0
     voice: Interval | None = None
-    untuned_voice: Interval | None = None
+    base_voice: Interval | None = None
     person_voice: Interval | None = None
     copy_rate: float | None = None
     person_copy_rate: float | None = None
@@ -63,15 +64,25 @@ class Figures:
     stopped: float | None = None
     empty: float | None = None
     pairs: int = 0
-    preference_accuracy: float | None = None
-    preference_margin: float | None = None
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
     perplexity: float | None = None
-    untuned_perplexity: float | None = None
+    base_perplexity: float | None = None
     questions: int = 0
     concept_coverage: float | None = None
-    untuned_concept_coverage: float | None = None
+    base_concept_coverage: float | None = None
     flagged: tuple[str, ...] = ()
     unmeasured: Mapping[str, str] = field(default_factory=dict)
+
+
+OLD_FIGURES: Mapping[str, str] = {
+    "preference_accuracy": "reward_accuracy",
+    "preference_margin": "reward_margin",
+    "untuned_voice": "base_voice",
+    "untuned_perplexity": "base_perplexity",
+    "untuned_concept_coverage": "base_concept_coverage",
+}
+"""Figures by the names that older runs wrote them under, and by their present names."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +148,7 @@ class AnswerRecord:
     topic: str
     prompt: str
     person: str
-    untuned: str
+    base: str
     tuned: str
     quiz: bool = False
     missing: tuple[str, ...] = ()
@@ -145,7 +156,10 @@ class AnswerRecord:
 
 def evaluation_from(line: Mapping[str, Any]) -> EvaluationRecord:
     """Return an `EvaluationRecord` from its line as parsed. Raises `ValueError` if it is not one."""
-    return typed(EvaluationRecord, line)
+    figures = _with_present_names(line.get("figures"), OLD_FIGURES)
+    if isinstance(figures, dict) and "unmeasured" in figures:
+        figures["unmeasured"] = _with_present_names(figures["unmeasured"], OLD_FIGURES)
+    return typed(EvaluationRecord, {**line, "figures": figures})
 
 
 def decision_from(line: Mapping[str, Any]) -> Decision:
@@ -155,9 +169,16 @@ def decision_from(line: Mapping[str, Any]) -> Decision:
 
 def answer_from(line: Mapping[str, Any]) -> AnswerRecord:
     """Return an `AnswerRecord` from its line as parsed. Raises `ValueError` if it is not one."""
-    return typed(AnswerRecord, line)
+    return typed(AnswerRecord, _with_present_names(line, {"untuned": "base"}))
 
 
 def as_line(record: EvaluationRecord | Decision | AnswerRecord) -> dict[str, Any]:
     """A record as the JSON object of its line; the `*_from` of its kind reads it back."""
     return asdict(record)
+
+
+def _with_present_names(values: object, names: Mapping[str, str]) -> object:
+    """Return a mapping with the keys of older versions renamed. Anything else is left for `typed` to refuse."""
+    if not isinstance(values, Mapping):
+        return values
+    return {names.get(name, name): value for name, value in values.items()}

@@ -81,7 +81,7 @@ def prepare(file: ConfigFile) -> Prepared:
     identity = _identity(config, model, tokenizer, rendered, start)
     probe = _probe(file, model, tokenizer, split.held_out.pairs)
     rendering_notes = chain.from_iterable(stage_rows.notes for stage_rows in rendered.values())
-    notes = dict.fromkeys([*tokenizer.notes, *rendering_notes, *_cuts(config, rendered.values())])
+    notes = dict.fromkeys([*file.notes, *tokenizer.notes, *rendering_notes, *_cuts(config, rendered.values())])
     told = (*(Notice(note) for note in notes), *_of_split(split, quizzes, named), *_publishes(probe))
     return Prepared(file, model, tokenizer, examples, plans, identity, probe, split, outline, told, start)
 

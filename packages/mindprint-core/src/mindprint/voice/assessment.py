@@ -1,4 +1,4 @@
-"""All that is said of a model's answers to held-out prompts, together and topic by topic."""
+"""Scores of a model's answers to held-out prompts, next to the base model's and the person's, topic by topic."""
 
 from __future__ import annotations
 
@@ -14,114 +14,120 @@ from mindprint.voice.scoring import NotScored, Scale, VoiceReference, VoiceScore
 
 @dataclass(frozen=True)
 class HeldOutAnswers:
-    """Answers to the same prompts, in one order: the person's own, the untuned model's, the tuned model's."""
+    """Answers to the same prompts, in one order: the person's own, the base model's, the tuned model's."""
 
     topics: tuple[str, ...]
     prompts: tuple[str, ...]
     person: tuple[str, ...]
-    untuned: tuple[str, ...]
+    base: tuple[str, ...]
     tuned: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Assessed:
-    """One set of prompts. `untuned` and `person` show how wide chance is: they lie about 0 and 1."""
+class AnswerScores:
+    """Scores of the answers to one set of prompts.
+
+    `base` and `person` are near 0 and 1 by definition. How far they are from it shows how wide chance is.
+    """
 
     tuned: VoiceScore | NotScored
-    untuned: VoiceScore | NotScored
+    base: VoiceScore | NotScored
     person: VoiceScore | NotScored
     copying: Copying | NotScored
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """All prompts together, and topic by topic in the order of their first prompt, on one scale."""
+    """Scores of all prompts together, and topic by topic in the order of their first prompt, on one scale."""
 
-    overall: Assessed
-    topics: Mapping[str, Assessed]
-
-
-def assess(
-    reference: VoiceReference, answers: HeldOutAnswers, *, extra: Sequence[Measure] = (), seed: int = 0
-) -> Assessment:
-    """Fit, calibrate on all prompts, score all and each topic. Never raises for want of text: see `NotScored`.
-
-    Where the reference has no background, the untuned model's answers are both background and floor: the answers to one
-    half of the prompts are then judged by a fit on the untuned model's answers to the other half. `extra` are measures
-    of plugins.
-    """
-    judge = fit_judge(reference, answers.untuned, answers.person, extra=extra, seed=seed)
-    topics = dict.fromkeys(answers.topics)
-    places = {topic: [i for i, name in enumerate(answers.topics) if name == topic] for topic in topics}
-
-    def assessed(chosen: Sequence[int]) -> Assessed:
-        return judge.assessed([answers.tuned[place] for place in chosen], chosen)
-
-    everything = assessed(range(len(answers.topics)))
-    return Assessment(everything, {topic: assessed(places[topic]) for topic in topics})
+    overall: AnswerScores
+    topics: Mapping[str, AnswerScores]
 
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """A voice fitted once and calibrated on all held-out prompts, to score answers to any of them.
+    """A voice that was fitted once and calibrated on all held-out prompts, to score answers to any of them.
 
-    A scorer a half of the prompts (one for all, where there is a background): prompt `i` belongs to half `i % halves`.
-    `scale` is why nothing can be scored where nothing can.
+    There is one scorer where the reference has a background, and otherwise one for each half of the prompts: prompt `i`
+    is judged by the scorer `i % len(scorers)`. `scale` is a `NotScored` with the reason where nothing can be scored.
     """
 
     reference: VoiceReference
-    untuned: tuple[str, ...]
+    base: tuple[str, ...]
     person: tuple[str, ...]
     scorers: tuple[VoiceScorer, ...]
     scale: Scale | NotScored
 
-    def assessed(self, tuned: Sequence[str], places: Sequence[int]) -> Assessed:
-        """The tuned model's answers to the prompts at `places`, the other two sides' beside them."""
-        untuned, person = ([side[place] for place in places] for side in (self.untuned, self.person))
-        return Assessed(
+    def score_answers(self, tuned: Sequence[str], places: Sequence[int]) -> AnswerScores:
+        """Score the tuned model's answers to the prompts at `places`, and the other two sides' answers to the same."""
+        base, person = ([texts[place] for place in places] for texts in (self.base, self.person))
+        return AnswerScores(
             tuned=self.score(tuned, places),
-            untuned=self.score(untuned, places),
+            base=self.score(base, places),
             person=self.score(person, places),
             copying=measure_copying(tuned, self.reference.own, person),
         )
 
     def score(self, texts: Sequence[str], places: Sequence[int]) -> VoiceScore | NotScored:
-        """Anybody's answers to the prompts at `places`."""
+        """Score anyone's answers to the prompts at `places`."""
         if isinstance(self.scale, NotScored):
             return self.scale
-        return self.scale.score_decided(_decided(self.scorers, texts, places), texts)
+        return self.scale.score_decided(_decisions(self.scorers, texts, places), texts)
+
+
+def assess(
+    reference: VoiceReference, answers: HeldOutAnswers, *, extra: Sequence[Measure] = (), seed: int = 0
+) -> Assessment:
+    """Fit, calibrate on all prompts, and score all prompts and each topic. Too little text is a `NotScored`, no error.
+
+    Where the reference has no background, the base model's answers are both background and floor: the answers to one
+    half of the prompts are then judged by a fit on the base model's answers to the other half. `extra` are measures
+    of plugins.
+    """
+    judge = fit_judge(reference, answers.base, answers.person, extra=extra, seed=seed)
+    places = range(len(answers.topics))
+    by_topic = {topic: [i for i in places if answers.topics[i] == topic] for topic in dict.fromkeys(answers.topics)}
+    return Assessment(
+        judge.score_answers(answers.tuned, places),
+        {
+            topic: judge.score_answers([answers.tuned[place] for place in places], places)
+            for topic, places in by_topic.items()
+        },
+    )
 
 
 def fit_judge(
     reference: VoiceReference,
-    untuned: Sequence[str],
+    base: Sequence[str],
     person: Sequence[str],
     *,
     extra: Sequence[Measure] = (),
     seed: int = 0,
 ) -> Judge:
-    """Fit on the training text, calibrate on the untuned model's and the person's answers to all held-out prompts."""
-    sides = tuple(untuned), tuple(person)
-    halves = 1 if reference.background or not untuned else 2
+    """Fit on the training text, and calibrate on the base model's and the person's answers to all held-out prompts."""
+    sides = tuple(base), tuple(person)
+    # A scorer must not be calibrated on the text that it was fitted on. Without another background each half of the
+    # base model's answers is the background of the other half.
+    halves = 1 if reference.background or not base else 2
     scorers: list[VoiceScorer] = []
     for half in range(halves):
-        background = reference.background or tuple(untuned[1 - half :: 2])
+        background = reference.background or tuple(base[1 - half :: 2])
         scorer = fit_scorer(replace(reference, background=background), extra=extra, seed=seed)
         if isinstance(scorer, NotScored):
             return Judge(reference, *sides, (), scorer)
         scorers.append(scorer)
-    if not untuned:
+    if not base:
         return Judge(reference, *sides, (), NotScored("there are no prompts"))
-    everything = range(len(untuned))
-    ends = [(_decided(scorers, texts, everything), texts) for texts in sides]
-    return Judge(reference, *sides, tuple(scorers), scorers[-1].scale(ends[0], ends[1]))
+    places = range(len(base))
+    floor, ceiling = ((_decisions(scorers, texts, places), texts) for texts in sides)
+    return Judge(reference, *sides, tuple(scorers), scorers[-1].scale(floor, ceiling))
 
 
-def _decided(scorers: Sequence[VoiceScorer], texts: Sequence[str], places: Sequence[int]) -> Float64:
-    """What each measure decides on each text, by the scorer of its prompt's half: float64 `[measures, texts]`."""
+def _decisions(scorers: Sequence[VoiceScorer], texts: Sequence[str], places: Sequence[int]) -> Float64:
+    """Return each measure's decision on each text, by the scorer of its prompt's half: `[measures, texts]`."""
     halves = len(scorers)
-    found = np.full((len(scorers[0].fitted), len(texts)), np.nan)
+    decisions = np.full((len(scorers[0].fitted), len(texts)), np.nan)
     for half, scorer in enumerate(scorers):
-        mine = [index for index, place in enumerate(places) if place % halves == half]
-        found[:, mine] = scorer.by_measure([texts[index] for index in mine])
-    return found
+        judged = [index for index, place in enumerate(places) if place % halves == half]
+        decisions[:, judged] = scorer.by_measure([texts[index] for index in judged])
+    return decisions

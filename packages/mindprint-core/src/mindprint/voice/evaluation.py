@@ -1,161 +1,426 @@
-"""The voice on held-out pairs, before and after: does the model prefer it, and how surprised is it by it?"""
+"""The evaluation of an adapter on held-out text: one definition for a run that evaluates itself and for `eval`.
+
+Both models, the base model and the tuned model, read held-out pairs and texts, and answer held-out prompts and the
+questions of quizzes. All figures come from here, so that the same figure means the same thing wherever it is printed.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mindprint.contract import Bool, Float64, LoadedModel
-from mindprint.data.render import PreferenceExample, SftExample
+from mindprint.config import Config
+from mindprint.contract import Float64, Generation, LoadedModel, Measure, Sampling
+from mindprint.data.render import PreferenceExample, SftExample, render_preferences, render_prompt, render_sft
+from mindprint.data.rows import Rows, Text, text_of
+from mindprint.data.split import HeldOut
+from mindprint.data.tokenizer import Tokenizer
 from mindprint.models.likelihoods import CompletionSums, sum_pairs, sum_texts
 from mindprint.plugins.backend import Backend
-
-FEW_PAIRS = 30
-"""Below this many pairs one pair moves an accuracy by more than 3 points, and the result says so."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """One model, base or base with adapter, on a set of pairs.
-
-    `prefers_chosen` is the share of pairs whose chosen answer has the higher summed log-prob. Every token lowers a sum,
-    so it favours the shorter answer; `prefers_chosen_per_token` compares mean log-probs instead. `margin` is the mean
-    of log p(chosen) − log p(rejected), summed, in nats; `perplexity` is exp(−Σ log p / tokens) of the chosen answers.
-    """
-
-    prefers_chosen: float
-    prefers_chosen_per_token: float
-    margin: float
-    perplexity: float
+from mindprint.runs.records import AnswerRecord, Figures, Interval
+from mindprint.text.words import word_count
+from mindprint.voice.answers import drop_trained_answers, held_out_prompts, training_voice
+from mindprint.voice.assessment import AnswerScores, Assessment, Judge, fit_judge
+from mindprint.voice.concepts import coverage
+from mindprint.voice.copying import Copying
+from mindprint.voice.preferences import ByTopic, PairFigures, TextFigures, measure_pairs, measure_texts
+from mindprint.voice.quizzing import ConceptCoverage, QuizEvaluation, evaluate_quiz
+from mindprint.voice.scoring import NotScored, VoiceScore
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A set of pairs under both models.
-
-    `reward_accuracy` is the share of pairs in which training raised the chosen answer more than the rejected one:
-    log-ratio of policy to base, compared (DPO's implicit reward; Rafailov et al. 2023, section 5). `reward_margin` is
-    the mean difference of those log-ratios, in nats. `tokens` are the chosen answers'.
-    """
-
-    pairs: int
-    tokens: int
-    base: Side
-    adapter: Side
-    reward_accuracy: float
-    reward_margin: float
+class ModelInMemory(Protocol):
+    """A base model with its adapter in memory, such as an `Engine` or an `OpenedAdapter`."""
 
     @property
-    def few(self) -> bool:
-        return self.pairs < FEW_PAIRS
+    def backend(self) -> Backend:
+        """The backend that holds the model."""
+
+    @property
+    def model(self) -> LoadedModel:
+        """The model, as the backend's hooks take it."""
 
 
 @dataclass(frozen=True)
-class Read:
-    """Held-out text that is no pair, read by both models: its trained tokens' perplexity, as in `Side`."""
+class GeneratedAnswer:
+    """One answer, as the backend made it and as text."""
 
-    texts: int
-    tokens: int
-    base: float
-    adapter: float
-
-
-@dataclass(frozen=True)
-class TextEvaluation:
-    """All held-out text together, and topic by topic in the order of their first row."""
-
-    overall: Read
-    topics: dict[str, Read]
-
-
-class Tokens(NamedTuple):
-    """How many tokens each answer has, `[pairs]`."""
-
-    chosen: NDArray[np.int64]
-    rejected: NDArray[np.int64]
+    generation: Generation
+    text: str
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All held-out pairs together, and topic by topic in the order of their first row."""
+    """What an evaluation measured: `figures` of all its topics together, and the details that they come from.
 
-    overall: Measured
-    topics: dict[str, Measured]
+    `figures` and `topics` have the keys of evaluations.jsonl. `pairs`, `texts`, `voice` and `quiz` have the details of
+    both models. They are None where nothing of the kind is held out. `answers` are the lines of answers.jsonl. `notes`
+    say which rows were left out or cut.
+    `base_generations` and `tuned_generations` are both models' answers to the held-out prompts, without the quizzes.
+    """
+
+    figures: Figures
+    topics: Mapping[str, Figures]
+    pairs: ByTopic[PairFigures] | None
+    texts: ByTopic[TextFigures] | None
+    voice: Assessment | None
+    quiz: QuizEvaluation | None
+    answers: tuple[AnswerRecord, ...] = ()
+    notes: tuple[str, ...] = ()
+    base_generations: tuple[Generation, ...] = field(default=(), repr=False)
+    tuned_generations: tuple[Generation, ...] = field(default=(), repr=False)
 
 
-def evaluate_heldout(
-    backend: Backend, model: LoadedModel, examples: Sequence[PreferenceExample], pad_id: int
+def evaluate(
+    memory: ModelInMemory,
+    tokenizer: Tokenizer,
+    held_out: HeldOut,
+    train: Rows,
+    config: Config,
+    *,
+    extra: Sequence[Measure] = (),
+    answers: bool = True,
 ) -> Evaluation:
-    """Measure held-out pairs with the adapter off and on; `examples` must not be empty."""
-    base = sum_pairs(backend, model, examples, pad_id, adapter=False)
-    return measure_pairs(base, sum_pairs(backend, model, examples, pad_id, adapter=True), examples)
+    """Evaluate the adapter that is in memory on all held-out text.
+
+    Args:
+        memory: The base model with the adapter, on its backend.
+        tokenizer: The base model's tokenizer.
+        held_out: Pairs, texts and questions that the adapter was not trained on.
+        train: The rows that it was trained on: the voice is fitted on them, and copying is searched for in them.
+        config: The run's configuration. Of `generation` only `max_new_tokens` counts: answers are greedy.
+        extra: Measures of scorer plugins, shown next to the voice score.
+        answers: Whether the models answer prompts. Without answers there is no voice and no quiz.
+
+    Returns:
+        The figures of all topics together and of each topic, with their details.
+    """
+    evaluator = Evaluator(memory, tokenizer, held_out, train, config, extra=extra)
+    return evaluator.evaluate(answers=answers)
 
 
-def measure_pairs(base: CompletionSums, policy: CompletionSums, examples: Sequence[PreferenceExample]) -> Evaluation:
-    """The measures from both models' summed log-probs of the same pairs."""
-    tokens = Tokens(*(np.array([len(getattr(e, side)) for e in examples]) for side in ("chosen", "rejected")))
-    return Evaluation(*_by_topic(examples, lambda rows: measure(base, policy, tokens, rows)))
+class Evaluator:
+    """Evaluations of whichever adapter is in memory, on the same held-out text each time.
+
+    The base model reads and answers once, and the voice is fitted once. All generation is greedy, so that a run that is
+    resumed measures the same figures as a run that was never stopped.
+    """
+
+    def __init__(
+        self,
+        memory: ModelInMemory,
+        tokenizer: Tokenizer,
+        held_out: HeldOut,
+        train: Rows,
+        config: Config,
+        *,
+        extra: Sequence[Measure] = (),
+        most_per_topic: int | None = None,
+        why_empty: Callable[[str], str | None] = lambda _: None,
+    ) -> None:
+        """Choose and render what is asked and read: of each kind the first `most_per_topic` of each topic, or all.
+
+        `why_empty` returns the reason why nothing of a topic is held out, if there is one to give.
+        """
+        self._memory = memory
+        self._tokenizer = tokenizer
+        self._config = config
+        self._extra = extra
+        self._why_empty = why_empty
+        self._reference = training_voice(train)
+        every = tuple(held_out_prompts(held_out))
+        fresh = drop_trained_answers(every, self._reference)
+        self._dropped = len(every) - len(fresh)
+        self._prompts = _first_of_each_topic(fresh, most_per_topic)
+        self._questions = _first_of_each_topic(held_out.questions, most_per_topic)
+        pairs = render_preferences(_first_of_each_topic(held_out.pairs, most_per_topic), tokenizer, config.data)
+        texts = render_sft(_first_of_each_topic(held_out.texts, most_per_topic), tokenizer, config.data)
+        self._pairs, self._texts = pairs.examples, texts.examples
+        of_rows = (note for rendered in (pairs, texts) if rendered.examples for note in rendered.notes)
+        self.notes = (*of_rows, *_notes_on_prompts(len(every), self._dropped))
+
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """The topics of which anything is held out."""
+        kinds: tuple[Sequence[_OfTopic], ...] = (self._prompts, self._questions, self._pairs, self._texts)
+        return tuple(dict.fromkeys(row.topic for rows in kinds for row in rows))
+
+    def evaluate(self, topics: Sequence[str] | None = None, *, each: bool = True, answers: bool = True) -> Evaluation:
+        """Evaluate the adapter that is in memory on the held-out text of `topics`, or of all topics.
+
+        With `each` every topic is also scored by itself. Without `answers` the models read, and answer nothing.
+        """
+        topics = self.topics if topics is None else topics
+        prompts = [place for place, prompt in enumerate(self._prompts) if prompt.topic in topics]
+        questions = [place for place, question in enumerate(self._questions) if question.topic in topics]
+        if not answers:
+            prompts, questions = [], []
+        asked = [*(self._prompts[place].prompt for place in prompts), *(self._questions[q].question for q in questions)]
+        tuned = self._answer(asked, adapter=True)
+        prompt_answers = dict(zip(prompts, tuned[: len(prompts)], strict=True))
+        question_answers = dict(zip(questions, tuned[len(prompts) :], strict=True))
+        pairs, texts = self._read_pairs(topics), self._read_texts(topics)
+        voice = self._score_voice(topics if each else (), prompt_answers) if answers else None
+        quiz = self._score_quiz(question_answers)
+
+        def figures_of(named: Sequence[str], topic: str | None) -> Figures:
+            chosen = {place: answer for place, answer in prompt_answers.items() if self._prompts[place].topic in named}
+            figures = _with_answers(Figures(), list(chosen.values()))
+            figures = _with_voice(figures, _part(voice, topic), self._why_no_answers(named, answers=answers))
+            figures = _with_pairs(figures, _part(pairs, topic))
+            figures = _with_texts(figures, _part(texts, topic), self._why_nothing(named))
+            return _with_quiz(figures, _part(quiz, topic), "no answers were asked for" if not answers else None)
+
+        return Evaluation(
+            figures=figures_of(topics, None),
+            topics={topic: figures_of([topic], topic) for topic in topics} if each else {},
+            pairs=pairs,
+            texts=texts,
+            voice=voice,
+            quiz=quiz,
+            answers=self._answer_records(prompt_answers, question_answers),
+            notes=self.notes,
+            base_generations=tuple(self._base_answers[place].generation for place in prompt_answers),
+            tuned_generations=tuple(answer.generation for answer in prompt_answers.values()),
+        )
+
+    def _answer(self, prompts: Sequence[Text], *, adapter: bool) -> tuple[GeneratedAnswer, ...]:
+        if not prompts:
+            return ()
+        sampling = Sampling(self._config.generation.max_new_tokens, self._tokenizer.stop_token_ids)
+        rendered = [render_prompt(prompt, self._tokenizer, self._config.data.format) for prompt in prompts]
+        made = self._memory.backend.generate(self._memory.model, rendered, sampling, adapter=adapter)
+        return tuple(GeneratedAnswer(one, self._tokenizer.decode(one.tokens.tolist()).strip()) for one in made)
+
+    @cached_property
+    def _base_answers(self) -> tuple[GeneratedAnswer, ...]:
+        """The base model's answers to all prompts, then to all questions."""
+        asked = [*(prompt.prompt for prompt in self._prompts), *(question.question for question in self._questions)]
+        return self._answer(asked, adapter=False)
+
+    @cached_property
+    def _judge(self) -> Judge:
+        base = [answer.text for answer in self._base_answers[: len(self._prompts)]]
+        person = [prompt.person for prompt in self._prompts]
+        return fit_judge(self._reference, base, person, extra=self._extra, seed=self._config.seed)
+
+    def _score_voice(self, topics: Sequence[str], answers: Mapping[int, GeneratedAnswer]) -> Assessment | None:
+        if not answers and (self._prompts or not self._dropped):
+            return None
+
+        def scores(places: Sequence[int]) -> AnswerScores:
+            return self._judge.score_answers([answers[place].text for place in places], places)
+
+        by_topic = {topic: [place for place in answers if self._prompts[place].topic == topic] for topic in topics}
+        return Assessment(
+            scores(list(answers)), {topic: scores(places) for topic, places in by_topic.items() if places}
+        )
+
+    def _score_quiz(self, answers: Mapping[int, GeneratedAnswer]) -> QuizEvaluation | None:
+        if not answers:
+            return None
+        base = self._base_answers[len(self._prompts) :]
+        return evaluate_quiz(
+            [self._questions[place] for place in answers],
+            [base[place].text for place in answers],
+            [answer.text for answer in answers.values()],
+        )
+
+    def _answer_records(
+        self, prompts: Mapping[int, GeneratedAnswer], questions: Mapping[int, GeneratedAnswer]
+    ) -> tuple[AnswerRecord, ...]:
+        base = self._base_answers if prompts or questions else ()
+        records = []
+        for place, answer in prompts.items():
+            prompt = self._prompts[place]
+            records.append(
+                AnswerRecord(prompt.topic, text_of(prompt.prompt), prompt.person, base[place].text, answer.text)
+            )
+        for place, answer in questions.items():
+            question = self._questions[place]
+            concepts = question.key_concepts
+            records.append(
+                AnswerRecord(
+                    question.topic,
+                    question.question,
+                    question.reference_answers[0],
+                    base[len(self._prompts) + place].text,
+                    answer.text,
+                    quiz=True,
+                    missing=coverage(answer.text, concepts).missing if concepts else (),
+                )
+            )
+        return tuple(records)
+
+    @cached_property
+    def _base_pair_sums(self) -> CompletionSums:
+        return self._sum_pairs(self._pairs, adapter=False)
+
+    @cached_property
+    def _base_text_sums(self) -> Float64:
+        return self._sum_texts(self._texts, adapter=False)
+
+    def _sum_pairs(self, pairs: Sequence[PreferenceExample], *, adapter: bool) -> CompletionSums:
+        pad_id = self._tokenizer.pad_id
+        return sum_pairs(self._memory.backend, self._memory.model, pairs, pad_id, adapter=adapter)
+
+    def _sum_texts(self, texts: Sequence[SftExample], *, adapter: bool) -> Float64:
+        pad_id = self._tokenizer.pad_id
+        return sum_texts(self._memory.backend, self._memory.model, texts, pad_id, adapter=adapter)
+
+    def _read_pairs(self, topics: Sequence[str]) -> ByTopic[PairFigures] | None:
+        rows = [row for row, pair in enumerate(self._pairs) if pair.topic in topics]
+        if not rows:
+            return None
+        pairs = [self._pairs[row] for row in rows]
+        return measure_pairs(self._base_pair_sums.select(rows), self._sum_pairs(pairs, adapter=True), pairs)
+
+    def _read_texts(self, topics: Sequence[str]) -> ByTopic[TextFigures] | None:
+        rows = [row for row, text in enumerate(self._texts) if text.topic in topics]
+        if not rows:
+            return None
+        texts = [self._texts[row] for row in rows]
+        return measure_texts(self._base_text_sums[rows], self._sum_texts(texts, adapter=True), texts)
+
+    def _why_nothing(self, topics: Sequence[str]) -> str:
+        reasons = (self._why_empty(topic) for topic in topics)
+        return next((reason for reason in reasons if reason), "there are no held-out prompts")
+
+    def _why_no_answers(self, topics: Sequence[str], *, answers: bool) -> str:
+        return self._why_nothing(topics) if answers else "no answers were asked for"
 
 
-def evaluate_texts(backend: Backend, model: LoadedModel, examples: Sequence[SftExample], pad_id: int) -> TextEvaluation:
-    """Measure held-out SFT rows with the adapter off and on; `examples` must not be empty."""
-    base, policy = (sum_texts(backend, model, examples, pad_id, adapter=adapter) for adapter in (False, True))
-    return measure_texts(base, policy, examples)
+PartT_co = TypeVar("PartT_co", covariant=True)
 
 
-def measure_texts(base: Float64, policy: Float64, examples: Sequence[SftExample]) -> TextEvaluation:
-    """The measures from both models' `sum_texts` of the same rows."""
-    tokens = np.array([int(example.loss_mask.sum()) for example in examples])
+class _Divided(Protocol[PartT_co]):
+    @property
+    def overall(self) -> PartT_co: ...
 
-    def read(rows: Bool) -> Read:
-        count = int(tokens[rows].sum())
-        return Read(int(rows.sum()), count, *(_perplexity(float(side[rows].sum()), count) for side in (base, policy)))
-
-    return TextEvaluation(*_by_topic(examples, read))
+    @property
+    def topics(self) -> Mapping[str, PartT_co]: ...
 
 
-Measures = TypeVar("Measures")
+def _part(divided: _Divided[PartT_co] | None, topic: str | None) -> PartT_co | None:
+    """Return the figures of one topic, or of all together where `topic` is None."""
+    if divided is None:
+        return None
+    return divided.overall if topic is None else divided.topics.get(topic)
 
 
-def _by_topic(
-    examples: Sequence[PreferenceExample] | Sequence[SftExample], measured: Callable[[Bool], Measures]
-) -> tuple[Measures, dict[str, Measures]]:
-    """What `measured` says of all rows, and of those of each topic in the order of its first."""
-    names = np.array([example.topic for example in examples])
-    topics = {topic: measured(names == topic) for topic in dict.fromkeys(names.tolist())}
-    return measured(np.ones(len(examples), dtype=np.bool_)), topics
-
-
-def measure(base: CompletionSums, policy: CompletionSums, tokens: Tokens, rows: Bool) -> Measured:
-    """The measures over the pairs that `rows` (bool `[pairs]`) selects."""
-    base, policy = base.select(rows), policy.select(rows)
-    counts = Tokens(tokens.chosen[rows], tokens.rejected[rows])
-    gains = (policy.chosen - base.chosen) - (policy.rejected - base.rejected)
-    return Measured(
-        pairs=int(rows.sum()),
-        tokens=int(counts.chosen.sum()),
-        base=_side(base, counts),
-        adapter=_side(policy, counts),
-        reward_accuracy=float((gains > 0).mean()),
-        reward_margin=float(gains.mean()),
+def _with_answers(figures: Figures, answers: Sequence[GeneratedAnswer]) -> Figures:
+    if not answers:
+        return figures
+    return replace(
+        figures,
+        prompts=len(answers),
+        words=word_count([answer.text for answer in answers]),
+        stopped=_share(answer.generation.stop_reason == "stop" for answer in answers),
+        empty=_share(not answer.text for answer in answers),
     )
 
 
-def _side(sums: CompletionSums, tokens: Tokens) -> Side:
-    margins = sums.chosen - sums.rejected
-    per_token = sums.chosen / tokens.chosen - sums.rejected / tokens.rejected
-    perplexity = _perplexity(float(sums.chosen.sum()), int(tokens.chosen.sum()))
-    return Side(float((margins > 0).mean()), float((per_token > 0).mean()), float(margins.mean()), perplexity)
+def _with_voice(figures: Figures, scores: AnswerScores | None, why_none: str) -> Figures:
+    if scores is None or not figures.prompts:
+        return _unmeasured(figures, why_none, "voice", "copy_rate")
+    figures = replace(
+        figures,
+        voice=_interval(scores.tuned),
+        base_voice=_interval(scores.base),
+        person_voice=_interval(scores.person),
+    )
+    for name, score in {"voice": scores.tuned, "base_voice": scores.base, "person_voice": scores.person}.items():
+        if isinstance(score, NotScored):
+            figures = _unmeasured(figures, score.reason, name)
+    return _with_copying(figures, scores.copying)
 
 
-def _perplexity(log_prob: float, tokens: int) -> float:
-    """exp(−Σ log p / tokens); infinite where that is beyond a float."""
-    try:
-        return math.exp(-log_prob / tokens)
-    except OverflowError:
-        return math.inf
+def _with_copying(figures: Figures, copying: Copying | NotScored) -> Figures:
+    if isinstance(copying, NotScored):
+        return _unmeasured(figures, copying.reason, "copy_rate")
+    return replace(
+        figures,
+        copy_rate=copying.copy_rate,
+        person_copy_rate=copying.person_copy_rate,
+        longest_copy=copying.longest.words,
+        longest_copy_text=copying.longest.text,
+        recited=copying.recited,
+        self_bleu=copying.self_bleu,
+        person_self_bleu=copying.person_self_bleu,
+        length=copying.length,
+        flagged=copying.flagged,
+    )
+
+
+def _with_pairs(figures: Figures, pairs: PairFigures | None) -> Figures:
+    if pairs is None:
+        return _unmeasured(figures, "there are no held-out pairs", "reward_accuracy", "reward_margin")
+    return replace(
+        figures,
+        pairs=pairs.pairs,
+        reward_accuracy=pairs.reward_accuracy,
+        reward_margin=pairs.reward_margin,
+        perplexity=pairs.tuned.perplexity,
+        base_perplexity=pairs.base.perplexity,
+    )
+
+
+def _with_texts(figures: Figures, texts: TextFigures | None, why_none: str) -> Figures:
+    """Set the perplexity of held-out texts, unless the pairs' chosen answers have given one already."""
+    if figures.pairs:
+        return figures
+    if texts is None:
+        return _unmeasured(figures, why_none, "perplexity")
+    return replace(figures, perplexity=texts.tuned, base_perplexity=texts.base)
+
+
+def _with_quiz(figures: Figures, quiz: ConceptCoverage | None, why_none: str | None) -> Figures:
+    if quiz is None:
+        return _unmeasured(figures, why_none or "there is no quiz", "concept_coverage")
+    figures = replace(figures, questions=quiz.questions)
+    if isinstance(quiz.tuned, NotScored):
+        return _unmeasured(figures, quiz.tuned.reason, "concept_coverage")
+    base = None if isinstance(quiz.base, NotScored) else quiz.base
+    return replace(figures, concept_coverage=quiz.tuned, base_concept_coverage=base)
+
+
+def _unmeasured(figures: Figures, why: str, *names: str) -> Figures:
+    return replace(figures, unmeasured={**figures.unmeasured, **dict.fromkeys(names, why)})
+
+
+def _interval(score: VoiceScore | NotScored) -> Interval | None:
+    return None if isinstance(score, NotScored) else Interval(score.value, score.low, score.high)
+
+
+def _share(facts: Iterable[bool]) -> float:
+    return float(np.mean(list(facts)))
+
+
+def _notes_on_prompts(every: int, dropped: int) -> tuple[str, ...]:
+    if not every:
+        return ("no held-out row has a prompt to answer: the voice is not scored",)
+    return (f"{dropped} held-out rows are also in the training data: not scored",) if dropped else ()
+
+
+class _OfTopic(Protocol):
+    @property
+    def topic(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=_OfTopic)
+
+
+def _first_of_each_topic(rows: Sequence[Row], most: int | None) -> tuple[Row, ...]:
+    if most is None:
+        return tuple(rows)
+    seen: Counter[str] = Counter()
+    kept = []
+    for row in rows:
+        seen[row.topic] += 1
+        if seen[row.topic] <= most:
+            kept.append(row)
+    return tuple(kept)

@@ -1,4 +1,4 @@
-"""A quiz, asked before and after training: how many of the key concepts the answers mention."""
+"""Quizzes: the share of key concepts that the base model's and the tuned model's answers mention."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mindprint.voice.scoring import NotScored
 
 
 @dataclass(frozen=True)
-class Answered:
-    """One question with the untuned and the tuned model's answer, and the share of key concepts in each.
+class QuizAnswer:
+    """One question with both models' answers, and the share of key concepts that each mentions.
 
     The shares are None for a question without key concepts.
     """
@@ -20,59 +20,62 @@ class Answered:
     topic: str
     question: str
     reference_answers: tuple[str, ...]
-    untuned: str
+    base: str
     tuned: str
-    untuned_coverage: float | None
+    base_coverage: float | None
     tuned_coverage: float | None
 
 
 @dataclass(frozen=True)
-class Covered:
-    """The mean share of key concepts over the questions that have them; an empty answer mentions none."""
+class ConceptCoverage:
+    """Mean shares of key concepts over the questions that have such. An empty answer mentions none."""
 
     questions: int
-    untuned: float | NotScored
+    base: float | NotScored
     tuned: float | NotScored
 
 
 @dataclass(frozen=True)
 class QuizEvaluation:
-    """All questions together, topic by topic in the order of their first one, and each with its answers."""
+    """All questions together, topic by topic in the order of their first question, and each with its answers."""
 
-    overall: Covered
-    topics: dict[str, Covered]
-    answers: tuple[Answered, ...]
+    overall: ConceptCoverage
+    topics: dict[str, ConceptCoverage]
+    answers: tuple[QuizAnswer, ...]
 
 
-def evaluate_quiz(questions: Sequence[Question], untuned: Sequence[str], tuned: Sequence[str]) -> QuizEvaluation:
-    """Look for the key concepts of each question in the two answers to it."""
-    answers = [_answered(*parts) for parts in zip(questions, untuned, tuned, strict=True)]
+def evaluate_quiz(questions: Sequence[Question], base: Sequence[str], tuned: Sequence[str]) -> QuizEvaluation:
+    """Look for the key concepts of each question in both models' answers to it."""
+    answers = [_covered_answer(*parts) for parts in zip(questions, base, tuned, strict=True)]
     by_topic = {
-        topic: _covered([one for one in answers if one.topic == topic])
-        for topic in dict.fromkeys(one.topic for one in answers)
+        topic: _mean_coverage([answer for answer in answers if answer.topic == topic])
+        for topic in dict.fromkeys(answer.topic for answer in answers)
     }
-    return QuizEvaluation(_covered(answers), by_topic, tuple(answers))
+    return QuizEvaluation(_mean_coverage(answers), by_topic, tuple(answers))
 
 
-def _answered(question: Question, untuned: str, tuned: str) -> Answered:
-    shares = [
-        coverage(text, question.key_concepts).share if question.key_concepts else None for text in (untuned, tuned)
-    ]
-    return Answered(question.topic, question.question, question.reference_answers, untuned, tuned, *shares)
-
-
-def _covered(answers: Sequence[Answered]) -> Covered:
-    return Covered(
-        len(answers),
-        _mean([one.untuned for one in answers], [one.untuned_coverage for one in answers]),
-        _mean([one.tuned for one in answers], [one.tuned_coverage for one in answers]),
+def _covered_answer(question: Question, base: str, tuned: str) -> QuizAnswer:
+    base_share, tuned_share = (
+        coverage(text, question.key_concepts).share if question.key_concepts else None for text in (base, tuned)
+    )
+    return QuizAnswer(
+        question.topic, question.question, question.reference_answers, base, tuned, base_share, tuned_share
     )
 
 
-def _mean(texts: Sequence[str], shares: Sequence[float | None]) -> float | NotScored:
+def _mean_coverage(answers: Sequence[QuizAnswer]) -> ConceptCoverage:
+    return ConceptCoverage(
+        len(answers),
+        _mean_share([answer.base for answer in answers], [answer.base_coverage for answer in answers]),
+        _mean_share([answer.tuned for answer in answers], [answer.tuned_coverage for answer in answers]),
+    )
+
+
+def _mean_share(texts: Sequence[str], shares: Sequence[float | None]) -> float | NotScored:
     known = [share for share in shares if share is not None]
     if not known:
         return NotScored("no question has key concepts")
+    # A model that answers nothing at all is broken, which is not the same as a model that knows nothing.
     if not any(text.strip() for text in texts):
         return NotScored(f"all {len(texts)} answers are empty")
     return sum(known) / len(known)

@@ -1,10 +1,10 @@
 """The voice score: how much of a person's way of writing is in a text, between a floor and a ceiling.
 
     scorer = fit_scorer(VoiceReference(own=training_texts_of_the_person, background=what_others_wrote))
-    scale = scorer.calibrated(floor=untuned_answers, ceiling=held_out_answers_of_the_person)
+    scale = scorer.calibrated(floor=base_answers, ceiling=held_out_answers_of_the_person)
     scale.score(tuned_answers)  # VoiceScore(value=0.83, low=0.71, high=0.95, words=2931, ...)
 
-0 is the floor, what the untuned model writes to the same prompts; 1 is the ceiling, what the person wrote there and
+0 is the floor, what the base model writes to the same prompts; 1 is the ceiling, what the person wrote there and
 nothing was fitted on. A score can lie outside of both. What cannot be scored is a `NotScored` with its reason, never a
 number. `docs/voice.md` says what the score can tell and what it cannot.
 """
@@ -47,7 +47,7 @@ class VoiceReference:
     """What a scorer is fitted on. Nothing that is scored later may be in it.
 
     `own`: what the person wrote and the model was trained on. `background`: what anybody else wrote, best on the same
-    subjects: plain answers (`rejected`), answers of the untuned model, other authors.
+    subjects: plain answers (`rejected`), answers of the base model, other authors.
     """
 
     own: tuple[str, ...]
