@@ -55,6 +55,11 @@ def test_a_whole_older_run_is_read(tmp_path: Path) -> None:
     assert old.outcome(HARBOUR) == "passed"
 
 
+def test_trackers_read_figures_by_their_old_names() -> None:
+    for old, new in OLD_FIGURES.items():
+        assert getattr(MEASURED, old) == getattr(MEASURED, new)
+
+
 def test_a_threshold_by_its_old_name_is_read_with_a_note(tmp_path: Path) -> None:
     file = tmp_path / "mindprint.yaml"
     file.write_text("evaluation:\n  unit: {voice: 0.2, preference_accuracy: 0.7}\n")

@@ -74,6 +74,33 @@ class Figures:
     flagged: tuple[str, ...] = ()
     unmeasured: Mapping[str, str] = field(default_factory=dict)
 
+    # Trackers that were written before the names changed read these figures of the events that they receive.
+
+    @property
+    def untuned_voice(self) -> Interval | None:
+        """Return `base_voice`, which had this name."""
+        return self.base_voice
+
+    @property
+    def preference_accuracy(self) -> float | None:
+        """Return `reward_accuracy`, which had this name."""
+        return self.reward_accuracy
+
+    @property
+    def preference_margin(self) -> float | None:
+        """Return `reward_margin`, which had this name."""
+        return self.reward_margin
+
+    @property
+    def untuned_perplexity(self) -> float | None:
+        """Return `base_perplexity`, which had this name."""
+        return self.base_perplexity
+
+    @property
+    def untuned_concept_coverage(self) -> float | None:
+        """Return `base_concept_coverage`, which had this name."""
+        return self.base_concept_coverage
+
 
 OLD_FIGURES: Mapping[str, str] = {
     "preference_accuracy": "reward_accuracy",
