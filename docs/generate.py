@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -11,7 +14,8 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mindprint import hookspecs
+import mindprint
+from mindprint import events, hookspecs
 from mindprint.config import BackendConfig, Config
 
 HEADER = """# Configuration
@@ -149,7 +153,132 @@ def signature(name: str, function: Callable[..., object]) -> str:
     return f"{name}{inspect.signature(function)}".replace("'", "")
 
 
+API_HEADER = """# Python API
+
+You can call everything that the commands do. `import mindprint` is all you need, and it loads no framework. Each
+function returns a frozen result. You can print it, a notebook shows it as a table, and `to_dict()` gives you the values
+that the command prints with `--json`.
+
+The examples below belong to one project, which `mindprint init my-voice` made. They run in the tests.
+
+<!-- Generated from the docstrings by docs/generate.py; do not edit. -->
+"""
+
+FUNCTIONS = ("load_config", "train", "open_adapter", "generate", "evaluate", "verify", "merge", "convert", "compare")
+RESULTS = (
+    "TrainResult",
+    "GenerateResult",
+    "AnsweredPrompt",
+    "EvaluateResult",
+    "VerifyResult",
+    "MergeResult",
+    "ConvertResult",
+    "CompareResult",
+)
+INHERITED_METHODS = ("to_dict", "cautions")
+
+EVENTS_HEADER = """
+## Events and observers
+
+A run tells you what happens in it. Pass a function as `on_event`, or an object with an `on_event` method in
+`observers`. Each event is one of these classes.
+"""
+
+PIECES_HEADER = """
+## The pieces
+
+`train` is made of these. [step_by_step.py](step_by_step.py) uses them one by one.
+"""
+
+
+def api() -> str:
+    """Return the reference of the Python API, Markdown."""
+    sections = [API_HEADER, "\n## Functions\n"]
+    for name in FUNCTIONS:
+        function = getattr(mindprint, name)
+        called = f"mindprint.{call_signature(name, function)}"
+        sections.append(f"\n### {name}\n\n```python\n{called}\n```\n\n{_documented(function)}")
+    sections.append("\n## Results\n")
+    results = {name: getattr(mindprint, name) for name in RESULTS}
+    sections += [f"\n### {name}\n\n{_documented(result)}{_methods(result)}" for name, result in results.items()]
+    sections.append(EVENTS_HEADER)
+    sections += [f"\n### {event.__name__}\n\n{_documented(event)}\n{_fields(event)}" for event in _event_classes()]
+    sections.append(f"\n### Observer\n\n{_documented(events.Observer)}")
+    rest = [name for name in mindprint.__all__ if name not in (*FUNCTIONS, *RESULTS, "Observer", "__version__")]
+    rest = [name for name in rest if getattr(mindprint, name) not in _event_classes()]
+    rows = "".join(f"| `{name}` | {_summary(getattr(mindprint, name))} |\n" for name in rest)
+    sections.append(f"{PIECES_HEADER}\n| name | meaning |\n|---|---|\n{rows}")
+    return "".join(sections)
+
+
+def call_signature(name: str, function: Callable[..., object]) -> str:
+    """Return a function as it is called, one argument a line."""
+    lines: list[str] = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in lines:
+            lines.append("*")
+        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        lines.append(f"{stars}{parameter.name}: {parameter.annotation}{default}")
+    return f"{name}(\n" + "".join(f"    {line},\n" for line in lines) + ")"
+
+
+def _event_classes() -> list[type[events.Event]]:
+    classes = [value for value in vars(events).values() if isinstance(value, type)]
+    return [value for value in classes if issubclass(value, events.Event) and value is not events.Event]
+
+
+def _summary(documented: object) -> str:
+    doc = inspect.getdoc(documented) or ""
+    return " ".join(doc.split("\n\n", maxsplit=1)[0].split()).replace("|", "\\|")
+
+
+def _documented(documented: object) -> str:
+    """Turn a docstring with Google's sections into Markdown: lists for what is named, a code block for examples."""
+    doc = inspect.getdoc(documented) or ""
+    prose, *parts = re.split(r"^(Args|Returns|Raises|Attributes|Example):\n", doc, flags=re.MULTILINE)
+    # reStructuredText announces a code block by two colons.
+    written = [re.sub(r"::\n\n((?: {4}.*\n?|\n)+)", lambda match: f":\n\n{_code(match[1])}\n", f"{prose.strip()}\n")]
+    for title, body in zip(parts[::2], parts[1::2], strict=True):
+        text = textwrap.dedent(body).strip("\n")
+        if title == "Example":
+            written.append(f"```pycon\n{re.sub(r' +# doctest:.*', '', text)}\n```\n")
+        elif title == "Returns":
+            written.append(f"**Returns:** {' '.join(text.split())}\n")
+        else:
+            written.append(f"**{title}:**\n\n{''.join(_items(text))}")
+    return "\n".join(written)
+
+
+def _code(body: str) -> str:
+    return f"```python\n{textwrap.dedent(body).strip()}\n```"
+
+
+def _items(text: str) -> Iterator[str]:
+    """The entries `name: meaning` of a section, which continue on lines that are set in."""
+    for entry in re.split(r"\n(?=\S)", text):
+        name, meaning = entry.split(":", maxsplit=1)
+        yield f"- `{name}`: {' '.join(meaning.split())}\n"
+
+
+def _methods(result: type[object]) -> str:
+    """The methods that only this result has."""
+    written = []
+    for name, member in vars(result).items():
+        hidden = name.startswith("_") or name in ("blocks", "document_tables", *INHERITED_METHODS)
+        if inspect.isfunction(member) and not hidden:
+            written.append(f"\n`{name}{inspect.signature(member)}`: ".replace("(self)", "()"))
+            written.append(f"{_summary(member)}\n")
+    return "".join(written).replace("'", "")
+
+
+def _fields(event: type[events.Event]) -> str:
+    names = ", ".join(f"`{field.name}`" for field in dataclasses.fields(event))
+    return f"Fields: {names}.\n"
+
+
 if __name__ == "__main__":
     folder = Path(__file__).parent
     (folder / "configuration.md").write_text(configuration(), encoding="utf-8")
     (folder / "hooks.md").write_text(hooks(), encoding="utf-8")
+    (folder / "api.md").write_text(api(), encoding="utf-8")

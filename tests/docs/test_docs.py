@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 import shlex
 import subprocess
@@ -70,6 +71,20 @@ def test_the_configuration_reference_is_what_the_code_says() -> None:
 def test_the_hook_reference_is_what_the_code_says() -> None:
     generated = script(ROOT / "docs" / "generate.py").hooks()
     assert (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8") == generated, "run python docs/generate.py"
+
+
+def test_the_api_reference_is_what_the_docstrings_say() -> None:
+    generated = script(ROOT / "docs" / "generate.py").api()
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == generated, "run python docs/generate.py"
+
+
+def test_every_argument_of_the_api_is_described() -> None:
+    for name in script(ROOT / "docs" / "generate.py").FUNCTIONS:
+        function = getattr(mindprint, name)
+        doc = inspect.getdoc(function) or ""
+        described = [match[1] for match in re.finditer(r"^    \**(\w+): ", doc.partition("Returns:")[0], re.MULTILINE)]
+        assert described == list(inspect.signature(function).parameters), name
+        assert all(f"\n{part}:\n" in doc for part in ("Returns", "Raises", "Example")), name
 
 
 def test_every_hook_is_documented_with_its_signature_and_has_a_test() -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
 from mindprint.api.evaluation_tables import EvaluateResult
 from mindprint.api.generation import source_of
 from mindprint.api.options import Notices, OnNotice, backend_section
-from mindprint.api.training import Records
-from mindprint.data.memory import check_records
+from mindprint.api.training import Records, with_rows
 from mindprint.errors import DataError
 from mindprint.plugins.scoring import load_scorers
 from mindprint.runs.opened import Located, locate_adapter, open_adapter
@@ -62,7 +60,7 @@ def evaluate(
     notices = Notices(on_notice)
     located = locate_adapter(path)
     if rows is not None and located.config is not None:
-        located = Located(located.adapter, replace(located.config, records=check_records(rows)))
+        located = Located(located.adapter, with_rows(located.config, rows))
     scored = read_scored(located, None if heldout is None else Path(heldout))
     if scored.empty:
         why = scored.why_none or "no held-out rows that are not trained on: add heldout.jsonl to the data folder"

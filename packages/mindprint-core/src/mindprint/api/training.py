@@ -96,11 +96,9 @@ def train(
     """
     file = load_config(config, **overrides)
     if rows is not None:
-        records = check_records(rows)
-        data = file.config.data.model_copy(update={"rows_digest": records_digest(records)})
-        file = replace(file, config=file.config.model_copy(update={"data": data}), records=records)
-    elif resume:
-        _refuse_without_rows(file, run)
+        file = with_rows(file, rows)
+    if resume:
+        _refuse_other_rows(file, run)
     watching = [observer for observer in observers if isinstance(observer, Observer)]
     hooked = [observer for observer in observers if observer not in watching or _has_hooks(observer)]
     with _shown(progress) as show:
@@ -114,17 +112,29 @@ def train(
     return TrainResult(result.run, result.adapter, result.stages, result.verdicts)
 
 
-def _refuse_without_rows(file: ConfigFile, run: str | os.PathLike[str] | None) -> None:
-    """Raise `RunError` if the run that would continue was trained on rows from memory."""
+def with_rows(file: ConfigFile, rows: Records) -> ConfigFile:
+    """Return the configuration with rows from memory, and with their digest in it."""
+    records = check_records(rows)
+    data = file.config.data.model_copy(update={"rows_digest": records_digest(records)})
+    return replace(file, config=file.config.model_copy(update={"data": data}), records=records)
+
+
+def _refuse_other_rows(file: ConfigFile, run: str | os.PathLike[str] | None) -> None:
+    """Raise `RunError` if the run that would continue was trained on rows from memory, and they are not these.
+
+    Checkpoints know the training rows, but not those that are held out.
+    """
     path = Path(run) if run else newest_run(file.folder / "runs")
     if path is None or not RunFolder(path).config.is_file():
         return
     digest = settings.load_config(RunFolder(path).config).config.data.rows_digest
-    if digest is not None:
-        raise RunError(
-            f"{path}: was trained on rows from memory (digest {digest}), which are not kept: "
-            "resume it from Python with the same rows, mindprint.train(..., resume=True, rows=rows)"
-        )
+    if digest is None or (file.records is not None and file.config.data.rows_digest == digest):
+        return
+    given = "" if file.records is None else f", and rows= are others (digest {file.config.data.rows_digest})"
+    raise RunError(
+        f"{path}: was trained on rows from memory (digest {digest}), which are not kept{given}: "
+        "resume it from Python with the same rows, mindprint.train(..., resume=True, rows=rows)"
+    )
 
 
 def _has_hooks(observer: object) -> bool:

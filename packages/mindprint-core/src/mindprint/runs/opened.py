@@ -46,9 +46,9 @@ class Answer:
     stop_reason: Literal["stop", "length"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OpenedAdapter:
-    """A base with its adapter in memory, and the tokenizer to talk to it."""
+    """A base model with its adapter in memory, and the tokenizer to talk to it."""
 
     located: Located
     base: models.ModelFolder
@@ -56,6 +56,10 @@ class OpenedAdapter:
     placement: Placement
     model: LoadedModel
     adapter: AdapterState
+
+    def __repr__(self) -> str:
+        name, device, dtype = self.placement.key
+        return f"<adapter {self.located.adapter} on {self.base.name}: {name}, {device}, {dtype}>"
 
     @property
     def backend(self) -> Backend:
