@@ -1,10 +1,10 @@
-"""Is the suite worth passing? Break a sound backend in one place after another, and see which test notices.
+"""Break a sound backend in one place after another, and see which test of the suite notices.
 
     python packages/mindprint-testing/tests/defects.py          # the test that should catch each defect
     python packages/mindprint-testing/tests/defects.py --all    # every test that does, which takes minutes
 
-Each defect is an edit of examples/mindprint-hello's one module; a backend is made of each, installed into a folder, and
-tested like any other.
+Each defect is an edit of the one module of examples/mindprint-hello. Every edited module is installed as a backend into
+a folder, and tested like any other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EXAMPLE = Path(__file__).parents[3] / "examples" / "mindprint-hello" / "src" / "
 
 @dataclass(frozen=True)
 class Defect:
-    """One mistake: what it is, the test that must catch it, and the edits `(old, new)` that make it."""
+    """A mistake: its name, the test that must catch it, and the edits `(old, new)` that make it."""
 
     name: str
     caught_by: str
@@ -46,8 +46,18 @@ DPO_GRADIENT = "preference_gradients_by_finite_differences"
 MERGED = "an_adapter_is_what_merging_it_would_be"
 
 DEFECTS = (
-    # What it says of itself, and loading.
-    defect("a capability that it has not", "capabilities_are_those_claimed_here", ('{"sampling"}', '{"dropout"}')),
+    # The backend's account of itself, and loading.
+    defect(
+        "an accelerator behind the CPU",
+        "auto_can_choose_a_device",
+        ('"hello", (cpu,), frozenset', '"hello", (cpu, DeviceInfo("npu", None, accelerator=True)), frozenset'),
+    ),
+    defect(
+        "a device that cannot be used, without a reason",
+        "devices_are_stated",
+        ('"hello", (cpu,), frozenset', '"hello", (cpu, DeviceInfo("npu", " ")), frozenset'),
+    ),
+    defect("a capability that it lacks", "capabilities_are_those_claimed_here", ('{"sampling"}', '{"dropout"}')),
     defect(
         "the framework is imported with the plugin",
         "importing_the_plugin_imports_no_framework",
@@ -110,8 +120,8 @@ DEFECTS = (
     ),
     defect("dropout is ignored", "dropout_that_is_not_claimed_is_refused", ("if adapter.config.dropout:", "if False:")),
     defect(
-        "an error of its own without an adapter",
-        "what_needs_an_adapter_says_so",
+        "an error of Python without an adapter",
+        "hooks_that_need_an_adapter_say_so",
         ('raise AdapterError("the model has no adapter: inject one first")', 'raise KeyError("adapter")'),
     ),
     # Log-probs.
@@ -140,13 +150,17 @@ DEFECTS = (
         "padding_and_neighbours_change_nothing",
         ("self.z = np.tanh(self.x @ ", "self.z = np.tanh((self.x - self.x.mean(axis=(0, 1))) @ "),
     ),
-    defect("values outside the mask", "what_is_not_asked_is_zero", ("np.where(batch.loss_mask, ", "np.where(True, ")),
+    defect(
+        "values outside the mask",
+        "log_probs_outside_the_mask_are_zero",
+        ("np.where(batch.loss_mask, ", "np.where(True, "),
+    ),
     # SFT.
     defect(
         "prompt tokens count", "the_sft_loss_is_cores", ("pass_.picked[batch.loss_mask].sum()", "pass_.picked.sum()")
     ),
     defect(
-        "a normalizer of its own",
+        "its own normalizer",
         "the_normalizer_is_the_updates",
         ("max(update.tokens, 1)", "max(sum(batch.loss_tokens for batch in batches), 1)"),
     ),
@@ -216,7 +230,7 @@ DEFECTS = (
         ("    return norm\n", "    return norm * factor\n"),
     ),
     defect(
-        "a learning rate of its own",
+        "its own learning rate",
         "a_learning_rate_of_zero_changes_no_factor",
         (" - rate * change", " - 1e-2 * change"),
     ),
@@ -237,7 +251,7 @@ DEFECTS = (
         ("reference = batch.reference_chosen, batch.reference_rejected", "reference = 0 * chosen, 0 * rejected"),
     ),
     defect(
-        "no SFT term beside the loss",
+        "no SFT term next to the loss",
         "preference_losses_are_cores",
         ("values - loss.sft_weight * chosen / update.tokens", "values"),
     ),
@@ -264,7 +278,7 @@ DEFECTS = (
     ),
     defect(
         "a stage starts with the steps of the last",
-        "a_state_without_moments_starts_the_optimizer_anew",
+        "a_state_without_moments_starts_the_optimizer_from_scratch",
         ("state.optimizer_steps if state.first_moments else 0", "state.optimizer_steps or model.steps"),
     ),
     defect(
@@ -348,7 +362,7 @@ for number in range({count}):
 
 
 def failures(defects: Sequence[Defect], *, everything: bool = False) -> list[set[str]]:
-    """The names of the tests that fail on each defect; of all tests, or only of the one that should."""
+    """Return the names of the tests that fail on each defect: of all tests, or only of the one that should."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         module = _install(folder, defects)
@@ -356,7 +370,8 @@ def failures(defects: Sequence[Defect], *, everything: bool = False) -> list[set
         report = folder / "report.xml"
         options = ["-q", "--tb=no", "-p", "no:cacheprovider", f"--rootdir={folder}", f"--junitxml={report}"]
         command = [sys.executable, "-m", "pytest", *options, *([str(module)] if everything else chosen)]
-        path = os.pathsep.join([str(folder / "site"), str(EXAMPLE.parent)])
+        # Behind them stays the caller's own path: the suite that is tested may lie there, and not in the environment.
+        path = os.pathsep.join([str(folder / "site"), str(EXAMPLE.parent), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": path}
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
         if done.returncode not in (0, 1):
@@ -365,7 +380,7 @@ def failures(defects: Sequence[Defect], *, everything: bool = False) -> list[set
 
 
 def _install(folder: Path, defects: Sequence[Defect]) -> Path:
-    """A backend of each defect, as a distribution that is installed in a folder; returns the test module."""
+    """Install a backend of each defect, all in one distribution, into a folder. Return the test module."""
     source = (EXAMPLE / "plugin.py").read_text(encoding="utf-8")
     site = folder / "site"
     metadata = site / "defects-1.dist-info"
@@ -381,23 +396,23 @@ def _install(folder: Path, defects: Sequence[Defect]) -> Path:
 
 
 def _failed(report: Path, count: int) -> list[set[str]]:
-    found: list[set[str]] = [set() for _ in range(count)]
+    failed: list[set[str]] = [set() for _ in range(count)]
     for case in ET.parse(report).iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
             number = int(case.attrib["classname"].rpartition("Test")[2])
-            found[number].add(case.attrib["name"].partition("[")[0])
-    return found
+            failed[number].add(case.attrib["name"].partition("[")[0])
+    return failed
 
 
-def caught(defects: Sequence[Defect], found: Sequence[set[str]]) -> Mapping[str, bool]:
-    """Whether the test that should caught each defect."""
-    return {defect.name: defect.caught_by in names for defect, names in zip(defects, found, strict=True)}
+def caught(defects: Sequence[Defect], failed: Sequence[set[str]]) -> Mapping[str, bool]:
+    """Return, for each defect, whether the test that should catch it did."""
+    return {defect.name: defect.caught_by in names for defect, names in zip(defects, failed, strict=True)}
 
 
 def main(everything: bool) -> int:
-    found = failures(DEFECTS, everything=everything)
-    results = caught(DEFECTS, found)
-    for defect, names in zip(DEFECTS, found, strict=True):
+    failed = failures(DEFECTS, everything=everything)
+    results = caught(DEFECTS, failed)
+    for defect, names in zip(DEFECTS, failed, strict=True):
         by = ", ".join(sorted(names)) if everything else defect.caught_by
         print(f"{'caught' if results[defect.name] else 'MISSED':7s} {defect.name}: {by}")
     print(f"caught {sum(results.values())} of {len(DEFECTS)}")

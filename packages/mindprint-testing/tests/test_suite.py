@@ -1,4 +1,4 @@
-"""The suite, tested: it passes a sound backend, catches every seeded defect, and cannot be departed from quietly."""
+"""Tests of the suite: it passes a sound backend, catches every seeded defect, and cannot be departed from quietly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from defects import DEFECTS, EXAMPLE, Defect, caught, failures
 
+from mindprint.contract import CAPABILITIES
 from mindprint_testing import BackendConformance
+from mindprint_testing.claims import NEEDS
 from mindprint_testing.override import conformance_tests
 
 SUBCLASS = f"""
@@ -33,7 +35,7 @@ class TestHello(BackendConformance):
 
 
 def run(folder: Path, body: str, *options: str) -> str:
-    """What pytest prints for a test module whose class has `body`; the sound backend is installed as `hello-here`."""
+    """Return pytest's output for a test class with `body`. The sound backend is installed as `hello-here`."""
     metadata = folder / "site" / "hello_here-1.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: hello-here\nVersion: 1\n")
@@ -55,8 +57,8 @@ def test_every_seeded_defect_is_caught_by_the_test_that_should(capsys: pytest.Ca
 
 
 def test_a_sound_backend_passes_every_test() -> None:
-    (found,) = failures([Defect("none", "", ())], everything=True)
-    assert found == set()
+    (failed,) = failures([Defect("none", "", ())], everything=True)
+    assert failed == set()
 
 
 def test_every_test_says_what_its_failure_means() -> None:
@@ -67,18 +69,23 @@ def test_every_test_says_what_its_failure_means() -> None:
 def test_a_failure_shows_its_meaning(tmp_path: Path) -> None:
     """The class claims nothing, the backend offers sampling."""
     output = run(tmp_path, "", "-k", "capabilities_are")
-    assert "what this means" in output
+    assert "meaning of this failure" in output
     assert "a capability is offered untested" in output
 
 
-def test_what_is_not_claimed_is_listed_by_name(tmp_path: Path) -> None:
+def test_a_capability_that_is_not_claimed_is_listed_with_its_needs(tmp_path: Path) -> None:
     output = run(tmp_path, "", "-rs", "-k", "test_capability")
-    assert set(re.findall(r"not claimed: (\w+)", output)) == {
-        "dropout", "bfloat16", "float16", "sampling", "embedding", "experts"
-    }  # fmt: skip
+    listed = dict(re.findall(r"not claimed: (\w+) \(needs (.+)\)$", output, re.MULTILINE))
+    assert listed == NEEDS
+    assert set(NEEDS) == CAPABILITIES
 
 
-def test_what_cannot_be_tested_cannot_be_claimed(tmp_path: Path) -> None:
+def test_the_needs_of_a_capability_are_on_the_page() -> None:
+    page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert [name for name, needs in NEEDS.items() if f"| `{name}` | {needs} |" not in page] == []
+
+
+def test_a_capability_without_tests_cannot_be_claimed(tmp_path: Path) -> None:
     output = run(tmp_path, "    capabilities = frozenset({'sampling', 'experts'})\n", "-k", "test_capability")
     assert "1 failed, 1 passed" in output
     assert "experts: reserved, no core drives it yet and no test of it exists" in output
@@ -99,6 +106,6 @@ def test_an_override_without_a_reason_fails(tmp_path: Path, body: str) -> None:
     assert "test_adamw_is_torchs is part of the conformance suite and was overridden without a stated reason" in output
 
 
-def test_an_override_with_a_reason_stands(tmp_path: Path) -> None:
+def test_an_override_with_a_reason_is_accepted(tmp_path: Path) -> None:
     body = "    @departs(because='it has SGD')\n    def test_adamw_is_torchs(self): pass\n"
     assert "1 passed" in run(tmp_path, body, "-k", "adamw")

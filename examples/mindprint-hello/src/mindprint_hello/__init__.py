@@ -1,1 +1,1 @@
-"""A third-party backend for Mindprint, in an afternoon: what docs/write-a-backend.md builds."""
+"""A third-party backend for Mindprint. docs/write-a-backend.md builds it from an empty folder."""

@@ -1,4 +1,4 @@
-"""`mindprint hello FOLDER`: write a base model that this backend can train."""
+"""The command `mindprint hello FOLDER`, which writes a base model for this backend."""
 
 from __future__ import annotations
 

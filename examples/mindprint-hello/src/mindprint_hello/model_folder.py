@@ -13,7 +13,7 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-"""No space or line break between the parts; a turn ends with the end-of-sequence token."""
+"""A chat template without space or line break between its parts. A turn ends with the end-of-sequence token."""
 
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
@@ -38,7 +38,7 @@ def write_model(folder: Path, seed: int = 0, hidden: int = 32) -> Path:
 
 
 def _write_tokenizer(folder: Path) -> int:
-    """Returns the size of the vocabulary."""
+    """Write the tokenizer and return the size of its vocabulary."""
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

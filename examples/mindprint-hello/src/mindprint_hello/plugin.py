@@ -1,8 +1,8 @@
 """A whole backend in NumPy: every hook of the contract, on a model small enough to read.
 
 The model predicts the next token from the present one and the mean of all so far, through one hidden layer:
-`x = e[t] + mean(e[..t])`, `h = x + down(tanh(up(x)))`, `logits = h @ head.T`. LoRA goes on `up`, `down` and `head`; the
-gradients are written out by hand.
+`x = e[t] + mean(e[..t])`, `h = x + down(tanh(up(x)))`, `logits = h @ head.T`. `up`, `down` and `head` can take LoRA.
+The gradients are written out by hand.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Factors = dict[str, LoraFactors]
 
 @dataclass
 class HelloModel:
-    """The handle. Weights are `[out, in]` float32, as are the adapter and its moments; computing is float64."""
+    """The handle. Weights are `[out, in]`. They, the adapter and its moments are float32, and computing is float64."""
 
     weights: dict[str, Float32]
     adapter: AdapterState | None = None
@@ -171,10 +171,11 @@ def mindprint_restore(model: HelloModel, state: TrainingState) -> bool:
 
 
 class _Pass:
-    """One forward pass over `tokens` [rows, T], with what its backward pass needs."""
+    """One forward pass over `tokens` [rows, T], which keeps the arrays that its backward pass needs."""
 
     def __init__(self, model: HelloModel, tokens: Int32, *, adapter: bool) -> None:
         self.model, self.tokens, self.adapted = model, tokens, adapter and model.adapter is not None
+        # In float64, because the order of sums depends on the batch's shape: rounding to float32 hides the difference.
         seen = model.weights[EMBEDDING][tokens].astype(np.float64)
         self.x = seen + np.cumsum(seen, axis=1) / np.arange(1, tokens.shape[1] + 1)[:, None]
         self.z = np.tanh(self.x @ self._weight(UP).T)
@@ -236,9 +237,6 @@ def _draw(log_probs: Array, sampling: Sampling, random: np.random.Generator) -> 
     return int(random.choice(kept, p=weights[kept] / weights[kept].sum()))
 
 
-# --- the update ------------------------------------------------------------------------------------------------------
-
-
 def _adapter(model: HelloModel) -> AdapterState:
     if model.adapter is None:
         raise AdapterError("the model has no adapter: inject one first")
@@ -250,7 +248,7 @@ def _zeros(model: HelloModel) -> dict[str, list[Array]]:
 
 
 def _apply(model: HelloModel, gradients: dict[str, list[Array]], update: Update) -> float:
-    """Clip, then AdamW as `torch.optim.AdamW`. Returns the norm before clipping."""
+    """Clip, then update as `torch.optim.AdamW` does. Return the norm before clipping."""
     adapter = _adapter(model)
     norm = float(np.sqrt(sum((part**2).sum() for pair in gradients.values() for part in pair)))
     factor = 1.0 if update.max_grad_norm is None else min(1.0, update.max_grad_norm / (norm + 1e-6))
@@ -281,9 +279,9 @@ def _adamw(
 def _preference(
     loss: PreferenceLoss, batch: PreferenceBatch, chosen: Array, rejected: Array, update: Update
 ) -> tuple[float, Array]:
-    """The loss, and its derivatives by the chosen, then the rejected log-probs, `[2 * pairs]`.
+    """Return the loss, and its derivatives by the chosen, then the rejected log-probs, `[2 * pairs]`.
 
-    Central differences: a pair's loss depends on its own two sums alone, and they are exact to about 1e-8.
+    A pair's loss depends on its two sums alone, so two central differences give all of them, exact to about 1e-8.
     """
 
     def per_pair(chosen: Array, rejected: Array) -> Array:

@@ -1,4 +1,4 @@
-"""`voice.scorers: {hello: {}}`: a measure of a voice, how long its sentences are."""
+"""The scorer `hello`: a measure of a voice by the length of its sentences."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SentenceLength:
 
 @dataclass(frozen=True)
 class FittedLength:
-    """Both means in words a sentence."""
+    """The measure once it knows the person: both means, in words a sentence."""
 
     ends: str
     person: float

@@ -1,4 +1,4 @@
-"""What every conformance test works with: one backend, the model it is tested on, and seeded samples for both."""
+"""The bench of every conformance test: one backend, the model it is tested on, and seeded samples for both."""
 
 from __future__ import annotations
 
@@ -35,30 +35,26 @@ from mindprint.plugins.backend import Backend
 class Bench:
     """A backend and a model folder. Everything it makes follows from seeds.
 
-    Models are left to Python: releasing each would cost some backends more than all tests together.
+    Models are left to Python to free: releasing each would cost some backends more than all tests together.
     """
 
     backend: Backend
     folder: Path
     device: str = "cpu"
 
-    # --- models ------------------------------------------------------------------------------------------------------
-
     def load(self, dtype: Dtype = "float32", folder: Path | None = None) -> LoadedModel:
-        """The bare base."""
+        """Load the bare base."""
         folder = folder or self.folder
         return self.backend.load_model(ModelSpec(str(folder), self.device, dtype, quantization(folder)))
 
     def ready(self, dtype: Dtype = "float32", *, seed: int = 0, **config: Any) -> LoadedModel:
-        """A base with an adapter on all linear sites whose B is not zero, so that every factor has a gradient."""
+        """Load a base with an adapter on all linear sites. Its B is not zero, so that every factor has a gradient."""
         model = self.load(dtype)
         self.backend.inject_adapter(model, self.adapter(self.linear_sites(model), seed=seed, **config))
         return model
 
-    # --- adapters ----------------------------------------------------------------------------------------------------
-
     def linear_sites(self, model: LoadedModel) -> tuple[AdapterSite, ...]:
-        """What core resolves `all-linear` to."""
+        """Return the sites that core resolves `all-linear` to."""
         sites = self.backend.adapter_sites(model)
         targets = set(resolve_targets(sites, "all-linear"))
         return tuple(site for site in sites if site.name in targets)
@@ -66,7 +62,7 @@ class Bench:
     def adapter(
         self, sites: Sequence[AdapterSite], *, r: int = 3, alpha: float = 6.0, seed: int = 0, **config: Any
     ) -> AdapterState:
-        """Random factors, B not zero. `config` is the rest of `LoraConfig`."""
+        """Return an adapter with random factors, B not zero. `config` holds other fields of `LoraConfig`."""
         random = np.random.default_rng([seed, 11])
         lora = LoraConfig(r, alpha, tuple(site.name for site in sites), **config)
 
@@ -76,18 +72,16 @@ class Bench:
 
         return AdapterState(lora, {site.name: factors(site) for site in sites})
 
-    # --- batches -----------------------------------------------------------------------------------------------------
-
     @cached_property
     def vocab_size(self) -> int:
         return self.load().vocab_size
 
     def tokens(self, *shape: int, seed: int = 1) -> Int32:
-        """Random token ids."""
+        """Return random token ids, int32."""
         return np.random.default_rng([seed, 12]).integers(3, self.vocab_size, shape).astype(np.int32)
 
     def token_batch(self, rows: int = 4, width: int = 12, seed: int = 1) -> TokenBatch:
-        """Ragged rows; the first third of each is prompt, the padding an id that also occurs in them."""
+        """Return ragged rows. The first third of each is prompt, and the padding is an id that also occurs in them."""
         lengths = np.random.default_rng([seed, 13]).integers(width // 2, width + 1, rows).astype(np.int32)
         lengths[0] = width
         columns = np.arange(width)
@@ -96,7 +90,7 @@ class Bench:
         return TokenBatch(tokens, lengths, (columns >= width // 3) & (columns < lengths[:, None]))
 
     def preference_batch(self, pairs: int = 3, seed: int = 2, *, reference: bool = True) -> PreferenceBatch:
-        """Ragged pairs; the made-up reference is about what a random model gives."""
+        """Return ragged pairs. The made-up reference is about as likely as a random model's answers."""
         random = np.random.default_rng([seed, 14])
 
         def part(width: int, offset: int) -> tuple[Int32, Int32]:
@@ -109,31 +103,31 @@ class Bench:
             prompt, prompts, chosen, chosens, rejected, rejecteds, *(values if reference else (None, None))
         )
 
-    # --- steps -------------------------------------------------------------------------------------------------------
-
     def sft_step(self, model: LoadedModel, *batches: TokenBatch, **changes: Any) -> StepMetrics:
-        """One step on these micro-batches. `changes` are of `sft_update`."""
+        """Take one step on these micro-batches. `changes` replace fields of `sft_update`."""
         return self.backend.sft_step(model, batches, replace(sft_update(*batches), **changes))
 
     def dpo_step(
         self, model: LoadedModel, *batches: PreferenceBatch, loss: PreferenceLoss | None = None, **changes: Any
     ) -> StepMetrics:
-        """One preference step on these micro-batches. `changes` are of `dpo_update`."""
+        """Take one preference step on these micro-batches. `changes` replace fields of `dpo_update`."""
         return self.backend.dpo_step(model, batches, loss or PreferenceLoss(), replace(dpo_update(*batches), **changes))
 
 
 def sft_update(*batches: TokenBatch, **changes: Any) -> Update:
+    """Return the settings of a step on these micro-batches, with the normalizers that core would state."""
     return replace(Update(learning_rate=1e-2, tokens=sum(batch.loss_tokens for batch in batches)), **changes)
 
 
 def dpo_update(*batches: PreferenceBatch, **changes: Any) -> Update:
+    """Return the settings of a preference step on these micro-batches, with core's normalizers."""
     tokens = sum(int(batch.chosen_lengths.sum()) for batch in batches)
     pairs = sum(batch.pairs for batch in batches)
     return replace(Update(learning_rate=1e-2, tokens=tokens, pairs=pairs), **changes)
 
 
 def rows_of(batch: TokenBatch) -> list[TokenBatch]:
-    """Each row as a batch of its own, without padding."""
+    """Return each row as a batch by itself, without padding."""
     return [
         TokenBatch(batch.tokens[row : row + 1, :n], batch.lengths[row : row + 1], batch.loss_mask[row : row + 1, :n])
         for row, n in enumerate(batch.lengths)
@@ -141,7 +135,7 @@ def rows_of(batch: TokenBatch) -> list[TokenBatch]:
 
 
 def pairs_of(batch: PreferenceBatch) -> list[PreferenceBatch]:
-    """Each pair as a batch of its own."""
+    """Return each pair as a batch by itself."""
 
     def only(pair: int) -> dict[str, Any]:
         return {name: None if values is None else values[pair : pair + 1] for name, values in vars(batch).items()}

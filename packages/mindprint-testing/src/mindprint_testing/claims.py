@@ -1,25 +1,36 @@
-"""What a test class says of its backend, and how a test asks for it."""
+"""The attributes by which a test class states its backend and its claims, and how a test asks for a claim."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import pytest
+
+NEEDS: Mapping[str, str] = {
+    "dropout": "LoRA dropout in SFT steps only, its masks a function of `update.seed` and the micro-batch's index",
+    "bfloat16": "a base in bfloat16 on the tested device, with adapter, moments and log-softmax in float32",
+    "float16": "the same in float16, with `contract.TrainingState`'s loss scale, and overflowing steps skipped",
+    "sampling": "draws at `temperature` within `top_p` that follow from seed and prompt alone",
+    "embedding": "sites of the kind `embedding`, with LoRA on them as PEFT defines it",
+    "experts": "nothing yet: the name is reserved, core does not drive it, and no test of it exists",
+}
+"""For each capability of `mindprint.contract.CAPABILITIES`, the work that a backend must do before it may claim it."""
 
 
 class Claims:
     """The attributes that a backend's test class sets."""
 
     backend_name: ClassVar[str]
-    """The backend's entry point."""
+    """The name of the backend's entry point."""
 
     capabilities: ClassVar[frozenset[str]] = frozenset()
     """The optional parts of the contract that the backend claims, of `mindprint.contract.CAPABILITIES`."""
 
     device: ClassVar[str] = "cpu"
-    """Where it is tested."""
+    """The device on which it is tested."""
 
     def needs(self, capability: str) -> None:
-        """Skip the test, naming the capability, unless it is claimed."""
+        """Skip the test, naming the capability and the work behind it, unless the test class claims it."""
         if capability not in self.capabilities:
-            pytest.skip(f"not claimed: {capability}")
+            pytest.skip(f"not claimed: {capability} (needs {NEEDS[capability]})")

@@ -25,26 +25,26 @@ class Forward:
         tokens[:, -1] = np.arange(size)
         mask = np.zeros(tokens.shape, np.bool_)
         mask[:, -1] = True
-        found = bench.backend.log_probs(model, TokenBatch(tokens, np.full(size, 5, np.int32), mask))[:, -1]
-        assert abs(np.exp(found.astype(np.float64)).sum() - 1) < 1e-4
-        assert found.std() > 1e-2, "every token is equally likely: the logits do not reach the result"
+        last = bench.backend.log_probs(model, TokenBatch(tokens, np.full(size, 5, np.int32), mask))[:, -1]
+        assert abs(np.exp(last.astype(np.float64)).sum() - 1) < 1e-4
+        assert last.std() > 1e-2, "every token is equally likely: the logits do not reach the result"
 
-    def test_what_is_not_asked_is_zero(self, bench: Bench) -> None:
+    def test_log_probs_outside_the_mask_are_zero(self, bench: Bench) -> None:
         """Outside the mask every value is 0, under it none is; an empty mask gives zeros.
 
         If it fails: prompt tokens or padding would count in every sum. Look at where the mask is applied.
         """
         model, batch = bench.ready(), bench.token_batch()
-        found = bench.backend.log_probs(model, batch)
-        assert not found[~batch.loss_mask].any()
-        assert (found[batch.loss_mask] < 0).all()
+        log_probs = bench.backend.log_probs(model, batch)
+        assert not log_probs[~batch.loss_mask].any()
+        assert (log_probs[batch.loss_mask] < 0).all()
         nothing = replace(batch, loss_mask=np.zeros_like(batch.loss_mask))
         assert not bench.backend.log_probs(model, nothing).any()
 
     def test_the_mask_selects_and_changes_nothing_else(self, bench: Bench) -> None:
         """A token's log-prob is the same whether or not other tokens are asked for.
 
-        If it fails: masked tokens are hidden from the model. The mask says what counts, not what is seen.
+        If it fails: masked tokens are hidden from the model. The mask decides which tokens count, not which are seen.
         """
         model, batch = bench.ready(), bench.token_batch()
         everything = (np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]) & (
@@ -78,26 +78,26 @@ class Forward:
         If it fails: padding is attended to, positions count from the wrong end, or statistics are taken over a batch.
         """
         model, batch = bench.ready(), bench.token_batch()
-        found = bench.backend.log_probs(model, batch)
-        for row, alone in enumerate(rows_of(batch)):
-            one = bench.backend.log_probs(model, alone)[0]
-            np.testing.assert_allclose(found[row, : len(one)], one, rtol=0, atol=EXACT)
+        together = bench.backend.log_probs(model, batch)
+        for row, row_alone in enumerate(rows_of(batch)):
+            alone = bench.backend.log_probs(model, row_alone)[0]
+            np.testing.assert_allclose(together[row, : len(alone)], alone, rtol=0, atol=EXACT)
         tokens = np.pad(batch.tokens, ((0, 0), (0, 5)))
         tokens[np.arange(tokens.shape[1]) >= batch.lengths[:, None]] = 5
         order = np.array([2, 0, 3, 1])
         wide = TokenBatch(tokens[order], batch.lengths[order], np.pad(batch.loss_mask, ((0, 0), (0, 5)))[order])
-        moved = bench.backend.log_probs(model, wide)[:, : found.shape[1]]
-        np.testing.assert_allclose(moved, found[order], rtol=0, atol=EXACT)
+        moved = bench.backend.log_probs(model, wide)[:, : together.shape[1]]
+        np.testing.assert_allclose(moved, together[order], rtol=0, atol=EXACT)
 
     def test_the_same_question_twice_bit_for_bit(self, bench: Bench) -> None:
-        """In one model and in one loaded anew; and a question changes nothing that training then does.
+        """In one model and in one loaded again. And a question changes nothing that training then does.
 
         If it fails: something is drawn at random, or evaluation leaves a trace. Look for dropout that is on, and for
         caches that are kept.
         """
-        one, other, batch = bench.ready(), bench.ready(), bench.token_batch()
-        found = bench.backend.log_probs(one, batch)
-        np.testing.assert_array_equal(bench.backend.log_probs(one, batch), found)
-        np.testing.assert_array_equal(bench.backend.log_probs(other, batch), found)
-        bench.backend.log_probs(other, batch, adapter=False)
-        assert bench.sft_step(one, batch) == bench.sft_step(other, batch)
+        first, second, batch = bench.ready(), bench.ready(), bench.token_batch()
+        log_probs = bench.backend.log_probs(first, batch)
+        np.testing.assert_array_equal(bench.backend.log_probs(first, batch), log_probs)
+        np.testing.assert_array_equal(bench.backend.log_probs(second, batch), log_probs)
+        bench.backend.log_probs(second, batch, adapter=False)
+        assert bench.sft_step(first, batch) == bench.sft_step(second, batch)

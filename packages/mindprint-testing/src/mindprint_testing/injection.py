@@ -1,4 +1,4 @@
-"""Adapters: put where they belong, computing what they say, and taken out of the sum when they are off."""
+"""Adapters: put where they belong, with the effect that they state, and none when they are off."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Injection(Claims):
     def test_facts_of_an_injection(self, bench: Bench) -> None:
         """The sites adapted and the elements trained are exactly the adapter's.
 
-        If it fails: the backend matched names by their ends, or something beside the adapter is trainable. Look at the
-        `AdapterFacts`: they must be counted on the model, not copied from the request.
+        If it fails: the backend matched names by their ends, or weights other than the adapter are trainable. Look at
+        the `AdapterFacts`: they must be counted on the model, not copied from the request.
         """
         model = bench.load()
         adapter = bench.adapter(bench.linear_sites(model)[:2])
@@ -41,7 +41,7 @@ class Injection(Claims):
     def test_a_fresh_adapter_changes_nothing(self, bench: Bench) -> None:
         """Core's initial adapter has B = 0: log-probs are the base's.
 
-        If it fails: the backend draws initial values of its own instead of taking those given. Look for the
+        If it fails: the backend draws initial values itself instead of taking those given. Look for the
         framework's own initialisation in `mindprint_inject_adapter`.
         """
         model, batch = bench.load(), bench.token_batch()
@@ -85,14 +85,14 @@ class Injection(Claims):
         If it fails: A and B of an embedding change places, or a tied head was adapted with it (PEFT leaves it alone).
         """
         self.needs("embedding")
-        found = [site for site in bench.backend.adapter_sites(bench.load()) if site.kind == "embedding"]
-        assert found, "embedding is claimed, but no site of this kind is listed"
-        _check_merged(bench, tmp_path, bench.adapter(found), {site.name: site for site in found})
+        sites = [site for site in bench.backend.adapter_sites(bench.load()) if site.kind == "embedding"]
+        assert sites, "embedding is claimed, but no site of this kind is listed"
+        _check_merged(bench, tmp_path, bench.adapter(sites), {site.name: site for site in sites})
 
     def test_adapter_off_is_the_base_bit_for_bit(self, bench: Bench) -> None:
         """With `adapter=False` the base answers, before and after training, and switching off leaves no trace.
 
-        If it fails: the reference of DPO and every before-and-after comparison measure something else. Look at how
+        If it fails: the reference of DPO and every before-and-after comparison are wrong. Look at how
         `mindprint_log_probs` leaves the adapter out: not by subtracting it, and always put back, errors included.
         """
         model, batch = bench.load(), bench.token_batch()
@@ -155,7 +155,7 @@ class Injection(Claims):
             bench.backend.inject_adapter(model, bench.adapter(bench.linear_sites(model), dropout=0.1))
 
     @pytest.mark.parametrize("hook", ["sft_step", "dpo_step", "save", "restore"])
-    def test_what_needs_an_adapter_says_so(self, bench: Bench, hook: str) -> None:
+    def test_hooks_that_need_an_adapter_say_so(self, bench: Bench, hook: str) -> None:
         """Training, saving or restoring without an adapter is an `AdapterError`.
 
         If it fails: the user sees an error of the framework, or of Python, that names no remedy.

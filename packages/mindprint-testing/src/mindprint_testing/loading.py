@@ -23,8 +23,8 @@ class Loading:
     def test_facts_of_a_load(self, bench: Bench) -> None:
         """Device, dtype, parameters and vocabulary are those of the folder.
 
-        If it fails: the run's manifest records something else than what was trained. Look at the `LoadedModel` that
-        `mindprint_load_model` returns.
+        If it fails: the run's manifest records another model than the one that was trained. Look at the `LoadedModel`
+        that `mindprint_load_model` returns.
         """
         model = bench.load()
         config = json.loads((bench.folder / "config.json").read_text(encoding="utf-8"))
@@ -106,8 +106,8 @@ class Loading:
     def test_missing_weights_are_refused(self, bench: Bench, tmp_path: Path) -> None:
         """A folder that lacks one tensor is a `ModelError`.
 
-        If it fails: frameworks fill what is missing with random numbers and train on that. Look at what the framework
-        reports of missing names at load.
+        If it fails: the framework fills missing weights with random numbers and trains on them. Look at its report of
+        missing names at load.
         """
         folder = Path(shutil.copytree(bench.folder, tmp_path / "missing"))
         weights = load_file(folder / SINGLE_FILE)
@@ -122,8 +122,8 @@ class Loading:
 
         If it fails: models share state in the backend's module. Look for globals that `mindprint_release` clears.
         """
-        one, other, batch = bench.ready(), bench.ready(seed=1), bench.token_batch()
-        before = bench.backend.log_probs(other, batch)
-        assert bench.backend._hook.mindprint_release(model=one.handle) is True
-        np.testing.assert_array_equal(bench.backend.log_probs(other, batch), before)
-        assert bench.sft_step(other, batch).grad_norm > 0
+        released, kept, batch = bench.ready(), bench.ready(seed=1), bench.token_batch()
+        before = bench.backend.log_probs(kept, batch)
+        assert bench.backend._hook.mindprint_release(model=released.handle) is True
+        np.testing.assert_array_equal(bench.backend.log_probs(kept, batch), before)
+        assert bench.sft_step(kept, batch).grad_norm > 0

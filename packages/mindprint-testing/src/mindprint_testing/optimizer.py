@@ -17,7 +17,7 @@ class Optimizer:
 
     @pytest.mark.parametrize("options", [AdamW(), OTHER], ids=["default", "other"])
     def test_adamw_is_torchs(self, bench: Bench, options: AdamW) -> None:
-        """Six steps, each compared with float64 on the gradient that the first moment betrays: values and moments.
+        """Six steps, each compared with float64 on the gradient that follows from the first moment: values and moments.
 
         If it fails at step 1: bias correction, eps inside the root, or a decay that is not decoupled. If it fails
         later: the step count, a learning rate that is kept from the first step, or moments in another dtype.
@@ -82,7 +82,7 @@ class Optimizer:
     def test_the_optimizer_of_dpo_is_the_same(self, bench: Bench) -> None:
         """A preference step counts as one update, clips, and moves the adapter by about the learning rate.
 
-        If it fails: the two stages have optimizers of their own. Core restores one state at the start of each stage.
+        If it fails: each stage has another optimizer. Core restores one state at the start of each stage.
         """
         model, pairs = bench.ready(), bench.preference_batch()
         before = reference.flat(bench.backend.save(model).adapter.tensors)

@@ -21,7 +21,7 @@ class Optional(Claims):
     """Capabilities `dropout`, `bfloat16` and `float16`."""
 
     def test_dropout_is_a_function_of_seed_and_micro_batch(self, bench: Bench) -> None:
-        """The same seed gives the same loss, another seed another; two micro-batches have masks of their own.
+        """The same seed gives the same loss, another seed another; two micro-batches have different masks.
 
         If it fails: masks are drawn from a generator that the process shares, and resume cannot be exact.
         """
@@ -38,7 +38,7 @@ class Optional(Claims):
     def test_dropout_masks_survive_gradient_checkpointing(self, bench: Bench) -> None:
         """A step with dropout has the same gradient whether activations are kept or computed again.
 
-        If it fails: the second computation draws masks of its own, and the gradient is that of no loss at all.
+        If it fails: the second computation draws other masks, and the gradient is that of no loss at all.
         """
         self.needs("dropout")
         batch, found = bench.token_batch(), []
@@ -65,7 +65,7 @@ class Optional(Claims):
     def test_dropout_keeps_the_mean(self, bench: Bench) -> None:
         """The mean loss over forty seeds is near that without dropout, and the losses differ.
 
-        If it fails: what is kept is not divided by the share kept, or the rate is the share kept.
+        If it fails: kept inputs are not divided by the share kept, or the rate is the share kept.
         """
         self.needs("dropout")
         batch, model = bench.token_batch(), bench.ready(dropout=0.1)
@@ -96,7 +96,7 @@ class Optional(Claims):
     def test_float16_overflow_is_skipped_and_seen(self, bench: Bench) -> None:
         """A loss scale far too high: the step says so, changes nothing, and the scale halves.
 
-        If it fails: gradients of infinity reach the adapter, or the run stands still in silence.
+        If it fails: gradients of infinity reach the adapter, or the run makes no progress in silence.
         """
         self._needs_dtype(bench, "float16")
         model, batch = bench.ready("float16"), bench.token_batch()

@@ -1,4 +1,4 @@
-"""Departing from an inherited test: with a stated reason, or not at all."""
+"""Departures from an inherited test: with a stated reason, or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ REASON = "__departs_because__"
 
 
 def departs(because: str) -> Callable[[Test], Test]:
-    """Mark a test that replaces an inherited one, with the reason: `@departs(because="...")`."""
+    """Mark a test that replaces an inherited one, with the reason: `@departs(because="...")`.
+
+    Args:
+        because: The reason. An empty one is none.
+    """
 
     def marked(test: Test) -> Test:
         setattr(test, REASON, because)
@@ -23,13 +27,13 @@ def departs(because: str) -> Callable[[Test], Test]:
 def refuse_quiet_overrides(suite: type, subclass: type) -> None:
     """Let every inherited test that `subclass` replaces without a stated reason fail, whatever replaced it."""
     for name in conformance_tests(suite):
-        found = getattr(subclass, name, None)
-        if found is not getattr(suite, name) and not str(getattr(found, REASON, "")).strip():
+        present = getattr(subclass, name, None)
+        if present is not getattr(suite, name) and not str(getattr(present, REASON, "")).strip():
             setattr(subclass, name, _refused(name))
 
 
 def conformance_tests(suite: type) -> dict[str, Callable[..., None]]:
-    """The suite's tests by name."""
+    """Return the suite's tests by name."""
     return {name: getattr(suite, name) for name in dir(suite) if name.startswith("test_")}
 
 

@@ -1,4 +1,4 @@
-"""pytest's part: a failed conformance test shows what its failure means and where to look, which is its docstring."""
+"""A pytest plugin that shows, with each failed conformance test, the meaning of the failure and where to look."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Generator
 
 import pytest
 
-TITLE = "what this means"
+TITLE = "meaning of this failure"
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,4 +1,4 @@
-"""What a backend is compared with: NumPy in float64, and numbers taken from a backend by arithmetic alone."""
+"""References to compare a backend with: NumPy in float64, and numbers taken from a backend by arithmetic alone."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ Step = Callable[[Update], StepMetrics]
 
 
 def flat(tensors: Mapping[str, LoraFactors]) -> Arrays:
+    """Return factors or moments by `SITE.a` and `SITE.b`, float64."""
     return {
         f"{site}.{letter}": np.asarray(values, np.float64)
         for site, pair in tensors.items()
@@ -37,30 +38,31 @@ def flat(tensors: Mapping[str, LoraFactors]) -> Arrays:
 
 
 def norm(arrays: Arrays) -> float:
-    """The global 2-norm."""
+    """Return the global 2-norm."""
     return float(np.sqrt(sum((values**2).sum() for values in arrays.values())))
 
 
-def distance(found: Arrays, expected: Arrays) -> float:
-    """The norm of the difference, relative to that of what was expected."""
-    return norm({name: found[name] - expected[name] for name in expected}) / norm(expected)
-
-
-# --- gradients -------------------------------------------------------------------------------------------------------
+def distance(computed: Arrays, expected: Arrays) -> float:
+    """Return the norm of the difference, relative to the norm of the expected arrays."""
+    return norm({name: computed[name] - expected[name] for name in expected}) / norm(expected)
 
 
 def gradients(backend: Backend, model: LoadedModel, step: Step, update: Update) -> Arrays:
-    """The gradients of one step, unclipped: AdamW's first moment after a first step is (1 - beta1) times them."""
+    """Return the gradients of one step, unclipped.
+
+    AdamW's first moment after a first step is (1 - beta1) times the gradient, and beta1 is 0.9: so every backend tells
+    its gradient, without a hook for it.
+    """
     start = backend.save(model).without_optimizer()
     backend.restore(model, start)
     step(replace(update, max_grad_norm=None))
-    found = {name: moment / 0.1 for name, moment in flat(backend.save(model).first_moments).items()}
+    computed = {name: moment / 0.1 for name, moment in flat(backend.save(model).first_moments).items()}
     backend.restore(model, start)
-    return found
+    return computed
 
 
 def slope(backend: Backend, model: LoadedModel, loss: Callable[[], float], direction: Arrays, size: float) -> float:
-    """The derivative of `loss` along `direction` (not scaled) by central differences; the adapter moves by `size`."""
+    """Return the derivative of `loss` along `direction` by central differences. The adapter moves by `size`."""
     start = backend.save(model).without_optimizer()
     by = size / norm(direction)
 
@@ -68,13 +70,13 @@ def slope(backend: Backend, model: LoadedModel, loss: Callable[[], float], direc
         backend.restore(model, moved(start, direction, distance))
         return loss()
 
-    found = (at(by) - at(-by)) / (2 * by)
+    derivative = (at(by) - at(-by)) / (2 * by)
     backend.restore(model, start)
-    return found
+    return derivative
 
 
 def moved(state: TrainingState, direction: Arrays, by: float) -> TrainingState:
-    """The adapter `by` times `direction` away; factors that `direction` does not name stay."""
+    """Return the adapter `by` times `direction` away. Factors that `direction` does not name stay as they are."""
 
     def factor(name: str, values: Float32) -> Float32:
         return (values + by * direction.get(name, 0.0)).astype(np.float32)
@@ -86,13 +88,13 @@ def moved(state: TrainingState, direction: Arrays, by: float) -> TrainingState:
     return TrainingState(replace(state.adapter, tensors=tensors))
 
 
-# --- AdamW -----------------------------------------------------------------------------------------------------------
-
-
 def adamw(
     values: Arrays, gradient: Arrays, first: Arrays, second: Arrays, rate: float, options: AdamW, step: int
 ) -> tuple[Arrays, Arrays, Arrays]:
-    """Loshchilov & Hutter 2019, algorithm 2, in `torch.optim.AdamW`'s order: decay first, eps beside the root."""
+    """Return values and moments after a step of AdamW (Loshchilov & Hutter 2019, algorithm 2).
+
+    The order is that of `torch.optim.AdamW`: decay first, and eps added to the root, not under it.
+    """
     beta1, beta2 = options.betas
     first = {name: beta1 * first[name] + (1 - beta1) * g for name, g in gradient.items()}
     second = {name: beta2 * second[name] + (1 - beta2) * g**2 for name, g in gradient.items()}
@@ -103,11 +105,8 @@ def adamw(
     return new, first, second
 
 
-# --- preference ------------------------------------------------------------------------------------------------------
-
-
 def whole_sequences(batch: PreferenceBatch) -> TokenBatch:
-    """Prompt + chosen of every pair, then prompt + rejected, written out token by token, without layouts of core's."""
+    """Return prompt + chosen of every pair, then prompt + rejected, token by token, without core's layouts."""
     rows = []
     for answers, lengths in ((batch.chosen, batch.chosen_lengths), (batch.rejected, batch.rejected_lengths)):
         for pair in range(batch.pairs):
@@ -124,7 +123,7 @@ def whole_sequences(batch: PreferenceBatch) -> TokenBatch:
 def preference(
     backend: Backend, model: LoadedModel, batch: PreferenceBatch, loss: PreferenceLoss, update: Update
 ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-    """Core's loss of the log-probs that `mindprint_log_probs` gives, and the sums of chosen and rejected, `[pairs]`."""
+    """Return core's loss of what `mindprint_log_probs` gives, and the sums of both completions, `[pairs]`."""
     sums = backend.log_probs(model, whole_sequences(batch)).astype(np.float64).sum(axis=1)
     chosen, rejected = np.split(sums, 2)
     reference = batch.reference_chosen, batch.reference_rejected

@@ -1,4 +1,4 @@
-"""State: out, into another model, and on from there as if nothing had happened."""
+"""State: saved, restored into another model, and continued from there as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ class State:
     def test_before_the_first_step_there_are_no_moments(self, bench: Bench) -> None:
         """A fresh adapter's state has no moments and no steps, and no loss scale in float32.
 
-        If it fails: a stage that starts anew would start from moments of zero at another step count, or the other way
-        round.
+        If it fails: a new stage would start from moments of zero at another step count, or the other way round.
         """
         state = bench.backend.save(bench.ready())
         assert (dict(state.first_moments), dict(state.second_moments)) == ({}, {})
@@ -29,7 +28,7 @@ class State:
     def test_moments_are_named_and_shaped_as_the_factors(self, bench: Bench) -> None:
         """Moments lie under the sites' names, float32, in the layout of A and B.
 
-        If it fails: another backend cannot go on from this state.
+        If it fails: another backend cannot continue from this state.
         """
         model = bench.ready()
         bench.sft_step(model, bench.token_batch())
@@ -43,10 +42,10 @@ class State:
 
     @pytest.mark.parametrize("stopped", range(4))
     def test_resume_is_bit_for_bit(self, bench: Bench, stopped: int) -> None:
-        """Two SFT and two DPO steps; from the state before each, a model loaded anew comes to the same end.
+        """Two SFT and two DPO steps; from the state before each, a newly loaded model comes to the same end.
 
-        If it fails: something that training depends on is not in the state. Look for what the handle holds beside
-        adapter, moments, step count and loss scale; a generator, a schedule, a cache.
+        If it fails: training depends on something that is not in the state. Look for it in the handle: a generator, a
+        schedule, a cache.
         """
         model = bench.ready()
         states, metrics = [bench.backend.save(model)], []
@@ -88,7 +87,7 @@ class State:
         bench.backend.restore(other, bench.backend.save(one))
         np.testing.assert_array_equal(bench.backend.log_probs(other, batch), expected)
 
-    def test_a_state_without_moments_starts_the_optimizer_anew(self, bench: Bench) -> None:
+    def test_a_state_without_moments_starts_the_optimizer_from_scratch(self, bench: Bench) -> None:
         """As each stage begins: the next step equals the first step of a fresh adapter of the same values.
 
         If it fails: moments or the step count of the stage before leak into the next.

@@ -1,4 +1,4 @@
-"""What a backend says of itself, and what importing it costs."""
+"""The backend's account of itself, and the cost of importing it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 
 RESERVED = frozenset({"experts"})
-"""Names that the contract keeps for what core does not train yet: adapters of stacked experts are merged and converted
-from files, and no backend is asked to hold one."""
+"""Names that the contract keeps for later. Adapters of stacked experts are merged and converted from files, and no
+backend is asked to hold one."""
 
 
 class Stating(Claims):
@@ -44,8 +44,21 @@ class Stating(Claims):
             assert each.default_dtype in each.dtypes, each
             assert each.reason is None or each.reason.strip(), f"{each.name} cannot be used, and does not say why"
 
+    def test_auto_can_choose_a_device(self, bench: Bench) -> None:
+        """If any device is usable, `device: auto` finds one; an accelerator that `auto` may choose comes first.
+
+        If it fails: users of `backend: auto` get an error where the backend works, or train on the CPU next to an idle
+        accelerator. Look at `accelerator`, `auto` and the order of the `DeviceInfo`s.
+        """
+        usable = [device for device in bench.backend.info.devices if device.usable and device.auto]
+        if not usable:
+            pytest.skip("every device here must be named")
+        chosen = bench.backend.device("auto")
+        assert chosen == usable[0]
+        assert chosen.accelerator or not any(device.accelerator for device in usable), "an accelerator comes later"
+
     def test_asking_twice_gives_one_answer(self, bench: Bench) -> None:
-        """What the backend says of itself does not depend on when it is asked.
+        """The backend gives the same account of itself before and after training.
 
         If it fails: `mindprint_backend_info` changes something, or reads something that training changes; resume
         compares `libraries` and would warn for nothing. Look at it.
@@ -55,7 +68,7 @@ class Stating(Claims):
         assert bench.backend._hook.mindprint_backend_info() == before
 
     def test_capabilities_are_those_claimed_here(self, bench: Bench) -> None:
-        """What the backend tells users it can do is what its test module claims, and so what is tested.
+        """The capabilities that the backend offers to users are those that its test module claims, and so are tested.
 
         If it fails: a capability is offered untested, or claimed here and not offered. Look at `capabilities` of
         `BackendInfo` and of the test class: both name the optional parts in `mindprint.contract.CAPABILITIES`.
@@ -80,7 +93,7 @@ class Stating(Claims):
     def test_capability(self, capability: str) -> None:
         """Every optional part of the contract is listed: claimed, or skipped under its name.
 
-        If it fails: what is claimed has no test, here or anywhere, and to claim it would prove nothing. Leave it out.
+        If it fails: the capability has no test, here or anywhere, and to claim it would prove nothing. Leave it out.
         """
         self.needs(capability)
         assert capability not in RESERVED, f"{capability}: reserved, no core drives it yet and no test of it exists"

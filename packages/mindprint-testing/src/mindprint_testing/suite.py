@@ -27,9 +27,10 @@ from mindprint_testing.training import Sft
 class BackendConformance(Stating, Loading, Injection, Forward, Sft, Optimizer, Preference, State, Generation, Optional):
     """Every test of the contract. Subclass it in a test module, name the backend, and state its capabilities.
 
-    `backend_name` is its entry point's name; `capabilities` the optional parts that it claims, none unless stated;
-    `device` where it is tested. A backend that cannot compute the default model, a tiny Llama, overrides the fixture
-    `model_folder`. An inherited test that is overridden fails unless what replaces it is marked with `@departs`.
+    `backend_name` is its entry point's name. `capabilities` are the optional parts that it claims, none unless stated:
+    `mindprint_testing.claims.NEEDS` says what each of them needs. `device` is the device on which it is tested. A
+    backend that cannot compute the default model, a tiny Llama, overrides the fixture `model_folder`. An inherited test
+    that is overridden fails unless its replacement is marked with `@departs`.
     """
 
     __conformance_tests__: ClassVar[dict[str, Callable[..., None]]] = {}
@@ -40,13 +41,13 @@ class BackendConformance(Stating, Loading, Injection, Forward, Sft, Optimizer, P
 
     @pytest.fixture
     def model_folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """The folder of the base that the backend is tested on: float32, one safetensors file, an untied head."""
+        """Return the folder of the base for the tests: float32, one safetensors file, an untied head."""
         folder = tmp_path_factory.getbasetemp() / "mindprint-tiny"
         return folder if folder.exists() else write_tiny_model(folder)
 
     @pytest.fixture
     def bench(self, model_folder: Path) -> Bench:
-        """The backend on its model."""
+        """Return the backend on its model."""
         return Bench(load_backend(self.backend_name), model_folder, self.device)
 
 

@@ -1,4 +1,4 @@
-"""The model that a backend is tested on unless it supplies its own: a random Llama, written by NumPy."""
+"""The default model of the suite: a random Llama, written by NumPy."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ CONFIG = {
 
 
 def write_tiny_model(folder: Path, seed: int = 0) -> Path:
-    """Write a model of 21,000 parameters, without a tokenizer; its weights are large enough that every layer matters.
+    """Write a model of 21,000 parameters, without a tokenizer.
 
-    Its head is not tied and its rope base is far from every library's default.
+    Its weights are large enough that every layer matters, its head is not tied, and its rope base is far from every
+    library's default: a backend that ignores one of them computes something visibly different.
     """
     random = np.random.default_rng(seed)
     tensors = {

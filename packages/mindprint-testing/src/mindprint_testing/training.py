@@ -35,7 +35,7 @@ class Sft:
     def test_the_normalizer_is_the_updates(self, bench: Bench) -> None:
         """With twice the tokens in `update.tokens` (the other rank has the rest), loss and gradient are half.
 
-        If it fails: the backend divides by what it counts itself, and several ranks or micro-batches do not add up.
+        If it fails: the backend divides by its own count, and several ranks or micro-batches do not add up.
         """
         model, batch = bench.ready(), bench.token_batch()
         state = bench.backend.save(model)
@@ -63,8 +63,8 @@ class Sft:
     def test_the_stated_norm_is_that_of_the_gradient(self, bench: Bench) -> None:
         """`grad_norm` is the 2-norm of all factors' gradients together, before clipping.
 
-        If it fails: it is a sum of norms, taken after clipping, or of one site only; what a user reads is not what
-        clipping compares.
+        If it fails: it is a sum of norms, taken after clipping, or of one site only. Users then read another number
+        than clipping compares.
         """
         model, batch = bench.ready(), bench.token_batch()
         gradient = reference.gradients(
@@ -80,12 +80,12 @@ class Sft:
         If it fails: micro-batches are averaged with equal weight, or their gradients overwrite each other, or the
         optimizer steps more than once.
         """
-        batch, one, many = bench.token_batch(rows=8), bench.ready(), bench.ready()
-        together = bench.sft_step(one, batch)
-        apart = bench.sft_step(many, *rows_of(batch))
+        batch, whole, divided = bench.token_batch(rows=8), bench.ready(), bench.ready()
+        together = bench.sft_step(whole, batch)
+        apart = bench.sft_step(divided, *rows_of(batch))
         assert apart.loss == pytest.approx(together.loss, abs=LOSS * (1 + together.loss))
         assert apart.grad_norm == pytest.approx(together.grad_norm, rel=1e-4)
-        states = [bench.backend.save(model) for model in (one, many)]
+        states = [bench.backend.save(model) for model in (whole, divided)]
         assert [state.optimizer_steps for state in states] == [1, 1]
         moments = [reference.flat(state.first_moments) for state in states]
         assert reference.distance(moments[1], moments[0]) < 1e-4
@@ -95,9 +95,9 @@ class Sft:
 
         If it fails: an average over no tokens was taken. Divide by `update.tokens` alone, and by no less than 1.
         """
-        batch, one, other = bench.token_batch(), bench.ready(), bench.ready()
+        batch = bench.token_batch()
         empty = replace(bench.token_batch(seed=5), loss_mask=np.zeros_like(batch.loss_mask))
-        plain, more = bench.sft_step(one, batch), bench.sft_step(other, batch, empty)
+        plain, more = bench.sft_step(bench.ready(), batch), bench.sft_step(bench.ready(), batch, empty)
         assert more.loss == pytest.approx(plain.loss, rel=1e-6)
         assert more.grad_norm == pytest.approx(plain.grad_norm, rel=1e-5)
         nothing = bench.sft_step(bench.ready(), empty)
@@ -128,8 +128,8 @@ class Sft:
     def test_gradient_checkpointing_changes_no_numbers(self, bench: Bench) -> None:
         """With and without `update.gradient_checkpointing`, SFT and preference steps have the same loss and gradient.
 
-        If it fails: what is computed again differs from what was computed first (other dropout masks, another adapter),
-        or gradients of the factors inside a recomputed layer are lost.
+        If it fails: the second computation of a layer differs from the first (other dropout masks, another adapter), or
+        gradients of the factors inside it are lost.
         """
         batch, pairs = bench.token_batch(), bench.preference_batch()
         found = []
@@ -146,7 +146,7 @@ class Sft:
             assert reference.distance(recomputed, kept) < 1e-4
 
     def test_inputs_are_not_written_to(self, bench: Bench) -> None:
-        """After every hook, the arrays that core handed over are what they were.
+        """After every hook, the arrays that core handed over are unchanged.
 
         If it fails: core's rows, cached reference or checkpoints change behind its back. Copy before writing in place.
         """
@@ -171,7 +171,7 @@ class Sft:
         batch, found = bench.token_batch(), []
         for seed in (0, 1):
             model = bench.ready()
-            np.random.seed(seed)  # noqa: NPY002 (the global generator is what this is about)
+            np.random.seed(seed)  # noqa: NPY002 (this test is about the global generator)
             expected = np.random.random()  # noqa: NPY002
             np.random.seed(seed)  # noqa: NPY002
             found.append(bench.sft_step(model, batch))
@@ -179,20 +179,20 @@ class Sft:
         assert found[0] == found[1]
 
     def test_two_models_side_by_side_do_not_meet(self, bench: Bench) -> None:
-        """Two models trained in turns, one with a rate ten times higher: each is what it is when trained alone.
+        """Two models trained in turns, one with a rate ten times higher: each is as if it had been trained alone.
 
         If it fails: the adapter, the optimizer or a compiled function lives in the backend's module instead of in the
         model's handle.
         """
         batch = bench.token_batch()
-        one, other, alone = bench.ready(), bench.ready(seed=5), bench.ready()
+        first, second, alone = bench.ready(), bench.ready(seed=5), bench.ready()
         for _ in range(3):
-            bench.sft_step(one, batch)
-            bench.sft_step(other, batch, learning_rate=1e-1)
+            bench.sft_step(first, batch)
+            bench.sft_step(second, batch, learning_rate=1e-1)
         for _ in range(3):
             bench.sft_step(alone, batch)
-        np.testing.assert_array_equal(bench.backend.log_probs(one, batch), bench.backend.log_probs(alone, batch))
-        assert np.abs(bench.backend.log_probs(one, batch) - bench.backend.log_probs(other, batch)).max() > 1e-2
+        np.testing.assert_array_equal(bench.backend.log_probs(first, batch), bench.backend.log_probs(alone, batch))
+        assert np.abs(bench.backend.log_probs(first, batch) - bench.backend.log_probs(second, batch)).max() > 1e-2
 
 
 def _evaluated(bench: Bench, model: LoadedModel, batch: TokenBatch) -> float:
