@@ -63,6 +63,15 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
+def test_every_page_is_on_the_site() -> None:
+    """`nox -s site` refuses a page that the navigation leaves out. This says so without building the site."""
+    settings = (ROOT / "docs" / "site" / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {page.name for page in ROOT.glob("docs/*.md")}
+    assert {page for page in pages if f": {page}\n" not in settings} == set(), (
+        "add it under nav in docs/site/mkdocs.yml"
+    )
+
+
 def test_the_configuration_reference_is_what_the_code_says() -> None:
     generated = script(ROOT / "docs" / "generate.py").configuration()
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == generated, "run python docs/generate.py"
