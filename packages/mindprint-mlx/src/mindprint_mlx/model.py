@@ -20,6 +20,7 @@ from mlx import nn
 from mindprint.contract import LoadedModel, LoraConfig, ModelSpec
 from mindprint.errors import ModelError
 from mindprint.loss_scale import initial_loss_scale
+from mindprint.models.folder import weight_files
 from mindprint_mlx import architectures, devices, memory
 from mindprint_mlx.arrays import DTYPES, parameters_of
 from mindprint_mlx.head import Head
@@ -175,17 +176,8 @@ def _built(architecture: architectures.Architecture, folder: Path) -> nn.Module:
 
 def _read_weights(folder: Path) -> dict[str, mx.array]:
     """All tensors of the folder's safetensors files, not read from disk yet."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(
-            {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        )
-    else:
-        shards = sorted(folder.glob("model*.safetensors"))
-    if not shards:
-        raise ModelError(f"{folder}: no weights (model.safetensors); other formats are not read")
     weights: dict[str, mx.array] = {}
-    for shard in shards:
+    for shard in weight_files(folder):
         weights |= _read_shard(shard)
     return {name: values for name, values in weights.items() if not name.endswith(IGNORED_TENSORS)}
 

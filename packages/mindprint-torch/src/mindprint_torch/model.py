@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from mindprint.contract import AdapterSite, Dtype, LoadedModel, LoraConfig, ModelSpec
 from mindprint.errors import ModelError, first_line
+from mindprint.models.folder import weight_files
 from mindprint_torch.head import Head, embedding_layer, read_head
 from mindprint_torch.lora import NAME
 from mindprint_torch.optimizer import Optimizer
@@ -149,6 +150,8 @@ def _quantization(config: PreTrainedConfig) -> str | None:
 
 def _read_weights(spec: ModelSpec, config: PreTrainedConfig) -> tuple[PreTrainedModel, tuple[str, ...]]:
     attention, notes = _attention(config)
+    # transformers chooses the files by the same rule, but follows an index out of the folder and would take a pickle.
+    weight_files(Path(spec.path))
     with _loading(spec.path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             spec.path,
@@ -157,6 +160,7 @@ def _read_weights(spec: ModelSpec, config: PreTrainedConfig) -> tuple[PreTrained
             attn_implementation=attention,
             device_map=None if spec.device == "cpu" else {"": spec.device},
             local_files_only=True,
+            use_safetensors=True,
             # Mismatches come back in the report, which names the weights; by itself transformers only says "above".
             ignore_mismatched_sizes=True,
             output_loading_info=True,

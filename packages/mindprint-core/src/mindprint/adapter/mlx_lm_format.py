@@ -22,9 +22,10 @@ from mindprint.adapter.base_facts import BaseFacts
 from mindprint.adapter.module_names import Experts, from_mlx_lm, split_expert, split_stack, to_mlx_lm
 from mindprint.adapter.peft_format import CONFIG_FILE, adapter_tensors
 from mindprint.adapter.peft_settings import read_config
-from mindprint.adapter.targets import in_order, is_embedding, is_lm_head
+from mindprint.adapter.targets import in_order
 from mindprint.contract import AdapterState, Float32, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError
+from mindprint.models.layer_names import is_embedding, is_lm_head
 from mindprint.models.tensor_files import TensorFileError, TensorInfo, read_float32
 
 WEIGHTS_FILE = "adapters.safetensors"

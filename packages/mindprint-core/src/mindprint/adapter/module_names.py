@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mindprint.adapter.targets import is_embedding, is_stack
+from mindprint.adapter.targets import is_stack
+from mindprint.models.layer_names import is_embedding
 
 
 @dataclass(frozen=True)

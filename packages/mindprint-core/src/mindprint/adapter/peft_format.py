@@ -17,17 +17,10 @@ import numpy as np
 from safetensors.numpy import save
 
 from mindprint.adapter.peft_settings import PeftSettings, is_named, read_settings
-from mindprint.adapter.targets import (
-    EMBEDDINGS,
-    LM_HEADS,
-    STACKED_PARAMETERS,
-    in_order,
-    is_embedding,
-    is_router,
-    is_stack,
-)
+from mindprint.adapter.targets import STACKED_PARAMETERS, in_order, is_router, is_stack
 from mindprint.contract import AdapterState, Float32, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError, TransposedError
+from mindprint.models.layer_names import EMBEDDINGS, LM_HEADS, is_embedding
 from mindprint.models.tensor_files import TensorFileError, TensorInfo, read_float32, read_header
 
 CONFIG_FILE = "adapter_config.json"

@@ -8,17 +8,9 @@ from collections.abc import Sequence
 
 from mindprint.contract import AdapterSite
 from mindprint.errors import AdapterError
+from mindprint.models.layer_names import is_embedding, is_lm_head
 
 ALL_LINEAR = "all-linear"
-
-LM_HEADS = ("lm_head", "embed_out", "output")
-"""Last name components of output projections, as transformers names them."""
-
-EMBEDDINGS = (
-    "embed_tokens", "embed_in", "embed", "embedding", "embeddings", "shared", "tok_embeddings", "token_embedding",
-    "tokens_embed", "word_embedding", "word_embeddings", "wte",
-)  # fmt: skip
-"""Last name components of token embeddings, as transformers names them: their factors have names of their own."""
 
 STACKED_PARAMETERS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 """What a stack of experts keeps its weights in, in the order in which transformers declares them."""
@@ -53,14 +45,6 @@ def resolve_targets(sites: Sequence[AdapterSite], wanted: str | Sequence[str]) -
                 f"adapter.target_modules: {site.name} cannot be adapted: its kind does not show in its name"
             )
     return in_order([site.name for site in named])
-
-
-def is_embedding(site: str) -> bool:
-    return site.rpartition(".")[2] in EMBEDDINGS
-
-
-def is_lm_head(site: str) -> bool:
-    return site.rpartition(".")[2] in LM_HEADS
 
 
 def is_router(site: str) -> bool:

@@ -14,9 +14,9 @@ import numpy as np
 
 from mindprint.adapter.base_facts import BaseFacts
 from mindprint.adapter.module_names import file_names, split_stack
-from mindprint.adapter.targets import is_embedding, is_lm_head
 from mindprint.contract import AdapterState, LoraFactors
 from mindprint.errors import AdapterError
+from mindprint.models.layer_names import is_embedding, is_lm_head
 from mindprint.models.tensor_files import TensorInfo
 
 HALVES = "gate_up_proj"

@@ -10,6 +10,7 @@ from mindprint.api.generation import source_of
 from mindprint.api.options import Notices, OnNotice, backend_section
 from mindprint.api.training import Records, with_rows
 from mindprint.errors import DataError
+from mindprint.models.token_ids import check_token_ids, held_out_ids
 from mindprint.plugins.scoring import load_scorers
 from mindprint.runs.opened import Located, locate_adapter, open_adapter
 from mindprint.voice.evaluation import evaluate as evaluate_heldout
@@ -68,6 +69,8 @@ def evaluate(
     for note in scored.notes:
         notices(note, warning=True)
     with open_adapter(path, backend_section(backend, device), model=model, notice=notices) as opened:
+        held_out = held_out_ids(scored.held_out, opened.tokenizer, scored.file.config.data)
+        check_token_ids(held_out, opened.base, opened.tokenizer)
         evaluation = evaluate_heldout(
             opened,
             opened.tokenizer,

@@ -146,6 +146,15 @@ class Tokenizer:
         )
 
     @cached_property
+    def largest_id(self) -> int:
+        """The greatest id that a token has. Ids can have gaps, so it is not the size less one."""
+        return max(self._backend.get_vocab().values(), default=0)
+
+    def token_text(self, token: int) -> str | None:
+        """Return the token that has this id, or None."""
+        return self._backend.id_to_token(token) if token >= 0 else None
+
+    @cached_property
     def template_digest(self) -> str:
         """blake2b over the chat template's text; of `PLAIN_TEMPLATE` where the tokenizer has none."""
         return _digest(self.template)

@@ -77,8 +77,7 @@ def check_model_folder(folder: Path) -> Path:
     """The folder, if config, weights and tokenizer are there and whole. Raises `ModelError` naming what is not."""
     model_config(folder)
     _refuse_special_files(folder)
-    for file in weight_files(folder):
-        _tensors_of(file)
+    tensors(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(f"{folder}: has no tokenizer (tokenizer.json): copy its files into the model folder")
     return folder
@@ -106,7 +105,11 @@ def model_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a model folder, by name. Raises `ModelError` saying what is missing."""
+    """Return the safetensors files that a base consists of: the one rule for digests, merges, checks and loading.
+
+    It is transformers' rule: `model.safetensors` if there is one, otherwise the files that the index names. Other
+    files of a similar name are not part of the base. Raises `ModelError` saying what is missing, or outside `folder`.
+    """
     if (folder / SINGLE_FILE).is_file():
         return (folder / SINGLE_FILE,)
     if not (folder / INDEX_FILE).is_file():
@@ -117,6 +120,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     names = sorted(set(map(str, shards.values())))
     if outside := [name for name in names if Path(name).name != name]:
         raise ModelError(f"{folder / INDEX_FILE}: {outside[0]!r} leads out of the folder: download the model again")
+    if other := [name for name in names if not name.endswith(".safetensors")]:
+        raise ModelError(f"{folder / INDEX_FILE}: {other[0]!r} is not a safetensors file: download the model again")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelError(f"{folder}: {len(missing)} of {len(names)} weight files are missing, first {missing[0]}")
@@ -124,8 +129,17 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a model folder by name, from the headers alone."""
-    return {name: info for file in weight_files(folder) for name, info in _tensors_of(file).items()}
+    """Return every tensor of a model folder by name, from the headers alone.
+
+    Raises `ModelError` for one that two files have: readers differ in which of the two they take.
+    """
+    found: dict[str, TensorInfo] = {}
+    for file in weight_files(folder):
+        for name, info in _tensors_of(file).items():
+            if name in found:
+                raise ModelError(f"{file}: {name} is in {found[name].file.name} as well: download the model again")
+            found[name] = info
+    return found
 
 
 def quantization(folder: Path) -> str | None:

@@ -33,7 +33,7 @@ from mindprint.contract import (
     TrainingState,
     Update,
 )
-from mindprint.errors import BackendError, ContractError, NotFiniteError
+from mindprint.errors import BackendError, ContractError, DataError, NotFiniteError
 from mindprint.losses import PreferenceLoss
 from mindprint.plugins.entries import Plugin
 from mindprint.plugins.hooks import backend_hooks
@@ -84,6 +84,7 @@ class Backend:
 
     def sft_step(self, model: LoadedModel, batches: Sequence[TokenBatch], update: Update) -> StepMetrics:
         """Take one optimizer step on the completion loss."""
+        _require_embedded(model, (batch.tokens for batch in batches))
         with self._inputs_kept("mindprint_sft_step", batches):
             metrics = self._call("mindprint_sft_step", model=model.handle, batches=batches, update=update)
         return self._checked("mindprint_sft_step", StepMetrics, metrics)
@@ -93,6 +94,7 @@ class Backend:
     ) -> StepMetrics:
         """Take one optimizer step on a preference loss."""
         hook = "mindprint_dpo_step"
+        _require_embedded(model, (ids for batch in batches for ids in (batch.prompt, batch.chosen, batch.rejected)))
         with self._inputs_kept(hook, batches):
             answer = self._call(hook, model=model.handle, batches=batches, loss=loss, update=update)
         metrics = self._checked(hook, StepMetrics, answer)
@@ -108,6 +110,7 @@ class Backend:
     def log_probs(self, model: LoadedModel, batch: TokenBatch, *, adapter: bool = True) -> Float32:
         """Return per-token log-probs, float32 `[rows, T]`, 0 outside the mask."""
         hook = "mindprint_log_probs"
+        _require_embedded(model, [batch.tokens])
         with self._inputs_kept(hook, [batch]):
             values = self._call(hook, model=model.handle, batch=batch, adapter=adapter)
         self._check_array(hook, "log-probs", values, batch.tokens.shape, np.float32)
@@ -119,6 +122,7 @@ class Backend:
     ) -> tuple[Generation, ...]:
         """Continue each prompt, in order."""
         hook = "mindprint_generate"
+        _require_embedded(model, prompts)
         arguments = {"prompts": prompts, "sampling": sampling, "adapter": adapter}
         answers = self._sequence(hook, Generation, model=model.handle, **arguments)
         if len(answers) != len(prompts):
@@ -240,6 +244,18 @@ class Backend:
             f"backend {self.name!r}: {hook} returned {subject} as {returned}, "
             f"the contract asks for {np.dtype(dtype)}{list(shape)}"
         )
+
+
+def _require_embedded(model: LoadedModel, arrays: Iterable[Int32]) -> None:
+    """Raise `DataError` for a token id that the model has no embedding for.
+
+    Data, prompts and probes are checked where they come from, which their errors name. This holds for everything else
+    that calls a backend: MLX would read foreign memory for such an id, and say nothing.
+    """
+    for ids in arrays:
+        outside = ids[(ids < 0) | (ids >= model.vocab_size)]
+        if outside.size:
+            raise DataError(f"token {int(outside[0])} is not one of the model's {model.vocab_size} tokens")
 
 
 def load_backend(name: str, observers: Iterable[object] = ()) -> Backend:

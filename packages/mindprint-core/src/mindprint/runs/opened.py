@@ -26,6 +26,7 @@ from mindprint.data.tokenizer import Tokenizer, load_tokenizer
 from mindprint.errors import AdapterError, MindprintError, RunError
 from mindprint.models import folder as models
 from mindprint.models.engine import Engine, Placement, Placements, fits_in_float32
+from mindprint.models.token_ids import check_token_ids
 from mindprint.plugins.backend import Backend
 from mindprint.runs.folder import RunFolder, newest_run
 
@@ -84,6 +85,7 @@ class OpenedAdapter:
             settings.max_new_tokens, self.tokenizer.stop_token_ids, settings.temperature, settings.top_p, seed
         )
         rendered = [render_prompt(prompt, self.tokenizer, self.config.data.format) for prompt in prompts]
+        check_token_ids(((f"prompt {n}", ids) for n, ids in enumerate(rendered, 1)), self.base, self.tokenizer)
         made = self.backend.generate(self.model, rendered, sampling, adapter=adapter)
         return tuple(Answer(self.tokenizer.decode(one.tokens.tolist()).strip(), one.stop_reason) for one in made)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,7 @@ from mindprint.config import AdapterConfig, Config, ConfigFile, dump_config
 from mindprint.contract import AdapterSite, AdapterState, LoraConfig, StageName, TrainingState
 from mindprint.curriculum.outline import Outline, read_outline
 from mindprint.data.quizzes import Quizzes, read_quizzes
-from mindprint.data.render import Rendered, render_preferences
+from mindprint.data.render import PreferenceExample, Rendered, SftExample, render_preferences
 from mindprint.data.rows import PreferenceRow, check_topics, read_rows
 from mindprint.data.split import Split, split_rows
 from mindprint.data.tokenizer import Tokenizer, load_tokenizer
@@ -29,6 +29,7 @@ from mindprint.events import Notice
 from mindprint.hookspecs import HOOK_API
 from mindprint.models import folder as models
 from mindprint.models.engine import Placement
+from mindprint.models.token_ids import check_padding, check_token_ids, held_out_ids, placed_ids
 from mindprint.runs.folder import RunFolder, portable
 from mindprint.training.objectives import OBJECTIVES
 from mindprint.training.plan import RowLengths, StagePlan, plan_run
@@ -73,6 +74,7 @@ def prepare(file: ConfigFile) -> Prepared:
     split = split_rows(rows, quizzes, config.data)
     tokenizer = load_tokenizer(model.path)
     rendered = {stage: objective.render(split.train, tokenizer, config.data) for stage, objective in OBJECTIVES.items()}
+    _check_tokens([stage_rows.examples for stage_rows in rendered.values()], split, model, tokenizer, config)
     examples = {stage: _by_topic(stage_rows.examples) for stage, stage_rows in rendered.items()}
     named = read_outline(file, list(dict.fromkeys(chain.from_iterable(examples.values()))))
     outline = named.chosen(config.curriculum.topics, config.curriculum.max_topics)
@@ -84,6 +86,20 @@ def prepare(file: ConfigFile) -> Prepared:
     notes = dict.fromkeys([*file.notes, *tokenizer.notes, *rendering_notes, *_cuts(config, rendered.values())])
     told = (*(Notice(note) for note in notes), *_of_split(split, quizzes, named), *_publishes(probe))
     return Prepared(file, model, tokenizer, examples, plans, identity, probe, split, outline, told, start)
+
+
+def _check_tokens(
+    stages: Iterable[Sequence[SftExample | PreferenceExample]],
+    split: Split,
+    model: models.ModelFolder,
+    tokenizer: Tokenizer,
+    config: Config,
+) -> None:
+    """Raise `DataError` for a token of data, prompts or padding that the base has no embedding for."""
+    check_padding(model, tokenizer)
+
+    check_token_ids(chain.from_iterable(map(placed_ids, stages)), model, tokenizer)
+    check_token_ids(held_out_ids(split.held_out, tokenizer, config.data), model, tokenizer)
 
 
 def lora_config(settings: AdapterConfig, sites: Sequence[AdapterSite]) -> LoraConfig:

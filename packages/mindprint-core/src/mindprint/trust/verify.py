@@ -335,6 +335,8 @@ def _scored(
 
 
 def _check_vocabulary(probe: Probe, vocabulary: int, model: models.ModelFolder) -> None:
-    greatest = max(int(row.max()) for row in probe.rows)
+    least, greatest = (int(pick([pick(row) for row in probe.rows])) for pick in (min, max))
+    if least < 0:
+        raise AdapterError(f"fingerprint.json: its probe uses token {least}, which is not a token: it was edited")
     if greatest >= vocabulary:
         raise ModelError(f"{model.name}: has {vocabulary} tokens, and the probe uses token {greatest}: another base")
