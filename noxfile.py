@@ -28,11 +28,11 @@ PACKAGES = ("core", "torch", "mlx", "testing")
 HELLO = "examples/mindprint-hello"
 TESTS = ("pytest", "pytest-timeout", "pytest-xdist")
 IN_PARALLEL = ("-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile")
-"""For many small tests. `-n 0` after a session's `--` undoes it: then `-s` shows what the tests print."""
+"""For many small tests. `-n 0` after a session's `--` undoes it, and then `-s` shows the tests' output."""
 UNCOMPILED = ("--no-compile",)
-"""Most of what is installed is never imported; what is, Python compiles then."""
+"""Most installed modules are never imported. Python compiles the others when it imports them."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-"""For the same: models this small lose more to a second thread than they gain."""
+"""For the same tests: a second thread makes models this small slower."""
 TRACKERS = ("tensorboard", "wandb")
 
 
@@ -66,7 +66,7 @@ def core(session: nox.Session) -> None:
 
 @nox.session(python=["3.11", "3.12", "3.13"], default=False)
 def pythons(session: nox.Session) -> None:
-    """Core's tests on every Python that is supported; a version that this machine lacks is skipped aloud."""
+    """Core's tests on every supported Python. A version that this machine lacks is skipped with a message."""
     core_tests(session)
 
 
@@ -85,7 +85,7 @@ def testing(session: nox.Session) -> None:
 
 @nox.session(python=PYTHON)
 def hello(session: nox.Session) -> None:
-    """The tutorial's plugin: built as a wheel, installed beside core alone, conforming, and trained."""
+    """The tutorial's plugin: built as a wheel, installed next to core alone, conforming, and trained."""
     install(session, ("core", "testing"), *TESTS, HELLO)
     forbid(session, "torch", "mlx")
     session.run("pytest", f"{HELLO}/tests", *session.posargs)
@@ -109,7 +109,7 @@ def mlx(session: nox.Session) -> None:
 
 @nox.session(python=PYTHON, default=False)
 def both(session: nox.Session) -> None:
-    """The environment that the sessions below share: both backends, all of core's scorers, and what tests them."""
+    """The environment that the sessions below share: both backends, all of core's scorers, and the tools for tests."""
     install(session, PACKAGES, "packages/mindprint-core[all,embeddings]", *TESTS, "mypy", "types-PyYAML")
 
 
@@ -159,7 +159,7 @@ def site(session: nox.Session) -> None:
 
 @nox.session(python=False, requires=["both"])
 def demo(session: nox.Session) -> None:
-    """Train the embedded example on both backends and show what changed; installed, away from the source tree."""
+    """Train the embedded example on both backends and show the change. Installed, away from the source tree."""
     script = Path("examples/demo.py").resolve()
     with session.chdir(session.create_tmp()):
         run_in_both(session, "python", str(script), *session.posargs)
@@ -167,7 +167,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(python=PYTHON)
 def wheels(session: nox.Session) -> None:
-    """Build every wheel from its source distribution, check its metadata, and use each in an environment of its own.
+    """Build every wheel from its source distribution, check its metadata, and use each in its own environment.
 
     `nox -s wheels -- hello` looks at one of them.
     """
@@ -195,11 +195,11 @@ ALONE = {
     "torch": (("mindprint", "doctor", "--backend", "torch"),),
     "mlx": (("mindprint", "doctor", "--backend", "mlx"),),
 }  # fmt: skip
-"""What is run where a distribution is installed alone: `doctor` trains a few steps on each device."""
+"""The commands that are run where a distribution is installed alone: `doctor` trains a few steps on each device."""
 
 
 def alone(session: nox.Session, name: str, dist: Path, constraints: Path) -> None:
-    """A wheel in an environment of its own, with the dependencies that it declares and no others, must do its work."""
+    """Use a wheel in its own environment, with the dependencies that it declares and no others."""
     folder, pip = environment(session, dist.parent / "alone" / name, dist, constraints, name)
     session.run(*pip, "check")
     use(session, folder, *ALONE[name])
@@ -207,7 +207,7 @@ def alone(session: nox.Session, name: str, dist: Path, constraints: Path) -> Non
 
 
 def uninstalled(session: nox.Session, dist: Path, constraints: Path) -> None:
-    """Two backends side by side; when one is uninstalled, the other, core and the project they shared go on working."""
+    """Install two backends, uninstall one, and use the other, core and the project that they shared."""
     folder, pip = environment(session, dist.parent / "uninstalled", dist, constraints, "hello", "mlx")
     use(session, folder, *ALONE["hello"], ("mindprint", "doctor", "--backend", "mlx"))
     session.run(*pip, "uninstall", "-q", "-y", "mindprint-hello")
@@ -221,7 +221,7 @@ def uninstalled(session: nox.Session, dist: Path, constraints: Path) -> None:
 def environment(
     session: nox.Session, folder: Path, dist: Path, constraints: Path, *names: str
 ) -> tuple[Path, tuple[str, ...]]:
-    """A new environment with these distributions' wheels and what they declare; and the pip that works on it."""
+    """Make an environment with these wheels and their dependencies. Return it with the pip that works on it."""
     session.run("python", "-m", "venv", "--clear", "--without-pip", str(folder), silent=True)
     pip = ("python", "-m", "pip", "--python", str(programs(folder) / "python"))
     options = ("-q", *UNCOMPILED, "-c", str(constraints), "--find-links", str(dist))
@@ -252,7 +252,7 @@ def soak(session: nox.Session) -> None:
 
 @nox.session(python=PYTHON, default=False)
 def bench(session: nox.Session) -> None:
-    """Measure what the documentation states, beside the peers; prints, and asserts nothing that noise could turn.
+    """Measure the figures of the documentation, next to the peers. Asserts nothing, because they are noisy.
 
     `nox -s bench -- dpo_torch --turns 3` runs one of them, with its options.
     """

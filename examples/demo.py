@@ -110,13 +110,13 @@ def voice_checks(name: str, facts: dict[str, Any]) -> list[tuple[str, str, bool]
     accuracy, ratio = facts["overall"]["reward_accuracy"], tuned["perplexity"] / base["perplexity"]
     return [
         (f"{name}: held-out reward accuracy at least {ACCURACY}", f"{accuracy:.3f}", accuracy >= ACCURACY),
-        (f"{name}: held-out perplexity at most {PERPLEXITY} of what it was", f"{ratio:.3f}", ratio <= PERPLEXITY),
+        (f"{name}: held-out perplexity at most {PERPLEXITY} of the base model's", f"{ratio:.3f}", ratio <= PERPLEXITY),
         score_check(name, facts["voice"]["overall"]),
     ]
 
 
 def score_check(name: str, voice: dict[str, Any]) -> tuple[str, str, bool]:
-    """Whether the tuned model's voice lies above the base model's whole interval, and recites nothing."""
+    """Return whether the tuned model's voice lies above the base model's whole interval, and recites nothing."""
     base, tuned, flags = voice["base"], voice["tuned"], voice["copying"].get("flagged", ["no answers"])
     what = f"{name}: the voice of its answers is above the base model's interval, and is not recited"
     if "value" not in base or "value" not in tuned:
@@ -126,7 +126,7 @@ def score_check(name: str, voice: dict[str, Any]) -> tuple[str, str, bool]:
 
 
 def same_voice_checks(measured: dict[str, dict[str, Any]]) -> list[tuple[str, str, bool]]:
-    """Whether the backends' tuned models have the same voice."""
+    """Return whether the backends' tuned models have the same voice."""
     values = [facts["voice"]["overall"]["tuned"].get("value", float("nan")) for facts in measured.values()]
     apart = (max(values) - min(values)) / max(values)
     what = f"the voice scores of {' and '.join(measured)} are within {VOICES:.0%}"
@@ -138,8 +138,8 @@ def curve_checks(first: Path, second: Path) -> list[tuple[str, str, bool]]:
     names = f"{first.name} and {second.name}"
     checks = []
     for stage, tolerance in CURVES.items():
-        mine, theirs = (losses(run, stage) for run in (first, second))
-        deviations = [abs(a - b) / (1 + abs(a)) for a, b in zip(mine, theirs, strict=True)]
+        first_losses, second_losses = (losses(run, stage) for run in (first, second))
+        deviations = [abs(a - b) / (1 + abs(a)) for a, b in zip(first_losses, second_losses, strict=True)]
         for steps, limit, when in ((100, tolerance, "in its first 100 steps"), (None, CURVES_TO_THE_END, "to the end")):
             worst = max(deviations[:steps])
             what = f"{names}: {stage} losses differ by at most {limit:g} · (1 + loss) {when}"

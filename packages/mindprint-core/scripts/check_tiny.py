@@ -1,9 +1,9 @@
-"""Check `builtin:tiny` and its curriculum: what the base says, and what a quick SFT and DPO make of it.
+"""Check `builtin:tiny` and its curriculum: the base model's answers, and those after a quick SFT and DPO.
 
     python packages/mindprint-core/scripts/check_tiny.py [--sft-rate 2e-3] [--dpo-rate 1e-4] [--mlx]
 
 The training here is written out by hand in plain PyTorch over PEFT, on purpose: it shares no code with
-Mindprint, so it says what the data and the model can do, whatever the state of the framework.
+Mindprint, so it shows the limits of data and model, in any state of the framework.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the demonstration trains with."""
+    """The settings of the demonstration."""
 
     sft_rate: float
     dpo_rate: float
@@ -108,7 +108,7 @@ class Bench:
 
 
 def relevant(answer: str, fact: Fact) -> bool:
-    """Whether `answer` says what `fact` says, word for word: both its clauses, or all three steps."""
+    """Return whether the answer repeats the fact word for word: both its clauses, or all three steps."""
     wanted = fact.steps if fact.kind == "how" else (*fact.steps, fact.more)
     if fact.kind not in ("how", "if", "why", "wise"):
         wanted = (fact.claim, fact.more)
@@ -235,13 +235,13 @@ def check_mlx(folder: Path, bench: Bench, text: str) -> None:
 
     tokens = bench.prompt(text)
     with torch.no_grad():
-        ours = bench.model(torch.tensor([tokens])).logits[0].numpy()
+        torch_logits = bench.model(torch.tensor([tokens])).logits[0].numpy()
     theta = json.loads((folder / "config.json").read_text())["rope_parameters"]["rope_theta"]
     for name, extra in (("rope base given", {"rope_theta": theta}), ("as it loads by itself", {})):
         model, _ = load_model(folder, model_config=extra)
         model.set_dtype(mx.float32)
-        theirs = np.array(model(mx.array([tokens]))[0])
-        print(f"mlx, {name}: greatest difference of logits {np.abs(ours - theirs).max():.2e}")
+        mlx_logits = np.array(model(mx.array([tokens]))[0])
+        print(f"mlx, {name}: greatest difference of logits {np.abs(torch_logits - mlx_logits).max():.2e}")
 
 
 def main() -> None:

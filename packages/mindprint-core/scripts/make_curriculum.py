@@ -2,7 +2,7 @@
 
     python packages/mindprint-core/scripts/make_curriculum.py [--out FOLDER]
 
-Facts are split before anything is asked: what a held-out question is about appears in no training row, so a
+Facts are split before questions are made: the fact behind a held-out question appears in no training row, so a
 good answer there shows the voice and not the memory of a sentence.
 """
 
@@ -33,12 +33,12 @@ Row = dict[str, str]
 
 
 def topic_ids() -> dict[str, Topic]:
-    """The topics under their ids: the water is the first unit, the land the second, two topics a chapter."""
-    found: dict[str, Topic] = {}
+    """Return the topics under their ids: water is the first unit, land the second, with two topics to a chapter."""
+    topics_by_id: dict[str, Topic] = {}
     for unit, topics in enumerate((WATER, LAND), start=1):
         for index, topic in enumerate(topics):
-            found[f"unit-{unit:02}/chapter-{index // 2 + 1:02}/topic-{index % 2 + 1:02}-{topic.name}"] = topic
-    return found
+            topics_by_id[f"unit-{unit:02}/chapter-{index // 2 + 1:02}/topic-{index % 2 + 1:02}-{topic.name}"] = topic
+    return topics_by_id
 
 
 def split_facts(topic: Topic, rng: Random) -> tuple[list[Fact], list[Fact]]:

@@ -113,15 +113,15 @@ def batches(rows: list[list[int]], rng: Random) -> list[list[list[int]]]:
     cut = len(rows) // 10
     stream = [token for row in rows[:cut] for token in row]
     long = [stream[start : start + CONTEXT] for start in range(0, len(stream) - CONTEXT, CONTEXT)]
-    found: list[list[list[int]]] = []
+    batches: list[list[list[int]]] = []
     batch: list[list[int]] = []
     for row in sorted(rows[cut:] + long, key=len):
         if (len(batch) + 1) * len(row) > TOKENS_PER_BATCH and batch:
-            found.append(batch)
+            batches.append(batch)
             batch = []
         batch.append(row[:CONTEXT])
-    rng.shuffle(found)
-    return found
+    rng.shuffle(batches)
+    return batches
 
 
 def loss_of(model: Qwen2ForCausalLM, batch: list[list[int]], pad: int) -> torch.Tensor:
