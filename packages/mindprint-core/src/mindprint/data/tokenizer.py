@@ -20,6 +20,7 @@ from mindprint.contract import Int32
 from mindprint.data.rows import Message
 from mindprint.errors import DataError, ModelError
 from mindprint.input_files import INFINITIES, read_object
+from mindprint.limits import LimitError, limited
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
@@ -43,6 +44,9 @@ Turns are separated before each but the first, so that a rendered conversation i
 stands first where the tokenizer puts one before plain text.
 """
 
+SECONDS, SECONDS_A_CONVERSATION = 3.0, 0.02
+"""The longest that a chat template may take: a real one takes a tenth of a millisecond a conversation."""
+
 FIXED_DATES = {"%d %b %Y": "26 Jul 2024", "%d %B %Y": "26 July 2024", "%Y-%m-%d": "2024-07-26"}
 """What `strftime_now(format)` gives in a template: the day that Llama's templates name without a clock.
 
@@ -60,11 +64,15 @@ class Tokenizer:
 
     def __init__(self, hf: TokenizersBackend, folder: Path) -> None:
         self._hf = hf
+        self._folder = folder
+        self._refused: DataError | None = None
         self._backend = hf.backend_tokenizer
         self._configured_eos = _eos_in(folder)
         self._backend.no_truncation()
         self._backend.no_padding()
         template = _default_template(hf.chat_template)
+        if template is not None and not isinstance(template, str):
+            raise ModelError(f"{folder}: the chat template must be text: take the model's own tokenizer files")
         self.has_template = template is not None
         self.template = PLAIN_TEMPLATE if template is None else template
         self.eos_id = _eos_id(hf, self._configured_eos, folder)
@@ -107,18 +115,24 @@ class Tokenizer:
 
     def render_text(self, conversations: Sequence[Sequence[Message]], *, generation_prompt: bool) -> list[str]:
         """Conversations as the text that the template makes of them."""
-        from jinja2 import TemplateError  # noqa: PLC0415 (with transformers: only a command that tokenises needs it)
-        from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415
+        from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415 (0.5 s)
 
+        if self._refused is not None:
+            raise self._refused
         chats = [[{"role": m.role, "content": m.content} for m in messages] for messages in conversations]
         try:
-            rendered = render_jinja_template(
-                conversations=chats,
-                chat_template=self._clockless,
-                add_generation_prompt=generation_prompt,
-                **self._variables,
-            )
-        except (TemplateError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+            with limited(SECONDS + SECONDS_A_CONVERSATION * len(chats)):
+                rendered = render_jinja_template(
+                    conversations=chats,
+                    chat_template=self._clockless,
+                    add_generation_prompt=generation_prompt,
+                    **self._variables,
+                )
+        except LimitError as error:
+            # Remembered: every further conversation would take as long again.
+            self._refused = DataError(f"{self._folder}: the chat template {error}: take the model's own template")
+            raise self._refused from error
+        except Exception as error:  # a template is a program of somebody else's, and can raise anything
             raise DataError(f"the chat template refuses this conversation: {_one_line(error)}") from error
         return list(rendered[0])  # annotated as a string, in fact texts and the spans of `{% generation %}`
 
@@ -265,7 +279,10 @@ def _eos_in(folder: Path) -> list[int]:
         # Either file may be missing; one that is there and broken is named.
         content = read_object(path, ModelError, constants=INFINITIES) if path.exists() else {}
         value = content.get("eos_token_id")
-        found.extend([value] if isinstance(value, int) else value or [])
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(token, int) and 0 <= token < 2**31 for token in ids):
+            raise ModelError(f"{path}: eos_token_id must be a token id or a list of them, found {str(value)[:100]}")
+        found.extend(ids)
     return found
 
 
