@@ -181,3 +181,8 @@ def typed(kind: type[Value], value: object) -> Value:
 
 
 _adapters: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
+
+
+def shortened(text: str, longest: int = 100) -> str:
+    """Return a value's text for a message, cut where it is long."""
+    return text if len(text) <= longest else f"{text[:longest]}…"

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from mindprint.adapter.peft_settings import PeftSettings, is_named, read_settings
+from mindprint.adapter.peft_settings import MATCHING_SECONDS, PeftSettings, is_named, read_settings
 from mindprint.adapter.targets import STACKED_PARAMETERS, in_order, is_router, is_stack
 from mindprint.contract import AdapterState, Float32, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError, TransposedError
+from mindprint.limits import LimitError, limited
 from mindprint.models.layer_names import EMBEDDINGS, LM_HEADS, is_embedding
 from mindprint.models.tensor_files import TensorFileError, TensorInfo, read_float32, read_header
 
@@ -140,13 +141,20 @@ def read_adapter(folder: Path) -> tuple[AdapterState, str]:
     settings = read_settings(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
     try:
-        places = _places(adapter_tensors(folder, WEIGHTS_FILE), settings)
-        factors = {site: _read_factors(site, pair, settings) for site, pair in places.items()}
+        tensors = adapter_tensors(folder, WEIGHTS_FILE)
+        # The patterns are somebody else's regular expressions: some take longer than the universe has.
+        with limited(MATCHING_SECONDS):
+            places = _places(tensors, settings)
+            ranks = {site: settings.rank(site) for site in places}
+            alphas = {site: settings.alpha_of(site) for site in places}
+        factors = {site: _read_factors(site, pair, ranks[site]) for site, pair in places.items()}
     except TransposedError as error:
         raise TransposedError(f"{weights}: {error}") from error
+    except LimitError as error:
+        raise AdapterError(f"{folder / CONFIG_FILE}: matching its patterns {error}: write plain names") from error
     except (TensorFileError, AdapterError, OSError) as error:
         raise AdapterError(f"{weights}: {error}") from error
-    return AdapterState(_lora_config(settings, factors), factors), settings.base
+    return AdapterState(_lora_config(settings, ranks, alphas), factors), settings.base
 
 
 def base_copies(folder: Path) -> dict[str, TensorInfo]:
@@ -162,7 +170,7 @@ def base_copies(folder: Path) -> dict[str, TensorInfo]:
 def adapter_tensors(folder: Path, name: str) -> dict[str, TensorInfo]:
     """The tensors of an adapter's file, from its header. Its errors say what is wrong and do not name the file."""
     file = folder / name
-    if file.is_symlink() and not file.resolve().is_file():
+    if file.is_symlink() and not file.is_file():
         raise AdapterError("is a link that leads nowhere")
     if not file.is_file():
         pickles = sorted(path.name for ending in ("bin", "pt", "pth") for path in folder.glob(f"*.{ending}"))
@@ -225,8 +233,8 @@ def _ordered(settings: PeftSettings, sites: Mapping[str, Any]) -> Sequence[str]:
     return targets if isinstance(targets, tuple) and set(targets) == set(sites) else in_order(tuple(sites))
 
 
-def _read_factors(site: str, infos: tuple[TensorInfo, TensorInfo], settings: PeftSettings) -> LoraFactors:
-    (a, b), rank = (info.shape for info in infos), settings.rank(site)
+def _read_factors(site: str, infos: tuple[TensorInfo, TensorInfo], rank: int) -> LoraFactors:
+    a, b = (info.shape for info in infos)
     whole = len(a) == len(b) == 2 and a[0] == b[1]
     if len(a) == len(b) == 2 and a[1] == b[0] == rank != a[0]:
         raise TransposedError(
@@ -241,13 +249,11 @@ def _read_factors(site: str, infos: tuple[TensorInfo, TensorInfo], settings: Pef
     return _unflat(values[0], values[1], rank) if is_stack(site) else LoraFactors(*values)
 
 
-def _lora_config(settings: PeftSettings, factors: Mapping[str, LoraFactors]) -> LoraConfig:
-    ranks = {site: settings.rank(site) for site in factors}
-    alphas = {site: settings.alpha_of(site) for site in factors}
+def _lora_config(settings: PeftSettings, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
     return LoraConfig(
         r=settings.r,
         alpha=settings.alpha,
-        target_modules=tuple(factors),
+        target_modules=tuple(ranks),
         dropout=settings.dropout,
         use_rslora=settings.use_rslora,
         rank_pattern={site: rank for site, rank in ranks.items() if rank != settings.r},

@@ -7,16 +7,17 @@ or it concerns how the adapter was trained and not what it computes; or its valu
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mindprint.adapter.targets import ALL_LINEAR, STACKED_PARAMETERS
 from mindprint.errors import AdapterError
-from mindprint.input_files import read_object
+from mindprint.input_files import read_object, shortened
+from mindprint.limits import LimitError, limited
 
 HELD = frozenset(
     {
@@ -65,6 +66,12 @@ WORDS: Mapping[str, str] = {
 """What a refused field stands for."""
 
 
+MATCHING_SECONDS = 4.0
+"""The longest that an adapter's patterns may take to read, and to match: real ones take a hundredth of a second."""
+
+_PLAIN = re.compile(r"[\w.-]+")
+
+
 @dataclass(frozen=True)
 class PeftSettings:
     """A readable adapter_config.json. Patterns have PEFT's keys: regular expressions on the ends of names."""
@@ -90,7 +97,12 @@ class PeftSettings:
         if isinstance(self.target_modules, str):
             shorthand = self.target_modules.lower() == ALL_LINEAR
             return shorthand or re.fullmatch(self.target_modules, module) is not None
-        return any(is_named(module, target) for target in self.target_modules)
+        return any(end in self._target_names for end in _ends(module))
+
+    @cached_property
+    def _target_names(self) -> frozenset[str]:
+        # A set: files that name every module of a large model have tens of thousands.
+        return frozenset(self.target_modules)
 
     def parameters(self, module: str) -> tuple[str, ...]:
         """Those parameters of a module that `target_parameters` names, in the order in which they are declared."""
@@ -105,7 +117,8 @@ def read_settings(file: Path) -> PeftSettings:
     values = read_config(file)
     try:
         _refuse_other_than_lora(values)
-        ranks, alphas = _pattern(values, "rank_pattern"), _pattern(values, "alpha_pattern")
+        with limited(MATCHING_SECONDS):
+            ranks, alphas = _pattern(values, "rank_pattern"), _pattern(values, "alpha_pattern")
         return PeftSettings(
             r=_rank(values, "r"),
             alpha=_number(values, "lora_alpha"),
@@ -117,6 +130,8 @@ def read_settings(file: Path) -> PeftSettings:
             target_parameters=tuple(_names(values, "target_parameters")),
             base=str(values.get("base_model_name_or_path") or ""),
         )
+    except LimitError as error:
+        raise AdapterError(f"{file}: reading its patterns {error}: write plain names") from error
     except AdapterError as error:
         raise AdapterError(f"{file}: {error}") from error
 
@@ -132,6 +147,14 @@ def is_named(site: str, target: str) -> bool:
     return site == target or site.endswith(f".{target}")
 
 
+def _ends(module: str) -> Iterator[str]:
+    """Give a name and each of its ends after a dot."""
+    yield module
+    while "." in module:
+        module = module.partition(".")[2]
+        yield module
+
+
 def _matches(key: str, site: str) -> bool:
     """PEFT's `get_pattern_key`: the key is a regular expression that ends where the name does."""
     return re.match(rf"(.*\.)?({key})$", site) is not None
@@ -142,19 +165,21 @@ def _refuse_other_than_lora(values: Mapping[str, Any]) -> None:
         if name in HELD | WITHOUT_MEANING or not value or value in NEUTRAL.get(name, ()):
             continue
         stands_for = f": {WORDS[name]}" if name in WORDS else ""
-        raise AdapterError(f"{name} = {json.dumps(value)} is no plain LoRA{stands_for}; Mindprint cannot hold that")
+        raise AdapterError(
+            f"{name} = {shortened(json.dumps(value))} is no plain LoRA{stands_for}; Mindprint cannot hold that"
+        )
 
 
 def _rank(values: Mapping[str, Any], name: str) -> int:
     value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
         raise AdapterError(_wrong(values, name, "a positive whole number"))
     return value
 
 
 def _number(values: Mapping[str, Any], name: str, default: float | None = None) -> float:
     value = values.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
         raise AdapterError(_wrong(values, name, "a number"))
     return float(value)
 
@@ -164,10 +189,12 @@ def _pattern(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if not isinstance(pattern, dict):
         raise AdapterError(_wrong(values, name, "an object of names and numbers"))
     for key in pattern:
+        if _PLAIN.fullmatch(key):
+            continue  # compiling takes a third of a millisecond, and a large model has tens of thousands of names
         try:
             re.compile(key)
-        except re.error as error:
-            raise AdapterError(f"{name}: {key!r} is no regular expression: {error}") from error
+        except (re.error, RecursionError, OverflowError) as error:
+            raise AdapterError(f"{name}: {shortened(repr(key))} is no regular expression: {error}") from error
     return pattern
 
 
@@ -177,8 +204,8 @@ def _target_modules(values: Mapping[str, Any]) -> str | tuple[str, ...]:
         return tuple(_names(values, "target_modules"))
     try:
         re.compile(targets)
-    except re.error as error:
-        raise AdapterError(f"target_modules: {targets!r} is no regular expression: {error}") from error
+    except (re.error, RecursionError, OverflowError) as error:
+        raise AdapterError(f"target_modules: {shortened(repr(targets))} is no regular expression: {error}") from error
     return targets
 
 
@@ -190,4 +217,6 @@ def _names(values: Mapping[str, Any], name: str) -> Sequence[str]:
 
 
 def _wrong(values: Mapping[str, Any], name: str, expected: str) -> str:
-    return f"{name} must be {expected}, found {values[name]!r}" if name in values else f"{name} is missing"
+    return (
+        f"{name} must be {expected}, found {shortened(repr(values[name]))}" if name in values else f"{name} is missing"
+    )

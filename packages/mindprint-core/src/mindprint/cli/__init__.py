@@ -115,10 +115,18 @@ def _failure(error: Exception) -> Failure | None:
         return Failure("Interrupted", "interrupted", INTERRUPTED)
     if isinstance(error, BrokenPipeError):
         return Failure(kind, "", BROKEN_PIPE)
+    reason = _system_reason(error)
+    return None if reason is None else Failure(kind, reason, WRONG_INPUT)
+
+
+def _system_reason(error: Exception) -> str | None:
+    """Return the system's reason for refusing something, None for an error of another kind."""
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return Failure(kind, f"{where}{error.strerror or error}", WRONG_INPUT)
-    return Failure(kind, "needs more memory than there is", WRONG_INPUT) if isinstance(error, MemoryError) else None
+        return f"{where}{error.strerror or error}"
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # Path.resolve, before Python 3.13
+        return f"{error}: the link leads to itself"
+    return "needs more memory than there is" if isinstance(error, MemoryError) else None
 
 
 def _internal(error: Exception) -> Failure:
