@@ -84,9 +84,6 @@ def compared(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[in
     return code, json.loads(capsys.readouterr().out)
 
 
-# --- the verdict -----------------------------------------------------------------------------------------------------
-
-
 def test_equal_backends_are_equivalent_and_each_ran_alone(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every stage ran on the backend asked for, also the one for which the configuration names another."""
     code, found = compared(capsys, project, "--backends", "one,two")
@@ -180,9 +177,6 @@ def test_a_reduced_dtype_has_no_tolerance(runs: tuple[Path, Path], capsys: pytes
     assert (code, found["beyond"]) == (1, ["computed in bfloat16: the tolerances hold for backend.dtype=float32"])
 
 
-# --- wrong input -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -227,16 +221,13 @@ def test_runs_of_other_things_are_refused(runs: tuple[Path, Path], capsys: pytes
 def test_a_run_that_is_not_complete_is_refused(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     (runs[0] / "adapter").rename(runs[0] / "elsewhere")
     assert main(["compare", "--runs", *map(str, runs)]) == 2
-    assert "is not complete; go on with" in capsys.readouterr().err
+    assert "is not complete; continue it with" in capsys.readouterr().err
 
 
 def test_costs_that_cannot_be_read_are_named(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     (runs[0] / COSTS_FILE).write_text("[]", encoding="utf-8")
     assert main(["compare", "--runs", *map(str, runs)]) == 2
     assert "costs.json: cannot be read" in capsys.readouterr().err
-
-
-# --- the figures -----------------------------------------------------------------------------------------------------
 
 
 def test_deviation_is_relative_to_one_and_the_first_loss() -> None:

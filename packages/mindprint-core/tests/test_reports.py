@@ -54,9 +54,6 @@ def with_final(run: Path, figures: Figures) -> Document:
     return contents(read_run(run))
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_topic_stands_as_the_attempt_that_was_kept(run: Path) -> None:
     """The harbour's first attempt ended at step 60 in a collapse, was rolled back and tried again."""
     record = read_run(run)
@@ -104,14 +101,11 @@ def test_what_is_no_run_is_refused_in_one_line(
     assert said.out == "" and said.err.count("\n") == 1 and message in said.err
 
 
-# --- what is said ----------------------------------------------------------------------------------------------------
-
-
 def test_the_first_paragraph_says_what_came_out(run: Path) -> None:
     paragraph = contents(read_run(run)).sections[0].blocks[0]
     assert isinstance(paragraph, Paragraph)
     for words in (
-        "from 0.01 (-0.12 to 0.14) before training to 0.83 (0.71 to 0.95) after it: it rose beyond what chance",
+        "from 0.01 (-0.12 to 0.14) before training to 0.83 (0.71 to 0.95) after it: it rose, and more than by chance",
         "612 words of answers to 16 held-out prompts",
         "1 passed; 1 failed (Ferry",
         "1 could not be evaluated (unit-02/chapter-01/bees)",
@@ -123,7 +117,7 @@ def test_the_first_paragraph_says_what_came_out(run: Path) -> None:
 @pytest.mark.parametrize(
     ("voice", "said"),
     [
-        (Interval(0.1, -0.1, 0.3), "the intervals overlap, so a change is not shown"),
+        (Interval(0.1, -0.1, 0.3), "the intervals overlap, so no change is shown"),
         (Interval(-0.6, -0.8, -0.4), "it fell below the base model's"),
     ],
 )
@@ -185,11 +179,11 @@ def test_advice_follows_the_symptoms(run: Path) -> None:
     ("changes", "symptom", "remedy"),
     [
         ({"voice": Interval(0.2, 0.1, 0.3), "copy_rate": 0.5}, "the voice is low", "fewer epochs, or more text"),
-        ({"voice": Interval(0.1, 0.0, 0.2)}, "is not above what chance does", "raise adapter.r"),
+        ({"voice": Interval(0.1, 0.0, 0.2)}, "is not above the base model's by more than chance", "raise adapter.r"),
         ({"flagged": ("recites training text: 60%",)}, "recites training text", "fewer epochs"),
-        ({"stopped": 0.2}, "only 20% of the answers come to an end", "generation.max_new_tokens"),
-        ({"length": 3.0}, "3.00 times as long", "as long as what you want"),
-        ({"reward_accuracy": 0.3}, "in only 30%", "not swapped"),
+        ({"stopped": 0.2}, "only 20% of the answers end by themselves", "generation.max_new_tokens"),
+        ({"length": 3.0}, "3.00 times as long", "as long as the answers that you want"),
+        ({"reward_accuracy": 0.3}, "is only 30%", "not swapped"),
         ({"perplexity": 21.0}, "perplexity 18.4 → 21.0", "fewer epochs"),
         ({"concept_coverage": 0.2, "base_concept_coverage": 0.6}, "60% → 20%", "state these facts"),
     ],
@@ -203,9 +197,6 @@ def test_each_symptom_has_its_advice(run: Path, changes: dict[str, object], symp
 
 def final(figures: Figures) -> EvaluationRecord:
     return EvaluationRecord("final", "", 240, figures=figures)
-
-
-# --- curves ----------------------------------------------------------------------------------------------------------
 
 
 def test_strokes_follow_the_stages_and_mark_what_was_undone(run: Path) -> None:
@@ -244,8 +235,8 @@ def test_losses_that_are_no_numbers_are_left_out_and_counted(run: Path) -> None:
     write_lines(run / "metrics.jsonl", lines)
     _, page = write_reports(run)
     text = page.read_text(encoding="utf-8")
-    assert "SFT loss: no step of 160 had a finite loss." in text
-    assert "240 steps had a loss that is no finite number" in text
+    assert "SFT loss: none of 160 steps had a finite loss." in text
+    assert "240 steps had a loss that is not finite" in text
     assert not re.search(r'd="[^"]*(nan|inf)', text)
 
 
@@ -255,9 +246,6 @@ def test_losses_that_are_no_numbers_are_left_out_and_counted(run: Path) -> None:
 )
 def test_ticks_are_round_numbers(low: float, high: float, expected: list[float]) -> None:
     assert ticks(low, high) == pytest.approx(expected)
-
-
-# --- the page --------------------------------------------------------------------------------------------------------
 
 
 class Tags(HTMLParser):

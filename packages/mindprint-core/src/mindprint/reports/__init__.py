@@ -1,4 +1,4 @@
-"""What a run came to, to look at: report.md and a report.html that needs nothing but itself."""
+"""Reports of runs: report.md, and a report.html that is one file without a script."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ __all__ = ["RunRecord", "read_run", "write_reports"]
 
 
 def write_reports(run: RunFolder | Path) -> tuple[Path, Path]:
-    """Write `RUN/report.md` and `RUN/report.html` from what lies in the run's folder; their paths.
+    """Write `RUN/report.md` and `RUN/report.html` from the files in the run's folder.
 
-    Raises `RunError` where the folder holds no run, or cannot be written.
+    Args:
+        run: The run, or the path of its folder.
+
+    Returns:
+        The paths of the two files.
+
+    Raises:
+        RunError: The folder holds no run, or the run's manifest cannot be read.
     """
     folder = run.path if isinstance(run, RunFolder) else run
     document = contents(read_run(folder))

@@ -1,4 +1,4 @@
-"""What failed and what to try: by symptom, each with the figure that shows it."""
+"""Advice on a run: each symptom with the figure that shows it, and a remedy."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ LAST = 10
 
 @dataclass(frozen=True)
 class Advice:
-    """What was seen, and what to change."""
+    """A symptom, and a remedy for it."""
 
     symptom: str
     remedy: str
 
 
 def advice(record: RunRecord) -> tuple[Advice, ...]:
-    """Everything that there is to say of a run, the worst first."""
+    """Return all advice on a run, the worst problem first."""
     figures = record.final.figures if record.final else Figures()
     return (
         *_broken_steps(record),
@@ -50,10 +50,12 @@ def advice(record: RunRecord) -> tuple[Advice, ...]:
 
 
 def forgotten(record: RunRecord) -> tuple[Forgetting, ...]:
-    """Earlier topics whose voice, as last looked at, lies below its interval of then."""
-    latest = {one.topic: one for found in record.evaluations or () for one in found.earlier}
+    """Return earlier topics whose voice, when last measured, was below its interval right after training."""
+    latest = {earlier.topic: earlier for evaluation in record.evaluations or () for earlier in evaluation.earlier}
     return tuple(
-        one for one in latest.values() if one.voice_then and one.voice_now and one.voice_now.high < one.voice_then.low
+        topic
+        for topic in latest.values()
+        if topic.voice_then and topic.voice_now and topic.voice_now.high < topic.voice_then.low
     )
 
 
@@ -74,11 +76,11 @@ def _broken_steps(record: RunRecord) -> Iterator[Advice]:
 
 def _collapse(record: RunRecord) -> Iterator[Advice]:
     for stage in STAGES:
-        found = [one for one in record.evaluations or () if one.stage == stage and one.collapse]
-        if found:
-            names = listed(list(dict.fromkeys(record.title(one.name) for one in found)))
+        collapses = [one for one in record.evaluations or () if one.stage == stage and one.collapse]
+        if collapses:
+            names = listed(list(dict.fromkeys(record.title(collapse.name) for collapse in collapses)))
             yield Advice(
-                f"the answers collapsed in {stage.upper()} of {names}: {'; '.join(found[0].collapse)}",
+                f"the answers collapsed in {stage.upper()} of {names}: {'; '.join(collapses[0].collapse)}",
                 f"lower {stage}.learning_rate{_halved(record, stage)}, or train fewer {_length(record, stage)}",
             )
 
@@ -118,13 +120,13 @@ def _more_text(figures: Figures) -> str:
             f"a score needs {MIN_SCORED_WORDS} words of answers to held-out prompts and there were {figures.words}: "
             f"hold out prompts for at least {lacking} more words"
         )
-    return "mend what the reason names, then evaluate again with `mindprint eval`"
+    return "fix the cause that the reason names, then evaluate again with `mindprint eval`"
 
 
 def topic_flags(record: RunRecord) -> tuple[tuple[str, str], ...]:
-    """Topics of which the answers are flagged, as last looked at, with each flag."""
-    found = [(topic, record.at_the_end(topic) or record.trained(topic)) for topic in record.topics]
-    return tuple((topic, flag) for topic, one in found if one for flag in one.figures.flagged)
+    """Return the flags on each topic's answers, from its latest evaluation."""
+    latest = [(topic, record.at_the_end(topic) or record.trained(topic)) for topic in record.topics]
+    return tuple((topic, flag) for topic, evaluation in latest if evaluation for flag in evaluation.figures.flagged)
 
 
 def _copying(record: RunRecord, figures: Figures) -> Iterator[Advice]:
@@ -133,7 +135,7 @@ def _copying(record: RunRecord, figures: Figures) -> Iterator[Advice]:
     for where, flag in flagged:
         if "recites" in flag:
             yield Advice(
-                f"{where}: {flag}; a high voice proves nothing then",
+                f"{where}: {flag}; a high voice proves nothing in this case",
                 "train fewer epochs (sft.epochs_per_topic), or give more and more varied text",
             )
         elif "repeat each other" in flag:
@@ -152,7 +154,7 @@ def _voice(figures: Figures) -> Iterator[Advice]:
         )
     elif voice.low <= (base.high if base else 0.0):
         yield Advice(
-            f"the voice, {interval(voice)}, is not above what chance does to the base model's",
+            f"the voice, {interval(voice)}, is not above the base model's by more than chance",
             "train longer or at a higher sft.learning_rate while the SFT loss still falls; otherwise raise adapter.r, "
             "or give more text",
         )
@@ -174,7 +176,7 @@ def _failed(record: RunRecord) -> Iterator[Advice]:
 def _forgotten(record: RunRecord) -> Iterator[Advice]:
     found = forgotten(record)
     if found:
-        names = listed([record.title(one.topic) for one in found])
+        names = listed([record.title(topic.topic) for topic in found])
         yield Advice(
             f"forgotten since it was trained: {names}",
             "lower the learning rates of later topics, train them fewer epochs, or mix rows of earlier topics in",
@@ -184,8 +186,8 @@ def _forgotten(record: RunRecord) -> Iterator[Advice]:
 def _answers(figures: Figures) -> Iterator[Advice]:
     if figures.stopped is not None and figures.stopped < FEW_STOP:
         yield Advice(
-            f"only {percent(figures.stopped)} of the answers come to an end by themselves",
-            "raise generation.max_new_tokens; if they then run on all the same, check that no row was cut at "
+            f"only {percent(figures.stopped)} of the answers end by themselves",
+            "raise generation.max_new_tokens; if they still do not end, check that no row was cut at "
             "data.max_length, which takes away the end that it should learn",
         )
     if figures.empty:
@@ -193,23 +195,21 @@ def _answers(figures: Figures) -> Iterator[Advice]:
     if figures.length is not None and not SHORT <= figures.length <= LONG:
         yield Advice(
             f"answers are {number(figures.length)} times as long as the person's",
-            "see that the training rows are as long as what you want to hear",
+            "check that the training rows are as long as the answers that you want",
         )
 
 
 def _preferences(record: RunRecord, figures: Figures) -> Iterator[Advice]:
     if figures.reward_accuracy is not None and figures.reward_accuracy < 0.5:
         yield Advice(
-            f"on held-out pairs the chosen answer gained over the rejected one in only "
-            f"{percent(figures.reward_accuracy)}",
-            "see that chosen and rejected are not swapped in the data; else raise dpo.learning_rate or its steps",
+            f"reward accuracy on held-out pairs is only {percent(figures.reward_accuracy)}",
+            "check that chosen and rejected are not swapped in the data; if not, raise dpo.learning_rate or its steps",
         )
     last = [step for step in record.steps if step.stage == "dpo" and not step.undone][-LAST:]
     chosen = finite(step.reward_chosen for step in last)
     if chosen and sum(chosen) / len(chosen) < SUNK_REWARD:
         yield Advice(
-            f"at the end of DPO the chosen answers themselves had become less likely (reward "
-            f"{number(sum(chosen) / len(chosen))})",
+            f"at the end of DPO the chosen answers had become less likely (reward {number(sum(chosen) / len(chosen))})",
             "lower dpo.learning_rate or its steps, or keep them likely with dpo.sft_weight",
         )
 
@@ -219,7 +219,7 @@ def _knowledge(figures: Figures) -> Iterator[Advice]:
     if before is not None and after is not None and after > before:
         yield Advice(
             f"the person's held-out text became more surprising: perplexity {number(before, 1)} → {number(after, 1)}",
-            "it learned the rows by heart: fewer epochs or a lower sft.learning_rate",
+            "it memorised the rows: fewer epochs or a lower sft.learning_rate",
         )
     had, has = figures.base_concept_coverage, figures.concept_coverage
     if had is not None and has is not None and has < had:

@@ -1,4 +1,4 @@
-"""A comparison of two runs as a page: both loss curves, their deviation step by step, costs, and answers."""
+"""A comparison of two runs as an HTML page: both loss curves, their deviation at each step, costs, and answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TONES: tuple[Tone, Tone] = ("first", "third")
 
 
 def write_comparison(folder: Path, found: Comparison, tables: Sequence[Table], verdict: str) -> Path:
-    """Write `comparison.html` into a folder; `tables` and `verdict` are what the command prints."""
+    """Write `comparison.html` into a folder, with the tables and the verdict that the command prints."""
     page = folder / "comparison.html"
     atomic.write_text(page, as_page(_document(found, tables, verdict)))
     return page
@@ -48,21 +48,21 @@ def _document(found: Comparison, tables: Sequence[Table], verdict: str) -> Docum
 
 def _curves(found: Comparison) -> Iterator[Block]:
     for name in STAGES:
-        stages = [one for one in found.stages if one.stage == name]
+        stages = [stage for stage in found.stages if stage.stage == name]
         if not stages:
             continue
         ends = (float(stages[0].first_step), float(stages[-1].first_step + len(stages[-1].losses[0]) - 1))
-        borders = tuple(one.first_step - 0.5 for one in stages[1:])
-        share = MOST_POINTS / max(1, sum(len(one.losses[0]) for one in stages))
+        borders = tuple(stage.first_step - 0.5 for stage in stages[1:])
+        share = MOST_POINTS / max(1, sum(len(stage.losses[0]) for stage in stages))
         losses = tuple(
-            _line(one, one.losses[place], side.name, tone, share)
+            _line(stage, stage.losses[place], side.name, tone, share)
             for place, (side, tone) in enumerate(zip(found.sides, TONES, strict=True))
-            for one in stages
+            for stage in stages
         )
-        apart = tuple(_line(one, _deviations(one), "deviation", "second", share) for one in stages)
-        worst = max(one.greatest for one in stages)
+        apart = tuple(_line(stage, _deviations(stage), "deviation", "second", share) for stage in stages)
+        worst = max(stage.greatest for stage in stages)
         if any(line.points for line in losses):
-            both = "Both runs' losses; where only one line is seen, they lie on each other."
+            both = "The losses of both runs. Where you see only one line, they are the same."
             yield _chart(f"{name.upper()} loss", both, losses, ends, borders)
             greatest = f"|a - b| / (1 + a) at every step, {worst:.1e} at most."
             yield _chart(f"{name.upper()} loss: deviation", greatest, apart, ends, borders)
@@ -90,8 +90,8 @@ def _answers(found: Comparison) -> Iterator[Block]:
     if found.answers is None:
         yield Paragraph("Not compared: a run kept none (no answers.jsonl).")
         return
-    same = sum(one.identical for one in found.answers)
+    same = sum(answer.identical for answer in found.answers)
     yield Paragraph(f"{same} of {len(found.answers)} are the same, word for word. Those that differ come first.")
-    for one in sorted(found.answers, key=lambda answer: answer.identical)[:MOST_ANSWERS]:
-        texts = tuple((side.name, text) for side, text in zip(found.sides, one.texts, strict=True))
-        yield SideBySide(one.prompt, "the same" if one.identical else "not the same", texts)
+    for answer in sorted(found.answers, key=lambda answer: answer.identical)[:MOST_ANSWERS]:
+        texts = tuple((side.name, text) for side, text in zip(found.sides, answer.texts, strict=True))
+        yield SideBySide(answer.prompt, "the same" if answer.identical else "not the same", texts)

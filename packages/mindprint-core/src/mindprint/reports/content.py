@@ -1,4 +1,4 @@
-"""What a report says, in its order, from a run's record."""
+"""The sections of a report, in order, from the record of a run."""
 
 from __future__ import annotations
 
@@ -40,24 +40,25 @@ from mindprint.voice.preferences import FEW_PAIRS
 STEP = "optimizer step of the run"
 
 CANNOT_TELL = (
-    "The score compares how a text is written, not what it says: it cannot tell whether an answer is true, "
-    "and text of another writer of the same kind and time may score well too."
+    "The score compares style and not content. It cannot tell whether an answer is true, and text by another writer of "
+    "the same kind and time may score well too."
 )
 
 
 def contents(record: RunRecord) -> Document:
+    """Return the whole report of a run."""
     sections = (
-        Section("What came out", tuple(_outcome(record))),
+        Section("Result", tuple(_outcome(record))),
         Section("Learning curves", tuple(_learning(record))),
         Section("Rewards and margins", tuple(_rewards(record))),
         Section("Voice by topic", tuple(_voice(record))),
-        Section("Answers before and after", tuple(heldout.answers(record))),
+        Section("Answers of both models", tuple(heldout.answers(record))),
         Section("Forgetting", tuple(heldout.forgetting(record))),
         Section("Copying", tuple(heldout.copying(record))),
         Section("Preferences and perplexity", tuple(heldout.preferences(record))),
         Section("Quizzes", tuple(heldout.quizzes(record))),
         Section("Decisions", tuple(_decisions(record))),
-        Section("What failed, and what to try", tuple(_advice(record))),
+        Section("Problems, and what to try", tuple(_advice(record))),
         Section("Settings and versions", tuple(_settings(record))),
     )
     model = record.manifest.get("model", {}).get("name", "an unknown model")
@@ -69,17 +70,14 @@ def contents(record: RunRecord) -> Document:
     )
 
 
-# --- what came out ---------------------------------------------------------------------------------------------------
-
-
 def _outcome(record: RunRecord) -> Iterator[Block]:
     if not record.complete:
-        yield Paragraph("This run is not complete: what follows is what it had come to when this was written.")
+        yield Paragraph("This run is not complete. The report shows its state when the report was written.")
     yield Paragraph(" ".join([_voice_sentence(record), _topics_sentence(record), _copying_sentence(record)]))
-    yield Paragraph("What is not proven:")
+    yield Paragraph("Not proven:")
     yield Bullets(tuple(_not_proven(record)))
     if record.broken:
-        yield Paragraph("What could not be read:")
+        yield Paragraph("Could not be read:")
         yield Bullets(record.broken)
 
 
@@ -92,18 +90,19 @@ def _voice_sentence(record: RunRecord) -> str:
     verdict = _compared(figures.voice, base)
     return (
         f"On a scale from 0 (the base model) to 1 (the person) the voice went {before}to {interval(figures.voice)} "
-        f"after it: {verdict}. That is from {plural(figures.words, 'word')} of answers to "
-        f"{plural(figures.prompts, 'held-out prompt')}; in brackets the 95 % interval."
+        f"after it: {verdict}. It was measured on {plural(figures.words, 'word')} of answers to "
+        f"{plural(figures.prompts, 'held-out prompt')}. The 95 % interval is in brackets."
     )
 
 
 def _compared(voice: Interval, base: Interval | None) -> str:
+    # Without the base model's interval its voice is 0 by definition, and only the tuned interval counts.
     floor = base or Interval(0.0, 0.0, 0.0)
     if voice.low > floor.high:
-        return "it rose beyond what chance would do"
+        return "it rose, and more than by chance"
     if voice.high < floor.low:
         return "it fell below the base model's"
-    return "the intervals overlap, so a change is not shown"
+    return "the intervals overlap, so no change is shown"
 
 
 def _topics_sentence(record: RunRecord) -> str:
@@ -142,14 +141,11 @@ def _not_proven(record: RunRecord) -> Iterator[str]:
         for name, reason in figures.unmeasured.items():
             yield f"{name.replace('_', ' ').capitalize()}: {reason}."
         if 0 < figures.pairs < FEW_PAIRS:
-            yield f"The preference figures: only {plural(figures.pairs, 'held-out pair')}, so read them as hints."
+            yield f"Reward accuracy: only {plural(figures.pairs, 'held-out pair')}, so read them as hints."
     unclear = [record.title(topic) for topic in record.topics if record.outcome(topic) == "not evaluated"]
     if unclear and final is not None:
         yield f"The voice of {listed(unclear)}: {MISSING}, which is neither pass nor fail."
     yield CANNOT_TELL
-
-
-# --- curves ----------------------------------------------------------------------------------------------------------
 
 
 def _learning(record: RunRecord) -> Iterator[Block]:
@@ -164,19 +160,20 @@ def _learning(record: RunRecord) -> Iterator[Block]:
         if lines:
             yield LineChart(label, _loss_described(steps, label), STEP, lines, _span(record), borders)
         elif steps:
-            yield Paragraph(f"{label}: no step of {len(steps)} had a finite loss.")
+            yield Paragraph(f"{label}: none of {len(steps)} steps had a finite loss.")
+    # A loss that is not finite has no place on a curve, so the reader is told how many there were.
     odd = len(record.steps) - len(finite(step.loss for step in record.steps))
     if odd:
-        yield Paragraph(f"{plural(odd, 'step')} had a loss that is no finite number, left out of the curves.")
+        yield Paragraph(f"{plural(odd, 'step')} had a loss that is not finite, and the curves leave it out.")
     yield _stage_table(record)
 
 
 def _loss_described(steps: Sequence[Step], label: str) -> str:
     kept = finite(step.loss for step in steps if not step.undone)
     undone = sum(step.undone for step in steps)
-    marked = f"; {plural(undone, 'step')} rolled back, drawn broken" if undone else ""
+    marked = f"; {plural(undone, 'step')} rolled back, drawn dashed" if undone else ""
     ends = f" from {kept[0]:.3f} at the first to {kept[-1]:.3f} at the last" if kept else ""
-    return f"{label} over {plural(len(steps), 'step')}{ends}{marked}. Each upright line begins another stage."
+    return f"{label} over {plural(len(steps), 'step')}{ends}{marked}. Each vertical line starts another stage."
 
 
 def _span(record: RunRecord) -> tuple[float, float]:
@@ -213,19 +210,16 @@ def _rewards(record: RunRecord) -> Iterator[Block]:
         yield Paragraph("No preference step was taken." if not _has_dpo(record) else "No step has rewards.")
         return
     margins = finite(step.reward_margin for step in record.steps if step.stage == "dpo" and not step.undone)
-    ends = f" The margin goes from {margins[0]:.3f} to {margins[-1]:.3f}." if margins else ""
+    ends = f" The margin changes from {margins[0]:.3f} to {margins[-1]:.3f}." if margins else ""
     description = (
-        "Mean rewards of a step's chosen and rejected answers, beta times what the policy gained over the reference, "
-        f"and the margin between them.{ends}"
+        "Mean rewards of a step's chosen and rejected answers, and the margin between them. A reward is beta times the "
+        f"log-ratio of policy and reference.{ends}"
     )
     yield LineChart("Rewards and margins in DPO", description, STEP, lines, _span(record), boundaries(record))
 
 
 def _has_dpo(record: RunRecord) -> bool:
     return any(step.stage == "dpo" for step in record.steps)
-
-
-# --- voice -----------------------------------------------------------------------------------------------------------
 
 
 def _voice(record: RunRecord) -> Iterator[Block]:
@@ -260,12 +254,13 @@ def _voice_table(record: RunRecord) -> Table:
         one = record.final
         rows.append(("all topics", interval(one.figures.base_voice), NONE, _scored(one), str(one.figures.words),
                      one.outcome, "; ".join(one.reasons)))  # fmt: skip
-    header = ("topic", "base", "after its training", "at the end", "words", "outcome", "why")
+    header = ("topic", "base model", "after its training", "at the end", "words", "outcome", "why")
     return Table("Voice, with 95 % intervals: 0 is the base model, 1 the person", header, tuple(rows),
                  frozenset({1, 2, 3, 4}))  # fmt: skip
 
 
 def _voice_row(record: RunRecord, topic: str) -> tuple[str, ...]:
+    # The outcome is that of the topic's own training. The final evaluation shows what later topics did to it.
     trained, ended = record.trained(topic), record.at_the_end(topic)
     latest = ended or trained
     figures = latest.figures if latest else Figures()
@@ -291,15 +286,12 @@ def _scored(found: EvaluationRecord | None) -> str:
 def _no_evaluations(record: RunRecord) -> str:
     if record.evaluations is None:
         return "the run has no evaluations.jsonl (it had no held-out text, or is older than evaluation in training)."
-    return "its evaluations.jsonl holds none of a topic."
-
-
-# --- decisions, advice, settings -------------------------------------------------------------------------------------
+    return "its evaluations.jsonl has none of a topic."
 
 
 def _decisions(record: RunRecord) -> Iterator[Block]:
     if not record.decisions:
-        yield Paragraph("Nothing had to be decided: no gate, threshold or roll-back acted.")
+        yield Paragraph("There were no decisions: no gate, threshold or roll-back applied.")
         return
     rows = tuple(
         (str(one.step), record.title(one.topic), (one.stage or "").upper() or NONE, str(one.attempt), one.decision,
@@ -322,10 +314,10 @@ def _because(one: Decision) -> str:
 def _advice(record: RunRecord) -> Iterator[Block]:
     found = advice(record)
     if not found:
-        yield Paragraph("Nothing stood out.")
+        yield Paragraph("No problems were found.")
         return
     rows = tuple((one.symptom, one.remedy) for one in found)
-    yield Table("By symptom", ("what was seen", "what to try"), rows)
+    yield Table("By symptom", ("symptom", "what to try"), rows)
 
 
 def _settings(record: RunRecord) -> Iterator[Block]:
@@ -334,7 +326,7 @@ def _settings(record: RunRecord) -> Iterator[Block]:
     for backend, environment in record.manifest.get("environment", {}).items():
         facts += [(f"{backend}: {key}", str(value)) for key, value in environment.items()]
     facts += [(f"digest of {key}", str(value)) for key, value in record.manifest.get("identity", {}).items()]
-    yield Table("What it ran on", ("", ""), tuple(facts))
+    yield Table("Model, versions and machine", ("", ""), tuple(facts))
     if record.config is not None:
         yield Table("Settings that are not the defaults", ("setting", "value"), tuple(_changed(record.config)))
     splits = record.manifest.get("splits")
@@ -350,7 +342,7 @@ def _changed(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as `section.name` and value in words."""
+    """Yield nested settings as `section.name` and the value as text."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from flattened(value, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""Curves of a run: strokes of metrics.jsonl's steps, thinned so that a picture of 100,000 of them stays small."""
+"""Curves of a run from the steps of metrics.jsonl, thinned so that a picture of 100,000 steps stays small."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mindprint.reports.document import Line, Point, Tone
 from mindprint.runs.reading import RunRecord, Step
 
 MOST_POINTS = 3000
-"""Points of one curve in a chart; beyond them each bucket of neighbouring steps keeps its least and its greatest."""
+"""Points of one curve in a chart. Beyond them each bucket of neighbouring steps keeps its lowest and its highest."""
 
 
 def curves(
     record: RunRecord, stage: StageName, value: Callable[[Step], float | None], label: str, tone: Tone
 ) -> tuple[Line, ...]:
-    """One stroke for each stage that was trained, those undone apart; x is the run's step."""
+    """Return one line for each stage that was trained, with separate lines for undone steps. x is the run's step."""
     steps = [step for step in record.steps if step.stage == stage]
     share = MOST_POINTS / max(1, len(steps))
     lines = []
@@ -31,7 +31,7 @@ def curves(
 
 
 def boundaries(record: RunRecord) -> tuple[float, ...]:
-    """The steps at which training turns to another stage, topic or attempt: half a step before the first."""
+    """Return the places where another stage, topic or attempt starts, half a step before its first step."""
     changes = []
     for before, after in zip(record.steps, record.steps[1:], strict=False):
         if before.stretch != after.stretch:
@@ -40,7 +40,10 @@ def boundaries(record: RunRecord) -> tuple[float, ...]:
 
 
 def thinned(points: Sequence[Point], most: int) -> list[Point]:
-    """At most about `most` points: of each bucket the lowest and the highest, in order, and both ends."""
+    """Return about `most` points: the lowest and the highest of each bucket, in order, and both ends.
+
+    The extremes are kept because they are what a reader looks for in a loss curve: spikes must not vanish.
+    """
     if len(points) <= most:
         return list(points)
     inner = points[1:-1]

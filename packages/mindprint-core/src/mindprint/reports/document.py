@@ -1,4 +1,4 @@
-"""A report as a value: sections of blocks, which `markdown` and `page` each write in their way."""
+"""A report as a value: sections of blocks, which `markdown` and `page` each write in their format."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ from typing import Literal
 from mindprint.runs.records import Interval
 
 Tone = Literal["first", "second", "third", "undone"]
-"""How a line is drawn; `undone` marks steps that were rolled back."""
+"""The style of a line: `undone` is for steps that were rolled back."""
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Paragraph:
+    """A paragraph of text."""
+
     text: str
 
 
 @dataclass(frozen=True)
 class Bullets:
+    """A bulleted list."""
+
     items: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Table:
-    """`numbers`: the columns that are set flush right."""
+    """A table. The columns in `numbers` are aligned right."""
 
     caption: str
     header: tuple[str, ...]
@@ -35,7 +39,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Line:
-    """One stroke of a chart: points with finite coordinates, x not falling."""
+    """One line of a chart: points with finite coordinates, in ascending order of x."""
 
     label: str
     tone: Tone
@@ -44,9 +48,9 @@ class Line:
 
 @dataclass(frozen=True)
 class LineChart:
-    """`span`: what of x is shown at least; `boundaries`: where on it a stage begins.
+    """A chart of lines. It shows at least `span` on the x axis, and a vertical line at each of `boundaries`.
 
-    `description` says in words what the picture shows.
+    `description` is the chart in words, for those who cannot see it.
     """
 
     title: str
@@ -93,6 +97,8 @@ Block = Paragraph | Bullets | Table | LineChart | DotChart | SideBySide
 
 @dataclass(frozen=True)
 class Section:
+    """A titled part of a report."""
+
     title: str
     blocks: tuple[Block, ...]
 

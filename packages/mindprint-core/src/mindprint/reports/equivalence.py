@@ -1,7 +1,8 @@
-"""Two runs of the same configuration on different backends: are they equivalent, and by how much do they differ?
+"""Whether two runs of one configuration on different backends are equivalent, and by how much they differ.
 
 `equivalent` means that every loss agrees within its tolerance (docs/numerics.md) and, where the voice could be scored,
-that the scores are within `VOICE_TOLERANCE` of the scale. What is compared beside that decides nothing.
+that the scores are within `VOICE_TOLERANCE` of the scale. Adapters, answers and costs are shown
+and do not decide.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mindprint.tolerances import FREE_TOLERANCE, SFT_TOLERANCE, VOICE_TOLERANCE
 
 @dataclass(frozen=True)
 class Side:
-    """One run. Seconds a step are medians, by stage; `voice` is None, with the reason, where it was not scored."""
+    """One run. Seconds per step are medians, by stage. `voice` is None if it was not scored, for `voice_missing`."""
 
     name: str
     run: str
@@ -59,9 +60,10 @@ class StageCurves:
 
 @dataclass(frozen=True)
 class AdapterDifference:
-    """`change`: norm of the difference of scale * B @ A over all sites, over that of the first (Frobenius).
+    """How much two adapters differ.
 
-    `greatest`: the greatest absolute difference of an element of any A or B.
+    `change` is the Frobenius norm of the difference of scale * B @ A over all sites, divided by that of the first.
+    `greatest` is the greatest absolute difference of an element of any A or B.
     """
 
     change: float
@@ -82,9 +84,9 @@ class Answers:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`beyond`: what keeps the runs from being equivalent, in words; empty if they are.
+    """Two runs compared. `beyond` names every reason why they are not equivalent, and is empty if they are.
 
-    `answers` is None where a run kept none.
+    `answers` is None if a run has no answers.jsonl.
     """
 
     sides: tuple[Side, Side]
@@ -100,10 +102,10 @@ class Comparison:
 
 
 def compare(first: RunRecord, other: RunRecord) -> Comparison:
-    """Compare two complete runs. Raises `RunError` if one is not, or if they are not of the same thing."""
+    """Compare two complete runs. Raises `RunError` if one is not complete, or if their inputs differ."""
     for record in (first, other):
         if not record.complete:
-            raise RunError(f"{record.path}: is not complete; go on with: mindprint train {record.path} --resume")
+            raise RunError(f"{record.path}: is not complete; continue it with: mindprint train {record.path} --resume")
     require_same(first, other)
     names = _names(first, other)
     sides = _side(first, names[0]), _side(other, names[1])
@@ -117,7 +119,7 @@ def compare(first: RunRecord, other: RunRecord) -> Comparison:
 
 
 def require_same(first: RunRecord, other: RunRecord) -> None:
-    """Raise `RunError` naming what differs: base, tokenizer, template, data, adapter or training configuration."""
+    """Raise `RunError` naming the inputs that differ: base, tokenizer, template, data, adapter or configuration."""
     ours, theirs = (dict(record.manifest.get("identity", {})) for record in (first, other))
     differing = [part for part in {**ours, **theirs} if ours.get(part) != theirs.get(part)]
     if differing:
@@ -128,7 +130,7 @@ def require_same(first: RunRecord, other: RunRecord) -> None:
 
 
 def _names(first: RunRecord, other: RunRecord) -> tuple[str, str]:
-    """The backends' names, or the runs' where both are the same."""
+    """Return the backends' names, or the runs' paths where both used the same backend."""
     backends = _backend(first), _backend(other)
     return backends if backends[0] != backends[1] else (str(first.path), str(other.path))
 
@@ -154,11 +156,8 @@ def _side(record: RunRecord, name: str) -> Side:
     )
 
 
-# --- losses ----------------------------------------------------------------------------------------------------------
-
-
 def _stages(first: RunRecord, other: RunRecord) -> tuple[tuple[StageCurves, ...], list[str]]:
-    """The stages that both took, in order, and in words where they took other steps."""
+    """Return the stages that both runs trained, in order, and a sentence for each that has other steps."""
     ours, theirs = _by_stage(first.steps), _by_stage(other.steps)
     found, uneven, free = [], [], False
     for key, steps in ours.items():
@@ -182,7 +181,7 @@ def _by_stage(steps: Sequence[Step]) -> dict[Stretch, list[Step]]:
 
 
 def deviation(first: Sequence[float], other: Sequence[float]) -> float:
-    """The greatest |a - b| / (1 + |a|) of two curves of one length; infinite where either is not a number."""
+    """Return the greatest |a - b| / (1 + |a|) of two curves of one length, infinite if either is not finite."""
     worst = 0.0
     for one, two in zip(first, other, strict=True):
         found = abs(one - two) / (1 + abs(one)) if math.isfinite(one) and math.isfinite(two) else math.inf
@@ -192,18 +191,15 @@ def deviation(first: Sequence[float], other: Sequence[float]) -> float:
 
 def _losses(stages: Sequence[StageCurves]) -> list[str]:
     return [
-        f"{one.topic}, {one.stage}: losses deviate by {one.greatest:.1e}, and {one.tolerance:.0e} is allowed"
-        for one in stages
-        if not one.within
+        f"{stage.topic}, {stage.stage}: losses deviate by {stage.greatest:.1e}, and {stage.tolerance:.0e} is allowed"
+        for stage in stages
+        if not stage.within
     ]
 
 
 def _precision(sides: Sequence[Side]) -> list[str]:
     reduced = dict.fromkeys(side.dtype for side in sides if side.dtype != "float32")
     return [f"computed in {' and '.join(reduced)}: the tolerances hold for backend.dtype=float32"] if reduced else []
-
-
-# --- what else there is ----------------------------------------------------------------------------------------------
 
 
 def _voices(difference: float | None) -> list[str]:
@@ -218,7 +214,7 @@ def _adapters(first: RunRecord, other: RunRecord) -> AdapterDifference:
 
 
 def adapter_difference(first: AdapterState, other: AdapterState) -> AdapterDifference:
-    """By how much the second changes a base otherwise than the first; both have the same sites and rank."""
+    """Return how much the changes of two adapters to a base differ. Both have the same sites and rank."""
     squares = norms = greatest = 0.0
     for site, factors in first.tensors.items():
         others = other.tensors[site]
@@ -236,9 +232,9 @@ def adapter_difference(first: AdapterState, other: AdapterState) -> AdapterDiffe
 def _answers(first: RunRecord, other: RunRecord) -> tuple[Answers, ...] | None:
     if not first.answers or not other.answers:
         return None
-    theirs = {(one.topic, one.prompt): one.tuned for one in other.answers}
+    other_answers = {(answer.topic, answer.prompt): answer.tuned for answer in other.answers}
     return tuple(
-        Answers(one.prompt, (one.tuned, theirs[one.topic, one.prompt]))
-        for one in first.answers
-        if (one.topic, one.prompt) in theirs
+        Answers(answer.prompt, (answer.tuned, other_answers[answer.topic, answer.prompt]))
+        for answer in first.answers
+        if (answer.topic, answer.prompt) in other_answers
     )

@@ -1,4 +1,4 @@
-"""What held-out text showed: answers side by side, forgetting, copying, preferences, quizzes."""
+"""The sections of a report on held-out text: answers side by side, forgetting, copying, preferences, quizzes."""
 
 from __future__ import annotations
 
@@ -23,37 +23,41 @@ from mindprint.runs.records import AnswerRecord, Figures
 
 MOST_ANSWERS = 40
 MOST_CHARACTERS = 1500
-"""Of answers, how many and how much of each stand in a report; answers.jsonl has all."""
+"""The most answers in a report, and the most characters of each: answers.jsonl has all."""
 
 
 def answers(record: RunRecord) -> Iterator[Block]:
+    """Yield held-out prompts with the answers of both models and of the person."""
     if not record.answers:
         yield Paragraph(
             "The run kept no answers to held-out prompts (no answers.jsonl): its final evaluation did not run."
         )
         return
-    shown = _spread([one for one in record.answers if not one.quiz])
-    for one in shown:
-        yield _side_by_side(record, one)
-    more = sum(not one.quiz for one in record.answers) - len(shown)
+    prompts = [answer for answer in record.answers if not answer.quiz]
+    shown = _spread(prompts)
+    for answer in shown:
+        yield _side_by_side(record, answer)
+    more = len(prompts) - len(shown)
     if more > 0:
         yield Paragraph(f"{plural(more, 'more prompt')} with all answers are in answers.jsonl.")
 
 
 def _spread(answers: Sequence[AnswerRecord]) -> list[AnswerRecord]:
-    """As many as may be shown, from every topic alike, in their order."""
+    """Return at most `MOST_ANSWERS`, the same number from each topic if possible, in their order."""
+    # The first answer of every topic comes before the second of any.
     turn: Counter[str] = Counter()
     places = []
-    for place, one in enumerate(answers):
-        places.append((turn[one.topic], place))
-        turn[one.topic] += 1
+    for place, answer in enumerate(answers):
+        places.append((turn[answer.topic], place))
+        turn[answer.topic] += 1
     return [answers[place] for place in sorted(place for _, place in sorted(places)[:MOST_ANSWERS])]
 
 
-def _side_by_side(record: RunRecord, one: AnswerRecord) -> SideBySide:
-    texts = (("base model", one.base), ("tuned model", one.tuned), ("the person", one.person))
-    note = f"key concepts that the answer lacks: {', '.join(one.missing)}" if one.missing else ""
-    return SideBySide(_clipped(one.prompt), record.title(one.topic), tuple((n, _clipped(t)) for n, t in texts), note)
+def _side_by_side(record: RunRecord, answer: AnswerRecord) -> SideBySide:
+    texts = (("base model", answer.base), ("tuned model", answer.tuned), ("the person", answer.person))
+    note = f"key concepts that the tuned model's answer lacks: {', '.join(answer.missing)}" if answer.missing else ""
+    shown = tuple((label, _clipped(text)) for label, text in texts)
+    return SideBySide(_clipped(answer.prompt), record.title(answer.topic), shown, note)
 
 
 def _clipped(text: str) -> str:
@@ -62,42 +66,43 @@ def _clipped(text: str) -> str:
     return shown if shown.strip() else "(empty)"
 
 
-# --- forgetting, copying, preferences, quizzes -----------------------------------------------------------------------
-
-
 def forgetting(record: RunRecord) -> Iterator[Block]:
+    """Yield earlier topics as they were right after their training, and later."""
     rows = [
         (
-            f"{one.level} {record.title(one.name)}".strip(),
-            record.title(then.topic),
-            interval(then.voice_then),
-            interval(then.voice_now),
-            change(then.perplexity_then, then.perplexity_now, 1),
+            f"{evaluation.level} {record.title(evaluation.name)}".strip(),
+            record.title(earlier.topic),
+            interval(earlier.voice_then),
+            interval(earlier.voice_now),
+            change(earlier.perplexity_then, earlier.perplexity_now, 1),
         )
-        for one in record.evaluations or ()
-        for then in one.earlier
+        for evaluation in record.evaluations or ()
+        for earlier in evaluation.earlier
     ]
     if not rows:
-        yield Paragraph("No earlier topic was looked at again: that happens at the end of a unit with more than one.")
+        yield Paragraph(
+            "No earlier topic was measured again: that happens at the end of a unit with more than one topic."
+        )
         return
     lost = forgotten(record)
-    names = listed([record.title(one.topic) for one in lost])
+    names = listed([record.title(topic.topic) for topic in lost])
     yield Paragraph(
-        f"Fell below its own interval since it was trained: {names}."
+        f"Fell below the interval that it had right after its training: {names}."
         if lost
         else "No topic's voice fell below the interval that it had right after its training."
     )
-    header = ("looked at after", "topic", "voice then", "voice now", "perplexity, then → now")
+    header = ("measured after", "topic", "voice then", "voice now", "perplexity, then → now")
     yield Table("Earlier topics, right after their training and later", header, tuple(rows), frozenset({2, 3, 4}))
 
 
 def _by_topic(record: RunRecord) -> list[tuple[str, Figures]]:
-    found = [(record.title(topic), record.at_the_end(topic) or record.trained(topic)) for topic in record.topics]
-    rows = [(name, one.figures) for name, one in found if one]
+    latest = [(record.title(topic), record.at_the_end(topic) or record.trained(topic)) for topic in record.topics]
+    rows = [(title, evaluation.figures) for title, evaluation in latest if evaluation]
     return [*rows, ("all topics", record.final.figures)] if record.final else rows
 
 
 def copying(record: RunRecord) -> Iterator[Block]:
+    """Yield the overlap of answers with the training text, next to the person's own."""
     measured = [(name, figures) for name, figures in _by_topic(record) if figures.copy_rate is not None]
     if not measured:
         yield Paragraph(f"Copying {MISSING}: {_why(record, 'copy_rate')}.")
@@ -105,7 +110,7 @@ def copying(record: RunRecord) -> Iterator[Block]:
     overall = measured[-1][1]
     if overall.longest_copy_text:
         yield Paragraph(
-            "The longest run of words that stands in the training text as well: "
+            "The longest run of words that is also in the training text: "
             f"{plural(overall.longest_copy or 0, 'word')}, “{_clipped(overall.longest_copy_text)}”."
         )
     rows = tuple(
@@ -128,9 +133,14 @@ def copying(record: RunRecord) -> Iterator[Block]:
 
 
 def preferences(record: RunRecord) -> Iterator[Block]:
-    measured = [(n, f) for n, f in _by_topic(record) if (f.perplexity, f.reward_accuracy) != (None, None)]
+    """Yield reward accuracies of held-out pairs, and perplexities of held-out text."""
+    measured = [
+        (title, figures)
+        for title, figures in _by_topic(record)
+        if (figures.perplexity, figures.reward_accuracy) != (None, None)
+    ]
     if not measured:
-        yield Paragraph(f"Preference accuracy and perplexity {MISSING}: {_why(record, 'reward_accuracy')}.")
+        yield Paragraph(f"Reward accuracy and perplexity {MISSING}: {_why(record, 'reward_accuracy')}.")
         return
     rows = tuple(
         (
@@ -143,17 +153,18 @@ def preferences(record: RunRecord) -> Iterator[Block]:
         )
         for name, one in measured
     )
-    header = ("topic", "pairs", "chosen gained", "by, nats", "perplexity before", "after")
+    header = ("topic", "pairs", "reward accuracy", "reward margin", "perplexity, base model", "tuned model")
     yield Table(
-        "Held-out pairs: how often, and by how much, training raised the chosen answer over the rejected one; and how "
-        "surprising the person's held-out text is",
+        "Reward accuracy: share of held-out pairs in which training raised the chosen answer more than the rejected "
+        "one. Perplexity: of the person's held-out text",
         header, rows, frozenset(range(1, 6)),
     )  # fmt: skip
 
 
 def quizzes(record: RunRecord) -> Iterator[Block]:
+    """Yield the share of key concepts that answers name, and the answers."""
     asked = [(name, figures) for name, figures in _by_topic(record) if figures.questions]
-    answers = [one for one in record.answers or () if one.quiz]
+    answers = [answer for answer in record.answers or () if answer.quiz]
     if not asked and not answers:
         yield Paragraph("There were no quizzes (quiz.json in the data).")
         return
@@ -162,10 +173,10 @@ def quizzes(record: RunRecord) -> Iterator[Block]:
         for name, one in asked
     )
     if rows:
-        header = ("topic", "questions", "before", "after")
+        header = ("topic", "questions", "base model", "tuned model")
         yield Table("Share of the key concepts that answers name", header, rows, frozenset({1, 2, 3}))
-    for one in _spread(answers):
-        yield _side_by_side(record, one)
+    for answer in _spread(answers):
+        yield _side_by_side(record, answer)
 
 
 def _why(record: RunRecord, name: str) -> str:

@@ -1,4 +1,4 @@
-"""A report as Markdown; a chart is the sentence that describes it, and what users wrote cannot become markup."""
+"""A report as Markdown. A chart becomes the sentence that describes it, and text of users never becomes markup."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from mindprint.reports.document import (
 
 
 def as_markdown(document: Document) -> str:
-    """The document as CommonMark with tables."""
+    """Return the document as CommonMark with tables."""
     head = f"# {escaped(document.title)}\n\n{escaped(document.subtitle)}\n"
     return "\n".join([head, *(_section(section) for section in document.sections)])
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Return text on one line, escaped so that Markdown shows it as it is."""
     return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", " ".join(text.split()))
 
 

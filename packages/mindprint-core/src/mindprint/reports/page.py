@@ -1,4 +1,4 @@
-"""A report as one HTML file that asks the network for nothing and needs no script."""
+"""A report as one HTML file, without a script and without anything from the network."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OUTCOMES = {
 
 
 def as_page(document: Document) -> str:
-    """The document as HTML; all its text is escaped."""
+    """Return the document as HTML, with all of its text escaped."""
     style = files("mindprint.reports").joinpath("page.css").read_text(encoding="utf-8")
     parts = "".join(f'<a href="#{_anchor(section)}">{escape(section.title)}</a>' for section in document.sections)
     sections = "".join(_section(section) for section in document.sections)

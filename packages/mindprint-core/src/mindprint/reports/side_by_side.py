@@ -1,4 +1,4 @@
-"""Runs side by side: their final figures, the settings that differ, and whether the voices differ beyond chance."""
+"""Runs side by side: their final figures, the settings that differ, and whether their voices differ beyond chance."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mindprint.runs.records import Figures, Interval
 
 @dataclass(frozen=True)
 class RunFigures:
-    """A run's final figures; None, with `unmeasured` saying why, where it was not evaluated.
+    """A run's final figures. They are None if it was not evaluated, and `unmeasured` says why.
 
-    `losses`: of the last step that stands, by stage. `topics`: how many passed, failed, ... .
+    `losses` has the loss of the last step that was kept, by stage. `topics` counts topics by outcome.
     """
 
     run: str
@@ -33,7 +33,7 @@ class RunFigures:
 class VoiceDifference:
     """The voice of `run` less that of the first run.
 
-    `beyond`: whether the two 95 % intervals lie apart; None where a voice is missing, for `reason`.
+    `beyond` is True if the two 95 % intervals do not overlap. It is None if a voice is missing, for `reason`.
     """
 
     run: str
@@ -44,7 +44,7 @@ class VoiceDifference:
 
 @dataclass(frozen=True)
 class RunsCompared:
-    """`settings`: what differs, in the order of the runs. `cautions`: why figures may not be comparable."""
+    """Runs with the settings in which they differ, and cautions: reasons why figures may not be comparable."""
 
     runs: tuple[RunFigures, ...]
     settings: Mapping[str, tuple[str, ...]]
@@ -53,7 +53,7 @@ class RunsCompared:
 
 
 def compare_runs(records: Sequence[RunRecord]) -> RunsCompared:
-    """Two or more runs, each against the first."""
+    """Compare two or more runs, each with the first."""
     runs = tuple(_figures(record) for record in records)
     return RunsCompared(
         runs,
@@ -84,7 +84,7 @@ def _why(record: RunRecord) -> str:
 
 
 def _settings(records: Sequence[RunRecord]) -> dict[str, tuple[str, ...]]:
-    """Only what differs; a run whose configuration cannot be read has a `?` everywhere."""
+    """Return the settings that differ. A run whose configuration cannot be read has a `?` in each."""
     each = [dict(flattened(record.config.model_dump(mode="json"))) if record.config else None for record in records]
     names = dict.fromkeys(name for values in each for name in values or ())
     rows = {name: tuple("?" if values is None else values.get(name, "null") for values in each) for name in names}
@@ -100,7 +100,7 @@ def _difference(first: RunFigures, other: RunFigures) -> VoiceDifference:
 
 
 def apart(one: Interval, other: Interval) -> bool:
-    """Whether two intervals have nothing in common."""
+    """Return whether two intervals do not overlap."""
     return one.high < other.low or other.high < one.low
 
 
@@ -110,7 +110,7 @@ def _cautions(records: Sequence[RunRecord]) -> list[str]:
 
     found = []
     if differs("identity", "base model"):
-        found.append("the runs have different bases: each voice is measured from its own base model")
+        found.append("the runs have different bases: each voice is measured from another base model")
     if differs("splits", "digests", "held_out"):
         found.append("the runs hold out different prompts: their figures are of different text")
     return found

@@ -1,7 +1,7 @@
-"""Charts as inline SVG: the drawing stretches with its box, and every word stands beside it in HTML at its own size.
+"""Charts as inline SVG. The drawing stretches with its box, and its words are HTML next to it, which keeps its size.
 
-Strokes keep their width however the drawing is stretched (`vector-effect`); a dot is a stroke of no length with round
-ends, so that it stays round. Colours are classes: the page's style sheet knows light and dark.
+Strokes keep their width however the drawing is stretched (`vector-effect`). A dot is a stroke of length 0 with round
+ends, so that it stays round. Colours are classes, because the page's style sheet knows light and dark.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from mindprint.reports.document import Dot, DotChart, Line, LineChart
 
 WIDTH, HEIGHT = 1000, 300
 MOST_BOUNDARIES = 200
-"""Upright lines beyond which only every other, every third, ... is drawn."""
+"""The most vertical lines. Beyond them only every second, every third, ... is drawn."""
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) within `low` to `high`, about `most` of them."""
+    """Return about `most` round numbers from `low` to `high`, spaced 1, 2 or 5 times a power of ten."""
     if not high > low:
         return [low]
     rough = (high - low) / most
@@ -29,7 +29,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def line_chart(chart: LineChart) -> str:
-    """A chart of strokes with its scales and its key, as an HTML figure."""
+    """Return a chart of curves with its scales and its key, as an HTML figure."""
     xs = [*chart.span, *(x for line in chart.lines for x, _ in line.points)]
     ys = [y for line in chart.lines for _, y in line.points]
     across, up = _Scale(min(xs), max(xs), 0, WIDTH), _Scale(*_room(min(ys), max(ys)), HEIGHT, 0)
@@ -48,9 +48,10 @@ def line_chart(chart: LineChart) -> str:
 
 
 def dot_chart(chart: DotChart) -> str:
-    """Rows of dots with intervals under one scale, as an HTML figure."""
-    found = [dot.interval for _, dots in chart.rows for dot in dots if dot.interval]
-    ends = [chart.low[0], chart.high[0], *(end for one in found for end in (one.low, one.high) if math.isfinite(end))]
+    """Return rows of dots with intervals under one scale, as an HTML figure."""
+    intervals = [dot.interval for _, dots in chart.rows for dot in dots if dot.interval]
+    limits = [limit for interval in intervals for limit in (interval.low, interval.high) if math.isfinite(limit)]
+    ends = [chart.low[0], chart.high[0], *limits]
     across = _Scale(*_room(min(ends), max(ends)), 0, WIDTH)
     marks = (chart.low, chart.high)
     names = "".join(
@@ -60,14 +61,14 @@ def dot_chart(chart: DotChart) -> str:
     rows = "".join(_dot_row(label, dots, across, [value for value, _ in marks]) for label, dots in chart.rows)
     return (
         f'<figure class="dots"><figcaption>{escape(chart.title)}</figcaption>'
-        '<ul class="key"><li><i class="first"></i>tuned</li><li><i class="third"></i>base</li></ul>'
+        '<ul class="key"><li><i class="first"></i>tuned model</li><li><i class="third"></i>base model</li></ul>'
         f'<div class="row scale" aria-hidden="true"><span></span><div class="marks">{names}</div></div>{rows}'
         f'<p class="described">{escape(chart.description)}</p></figure>'
     )
 
 
 class _Scale:
-    """From values to places on the drawing."""
+    """A linear map from values to places on the drawing."""
 
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
         self.low, self.high = low, high
@@ -79,7 +80,7 @@ class _Scale:
 
 
 def _room(low: float, high: float) -> tuple[float, float]:
-    """The range with a little room at both ends."""
+    """Return the range with 5 % more at both ends."""
     space = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
     return low - space, high + space
 
