@@ -233,7 +233,7 @@ def it_is_dora(it: Artefact) -> None:
 
 @fault(
     "adapter",
-    "huggingface/peft#2450: trained embeddings beside LoRA, dropped by a reader of A and B",
+    "huggingface/peft#2450: trained embeddings in addition to LoRA, dropped by a reader of A and B",
     refusal="whole modules",
 )
 def it_has_whole_modules_beside(it: Artefact) -> None:

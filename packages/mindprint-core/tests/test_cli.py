@@ -255,7 +255,7 @@ def test_verify_as_json(run: Run, voice: str, toy_model: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("adapter_model.safetensors", b"x" * 100, "adapter_model.safetensors: is no safetensors file"),
+        ("adapter_model.safetensors", b"x" * 100, "adapter_model.safetensors: is not a safetensors file"),
         ("adapter_model.safetensors", None, "adapter_model.safetensors: no such file"),
         ("adapter_config.json", b"{", "adapter_config.json: "),
         ("adapter_config.json", b"{}", "adapter_config.json: "),
@@ -411,7 +411,7 @@ def test_a_named_run_is_used_and_never_overwritten(run: Run, voice: str) -> None
         (["train", "voice", "--resume"], ["holds no run to resume"]),
         (["generate", "voice"], ["Missing option '--prompt'"]),
         (["generate", "voice", "--prompt", "who?"], ["voice: has no run yet", "mindprint train voice"]),
-        (["generate", "voice/data", "--prompt", "who?"], ["voice/data: is no project", "no adapter"]),
+        (["generate", "voice/data", "--prompt", "who?"], ["voice/data: is not a project", "or an adapter"]),
         (["generate", "nowhere", "--prompt", "who?"], ["nowhere: no such folder"]),
         (["generate", "voice", "--prompt", " "], ["--prompt: is empty"]),
         (["generate", "voice", "--prompt", "-", "--prompt", "-"], ["can be read once"]),

@@ -65,9 +65,6 @@ def recorded(adapter: Path) -> Fingerprint:
     return found
 
 
-# --- what a run writes -----------------------------------------------------------------------------------------------
-
-
 def test_a_run_writes_what_its_adapter_does(adapter: Path, toy_model: Path) -> None:
     found = recorded(adapter)
     assert found.probe.source == "synthetic"
@@ -136,9 +133,6 @@ def test_the_warning_is_an_event(train: Train, toy_model: Path, tmp_path: Path) 
     assert warnings == ["fingerprint.json will hold 1 of your held-out rows: do not publish it with the adapter"]
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -162,9 +156,6 @@ def test_a_spoilt_fingerprint_is_refused(spoil: Callable[[str], str], words: str
 
 def test_without_one_there_is_none(tmp_path: Path) -> None:
     assert read_fingerprint(tmp_path) is None
-
-
-# --- verification ----------------------------------------------------------------------------------------------------
 
 
 def test_another_scale_by_its_factor(adapter: Path, toy_model: Path) -> None:
@@ -211,9 +202,6 @@ def test_what_cannot_be_computed_is_said(adapter: Path, toy_model: Path, monkeyp
     monkeypatch.setattr("mindprint.models.engine.Engine.load", unloadable)
     report = verified(adapter, toy_model)
     assert [(finding.code, finding.fails) for finding in report.findings] == [("scale", True), ("not_computed", False)]
-
-
-# --- tolerances ------------------------------------------------------------------------------------------------------
 
 
 def test_tolerances_come_from_the_coarser_dtype_or_the_measured_noise() -> None:

@@ -52,9 +52,6 @@ def same(one: AdapterState, other: AdapterState) -> bool:
     return all(all(map(np.array_equal, pair, other.tensors[site])) for site, pair in one.tensors.items())
 
 
-# --- PEFT ------------------------------------------------------------------------------------------------------------
-
-
 def test_an_embedding_lies_under_pefts_names(tmp_path: Path) -> None:
     state = adapter(Q, TABLE)
     assert peft_format.tensor_names(TABLE) == (
@@ -97,13 +94,13 @@ def test_patterns_are_regular_expressions_on_the_ends_of_names(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use_dora": True}, "use_dora = true is no plain LoRA: DoRA, whose magnitudes"),
-        ({"bias": "all"}, 'bias = "all" is no plain LoRA: trained biases'),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save = .* whole modules beside LoRA"),
-        ({"peft_type": "LOHA"}, 'peft_type = "LOHA" is no plain LoRA'),
-        ({"task_type": "SEQ_CLS"}, 'task_type = "SEQ_CLS" is no plain LoRA'),
+        ({"use_dora": True}, "use_dora = true is not plain LoRA: DoRA, whose magnitudes"),
+        ({"bias": "all"}, 'bias = "all" is not plain LoRA: trained biases'),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save = .* whole modules in addition to LoRA"),
+        ({"peft_type": "LOHA"}, 'peft_type = "LOHA" is not plain LoRA'),
+        ({"task_type": "SEQ_CLS"}, 'task_type = "SEQ_CLS" is not plain LoRA'),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = .* changes the base's weights"),
-        ({"some_new_variant": {"x": 1}}, "some_new_variant = .* is no plain LoRA"),
+        ({"some_new_variant": {"x": 1}}, "some_new_variant = .* is not plain LoRA"),
         ({"lora_alpha": None}, "lora_alpha must be a number, found None"),
         ({"r": 3}, "A is \\[2, 6\\] and B \\[4, 2\\], and adapter_config.json says rank 3"),
         ({"target_modules": ["q_proj"]}, "has tensors for .*v_proj, which adapter_config.json does not target"),
@@ -122,9 +119,6 @@ def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(AdapterError, match="adapter_model.bin is a pickle, which can run code"):
         read_any_adapter(folder)
-
-
-# --- mlx-lm ----------------------------------------------------------------------------------------------------------
 
 
 def mlx_folder(folder: Path, state: AdapterState, base: BaseFacts = LLAMA) -> tuple[Path, tuple[str, ...]]:
@@ -209,9 +203,6 @@ def test_what_mlx_lm_means_otherwise_is_refused(config: Mapping[str, Any], words
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_parameters": lora, **config}))
     with pytest.raises(AdapterError, match=words):
         read_any_adapter(tmp_path)
-
-
-# --- going on from an adapter ----------------------------------------------------------------------------------------
 
 
 def test_training_goes_on_from_an_adapter(toy: str, toy_model: Path, tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_what_exists_is_never_replaced(adapter: AdapterState, tmp_path: Path) ->
     for taken in ("folder", "link"):
         with pytest.raises(RunError, match=f"{taken}: exists already"):
             merge(base, adapter, tmp_path / taken)
-    with pytest.raises(RunError, match="is no folder; make it first"):
+    with pytest.raises(RunError, match="is not a folder; make it first"):
         merge(base, adapter, tmp_path / "missing" / "out")
 
 

@@ -55,9 +55,6 @@ def resolve(name: str, folder: Path, revision: str | None = None) -> ModelFolder
     return resolve_model(ModelConfig(name=name, revision=revision), folder)
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
-
-
 def test_a_folder_is_found_from_the_configurations_folder_or_absolutely(tmp_path: Path) -> None:
     model = write_model(tmp_path / "bases" / "mine")
     for name in ("bases/mine", "./bases/mine", str(model)):
@@ -159,9 +156,6 @@ def test_the_real_client_offline(tmp_path: Path) -> None:
     assert (done.stdout.count("\n"), done.stderr) == (1, "")
 
 
-# --- folders ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("remove", "message"),
     [
@@ -213,9 +207,9 @@ def test_shards_are_all_needed(tmp_path: Path) -> None:
     [
         (
             b"version https://git-lfs.github.com/spec/v1",
-            "is no safetensors file but a Git LFS pointer: run `git lfs pull`",
+            "is not a safetensors file but a Git LFS pointer: run `git lfs pull`",
         ),
-        (b"", "is no safetensors file: download it again"),
+        (b"", "is not a safetensors file: download it again"),
         (b"\x02\0\0\0\0\0\0\0[]", "has a broken safetensors header"),
         (b"\x02\0\0\0\0\0\0\0{]", "has a broken safetensors header"),
     ],
@@ -256,9 +250,6 @@ def test_tensors_are_found_where_they_lie(tmp_path: Path) -> None:
 )
 def test_quantization(tmp_path: Path, config: dict[str, Any], scheme: str | None) -> None:
     assert quantization(write_model(tmp_path, **config)) == scheme
-
-
-# --- digests ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_digest_is_of_the_weights_not_of_their_files(tmp_path: Path) -> None:

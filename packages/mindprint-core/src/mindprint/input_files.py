@@ -148,7 +148,7 @@ def _constant(name: str, accepted: Collection[str]) -> float:
 
 
 def _refuse_deep(value: object) -> None:
-    # A stack rather than recursion: what is looked for is exactly what recursion would not survive.
+    # A stack rather than recursion: this looks for exactly the depth that recursion would not survive.
     waiting = [(value, 0)]
     while waiting:
         part, depth = waiting.pop()
@@ -159,7 +159,7 @@ def _refuse_deep(value: object) -> None:
 
 
 def _whole_number(digits: str) -> int | float:
-    # 4300 digits is where Python refuses. A float of so many is infinite, and that is refused where it matters.
+    # 4300 digits is where Python refuses. A float of that many digits is infinite, which is refused where it matters.
     if len(digits) > 4000:
         return float(digits)
     number = int(digits)

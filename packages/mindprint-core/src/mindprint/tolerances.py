@@ -1,4 +1,4 @@
-"""Every tolerance by which Mindprint compares what was computed twice, in one table.
+"""Every tolerance by which Mindprint compares two computations of the same thing, in one table.
 
 Guards of a run, the self-check of an installation, `verify` and `compare` import from here. docs/numerics.md says how
 each was measured.

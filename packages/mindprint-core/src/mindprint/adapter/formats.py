@@ -17,9 +17,9 @@ WEIGHTS_FILES = {"peft": peft_format.WEIGHTS_FILE, "mlx-lm": mlx_lm_format.WEIGH
 
 
 def adapter_format(folder: Path) -> Format:
-    """Which tool's adapter a folder holds. Raises `AdapterError` where both or neither could have written it."""
+    """Return the tool that wrote an adapter's folder. Raises `AdapterError` where both or neither could have."""
     if not folder.is_dir():
-        raise AdapterError(f"{folder}: no such folder" if not folder.exists() else f"{folder}: is no folder")
+        raise AdapterError(f"{folder}: no such folder" if not folder.exists() else f"{folder}: is not a folder")
     config = folder / peft_format.CONFIG_FILE
     values = read_config(config)
     claims = "peft_type" in values, "lora_parameters" in values or "fine_tune_type" in values
@@ -32,7 +32,7 @@ def adapter_format(folder: Path) -> Format:
 
 
 def named_base(folder: Path) -> str:
-    """The base model that an adapter names; empty if it names none."""
+    """Return the name of the base model that an adapter states, empty if it states none."""
     key = {"peft": "base_model_name_or_path", "mlx-lm": "model"}[adapter_format(folder)]
     return str(read_config(folder / peft_format.CONFIG_FILE).get(key) or "")
 
@@ -41,7 +41,7 @@ def read_any_adapter(folder: Path, base: Path | None = None) -> tuple[AdapterSta
     """Read a LoRA adapter that PEFT, mlx-lm or Mindprint wrote: the adapter, and the base model it names.
 
     `base` is the folder of the base (its config.json is enough). Without it mlx-lm's adapters are read only where their
-    names cannot mean anything else. Raises `AdapterError` naming the file and what is wrong, or cannot be held.
+    names cannot mean anything else. Raises `AdapterError` naming the file and the fault in it.
     """
     if adapter_format(folder) == "peft":
         return peft_format.read_adapter(folder)

@@ -15,7 +15,7 @@ from mindprint.errors import AdapterError
 
 
 def initial_adapter(sites: Sequence[AdapterSite], config: LoraConfig, seed: int) -> AdapterState:
-    """A from the uniform distribution over ±1/sqrt(in), B zero, so that the adapter starts by changing nothing.
+    """Return the adapter that training starts with: A uniform over ±1/sqrt(in), B zero, so that it changes nothing.
 
     The distribution is PEFT's (`kaiming_uniform_` with a = sqrt(5)); the values follow from seed and site name alone.
     """
@@ -24,7 +24,7 @@ def initial_adapter(sites: Sequence[AdapterSite], config: LoraConfig, seed: int)
 
 
 def started_adapter(start: AdapterState, config: LoraConfig, folder: Path) -> AdapterState:
-    """An adapter to go on from, whoever made it. Raises `AdapterError` saying what `config` has otherwise."""
+    """Return an existing adapter to continue from. Raises `AdapterError` for settings that differ."""
     made = start.config
     for name in ("r", "alpha", "use_rslora"):
         here, there = getattr(config, name), getattr(made, name)

@@ -1,7 +1,7 @@
 """Merging an adapter into its base: from file to file, one block of one tensor in memory, without a framework.
 
-Every shard is written with the header that it has: names, dtypes and shapes stay. What the adapter does not touch is
-copied byte for byte; a weight that it touches becomes `W + scale · B @ A`, summed in float32 and rounded to its dtype.
+Every shard keeps its header: names, dtypes and shapes stay. Tensors that the adapter does not touch are
+copied byte for byte. A weight that it touches becomes `W + scale · B @ A`, summed in float32 and rounded to its dtype.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RECORD_FILE = "mindprint_merge.json"
 FORMAT = 1
 
 KEPT = (*models.NEEDED_FILES, "LICENSE*", "NOTICE*", "USE_POLICY*", "*.py")
-"""What of the base's files goes along as it is, beside the weights; its README is not this model's."""
+"""Files of the base that are copied unchanged in addition to the weights. Its README describes another model."""
 
 BLOCK_ELEMENTS = 2**20
 """Elements that a thread reads at a time."""
@@ -44,8 +44,8 @@ CACHED_ELEMENTS = 2**16
 """Elements summed at a time: they stay in the processor's cache."""
 
 SERIAL_PRODUCTS = 2**19
-"""Multiplications in a product that is too small for BLAS to start threads of its own, which would wait for each other
-beside ours."""
+"""Multiplications in a product that is too small for BLAS to start threads for it. Its threads and ours would wait for
+each other."""
 
 COPY_BYTES = 2**24
 WORKERS = min(4, os.cpu_count() or 1)
@@ -53,7 +53,7 @@ WORKERS = min(4, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """What was merged: left in the merged folder, so that it can be verified against what it came from."""
+    """The record of a merge, left in the merged folder so that it can be verified against base and adapter."""
 
     base: str
     revision: str | None
@@ -97,7 +97,7 @@ def merged_folder(out: Path, base: models.ModelFolder, adapter: AdapterState, so
             for shard in models.weight_files(base.path):
                 _write_shard(aside / shard.name, shard, tensors, changes, threads)
         (aside / RECORD_FILE).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
-        # config.json comes last: what was killed before it is no model's folder.
+        # config.json comes last: a folder that a killed process left without it is not taken for a model's.
         for file in sorted(_kept(base.path), key=lambda file: file.name == "config.json"):
             target = aside / file.relative_to(base.path)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def merged_folder(out: Path, base: models.ModelFolder, adapter: AdapterState, so
 
 
 def read_record(folder: Path) -> MergeRecord | None:
-    """The record of a merged folder; None if it has none. Raises `ModelError` for one that cannot be read."""
+    """Return the record of a merged folder, None if it has none. Raises `ModelError` for one that cannot be read."""
     file = folder / RECORD_FILE
     if not os.path.lexists(file):
         return None
@@ -117,11 +117,11 @@ def read_record(folder: Path) -> MergeRecord | None:
 
 
 def refuse_taken(out: Path) -> None:
-    """Raises `RunError` if something is there already, a link that leads nowhere included."""
+    """Raise `RunError` if something is there already, a link that leads nowhere included."""
     if out.exists() or out.is_symlink():
         raise RunError(f"{out}: exists already; name a new folder")
     if not out.resolve().parent.is_dir():
-        raise RunError(f"{out}: {out.parent} is no folder; make it first")
+        raise RunError(f"{out}: {out.parent} is not a folder; make it first")
 
 
 def _refuse_quantized(base: models.ModelFolder) -> None:
@@ -149,7 +149,7 @@ def _require_space(out: Path, base: Path) -> None:
 
 
 def _kept(base: Path) -> Iterator[Path]:
-    """The base's own configuration, tokenizer and generation files."""
+    """Yield the base's configuration, tokenizer and generation files."""
     weights = {file.name for file in base.glob("*.safetensors")}
     for file in base.rglob("*"):
         name = file.relative_to(base).as_posix()
@@ -157,11 +157,8 @@ def _kept(base: Path) -> Iterator[Path]:
             yield file
 
 
-# --- one shard -------------------------------------------------------------------------------------------------------
-
-
 class _Threads:
-    """Work on parts of files, few at a time; a file is flushed in the background while the next one is written."""
+    """Two pools of threads: one works on parts of files, few at a time, the other flushes files in the background."""
 
     def __init__(self) -> None:
         self._work, self._flush = ThreadPoolExecutor(WORKERS), ThreadPoolExecutor(1)
@@ -198,7 +195,7 @@ def _write_shard(
     changes: Mapping[str, Sequence[WeightChange]],
     threads: _Threads,
 ) -> None:
-    """A shard with its changed weights in place: the bytes between them, header included, are copied."""
+    """Write a shard with its changed weights in place. The bytes between them, header included, are copied."""
     changed = sorted((info.start, name) for name, info in tensors.items() if info.file == shard and name in changes)
     with shard.open("rb") as source, target.open("wb") as file:
         files = source.fileno(), file.fileno()

@@ -36,14 +36,11 @@ HEAD = "lm_head"
 _LAYER = re.compile(r"\D+\.(\d+)\.(.+)")
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
 def read_adapter(folder: Path, base: BaseFacts | None = None) -> tuple[AdapterState, str]:
     """Read an adapter that `mlx_lm.lora` wrote: the adapter, and the base model it names (empty if it names none).
 
     `base` is needed where names or meaning depend on it: experts, embeddings, and modules that lie outside
-    `model.layers`. Raises `AdapterError` naming the file and what is wrong with it.
+    `model.layers`. Raises `AdapterError` naming the file and the fault in it.
     """
     rank, scale, dropout, keys, model = _read_config(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
@@ -57,7 +54,7 @@ def read_adapter(folder: Path, base: BaseFacts | None = None) -> tuple[AdapterSt
 
 
 def named_base(folder: Path) -> str:
-    """The base model that an adapter of mlx-lm's names; empty if it names none."""
+    """Return the name of the base model that an adapter of mlx-lm's states, empty if it states none."""
     return str(read_config(folder / CONFIG_FILE).get("model") or "")
 
 
@@ -86,7 +83,7 @@ def _read_config(file: Path) -> tuple[int, float, float, tuple[str, ...] | None,
 
 
 def _pairs(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[TensorInfo, TensorInfo]]:
-    """`lora_a` and `lora_b` of every module."""
+    """Return `lora_a` and `lora_b` of every module."""
     for name in tensors:
         if not name.endswith((".lora_a", ".lora_b")):
             raise AdapterError(f"tensor {name} is not part of a LoRA adapter of mlx-lm's")
@@ -101,7 +98,7 @@ def _pairs(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[TensorInfo, Ten
 
 
 def _require_keys(keys: tuple[str, ...] | None, modules: Mapping[str, Any]) -> None:
-    """Tensors and `keys` must name each other: mlx-lm fails over the one and ignores the other."""
+    """Raise unless tensors and `keys` name each other: mlx-lm fails over the one and ignores the other."""
     if keys is None:
         return
     for module in modules:
@@ -113,7 +110,7 @@ def _require_keys(keys: tuple[str, ...] | None, modules: Mapping[str, Any]) -> N
 
 
 def _read_factors(path: str, infos: tuple[TensorInfo, TensorInfo], rank: int) -> LoraFactors:
-    """A module's factors in PEFT's layout."""
+    """Return a module's factors in PEFT's layout."""
     a, b = (info.shape for info in infos)
     linear = len(a) == len(b) == 2 and a[1] == b[0] == rank
     stack = len(a) == len(b) == 3 and a[1] == b[2] == rank and a[0] == b[0]
@@ -127,7 +124,7 @@ def _read_factors(path: str, infos: tuple[TensorInfo, TensorInfo], rank: int) ->
 
 
 def _sites(factors: Mapping[str, LoraFactors], base: BaseFacts | None) -> dict[str, LoraFactors]:
-    """From mlx-lm's modules to transformers' sites."""
+    """Rename mlx-lm's modules to transformers' sites."""
     if base is None:
         for path in factors:
             if ".switch_mlp." in path or not path.startswith("model.layers."):
@@ -151,7 +148,7 @@ def _sites(factors: Mapping[str, LoraFactors], base: BaseFacts | None) -> dict[s
 
 
 def _stacked(host: str, parts: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]:
-    """mlx-lm's three stacks as transformers' two: gate and up share one A, B has a block for each."""
+    """Return mlx-lm's three stacks as transformers' two: gate and up share one A, and B has a block for each."""
     found = {}
     if "gate_proj" in parts or "up_proj" in parts:
         found[f"{host}.gate_up_proj"] = _fused(parts.get("gate_proj"), parts.get("up_proj"))
@@ -161,7 +158,7 @@ def _stacked(host: str, parts: Mapping[str, LoraFactors]) -> dict[str, LoraFacto
 
 
 def _fused(gate: LoraFactors | None, up: LoraFactors | None) -> LoraFactors:
-    """One adapter that changes gate and up as two do: of their rank where they share A, of both ranks otherwise."""
+    """Return one adapter that changes gate and up as two do: of their rank if they share A, else of both ranks."""
     one = gate or up
     assert one is not None
     none = LoraFactors(one.a, np.zeros_like(one.b))
@@ -174,7 +171,7 @@ def _fused(gate: LoraFactors | None, up: LoraFactors | None) -> LoraFactors:
 
 
 def _tied_head(sites: Mapping[str, LoraFactors], base: BaseFacts) -> dict[str, LoraFactors]:
-    """mlx-lm's adapter on a tied embedding is on the head too; in PEFT the head has one of its own, the transpose."""
+    """Return the head's factors: mlx-lm's adapter on a tied embedding is on the head too, and PEFT needs a second."""
     tables = [site for site in sites if is_embedding(site)]
     if not tables or _is_tied(base) is False:
         return {}
@@ -196,17 +193,14 @@ def _state(sites: Mapping[str, LoraFactors], rank: int, scale: float, dropout: f
 
 
 def _alpha(scale: float, rank: int) -> float:
-    """The alpha that divided by the rank gives the scale again, to the last bit."""
+    """Return the alpha that divided by the rank gives the scale again, to the last bit."""
     product = scale * rank
     near = (product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf))
     return next((alpha for alpha in near if alpha / rank == scale), product)
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
 def write_adapter(folder: Path, adapter: AdapterState, base: BaseFacts, base_model: str) -> tuple[str, ...]:
-    """Write the two files into an existing folder, for mlx-lm's `load_adapters`. Returns what had to be changed.
+    """Write the two files into an existing folder, for mlx-lm's `load_adapters`. Return notes on changes.
 
     Ranks that differ are filled up with zeros, which is exact; scales that differ go into B, rounded once to float32.
     Raises `AdapterError` for what mlx-lm's adapters cannot hold.
@@ -232,7 +226,7 @@ def write_adapter(folder: Path, adapter: AdapterState, base: BaseFacts, base_mod
 
 
 def _without_tied_head(adapter: AdapterState, base: BaseFacts) -> dict[str, LoraFactors]:
-    """The sites, without a head that is adapted exactly as the embedding that it is. Raises where it is not."""
+    """Return the sites without a tied head that is adapted as its embedding is. Raise if the two differ."""
     sites = dict(adapter.tensors)
     table = next((site for site in sites if is_embedding(site)), None)
     head = next((site for site in sites if is_lm_head(site)), None)
@@ -256,12 +250,12 @@ def _is_tied(base: BaseFacts) -> bool:
 
 
 def _swapped(pair: LoraFactors) -> LoraFactors:
-    """The same change for the transposed weight."""
+    """Return the same change for the transposed weight."""
     return LoraFactors(np.ascontiguousarray(pair.b.T), np.ascontiguousarray(pair.a.T))
 
 
 def _one_by_one(sites: Mapping[str, LoraFactors], experts: Experts | None) -> dict[str, tuple[str, LoraFactors]]:
-    """Sites with what they came from, single experts (as transformers 4 had them) put together to stacks."""
+    """Return sites, each with its origin. Single experts, as transformers 4 had them, become stacks."""
     result: dict[str, tuple[str, LoraFactors]] = {}
     single: dict[tuple[str, str], dict[int, str]] = {}
     for site, pair in sites.items():
@@ -290,7 +284,7 @@ def _scaled(pair: LoraFactors, factor: float) -> LoraFactors:
 
 
 def _filled(pair: LoraFactors, rank: int) -> LoraFactors:
-    """The same change under a greater rank: zeros behind A's rows and B's columns."""
+    """Return the same change under a greater rank: zeros behind A's rows and B's columns."""
     missing = rank - pair.a.shape[-2]
     if not missing:
         return pair
@@ -299,7 +293,7 @@ def _filled(pair: LoraFactors, rank: int) -> LoraFactors:
 
 
 def _modules(site: str, pair: LoraFactors, base: BaseFacts) -> dict[str, LoraFactors]:
-    """The modules of mlx-lm's model that a site is."""
+    """Return the modules of mlx-lm's model that a site is."""
     if pair.a.ndim == 2:
         return {to_mlx_lm(site, base.family): pair}
     experts = base.family.experts
@@ -323,7 +317,7 @@ def _tensors(modules: Mapping[str, LoraFactors]) -> dict[str, Float32]:
 
 
 def _keys(modules: Sequence[str], base: BaseFacts) -> tuple[int, list[str]]:
-    """`num_layers` and `keys`: relative to a layer where the last layers are adapted alike, else every name in full."""
+    """Return `num_layers` and `keys`: short names if the last layers are adapted alike, else every name in full."""
     if base.layers is None:
         raise AdapterError("the base's config.json does not say how many layers there are (num_hidden_layers)")
     inside: dict[int, set[str]] = {}

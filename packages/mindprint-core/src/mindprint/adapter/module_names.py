@@ -1,4 +1,4 @@
-"""What each family of models calls its modules: in transformers, in mlx-lm, and in its checkpoint's files.
+"""Names of modules by family of models: in transformers, in mlx-lm, and in the files of a checkpoint.
 
 Sites have transformers' names. Where mlx-lm or the files say something else, it is in this table and nowhere else;
 `tests/interop/test_module_names.py` builds every family with both libraries and compares.
@@ -16,7 +16,7 @@ from mindprint.models.layer_names import is_embedding
 
 @dataclass(frozen=True)
 class Experts:
-    """Where a family keeps its experts, and what the parts of one are called.
+    """The place of a family's experts, and the names of an expert's parts.
 
     transformers 5 stacks them: `{module}.gate_up_proj` `[experts, 2 · inner, hidden]`, gate before up, and
     `{module}.down_proj`. mlx-lm has three stacks under `{mlx_lm}`, always called gate, up and down. Files have each
@@ -32,13 +32,13 @@ class Experts:
 
     @property
     def parts(self) -> Mapping[str, str]:
-        """mlx-lm's names of a single expert's parts."""
+        """Return mlx-lm's names of a single expert's parts."""
         return {self.gate: "gate_proj", self.up: "up_proj", self.down: "down_proj"}
 
 
 @dataclass(frozen=True)
 class Family:
-    """What is called otherwise: beginnings or inner parts of names, transformers' first.
+    """Names that differ from transformers': beginnings or inner parts, transformers' first.
 
     `mlx_lm_head` is False where mlx-lm computes with the embedding as the head, whatever the base's config.json says.
     """
@@ -88,12 +88,12 @@ TRANSPOSED_STACKS = frozenset({"gpt_oss", "aria", "aria_text"})
 
 
 def to_mlx_lm(site: str, known: Family) -> str:
-    """The path in mlx-lm's model of a site that is a module. A stack of experts is three modules there (`Experts`)."""
+    """Return the path in mlx-lm's model of a site that is a module. A stack of experts is three (`Experts`)."""
     return _renamed(site, known.mlx_lm)
 
 
 def from_mlx_lm(path: str, known: Family) -> str:
-    """The site of a path in mlx-lm's model that is no part of its experts."""
+    """Return the site of a path in mlx-lm's model that is not part of its experts."""
     return _renamed(path, tuple((theirs, ours) for ours, theirs in known.mlx_lm))
 
 
@@ -110,20 +110,20 @@ def file_names(site: str, known: Family) -> tuple[str, ...]:
 
 
 def split_stack(site: str, experts: Experts) -> tuple[str, str] | None:
-    """The layer and the parameter of a stack's site, `("model.layers.0", "gate_up_proj")`; None for other sites."""
+    """Return layer and parameter of a stack's site, `("model.layers.0", "gate_up_proj")`, None for other sites."""
     host, _, parameter = site.rpartition(".")
     layer = host.removesuffix(f".{experts.module}")
     return (layer, parameter) if is_stack(site) and layer != host else None
 
 
 def split_expert(site: str, experts: Experts) -> tuple[str, int, str] | None:
-    """The layer, number and part of one expert's own site, as transformers 4 had them; None for other sites."""
+    """Return layer, number and part of a single expert's site, as transformers 4 had them, None for other sites."""
     found = re.fullmatch(rf"(.+)\.{re.escape(experts.file)}\.(\d+)\.(\w+)", site)
     return (found[1], int(found[2]), found[3]) if found else None
 
 
 def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
-    """A name with the one beginning, ending or inner part replaced that a family calls otherwise."""
+    """Return a name with the beginning, ending or inner part replaced that a family calls otherwise."""
     for old, new in renames:
         if old.startswith("."):
             if name.endswith(old):

@@ -1,7 +1,7 @@
 """The one adapter file: PEFT's folder of `adapter_config.json` and `adapter_model.safetensors`.
 
-What is read is any LoRA adapter that PEFT writes for a causal language model; the tensors' names are the truth about
-where it goes. What is written names every target in full.
+Any LoRA adapter that PEFT writes for a causal language model is read. The tensors' names decide
+where it goes. An adapter that is written names every target in full.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _COPY = re.compile(rf"{re.escape(PREFIX)}(?P<site>(.+\.)?({'|'.join(EMBEDDINGS +
 
 
 def tensor_names(site: str, sites: Sequence[str] = ()) -> tuple[str, str]:
-    """The names of a site's A and B in PEFT's file, beside those of all `sites` of the adapter.
+    """Return the names of a site's A and B in PEFT's file, among those of all `sites` of the adapter.
 
     The parameters of one stack of experts lie in each other: the last one that is adapted is outermost.
     """
@@ -58,7 +58,7 @@ def to_tensors(factors: Mapping[str, LoraFactors], prefix: str = "") -> dict[str
 
 
 def from_tensors(flat: Mapping[str, np.ndarray], sites: tuple[str, ...], prefix: str = "") -> dict[str, LoraFactors]:
-    """The inverse of `to_tensors` for sites that are modules. Raises `AdapterError` naming a tensor that is missing."""
+    """Undo `to_tensors` for sites that are modules. Raises `AdapterError` naming a tensor that is missing."""
     factors = {}
     for site in sites:
         missing = [name for name in tensor_names(site) if prefix + name not in flat]
@@ -69,7 +69,7 @@ def from_tensors(flat: Mapping[str, np.ndarray], sites: tuple[str, ...], prefix:
 
 
 def _flat(factors: LoraFactors) -> tuple[Float32, Float32]:
-    """Factors as PEFT's file has them: of stacked experts A is `[experts · r, in]` and B `[out, r · experts]`."""
+    """Return factors as PEFT's file has them: of stacked experts A is `[experts · r, in]`, B `[out, r · experts]`."""
     if factors.a.ndim == 2:
         return factors
     experts, rank, columns = factors.a.shape
@@ -91,7 +91,7 @@ def write_adapter(folder: Path, adapter: AdapterState, base_model: str, revision
 
 
 def peft_config(config: LoraConfig, base_model: str, revision: str | None = None) -> dict[str, Any]:
-    """`adapter_config.json` as PEFT reads it; every target is written out."""
+    """Return `adapter_config.json` as PEFT reads it. Every target is written out."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -115,7 +115,7 @@ def peft_config(config: LoraConfig, base_model: str, revision: str | None = None
 
 
 def _parameters(sites: Sequence[str]) -> Iterator[str]:
-    """Sites whose weight is a parameter rather than a module that PEFT knows: stacks of experts, and routers."""
+    """Return sites whose weight is a parameter rather than a module that PEFT knows: stacks of experts, and routers."""
     for site in sites:
         if is_stack(site):
             yield site
@@ -128,14 +128,14 @@ def _plain(number: float) -> float:
 
 
 def _pattern(site: str) -> str:
-    """PEFT reads keys as regular expressions that may match the end of a name; this one matches it whole."""
+    """Return a key that matches a name whole: PEFT takes keys as regular expressions that may match a name's end."""
     return "^" + re.escape(site)
 
 
 def read_adapter(folder: Path) -> tuple[AdapterState, str]:
     """Read a LoRA adapter of PEFT's: the adapter, and the base model it names (empty if it names none).
 
-    Factors come in float32 whatever dtype they have in the file. Raises `AdapterError` naming the file and what is
+    Factors come in float32 whatever dtype they have in the file. Raises `AdapterError` naming the file and its fault:
     wrong with it: not LoRA alone, tensors that no target names or that are missing, shapes that contradict `r`.
     """
     settings = read_settings(folder / CONFIG_FILE)
@@ -158,9 +158,9 @@ def read_adapter(folder: Path) -> tuple[AdapterState, str]:
 
 
 def base_copies(folder: Path) -> dict[str, TensorInfo]:
-    """The base's own weights that PEFT saved along (it does with embeddings), by site.
+    """Return the base's own weights that PEFT saved along (it does with embeddings), by site.
 
-    PEFT puts them into the base when it loads the adapter: where they are not what the base has, this is no LoRA alone.
+    PEFT puts them into the base when it loads the adapter. If they differ from the base's, this is more than LoRA.
     """
     tensors = adapter_tensors(folder, WEIGHTS_FILE)
     found = {name: _COPY.fullmatch(name) for name in tensors}
@@ -168,7 +168,7 @@ def base_copies(folder: Path) -> dict[str, TensorInfo]:
 
 
 def adapter_tensors(folder: Path, name: str) -> dict[str, TensorInfo]:
-    """The tensors of an adapter's file, from its header. Its errors say what is wrong and do not name the file."""
+    """Return the tensors of an adapter's file, from its header. Its errors do not name the file."""
     file = folder / name
     if file.is_symlink() and not file.is_file():
         raise AdapterError("is a link that leads nowhere")
@@ -184,7 +184,7 @@ def adapter_tensors(folder: Path, name: str) -> dict[str, TensorInfo]:
 
 
 def _places(tensors: Mapping[str, TensorInfo], settings: PeftSettings) -> dict[str, tuple[TensorInfo, TensorInfo]]:
-    """A and B of every site, in order. Raises `AdapterError` for tensors and targets that do not fit each other."""
+    """Return A and B of every site, in order. Raises `AdapterError` for tensors and targets that do not fit."""
     pairs: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
         found = _FACTOR.fullmatch(name.removeprefix(PREFIX))
@@ -202,7 +202,7 @@ def _places(tensors: Mapping[str, TensorInfo], settings: PeftSettings) -> dict[s
 
 
 def _site(host: str, settings: PeftSettings) -> str:
-    """The site whose factors lie under a module: the module, or the parameter of it that is adapted at this depth."""
+    """Return the site whose factors are under a module: the module, or its parameter that is adapted at this depth."""
     module = host
     while module.endswith(_NESTED):
         module = module.removesuffix(_NESTED)
@@ -217,7 +217,7 @@ def _site(host: str, settings: PeftSettings) -> str:
 
 
 def _require_all(settings: PeftSettings, sites: Sequence[str]) -> None:
-    """Every target that is a name must have tensors: PEFT would leave it at its start and say so in a warning only."""
+    """Raise if a target that is a name has no tensors: PEFT would leave it at its start, with only a warning."""
     modules = () if isinstance(settings.target_modules, str) else settings.target_modules
     parameters = (target.removesuffix(".weight") for target in settings.target_parameters)
     for target in (*modules, *parameters):
@@ -228,7 +228,7 @@ def _require_all(settings: PeftSettings, sites: Sequence[str]) -> None:
 
 
 def _ordered(settings: PeftSettings, sites: Mapping[str, Any]) -> Sequence[str]:
-    """The order of the file where it names its sites one by one, else by layer and name."""
+    """Return the order of the file where it names its sites one by one, else that of layers and names."""
     targets = settings.target_modules
     return targets if isinstance(targets, tuple) and set(targets) == set(sites) else in_order(tuple(sites))
 
@@ -262,7 +262,7 @@ def _lora_config(settings: PeftSettings, ranks: Mapping[str, int], alphas: Mappi
 
 
 def adapter_digest(adapter: AdapterState) -> str:
-    """Digest of an adapter's values and of what they are multiplied with, independent of files and their order."""
+    """Return a digest of an adapter's values and scales, independent of files and their order."""
     digest = hashlib.blake2b(digest_size=16)
     for name, values in sorted(to_tensors(adapter.tensors).items()):
         digest.update(f"{name} {values.shape}\n".encode())

@@ -1,7 +1,7 @@
-"""What an `adapter_config.json` of PEFT means, field by field. What Mindprint cannot hold is refused by its name.
+"""The fields of PEFT's `adapter_config.json` and their meaning. A field that Mindprint cannot hold is refused by name.
 
 Every field is accounted for: it is read here; or it says only where the adapter goes, which the tensors themselves say;
-or it concerns how the adapter was trained and not what it computes; or its value is the one that means nothing.
+or it concerns how the adapter was trained and not its computation; or its value is the one that means nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WITHOUT_MEANING = frozenset(
         "auto_mapping", "peft_version", "megatron_core", "unsloth_version", "unsloth_fixed",
     }
 )  # fmt: skip
-"""Fields that change nothing about what an adapter's tensors compute."""
+"""Fields that change nothing about the computation with an adapter's tensors."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -53,17 +53,17 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 WORDS: Mapping[str, str] = {
     "use_dora": "DoRA, whose magnitudes have no place in LoRA",
-    "modules_to_save": "whole modules beside LoRA",
-    "bias": "trained biases beside LoRA",
+    "modules_to_save": "whole modules in addition to LoRA",
+    "bias": "trained biases in addition to LoRA",
     "lora_bias": "a bias in B",
     "init_lora_weights": "an initialisation that changes the base's weights (PEFT can convert such an adapter: "
     "save_pretrained with path_initial_model_for_weight_conversion)",
-    "trainable_token_indices": "trained tokens beside LoRA",
+    "trainable_token_indices": "trained tokens in addition to LoRA",
     "layer_replication": "layers that the base has not",
     "alora_invocation_tokens": "activated LoRA, which is on for some tokens only",
     "ensure_weight_tying": "one adapter for embedding and LM head",
 }
-"""What a refused field stands for."""
+"""The meaning of refused fields, in words."""
 
 
 MATCHING_SECONDS = 4.0
@@ -93,7 +93,7 @@ class PeftSettings:
         return next((alpha for key, alpha in self.alpha_pattern.items() if _matches(key, site)), self.alpha)
 
     def targets(self, module: str) -> bool:
-        """Whether `target_modules` names a module, as PEFT matches names."""
+        """Return whether `target_modules` names a module, as PEFT matches names."""
         if isinstance(self.target_modules, str):
             shorthand = self.target_modules.lower() == ALL_LINEAR
             return shorthand or re.fullmatch(self.target_modules, module) is not None
@@ -105,7 +105,7 @@ class PeftSettings:
         return frozenset(self.target_modules)
 
     def parameters(self, module: str) -> tuple[str, ...]:
-        """Those parameters of a module that `target_parameters` names, in the order in which they are declared."""
+        """Return the parameters of a module that `target_parameters` names, in the order of their declaration."""
         known = STACKED_PARAMETERS if is_named(module, "experts") else ("weight",)
         return tuple(
             name for name in known if any(is_named(f"{module}.{name}", target) for target in self.target_parameters)
@@ -143,7 +143,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def is_named(site: str, target: str) -> bool:
-    """Whether a target is a name or the end of one, as PEFT matches."""
+    """Return whether a target is a name or the end of one, as PEFT matches."""
     return site == target or site.endswith(f".{target}")
 
 
@@ -156,7 +156,7 @@ def _ends(module: str) -> Iterator[str]:
 
 
 def _matches(key: str, site: str) -> bool:
-    """PEFT's `get_pattern_key`: the key is a regular expression that ends where the name does."""
+    """Match as PEFT's `get_pattern_key` does: the key is a regular expression that ends where the name does."""
     return re.match(rf"(.*\.)?({key})$", site) is not None
 
 
@@ -164,9 +164,9 @@ def _refuse_other_than_lora(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if name in HELD | WITHOUT_MEANING or not value or value in NEUTRAL.get(name, ()):
             continue
-        stands_for = f": {WORDS[name]}" if name in WORDS else ""
+        in_words = f": {WORDS[name]}" if name in WORDS else ""
         raise AdapterError(
-            f"{name} = {shortened(json.dumps(value))} is no plain LoRA{stands_for}; Mindprint cannot hold that"
+            f"{name} = {shortened(json.dumps(value))} is not plain LoRA{in_words}; Mindprint cannot hold that"
         )
 
 
@@ -194,7 +194,7 @@ def _pattern(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         try:
             re.compile(key)
         except (re.error, RecursionError, OverflowError) as error:
-            raise AdapterError(f"{name}: {shortened(repr(key))} is no regular expression: {error}") from error
+            raise AdapterError(f"{name}: {shortened(repr(key))} is not a regular expression: {error}") from error
     return pattern
 
 
@@ -205,7 +205,9 @@ def _target_modules(values: Mapping[str, Any]) -> str | tuple[str, ...]:
     try:
         re.compile(targets)
     except (re.error, RecursionError, OverflowError) as error:
-        raise AdapterError(f"target_modules: {shortened(repr(targets))} is no regular expression: {error}") from error
+        raise AdapterError(
+            f"target_modules: {shortened(repr(targets))} is not a regular expression: {error}"
+        ) from error
     return targets
 
 

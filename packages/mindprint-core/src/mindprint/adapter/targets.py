@@ -1,4 +1,4 @@
-"""Which sites of a base get LoRA: decided here, from names, the same on every backend."""
+"""The choice of the sites that get LoRA: made from names, and so the same on every backend."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mindprint.models.layer_names import is_embedding, is_lm_head
 ALL_LINEAR = "all-linear"
 
 STACKED_PARAMETERS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
-"""What a stack of experts keeps its weights in, in the order in which transformers declares them."""
+"""The parameters of a stack of experts, in the order in which transformers declares them."""
 
 _ROUTER = re.compile(r"(^|\.)(router(\..*)?|(mlp|block_sparse_moe|feed_forward|moe)\.gate|shared_expert_gate)$")
 _STACKED_EXPERTS = re.compile(r"\.experts(\.|$)")
 
 
 def resolve_targets(sites: Sequence[AdapterSite], wanted: str | Sequence[str]) -> tuple[str, ...]:
-    """The full site names that `adapter.target_modules` means on this base, layer by layer, then by name.
+    """Return the full site names that `adapter.target_modules` means on this base, layer by layer, then by name.
 
     The order does not depend on the backend that listed the sites, so neither do the files.
 
@@ -48,18 +48,18 @@ def resolve_targets(sites: Sequence[AdapterSite], wanted: str | Sequence[str]) -
 
 
 def is_router(site: str) -> bool:
-    """Whether a site is a mixture's router, which transformers keeps as a parameter of a module of its own."""
+    """Return whether a site is a mixture's router, which is a parameter of a separate module in transformers."""
     return _ROUTER.search(site) is not None and not site.endswith("shared_expert_gate")
 
 
 def is_stack(site: str) -> bool:
-    """Whether a site is the parameter of a stack of experts rather than a module."""
+    """Return whether a site is the parameter of a stack of experts rather than a module."""
     host, _, parameter = site.rpartition(".")
     return parameter in STACKED_PARAMETERS and host.rpartition(".")[2] == "experts"
 
 
 def in_order(names: Sequence[str]) -> tuple[str, ...]:
-    """Sorted with numbers as numbers: layer 2 before layer 10."""
+    """Sort with numbers as numbers: layer 2 before layer 10."""
     return tuple(
         sorted(names, key=lambda name: [part.zfill(8) if part.isdigit() else part for part in name.split(".")])
     )

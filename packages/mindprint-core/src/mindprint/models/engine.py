@@ -34,7 +34,7 @@ class Placement:
         return self.backend.name, self.device, self.dtype
 
     def environment(self) -> dict[str, str]:
-        """What bit-for-bit resume depends on."""
+        """Return the facts that bit-for-bit resume depends on."""
         return {
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "python": platform.python_version(),
@@ -56,7 +56,7 @@ class Placements:
         self._backends: dict[str, Backend] = {}
 
     def resolve(self, section: BackendConfig) -> Placement:
-        """Raises `BackendError` before any training when the section cannot be had here."""
+        """Return the placement. Raises `BackendError` before any training if it is not available here."""
         reason = None
         name = section.type
         if name == "auto":
@@ -98,7 +98,7 @@ class Engine:
         return self._model
 
     def load(self, placement: Placement) -> None:
-        """Bring the bare base up at `placement`, releasing what was there."""
+        """Load the bare base at `placement`, after releasing the model in memory."""
         self.release()
         spec = ModelSpec(str(self._folder.path), placement.device, placement.dtype, quantization(self._folder.path))
         self._placement = placement
@@ -142,7 +142,7 @@ class Engine:
         self.backend.restore(self.model, state)
 
     def check_base(self) -> None:
-        """Raise `GuardError` if the base's weights are no longer what was loaded."""
+        """Raise `GuardError` if the base's weights are no longer those that were loaded."""
         check_base(self._base_digest, self.backend.base_digest(self.model))
 
     def release(self) -> None:
@@ -154,7 +154,7 @@ class Engine:
 
 
 def check_injection(adapter: AdapterState, facts: AdapterFacts) -> None:
-    """The adapter is where the configuration says, and nothing else is trainable."""
+    """Raise `GuardError` unless the adapter is where the configuration says and nothing else is trainable."""
     if set(facts.sites) != set(adapter.config.target_modules):
         wrong = sorted(set(facts.sites) ^ set(adapter.config.target_modules))
         raise GuardError(f"the backend adapted other modules than the configuration names: {', '.join(wrong[:5])}")
@@ -166,12 +166,12 @@ def check_injection(adapter: AdapterState, facts: AdapterFacts) -> None:
 
 
 def check_base(before: str, after: str) -> None:
-    """The base's weights are what they were."""
+    """Raise `GuardError` if two digests of the base's weights differ."""
     if before != after:
         raise GuardError("the base model's weights changed during training; its adapter would not fit the real base")
 
 
 def fits_in_float32(parameters: int) -> bool:
-    """Whether a model's weights in float32 are small beside this machine's memory."""
+    """Return whether a model's weights in float32 are small compared with this machine's memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 4 * parameters <= min(FLOAT32_BYTES, memory // 2)

@@ -1,4 +1,4 @@
-"""Model folders: from a name in the configuration to a checked folder in Hugging Face layout, and what it holds.
+"""Model folders: from a name in the configuration to a checked folder in Hugging Face layout, and its contents.
 
 Nothing here loads a model. Weights are looked at through their safetensors headers.
 """
@@ -41,7 +41,7 @@ NEEDED_FILES = (
     "chat_template*",
     "additional_chat_templates/*",
 )
-"""What is downloaded of a hub model: no pickles, no second copy of the weights in another format."""
+"""Files that are downloaded of a hub model: no pickles, no second copy of the weights in another format."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ModelFolder:
 
 
 def resolve_model(config: ModelConfig, folder: Path) -> ModelFolder:
-    """The checked folder of a configured model: built in, on disk (relative to `folder`), or downloaded from the hub.
+    """Return the checked folder of a configured model: built in, on disk (relative to `folder`), or from the hub.
 
     Raises `ModelError` with one line for a name that leads nowhere, a failed download, or an incomplete folder.
     """
@@ -74,7 +74,7 @@ def resolve_model(config: ModelConfig, folder: Path) -> ModelFolder:
 
 
 def check_model_folder(folder: Path) -> Path:
-    """The folder, if config, weights and tokenizer are there and whole. Raises `ModelError` naming what is not."""
+    """Return the folder if config, weights and tokenizer are there and whole. Raises `ModelError` naming the fault."""
     model_config(folder)
     _refuse_special_files(folder)
     tensors(folder)
@@ -94,7 +94,7 @@ def _refuse_special_files(folder: Path) -> None:
 
 
 def model_config(folder: Path) -> dict[str, Any]:
-    """config.json as values. Raises `ModelError` where it is missing, broken, or names no `model_type`."""
+    """Return the values of config.json. Raises `ModelError` where it is missing, broken, or names no `model_type`."""
     file = folder / "config.json"
     config = read_object(
         file, ModelError, missing=f"{folder}: no config.json: this is not a model folder", constants=INFINITIES
@@ -143,7 +143,7 @@ def tensors(folder: Path) -> dict[str, TensorInfo]:
 
 
 def quantization(folder: Path) -> str | None:
-    """How the weights are quantized, as config.json states it (`bitsandbytes`, `mlx-4bit`); None for full precision."""
+    """Return the quantization that config.json states (`bitsandbytes`, `mlx-4bit`), None for full precision."""
     config = model_config(folder)
     scheme = config.get("quantization_config") or config.get("quantization")
     if not scheme:
@@ -153,23 +153,21 @@ def quantization(folder: Path) -> str | None:
     return str(scheme.get("quant_method", "unknown")) if isinstance(scheme, dict) else str(scheme)
 
 
-# --- identity --------------------------------------------------------------------------------------------------------
-
 _VOLATILE = ("_name_or_path", "transformers_version", "architectures")
 _SAMPLE = 256
 
 
 def config_digest(folder: Path) -> str:
-    """blake2b over config.json's values, without those that say where it came from rather than what it is."""
+    """Return blake2b over config.json's values, without those that only say where it came from."""
     config = {key: value for key, value in model_config(folder).items() if key not in _VOLATILE}
     return blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=32).hexdigest()
 
 
 def base_digest(folder: Path) -> str:
-    """A cheap digest of a base: `config_digest`, and of every tensor name, dtype, shape and 768 bytes of its data.
+    """Return a cheap digest of a base: `config_digest`, and of every tensor name, dtype, shape and 768 bytes of data.
 
     The bytes are 256 at its start, middle and end; so a merged, re-quantized or otherwise rewritten base differs, and
-    the same weights in other shards do not. A change that touches none of the samples goes unseen: it is no checksum.
+    the same weights in other shards do not. A change that touches none of the samples goes unseen.
     """
     digest = blake2b(config_digest(folder).encode(), digest_size=32)
     for name, info in sorted(tensors(folder).items()):
@@ -187,16 +185,13 @@ def _samples(info: TensorInfo) -> Iterator[bytes]:
             yield file.read(min(_SAMPLE, info.end - start))
 
 
-# --- safetensors -----------------------------------------------------------------------------------------------------
-
-
 def _tensors_of(path: Path) -> dict[str, TensorInfo]:
-    """A file's tensors, after checking that the file is as long as its header says."""
+    """Return a file's tensors, after checking that the file is as long as its header says."""
     try:
         return read_header(path)
     except TensorFileError as error:
-        mend = "" if "git lfs" in str(error) else ": download it again"
-        raise ModelError(f"{path}: {error}{mend}") from error
+        remedy = "" if "git lfs" in str(error) else ": download it again"
+        raise ModelError(f"{path}: {error}{remedy}") from error
 
 
 def _no_weights(folder: Path) -> str:
@@ -209,9 +204,6 @@ def _no_weights(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return "is an adapter, no base model: give its base as model.name"
     return f"has no weights ({SINGLE_FILE}, or {INDEX_FILE} with its shards)"
-
-
-# --- names -----------------------------------------------------------------------------------------------------------
 
 
 def _builtin(name: str) -> Path:
@@ -227,11 +219,11 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _no_folder(path: Path) -> str:
-    """That there is no such folder, and which one is perhaps meant."""
+    """Return words for a folder that does not exist, and the one that is perhaps meant."""
     if path.is_file():
         return "is a file, not a model folder"
-    beside = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.6)
+    siblings = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.6)
     return f"no such folder ({path})" + (f", did you mean {path.parent / near[0]}?" if near else "")
 
 
@@ -250,7 +242,7 @@ def _download(name: str, revision: str | None) -> Path:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"{name}: has no revision {revision!r} on the hub: correct model.revision") from error
-    except Exception as error:  # huggingface_hub, httpx and the file system each have errors of their own
+    except Exception as error:  # huggingface_hub, httpx and the file system each have other errors
         raise ModelError(
             f"{name}{at}: is not a folder here and cannot be downloaded from the hub: {first_line(error)}"
         ) from error

@@ -31,11 +31,11 @@ NAN_BF16 = 0x7FC0
 """The bits of torch's own NaN."""
 
 LARGEST_HEADER = 100_000_000
-"""What the format's own reader allows."""
+"""The limit of the format's own reader."""
 
 
 class TensorFileError(ValueError):
-    """A file that is no whole safetensors file; says what is wrong, not where."""
+    """A file that is not a whole safetensors file. The message has the fault, and not the file."""
 
 
 class TensorInfo(NamedTuple):
@@ -49,7 +49,7 @@ class TensorInfo(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """A file's tensors by name, after checking that the file is as long as its header says.
+    """Return a file's tensors by name, after checking that the file is as long as its header says.
 
     Raises `TensorFileError` for anything else than a whole safetensors file, `OSError` where it cannot be opened.
     """
@@ -67,7 +67,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_float32(info: TensorInfo) -> Float32:
-    """A tensor's values, float32. Raises `TensorFileError` for a dtype that holds no floats."""
+    """Return a tensor's values, float32. Raises `TensorFileError` for a dtype that holds no floats."""
     if info.dtype not in FLOATS:
         raise TensorFileError(f"holds {info.dtype}, no floating-point numbers")
     with info.file.open("rb") as file:
@@ -77,14 +77,14 @@ def read_float32(info: TensorInfo) -> Float32:
 
 
 def to_float32(bits: NDArray[Any], dtype: str) -> Float32:
-    """Values of a float dtype of the format, in float32; exact but for F64."""
+    """Return values of a float dtype of the format in float32, which is exact except for F64."""
     if dtype == "BF16":
         return (bits.astype(np.uint32) << 16).view(np.float32)
     return bits.astype(np.float32)
 
 
 def from_float32(values: Float32, dtype: str) -> NDArray[Any]:
-    """The bits of float32 values in a float dtype of the format, rounded to nearest, ties to even."""
+    """Return the bits of float32 values in a float dtype of the format, rounded to nearest, ties to even."""
     if dtype != "BF16":
         return values.astype(FLOATS[dtype])
     bits = values.view(np.uint32)
@@ -123,9 +123,9 @@ def _entries(file: BinaryIO) -> tuple[Mapping[str, Any], int]:
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if start == b"version ":
-        raise TensorFileError("is no safetensors file but a Git LFS pointer: run `git lfs pull`")
+        raise TensorFileError("is not a safetensors file but a Git LFS pointer: run `git lfs pull`")
     if len(start) < 8 or length > LARGEST_HEADER:
-        raise TensorFileError("is no safetensors file")
+        raise TensorFileError("is not a safetensors file")
     text = file.read(length)
     if len(text) < length:
         raise TensorFileError(f"is truncated ({8 + len(text)} of at least {8 + length} bytes)")

@@ -66,7 +66,7 @@ def placed_ids(examples: Iterable[SftExample | PreferenceExample]) -> Iterator[t
 
 
 def held_out_ids(held_out: HeldOut, tokenizer: Tokenizer, data: DataConfig) -> Iterator[tuple[object, Int32]]:
-    """Yield the token ids of what is read and asked in an evaluation, rendered only when they are asked for."""
+    """Yield the token ids of held-out text and questions, rendered only when they are asked for."""
     yield from placed_ids(render_preferences(held_out.pairs, tokenizer, data).examples)
     yield from placed_ids(render_sft(held_out.texts, tokenizer, data).examples)
     for question in held_out.questions:

@@ -1,4 +1,4 @@
-"""A trained adapter, found and opened: for answers with and without it, and for measuring what it did.
+"""A trained adapter, found and opened: for answers with and without it, and for measuring its effect.
 
 with open_adapter("my-voice") as opened:
     before = opened.answer(["Who are you?"], adapter=False)
@@ -41,7 +41,7 @@ class Located:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said; `stop_reason` is `stop` or `length` (it was cut off at `max_new_tokens`)."""
+    """An answer of the model. `stop_reason` is `stop`, or `length` if it was cut off at `max_new_tokens`."""
 
     text: str
     stop_reason: Literal["stop", "length"]
@@ -68,7 +68,7 @@ class OpenedAdapter:
 
     @property
     def config(self) -> Config:
-        """The run's configuration; the defaults for an adapter that lies in no run."""
+        """Return the run's configuration, or the defaults for an adapter that is not in a run."""
         return self.located.config.config if self.located.config else Config()
 
     def answer(
@@ -129,18 +129,18 @@ def locate_adapter(path: str | PathLike[str]) -> Located:
     if not folder.exists():
         raise RunError(f"{folder}: no such folder")
     raise AdapterError(
-        f"{folder}: is no project ({FILE_NAME}), no run (manifest.json) and no adapter ({ADAPTER_CONFIG_FILE})"
+        f"{folder}: is not a project ({FILE_NAME}), a run (manifest.json) or an adapter ({ADAPTER_CONFIG_FILE})"
     )
 
 
 def read_located(located: Located, model: str | None = None) -> tuple[models.ModelFolder, AdapterState]:
-    """A located adapter, in whichever format it is, and its base (see `find_base`)."""
+    """Read a located adapter, in whichever format it is, and find its base (see `find_base`)."""
     base = find_base(located, model)
     return base, read_any_adapter(located.adapter, base.path)[0]
 
 
 def find_base(located: Located, model: str | None = None) -> models.ModelFolder:
-    """The adapter's base: where the caller says, where the run's configuration says, or what its own file names."""
+    """Find the adapter's base: where the caller says, where the run's configuration says, or what its file names."""
     if model is not None:
         return models.resolve_model(ModelConfig(name=model), Path.cwd())
     if located.config is not None:
@@ -151,17 +151,19 @@ def find_base(located: Located, model: str | None = None) -> models.ModelFolder:
     try:
         return models.resolve_model(ModelConfig(name=named), located.adapter.resolve())
     except MindprintError as error:
-        raise AdapterError(f"{located.adapter}: its base model cannot be had: {error}; name it with --model") from error
+        raise AdapterError(
+            f"{located.adapter}: its base model is not available: {error}; name it with --model"
+        ) from error
 
 
 def read_heldout(file: ConfigFile) -> Rows:
-    """The pairs of `data.heldout`, without reading what the stages train on."""
+    """Read the pairs of `data.heldout`, without the rows that the stages train on."""
     off = {name: getattr(file.config, name).model_copy(update={"enabled": False}) for name in ("sft", "dpo")}
     return read_rows(replace(file, config=file.config.model_copy(update=off)))
 
 
 def sample_prompt(file: ConfigFile) -> str | None:
-    """A prompt from the configuration's data to try an adapter with: held out, if there is such."""
+    """Return a prompt from the configuration's data to try an adapter with, a held-out one if there is one."""
     rows = read_heldout(file).heldout
     if not rows:
         split = read_split(file)
@@ -172,7 +174,7 @@ def sample_prompt(file: ConfigFile) -> str | None:
 def _of_run(run: RunFolder) -> Located:
     if not run.complete:
         raise RunError(
-            f"{run.path}: is not complete; go on with: mindprint train {run.path} --resume "
+            f"{run.path}: is not complete; continue with: mindprint train {run.path} --resume "
             "(or name one of its checkpoints/ instead)"
         )
     return Located(run.adapter, load_config(run.config))
@@ -194,7 +196,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _surrounding_config(adapter: Path) -> ConfigFile | None:
-    """The configuration of the run in which an adapter lies: as its result, or as one of its checkpoints."""
+    """Return the configuration of the run that an adapter is in: as its result, or as one of its checkpoints."""
     absolute = adapter.resolve()
     for folder in absolute.parents[:2]:
         run = RunFolder(folder)
@@ -206,7 +208,7 @@ def _surrounding_config(adapter: Path) -> ConfigFile | None:
 def placement_for(
     located: Located, section: BackendConfig | None, dtype: Dtype | None, base: models.ModelFolder
 ) -> Placement:
-    """Where to compute: as asked, or as the run did; in float32 unless that is too large for this machine."""
+    """Choose where to compute: as asked, or as the run did, in float32 unless that is too large for this machine."""
     if section is None:
         section = located.config.config.backend if located.config else BackendConfig()
     elements = sum(math.prod(info.shape) for info in models.tensors(base.path).values())

@@ -1,1 +1,1 @@
-"""Proof that an adapter still does what it did: fingerprints, and what compares an adapter or a merge with one."""
+"""Proof that an adapter's effect is unchanged: fingerprints, and comparisons of an adapter or a merge with one."""

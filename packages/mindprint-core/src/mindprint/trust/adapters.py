@@ -1,4 +1,4 @@
-"""An adapter's values against what its fingerprint says of them, or, without one, against what is plausible."""
+"""An adapter's values compared with its fingerprint or, if it has none, with plausible values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mindprint.trust.report import Finding, listed
 from mindprint.trust.stored import same_values
 
 IMPLAUSIBLE = 1.0
-"""A change as large as the weight itself is no fine-tuning; trained adapters are seen at 0.001 to 0.3."""
+"""A change as large as the weight itself is not fine-tuning: trained adapters are seen at 0.001 to 0.3."""
 
 WEIGHED = 16
 """How many modules are weighed against the base where no fingerprint says how strong the adapter should be."""
@@ -29,7 +29,7 @@ Changes = Mapping[str, Change]
 
 
 def value_findings(adapter: AdapterState, record: AdapterRecord | None) -> list[Finding]:
-    """What is wrong with the values, judged from the adapter's files alone."""
+    """Return the faults of an adapter's values, judged from its files alone."""
     bad = [site for site, pair in adapter.tensors.items() if not all(np.isfinite(part).all() for part in pair)]
     if bad:
         message = f"{_share(bad, adapter.tensors)} have values that are NaN or infinite ({listed(bad)})"
@@ -43,7 +43,7 @@ def value_findings(adapter: AdapterState, record: AdapterRecord | None) -> list[
 
 
 def copy_findings(folder: Path, base: models.ModelFolder) -> Iterator[Finding]:
-    """Whether weights of the base that PEFT saved along are the base's: PEFT puts them into it on loading."""
+    """Compare weights of the base that PEFT saved along with the base's: PEFT puts them into it on loading."""
     if adapter_format(folder) != "peft":
         return
     weights, copies, facts = models.tensors(base.path), base_copies(folder), read_base_facts(base.path)
@@ -52,12 +52,12 @@ def copy_findings(folder: Path, base: models.ModelFolder) -> Iterator[Finding]:
         site for site, names in stored.items() if not all(same_values(copies[site], weights[name]) for name in names)
     )
     if other:
-        message = f"the adapter brings {listed(other)} of its own, not the base's: it was trained beside LoRA"
+        message = f"the adapter brings another {listed(other)} than the base's: it was trained in addition to LoRA"
         yield Finding("adapter_changed", message, sites=other)
 
 
 def strength_findings(adapter: AdapterState, base: models.ModelFolder) -> Iterator[Finding]:
-    """Whether the change is small beside the weights that it changes, for an adapter without a fingerprint."""
+    """Compare the size of the change with that of the weights that it changes, for an adapter without a fingerprint."""
     weights, found, facts = models.tensors(base.path), changes(adapter), read_base_facts(base.path)
     stored = {site: stored_tensors(site, weights.keys(), facts) for site in found}
     sites = [site for site, names in stored.items() if names]
@@ -86,7 +86,7 @@ def _without_record(found: Changes) -> Iterator[Finding]:
 
 
 def _against_record(adapter: AdapterState, found: Changes, recorded: Changes) -> Iterator[Finding]:
-    """What became of each module's change: each module is named in one finding, by the first that explains it."""
+    """Compare each module's change with the recorded one. The first finding that explains a module names it."""
     yield from _modules(found, recorded)
     other = [site for site in found if site in recorded and found[site].distance(recorded[site]) > SAME]
     for explain in (_idle, _scaled, _rounded, _swapped):
@@ -132,7 +132,7 @@ def _scaled(found: Changes, recorded: Changes, sites: Sequence[str]) -> Finding 
 
 
 def strength_finding(factors: Mapping[str, float], total: int, verb: str, than: str) -> Finding:
-    """That some modules are too strong or too weak, by how much, and whether all by the same."""
+    """Return a finding that modules are too strong or too weak, by how much, and whether all by the same."""
     values = list(factors.values())
     factor, low, high = float(np.median(values)), min(values), max(values)
     spread = "" if high - low <= 0.02 * abs(factor) else f" ({low:.4g} to {high:.4g})"
@@ -154,7 +154,7 @@ def _swapped(found: Changes, recorded: Changes, sites: Sequence[str]) -> Finding
 
 
 def _was_not_transposed(adapter: AdapterState, site: str, recorded: Change) -> bool:
-    """Whether the module's change would be as recorded if its factors were transposed, or exchanged and transposed."""
+    """Return whether the change is the recorded one once the factors are transposed, or exchanged and transposed."""
     pair, scale = adapter.tensors[site], adapter.config.scale(site)
     if pair.a.ndim == 3:
         return False

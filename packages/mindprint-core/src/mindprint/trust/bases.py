@@ -1,4 +1,4 @@
-"""A base model's files against what the fingerprint says of them."""
+"""A base model's files compared with its record in the fingerprint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mindprint.trust.report import Finding, listed
 
 @dataclass(frozen=True)
 class Doubt:
-    """What files alone cannot judge: a finding that holds, unless the probe shows that nothing computes otherwise."""
+    """A finding that files alone cannot decide: it is dropped if the probe shows the same log-probs."""
 
     finding: Finding
 
@@ -37,7 +37,7 @@ class Doubt:
 
 
 def base_findings(base: models.ModelFolder, recorded: BaseRecord) -> Iterator[Finding | Doubt]:
-    """Weights and config.json. Raises `ModelError` for files that cannot be read."""
+    """Compare weights and config.json with the record. Raises `ModelError` for files that cannot be read."""
     yield from _weights(digest_weights(base.path, recorded.weights.method), recorded.weights, base)
     yield from settings_findings(differences(recorded.settings, computed_settings(base.path)), "the base's")
 
@@ -64,7 +64,7 @@ def _weights(found: WeightsDigest, recorded: WeightsDigest, base: models.ModelFo
 
 
 def _not_finite(base: models.ModelFolder, parts: Sequence[str]) -> Iterator[Finding]:
-    """Whether what changed in these parts is that they hold no numbers."""
+    """Report tensors of these parts that hold NaN or infinities."""
     inside = [(name, info) for name, info in models.tensors(base.path).items() if part_of(name) in parts]
     bad = tuple(name for name, info in inside if info.dtype in FLOATS and not np.isfinite(read_float32(info)).all())
     if bad:
@@ -78,20 +78,20 @@ def _laid_out_alike(part: str, found: WeightsDigest, recorded: WeightsDigest) ->
 
 
 def settings_findings(changed: Sequence[Difference], whose: str) -> Iterator[Finding | Doubt]:
-    """A setting that both sides state, each in its way, decides; about one that only one side states the probe does."""
+    """Report settings that differ. One that only one side states is left to the probe."""
     for one_sided in (False, True):
         for of_rope in (True, False):
-            these = [one for one in changed if (one.one_sided, one.of_rope) == (one_sided, of_rope)]
+            these = [each for each in changed if (each.one_sided, each.of_rope) == (one_sided, of_rope)]
             if these:
                 what = "rotary embedding" if of_rope else "configuration"
-                message = f"{whose} {what} differs: {listed([str(one) for one in these])}"
-                names = tuple(one.setting for one in these)
+                message = f"{whose} {what} differs: {listed(list(map(str, these)))}"
+                names = tuple(difference.setting for difference in these)
                 finding = Finding("rope_differs" if of_rope else "config_differs", message, sites=names)
                 yield Doubt(finding) if one_sided else finding
 
 
 def tokenizer_findings(model: models.ModelFolder, recorded: TokenizerRecord) -> Iterator[Finding]:
-    """Tokenizer, chat template, and where answers end."""
+    """Compare tokenizer, chat template and the tokens that end an answer with the record."""
     found = record_tokenizer(load_tokenizer(model.path))
     if found.digest != recorded.digest:
         yield Finding("tokenizer_changed", f"{model.name}: the tokenizer is another one, text becomes other tokens")

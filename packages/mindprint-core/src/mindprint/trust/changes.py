@@ -1,4 +1,4 @@
-"""What an adapter changes, module by module, in a few numbers: enough to say, from files alone, what became of it.
+"""An adapter's change in a few numbers a module, which show from files alone how it differs from the trained one.
 
 The change of a weight is `D = s · B · A`. Of each module its norm and `TRACES` numbers `uᵀ D v` are recorded, with u
 and v vectors of random signs that depend on their lengths alone. A change that is f times as strong has f times these
@@ -27,31 +27,31 @@ ROUNDED = 2.0**-6
 
 @dataclass(frozen=True)
 class Change:
-    """What the adapter does to one weight: scale, Frobenius norm of `s · B · A`, and its traces."""
+    """The adapter's change of one weight: scale, Frobenius norm of `s · B · A`, and its traces."""
 
     scale: float
     norm: float
     traces: tuple[float, ...]
 
     def factor(self, recorded: Change) -> float:
-        """By how much this is the recorded change: the least-squares factor of its traces."""
+        """Return the least-squares factor between the recorded traces and these."""
         old, new = np.array(recorded.traces), np.array(self.traces)
         return float(old @ new / max(float(old @ old), 1e-300))
 
     def distance(self, recorded: Change, factor: float = 1.0) -> float:
-        """How far this is from `factor` times the recorded change, relative to the greater norm."""
+        """Return the distance from `factor` times the recorded change, relative to the greater norm."""
         apart = float(np.linalg.norm(np.array(self.traces) - factor * np.array(recorded.traces)))
         norms = abs(self.norm - abs(factor) * recorded.norm)
         return max(apart, norms) / max(self.norm, abs(factor) * recorded.norm, 1e-300)
 
 
 def changes(adapter: AdapterState) -> dict[str, Change]:
-    """The change of every module of an adapter, by site."""
+    """Return the change of every module of an adapter, by site."""
     return {site: change(factors, adapter.config.scale(site)) for site, factors in sorted(adapter.tensors.items())}
 
 
 def change(factors: LoraFactors, scale: float) -> Change:
-    """The change of one module, computed in float64 without ever forming `B · A`; of a stack, over all its experts."""
+    """Return the change of one module, in float64 and without forming `B · A`. A stack's is that of all its experts."""
     stacked = [part if part.ndim == 3 else part[None] for part in factors]
     squared, traces = 0.0, np.zeros(TRACES)
     for expert, (a, b) in enumerate(zip(*(part.astype(np.float64) for part in stacked), strict=True)):
@@ -62,7 +62,7 @@ def change(factors: LoraFactors, scale: float) -> Change:
 
 
 def _rounded(value: float) -> float:
-    """To nine digits: what float32 factors determine, and short in a file."""
+    """Round to nine digits: float32 factors determine no more, and it is short in a file."""
     return float(f"{value:.9g}")
 
 
@@ -71,7 +71,7 @@ def _trace(a: NDArray[np.float64], b: NDArray[np.float64], expert: int, number: 
 
 
 def reshaped(factors: LoraFactors) -> tuple[LoraFactors, LoraFactors]:
-    """The factors as they were meant, if they were reshaped where they should have been transposed.
+    """Undo a mistaken reshape: return the factors that a transpose would have produced.
 
     First if bytes of `[in, r]` and `[r, out]` were taken for `[r, in]` and `[out, r]`, then if it was the other way.
     """
@@ -81,7 +81,7 @@ def reshaped(factors: LoraFactors) -> tuple[LoraFactors, LoraFactors]:
 
 
 def exchanged(found: Mapping[str, Change], recorded: Mapping[str, Change], sites: Sequence[str]) -> dict[str, str]:
-    """For each of these sites whose change is now what another's was: that other site."""
+    """Return, for each of these sites that has the recorded change of another site, that other site."""
     return {
         site: other
         for site in sites
@@ -91,5 +91,5 @@ def exchanged(found: Mapping[str, Change], recorded: Mapping[str, Change], sites
 
 
 def _signs(length: int, *labels: str | int) -> NDArray[np.float64]:
-    """±1, keyed by the length: two modules of one shape share their vectors."""
+    """Return a vector of ±1, keyed by its length: two modules of one shape share their vectors."""
     return np.where(random_bits(length, 0, "trace", length, *labels) >> np.uint64(63), 1.0, -1.0)

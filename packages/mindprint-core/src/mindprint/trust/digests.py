@@ -1,4 +1,4 @@
-"""What a base is, exactly: digests of its weights part by part, and its configuration in one spelling.
+"""The identity of a base: digests of its weights part by part, and its configuration in one spelling.
 
 A base of up to `READ_WHOLE` bytes is read whole: SHA-256 takes 1.8 GB/s a core, from the memory that loading has just
 filled. Of a larger one 4 KiB of every MiB of every tensor are read, and its end: 60 MB of 15 GB. So nothing that
@@ -44,7 +44,7 @@ class WeightsDigest:
 
 
 def digest_weights(folder: Path, method: Method | None = None) -> WeightsDigest:
-    """Digest the weights of a model folder; `method` is by size if not given. Raises `ModelError` if unreadable."""
+    """Return digests of a model folder's weights. `method` is chosen by size. Raises `ModelError` if unreadable."""
     found = tensors(folder)
     if method is None:
         method = "whole" if sum(info.end - info.start for info in found.values()) <= READ_WHOLE else "sampled"
@@ -59,7 +59,7 @@ def digest_weights(folder: Path, method: Method | None = None) -> WeightsDigest:
 
 
 def part_of(tensor: str) -> str:
-    """The part that a tensor belongs to: up to its layer's number, or all but its last word."""
+    """Return the part that a tensor belongs to: its name up to the layer's number, or all but its last word."""
     words = tensor.split(".")
     numbered = next((index for index, word in enumerate(words) if word.isdigit()), None)
     return ".".join(words[:-1] if numbered is None else words[: numbered + 1]) or tensor
@@ -83,15 +83,13 @@ def _tensor_digest(info: TensorInfo, method: Method) -> bytes:
 
 
 def _stretches(size: int, method: Method) -> Iterator[tuple[int, int]]:
-    """Where to read, as (start, length) within a tensor of `size` bytes."""
+    """Yield the stretches to read, as (start, length) within a tensor of `size` bytes."""
     length = STRIDE if method == "whole" else BLOCK
     for start in range(0, size, STRIDE):
         yield start, min(length, size - start)
     if method == "sampled" and size > BLOCK:
         yield size - BLOCK, BLOCK
 
-
-# --- config.json -----------------------------------------------------------------------------------------------------
 
 ROPE = "rope"
 
@@ -106,7 +104,7 @@ _NOT_COMPUTED = frozenset(
         "router_aux_loss_coef", "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
     )
 )  # fmt: skip
-"""Settings that change nothing in what a frozen model computes; which tokens end an answer is compared apart."""
+"""Settings that do not affect a frozen model's computation. The tokens that end an answer are compared apart."""
 
 _ROPE_NAMES = {
     "rope_theta": "rope.rope_theta",
@@ -127,7 +125,7 @@ class Difference:
 
     @property
     def one_sided(self) -> bool:
-        """Whether only one side states it: perhaps what the other means by silence."""
+        """Return whether only one side states it: the other may mean the same by silence."""
         return self.recorded is None or self.found is None
 
     @property
@@ -139,7 +137,7 @@ class Difference:
 
 
 def computed_settings(folder: Path) -> dict[str, Any]:
-    """What config.json says about computing, in one spelling: the old names of rope settings become the new ones."""
+    """Return config.json's settings of the computation, in one spelling: old names of rope settings become new ones."""
     settings: dict[str, Any] = {}
     for name, value in model_config(folder).items():
         if value is None or name in _NOT_COMPUTED:
@@ -152,14 +150,14 @@ def computed_settings(folder: Path) -> dict[str, Any]:
 
 
 def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[Difference, ...]:
-    """Settings that two configurations state differently, or that only one of them states."""
+    """Return settings that two configurations state differently, or that only one of them states."""
     names = sorted(recorded.keys() | found.keys())
     pairs = (Difference(name, recorded.get(name), found.get(name)) for name in names)
     return tuple(pair for pair in pairs if pair.recorded != pair.found)
 
 
 def _rope_settings(values: Mapping[str, Any], prefix: str = ROPE) -> dict[str, Any]:
-    """Rope settings flat, by layer type where they are so; the default type is what silence means."""
+    """Return rope settings flat, by layer type where they are so. Silence means the default type."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

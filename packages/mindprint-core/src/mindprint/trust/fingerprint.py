@@ -1,4 +1,4 @@
-"""The fingerprint: what an adapter is and does, written down where it was trained. docs/fingerprint.md has the format.
+"""The fingerprint of an adapter: its identity and its effect, recorded after training (format: docs/fingerprint.md).
 
 Exact digests first, then the probe's log-probs with the base alone and with the adapter, and the noise of measuring.
 """
@@ -70,7 +70,7 @@ class Measurement:
 
     @property
     def effect(self) -> float:
-        """Mean |log p(with) - log p(without)|, nats a token."""
+        """Return the mean |log p(with) - log p(without)|, nats a token."""
         return mean_effect(self.base, self.adapter)
 
 
@@ -86,21 +86,18 @@ class Fingerprint:
     mindprint: str = __version__
 
     def measurement(self, dtype: Dtype) -> Measurement:
-        """The measurement in this dtype, or else the finest that there is."""
+        """Return the measurement in this dtype, or else the finest that there is."""
         order = {"float32": 0, "float16": 1, "bfloat16": 2}
         return min(self.measurements, key=lambda one: (one.dtype != dtype, order[one.dtype]))
 
 
 def mean_effect(base: Float32, adapter: Float32) -> float:
-    """Mean absolute difference of two arrays of log-probs, nats a token."""
+    """Return the mean absolute difference of two arrays of log-probs, nats a token."""
     return float(np.abs(adapter.astype(np.float64) - base).mean())
 
 
-# --- the file --------------------------------------------------------------------------------------------------------
-
-
 def fingerprint_json(fingerprint: Fingerprint) -> str:
-    """The content of fingerprint.json: one line a part, one a module, one a measurement."""
+    """Return the content of fingerprint.json: one line a part, one a module, one a measurement."""
     content = {
         "format": FORMAT,
         "mindprint": fingerprint.mindprint,
@@ -108,13 +105,13 @@ def fingerprint_json(fingerprint: Fingerprint) -> str:
         "base": asdict(fingerprint.base),
         "tokenizer": asdict(fingerprint.tokenizer),
         "probe": {"source": fingerprint.probe.source, "rows": [row.tolist() for row in fingerprint.probe.rows]},
-        "measurements": [_measurement_values(one) for one in fingerprint.measurements],
+        "measurements": [_measurement_values(measurement) for measurement in fingerprint.measurements],
     }
     return _lines(content) + "\n"
 
 
 def read_fingerprint(folder: Path) -> Fingerprint | None:
-    """The fingerprint in an adapter's folder, None if there is none. Raises `AdapterError` if it cannot be read."""
+    """Return the fingerprint in an adapter's folder, None without one. Raises `AdapterError` if it cannot be read."""
     file = folder / FILE_NAME
     # A broken link or a pipe is not the absence of a fingerprint: reading it fails, in one line.
     if not os.path.lexists(file):
@@ -145,7 +142,7 @@ class _ProbeFacts:
 
 @dataclass(frozen=True)
 class _Where:
-    """Where a measurement was taken, as the file has it."""
+    """The place of a measurement, as the file has it."""
 
     backend: str
     device: str
@@ -171,12 +168,12 @@ def _fingerprint(values: Mapping[str, Any]) -> Fingerprint:
         typed(BaseRecord, values["base"]),
         typed(TokenizerRecord, values["tokenizer"]),
         Probe(tuple(np.array(row, np.int32) for row in probe.rows), probe.source),
-        tuple(_measurement(one) for one in values["measurements"]),
+        tuple(map(_measurement, values["measurements"])),
         typed(str, values["mindprint"]),
     )
     if any(len(row) < 2 for row in found.probe.rows):
         raise ValueError("a row of the probe is too short to predict anything")
-    if not found.measurements or any(len(one.base) != found.probe.tokens for one in found.measurements):
+    if not found.measurements or any(len(each.base) != found.probe.tokens for each in found.measurements):
         raise ValueError("the measurements do not belong to the probe")
     return found
 
@@ -199,7 +196,7 @@ def _measurement(values: Mapping[str, Any]) -> Measurement:
 
 
 def _lines(value: Any, depth: int = 3, indent: str = "") -> str:
-    """JSON with each entry on a line of its own down to `depth`, for people who look and for version control."""
+    """Return JSON with one entry a line down to `depth`, for people who look and for version control."""
     inner = indent + " "
     if depth and isinstance(value, Mapping) and value:
         entries = [f"{inner}{json.dumps(key)}: {_lines(item, depth - 1, inner)}" for key, item in value.items()]

@@ -28,10 +28,10 @@ def take_fingerprint(
     probe: Probe,
     notice: Callable[[str], None] = lambda _: None,
 ) -> Fingerprint:
-    """The fingerprint of `adapter` with the model that `engine` has at `placement`, loaded only if it is not there.
+    """Return the fingerprint of `adapter` with `engine`'s model at `placement`, loaded only if it is not there.
 
     A base in a reduced dtype is measured in it first, and then, where it fits, once more in float32, whose noise is
-    far below what an adapter does: the engine holds that model afterwards.
+    far below an adapter's effect. The engine holds that model afterwards.
     """
     measurements = tuple(_measurements(engine, placement, adapter, probe, notice))
     records = record_adapter(adapter), record_base(engine.folder), record_tokenizer(tokenizer)
@@ -62,16 +62,16 @@ def measure(backend: Backend, model: LoadedModel, probe: Probe) -> Measurement:
 
 
 def record_adapter(adapter: AdapterState) -> AdapterRecord:
-    """The exact facts of an adapter."""
+    """Return the exact facts of an adapter."""
     lora = adapter.config
     return AdapterRecord(adapter_digest(adapter), lora.r, lora.alpha, lora.use_rslora, changes(adapter))
 
 
 def record_base(base: models.ModelFolder) -> BaseRecord:
-    """The exact facts of a base, from its folder."""
+    """Return the exact facts of a base, from its folder."""
     return BaseRecord(base.name, computed_settings(base.path), digest_weights(base.path))
 
 
 def record_tokenizer(tokenizer: Tokenizer) -> TokenizerRecord:
-    """The exact facts of a tokenizer."""
+    """Return the exact facts of a tokenizer."""
     return TokenizerRecord(tokenizer.digest, tokenizer.template_digest, tokenizer.stop_token_ids)

@@ -41,7 +41,7 @@ Fate = Literal["exact", "rounded", "lost", "swallowed", "scaled", "transposed", 
 
 @dataclass(frozen=True)
 class Merge:
-    """What became of one adapted weight: `factor` is how often the change is in it, `noise` the rest relative to it."""
+    """The state of one adapted weight: `factor` is how often the change is in it, `noise` the rest relative to it."""
 
     fate: Fate
     factor: float = 1.0
@@ -64,19 +64,19 @@ class _Sums:
     expected: bool = False
 
     def rest(self, factor: float, product: float) -> float:
-        """Norm of `x - factor · d`, given `x · d`."""
+        """Return the norm of `x - factor · d`, given `x · d`."""
         return math.sqrt(max(self.xx - 2 * factor * product + factor * factor * self.dd, 0.0))
 
 
 def merge_findings(merged: Path, base: Path, adapter: AdapterState) -> Iterator[Finding | Doubt]:
-    """What is wrong with a merge; tensors under other names only the probe can judge.
+    """Yield the faults of a merge. Only the probe can judge tensors that have other names.
 
     Raises `ModelError` for a folder that cannot be read, or that was quantized after merging, and `AdapterError` for an
     adapter whose shapes are not those of the base.
     """
     if scheme := models.quantization(merged):
         raise ModelError(
-            f"{merged}: is quantized ({scheme}), so that no weight can be compared: verify what it was made of"
+            f"{merged}: is quantized ({scheme}), so that no weight can be compared: verify it before quantizing"
         )
     found, wanted = models.tensors(merged), models.tensors(base)
     shared = sorted(found.keys() & wanted.keys())
@@ -103,7 +103,7 @@ def merge_findings(merged: Path, base: Path, adapter: AdapterState) -> Iterator[
 
 
 def judge(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: float) -> Merge:
-    """What became of one weight `[out, in]` of the base in the merged model."""
+    """Compare one weight `[out, in]` of the merged model with the base's plus the change."""
     sums = _summed(found, base, factors, scale)
     if not sums.finite:
         return Merge("not finite")
@@ -117,7 +117,7 @@ def judge(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: floa
 
 
 def _fate(sums: _Sums, epsilon: float, elements: int) -> Fate:
-    """What a change that is not W + s·B·A, correctly rounded, is instead."""
+    """Name the change of a weight that is not W + s·B·A, correctly rounded."""
     factor, size = sums.xd / sums.dd, math.sqrt(sums.dd)
     rounding = LOOSE * epsilon * (math.sqrt(sums.ww) + size) / size
     uncertain = max(0.02, 4 * rounding / math.sqrt(elements))
@@ -134,7 +134,7 @@ def _summed(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: fl
     sums = _Sums()
     a, b = factors
     square = a.shape[1] == b.shape[0]
-    with np.errstate(all="ignore"):  # what is not finite is said, not warned of
+    with np.errstate(all="ignore"):  # values that are not finite are a finding, not a warning
         for start, weight, merged in blocks(base, found):
             rows = slice(start, start + len(weight))
             d = np.float32(scale) * (b[rows] @ a)
@@ -152,7 +152,7 @@ def _summed(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: fl
 
 
 def _bound(merged: Float32, weight: Float32, d: Float32, dtype: str) -> NDArray[Any]:
-    """By how much each element may be off: rounding to the dtype, and that of the sum in float32 before it."""
+    """Return the allowed error of each element: rounding to the dtype, and that of the sum in float32 before it."""
     rounding, summing = np.float32(EPSILON[dtype]), np.float32(2.0**-22)
     bound = rounding * np.abs(merged) + summing * (np.abs(weight) + np.abs(d))
     return bound + np.float32(_STEP.get(dtype, 1e-38))
@@ -160,9 +160,6 @@ def _bound(merged: Float32, weight: Float32, d: Float32, dtype: str) -> NDArray[
 
 def _dot(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
     return float(np.vdot(first.astype(np.float64), second.astype(np.float64)))
-
-
-# --- in words --------------------------------------------------------------------------------------------------------
 
 
 def _described(fates: Mapping[str, Merge]) -> Iterator[Finding]:
@@ -179,7 +176,7 @@ def _described(fates: Mapping[str, Merge]) -> Iterator[Finding]:
             )
     if names := by_fate.get("scaled"):
         factors = {name: fates[name].factor for name in names}
-        yield strength_finding(factors, len(fates), "have the change", "what it should be")
+        yield strength_finding(factors, len(fates), "have the change", "as strong as it should be")
     yield from _precision(fates)
 
 
@@ -199,7 +196,7 @@ def _lost(names: tuple[str, ...], total: int, *, swallowed: bool) -> Finding:
 
 
 def _precision(fates: Mapping[str, Merge]) -> Iterator[Finding]:
-    """That rounding is a good part of what was merged, if it is."""
+    """Report rounding that is large compared with the merged change."""
     merges = [merge for merge in fates.values() if merge.fate in ("exact", "rounded")]
     noise = float(np.median([merge.noise for merge in merges])) if merges else 0.0
     if noise > 0.1:
@@ -214,7 +211,7 @@ def _untouched(names: tuple[str, ...]) -> Iterator[Finding]:
 
 
 def _elsewhere(names: AbstractSet[str]) -> Iterator[Doubt]:
-    """Modules whose weights the files keep under another name, or as a part of a tensor: the probe has to tell."""
+    """Report modules whose weights the files have under unknown names, which is left to the probe."""
     if names:
         message = f"{len(names)} adapted weights are not in the files under their own names ({listed(sorted(names))})"
         yield Doubt(Finding("merge_differs", message, sites=tuple(sorted(names))))

@@ -29,7 +29,7 @@ LONGEST, MIDDLE, TURN = 192, 96, 24
 """Tokens of the long row, of the row of frequent ids, and of each side of a conversation."""
 
 HELDOUT_ROWS = 8
-"""At most so many held-out rows, where the configuration asks for them."""
+"""The greatest number of held-out rows, where the configuration asks for them."""
 
 DECIMALS = 6
 """Of log-probs in a fingerprint: a tenth of the smallest tolerance."""
@@ -50,20 +50,20 @@ class Probe:
 
     @property
     def tokens(self) -> int:
-        """How many log-probs it has: nothing predicts the first token of a row."""
+        """Return the number of log-probs: nothing predicts the first token of a row."""
         return sum(len(row) - 1 for row in self.rows)
 
 
 @dataclass(frozen=True)
 class Noise:
-    """How far the same rows computed in another batch are from themselves, nats a token."""
+    """The distance of rows from themselves when they are computed in another batch, nats a token."""
 
     mean: float
     greatest: float
 
 
 def synthetic_probe(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Probe:
-    """The probe of a tokenizer, cut to what the model of `config` (config.json) can read and has embeddings for."""
+    """Return the probe of a tokenizer, cut to the positions and embeddings of the model of `config` (config.json)."""
     vocabulary = min(tokenizer.vocab_size, _configured(config, "vocab_size") or tokenizer.vocab_size)
     positions = _configured(config, "max_position_embeddings", "n_positions", "n_ctx") or LONGEST
     rows = [_drawn(LONGEST, vocabulary, "rare"), _drawn(MIDDLE, vocabulary, "frequent", skew=4.0)]
@@ -72,29 +72,29 @@ def synthetic_probe(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Probe:
 
 
 def heldout_probe(examples: Sequence[PreferenceExample]) -> Probe:
-    """Rows of the owner's own held-out pairs, prompt and chosen answer: whoever has the fingerprint can read them."""
+    """Return rows of the owner's held-out pairs, prompt and chosen answer. Others can read them in the file."""
     rows = [np.concatenate([example.prompt, example.chosen])[:LONGEST] for example in examples[:HELDOUT_ROWS]]
     return Probe(tuple(rows), "heldout")
 
 
 def score(backend: Backend, model: LoadedModel, probe: Probe, *, adapter: bool) -> Float32:
-    """Log-probs of every token but the first of each row, float32 `[probe.tokens]`; each row on its own, unpadded."""
+    """Return log-probs of every token but each row's first, float32 `[probe.tokens]`. Each row is computed unpadded."""
     parts = [_scored(backend, model, [row], adapter=adapter) for row in probe.rows]
     return np.concatenate(parts).astype(np.float32)
 
 
 def measure_noise(backend: Backend, model: LoadedModel, probe: Probe, alone: Float32, *, adapter: bool) -> Noise:
-    """How far the rows in one padded batch are from `alone`, the same rows each on its own."""
+    """Return the distance of the rows in one padded batch from `alone`, the same rows each by itself."""
     together = _scored(backend, model, probe.rows, adapter=adapter)
     apart = np.abs(together.astype(np.float64) - alone)
     return Noise(float(apart.mean()), float(apart.max()))
 
 
 def tolerance(dtypes: Sequence[Dtype], *noises: Noise | None) -> Tolerance:
-    """What two evaluations in these dtypes may differ by: the coarser dtype's bound, or the measured noise if wider."""
+    """Return the allowed difference of two evaluations: the coarser dtype's bound, or the measured noise if wider."""
     coarsest = max(dtypes, key=lambda dtype: PROBE_TOLERANCES[dtype])
     mean, greatest = PROBE_TOLERANCES[coarsest]
-    measured = [NOISE_FACTOR * max(one.mean / mean, one.greatest / greatest) for one in noises if one is not None]
+    measured = [NOISE_FACTOR * max(noise.mean / mean, noise.greatest / greatest) for noise in noises if noise]
     wider = min(max(measured, default=0.0), MOST)
     if wider <= 1:
         return Tolerance(mean, greatest, f"rounding of {coarsest}")
@@ -102,14 +102,14 @@ def tolerance(dtypes: Sequence[Dtype], *noises: Noise | None) -> Tolerance:
 
 
 def widened(allowed: Tolerance, share: float, before: Float32, after: Float32) -> Tolerance:
-    """A tolerance that also lets a share of the adapter's effect differ: its factors were rounded."""
+    """Return a tolerance that also lets a share of the adapter's effect differ: its factors were rounded."""
     moved = np.abs(after.astype(np.float64) - before)
     mean, greatest = max(allowed.mean, share * float(moved.mean())), max(allowed.greatest, share * float(moved.max()))
     return Tolerance(mean, greatest, f"{share:.0%} of the effect: the adapter's factors were rounded")
 
 
 def compared(what: str, found: Float32, recorded: Float32, allowed: Tolerance) -> Comparison:
-    """`found` against `recorded`, both `[tokens]`."""
+    """Compare `found` with `recorded`, both `[tokens]`."""
     apart = np.abs(found.astype(np.float64) - recorded)
     return Comparison(what, len(found), float(apart.mean()), float(apart.max()), allowed)
 
@@ -120,12 +120,12 @@ def _scored(backend: Backend, model: LoadedModel, rows: Sequence[Int32], *, adap
 
 
 def _drawn(length: int, vocabulary: int, *labels: str | int, skew: float = 1.0) -> Int32:
-    """Ids from the whole vocabulary, uniformly; a `skew` above 1 favours the first."""
+    """Draw ids from the whole vocabulary, uniformly. A `skew` above 1 favours the first."""
     return (uniform((length,), 0, "probe", *labels) ** skew * vocabulary).astype(np.int32)
 
 
 def _conversation(tokenizer: Tokenizer, vocabulary: int, number: int) -> Int32:
-    """A question and an answer of drawn words in the tokenizer's own template; without it where that refuses."""
+    """Draw a question and an answer and render them in the tokenizer's template, or without it where that refuses."""
     words = [_drawn(TURN, vocabulary, "conversation", number, side, skew=2.0) for side in ("user", "assistant")]
     texts = [tokenizer.decode(side.tolist()).strip() or "so" for side in words]
     try:
@@ -136,6 +136,6 @@ def _conversation(tokenizer: Tokenizer, vocabulary: int, number: int) -> Int32:
 
 
 def _configured(config: Mapping[str, Any], *names: str) -> int | None:
-    """The first of these settings that config.json, or its text part, has."""
+    """Return the first of these settings that config.json, or its text part, has."""
     parts = (config, config.get("text_config") or {})
     return next((part[name] for part in parts for name in names if isinstance(part.get(name), int)), None)

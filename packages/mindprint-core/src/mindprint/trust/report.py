@@ -1,4 +1,4 @@
-"""What a verification says: findings under stable codes, the figures behind them, and the tolerances they met."""
+"""The result of a verification: findings under stable codes, the figures behind them, and their tolerances."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ Code = Literal[
 
 MEANINGS: Mapping[Code, str] = {
     "adapter_changed": "the adapter's values are not those that were trained, and none of the codes below says how",
-    "backend_differs": "every file is what it was, and this backend computes something else from them",
-    "base_changed": "some of the base's weights are not what they were",
-    "config_differs": "the base's config.json says something else about what is computed",
+    "backend_differs": "every file is as it was, and this backend computes something else from them",
+    "base_changed": "some of the base's weights have changed",
+    "config_differs": "the base's config.json states another computation",
     "layers_missing": "layers of the adapter, or tensors of a merged model, are not there",
     "merge_differs": "a merged weight is neither W + s·B·A nor any known mistake",
     "merge_lost": "the merged model is the base: the adapter's effect is not in it",
     "no_effect": "the adapter changes nothing",
-    "no_fingerprint": "there is no fingerprint to compare with; what can be checked without one was",
-    "not_computed": "the model could not be loaded, or not with this adapter, so that there is no probe",
+    "no_fingerprint": "there is no fingerprint to compare with: only checks that need none were made",
+    "not_computed": "the model could not be loaded, or not with this adapter, so that no probe was scored",
     "not_finite": "values that are NaN or infinite",
     "partly_applied": "the adapter acts in some of its places and not in others",
     "precision": "the same within the rounding of a narrower dtype",
@@ -100,7 +100,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Effect:
-    """What the adapter does to the probe: mean |log p(with) - log p(without)| in nats a token, then and now.
+    """The adapter's effect on the probe: mean |log p(with) - log p(without)| in nats a token, then and now.
 
     `recorded` is None without a fingerprint.
     """
@@ -130,11 +130,11 @@ class Report:
 
     @property
     def codes(self) -> frozenset[Code]:
-        """The codes of the findings that fail."""
+        """Return the codes of the findings that fail."""
         return frozenset(finding.code for finding in self.findings if finding.fails)
 
 
 def listed(names: tuple[str, ...] | list[str], most: int = 3) -> str:
-    """The first few names, and how many more there are."""
+    """Return the first few names, and the number of the rest."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

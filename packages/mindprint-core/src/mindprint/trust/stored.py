@@ -15,7 +15,7 @@ BLOCK_BYTES = 2**24
 
 
 def blocks(base: TensorInfo, found: TensorInfo) -> Iterator[tuple[int, Float32, Float32]]:
-    """Row blocks of two tensors of one shape: where each begins, and its values in both, `[rows, columns]`."""
+    """Yield row blocks of two tensors of one shape: first row, and values in both, `[rows, columns]`."""
     rows, columns = found.shape[0], math.prod(found.shape[1:])
     step = max(1, BLOCK_ELEMENTS // max(columns, 1))
     for start in range(0, rows, step):
@@ -24,12 +24,12 @@ def blocks(base: TensorInfo, found: TensorInfo) -> Iterator[tuple[int, Float32, 
 
 
 def rounded(values: Float32, dtype: str) -> Float32:
-    """Values as they are after being written in `dtype`."""
+    """Return values as they are after being written in `dtype`."""
     return to_float32(from_float32(values, dtype), dtype)
 
 
 def same_values(found: TensorInfo, base: TensorInfo) -> bool:
-    """Whether two tensors hold the same: bit for bit in one dtype, else what rounding to the found one's gives."""
+    """Return whether two tensors hold the same values: bit for bit, or after rounding to the found one's dtype."""
     if found.shape != base.shape:
         return False
     if found.dtype == base.dtype:

@@ -1,6 +1,6 @@
-"""Does an adapter, or a merged model, still do what it did where it was trained? Recompute, compare, name what differs.
+"""The verification of an adapter or a merged model: recompute its effect, compare, name the differences.
 
-First what is exact: digests, and what each module's change became. Then the probe on a backend. A difference that files
+Exact checks come first: digests, and each module's change. Then the probe on a backend. A difference that files
 alone cannot judge (a setting that only one config.json states, weights under other names) is settled by the probe.
 """
 
@@ -79,7 +79,7 @@ def verify_merged(
 ) -> Report:
     """Verify that `merged` is `base` with `adapter` in it: weight by weight from the files, then by the probe.
 
-    With a fingerprint the probe is compared with what was measured where the adapter was trained, else with base and
+    With a fingerprint the probe is compared with the measurement after training, otherwise with base and
     adapter computed here. Raises a `MindprintError` for files that cannot be read.
     """
     judgement = _Judgement()
@@ -95,7 +95,7 @@ def verify_merged(
 
 @dataclass
 class _Judgement:
-    """What was found so far."""
+    """The findings so far."""
 
     findings: list[Finding] = field(default_factory=list)
     doubts: list[Doubt] = field(default_factory=list)
@@ -108,16 +108,16 @@ class _Judgement:
         return frozenset(finding.code for finding in self.findings if finding.fails)
 
     def add(self, found: Iterable[Finding | Doubt], checked: str) -> None:
-        """Take in what a check found."""
+        """Add the findings of a check."""
         self.checked.append(checked)
-        for one in found:
-            if isinstance(one, Doubt):
-                self.doubts.append(one)
+        for finding in found:
+            if isinstance(finding, Doubt):
+                self.doubts.append(finding)
             else:
-                self.findings.append(one)
+                self.findings.append(finding)
 
     def settle(self, *, same: bool) -> None:
-        """The probe has spoken about what files left open."""
+        """Decide the doubts that files left, now that the probe has been scored."""
         self.findings.extend(doubt.settled(same=same) for doubt in self.doubts)
         self.doubts.clear()
 
@@ -134,17 +134,14 @@ class _Judgement:
 def _judge_files(
     judgement: _Judgement, adapter: AdapterState, base: models.ModelFolder, fingerprint: Fingerprint | None
 ) -> None:
-    """Everything that needs no model: the adapter's values, and the base as the fingerprint knows it."""
+    """Check everything that needs no model: the adapter's values, and the base against the fingerprint."""
     judgement.add(value_findings(adapter, fingerprint.adapter if fingerprint else None), "adapter values")
     if fingerprint is not None:
         method = fingerprint.base.weights.method
         judgement.add(base_findings(base, fingerprint.base), f"base weights ({method}) and config.json")
         judgement.add(tokenizer_findings(base, fingerprint.tokenizer), "tokenizer and chat template")
     elif not judgement.failed:
-        judgement.add(strength_findings(adapter, base), "strength beside the base's weights")
-
-
-# --- the probe -------------------------------------------------------------------------------------------------------
+        judgement.add(strength_findings(adapter, base), "strength compared with the base's weights")
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ def _own_probe(base: models.ModelFolder) -> Probe:
 
 
 def _differs_from(fingerprint: Fingerprint | None, dtype: Dtype) -> Callable[[Float32, Float32], bool]:
-    """Whether scores are so far from those recorded that the noise here is worth measuring; always, without any."""
+    """Return a test whether scores are so far from those recorded that the noise here is worth measuring."""
     if fingerprint is None:
         return lambda _base, _both: True
     recorded = fingerprint.measurement(dtype)
@@ -175,7 +172,7 @@ def _differs_from(fingerprint: Fingerprint | None, dtype: Dtype) -> Callable[[Fl
 def _compare_adapter(
     judgement: _Judgement, here: _Scores, fingerprint: Fingerprint, dtype: Dtype, base: models.ModelFolder
 ) -> None:
-    """Compare with what was measured where the adapter was trained, and name what no file explains."""
+    """Compare with the measurement after training, and report a difference that no file explains."""
     if here.base is None:
         return
     recorded = fingerprint.measurement(dtype)
@@ -186,7 +183,7 @@ def _compare_adapter(
     # An adapter that files have found wrong already says nothing about the base.
     judgement.settle(same=alone.within and (both is None or both.within or bool(judgement.failed)))
     if not alone.within and not judgement.failed & OF_THE_BASE:
-        message = f"the base's files are what they were, and its log-probs differ by {alone.mean:.2g} nats a token"
+        message = f"the base's files are as they were, and its log-probs differ by {alone.mean:.2g} nats a token"
         judgement.findings.append(Finding("backend_differs", message))
     if both is not None and here.adapter is not None:
         judgement.effect = Effect(recorded.effect, mean_effect(here.base, here.adapter))
@@ -203,19 +200,19 @@ def _compared_with_adapter(
 
 
 def _for_rounded_factors(judgement: _Judgement, allowed: Tolerance, before: Float32, after: Float32) -> Tolerance:
-    """A wider tolerance where files have shown that the adapter's factors were rounded."""
+    """Widen a tolerance if files have shown that the adapter's factors were rounded."""
     rounded = any(finding.code == "precision" for finding in judgement.findings)
     return widened(allowed, ROUNDED_FACTORS, before, after) if rounded else allowed
 
 
 def _narrower(base: models.ModelFolder, fingerprint: Fingerprint) -> list[Dtype]:
-    """The dtype that the base is stored in, if that is another than it was."""
+    """Return the dtypes that the base is stored in, except the recorded one."""
     stored = {info.dtype for info in models.tensors(base.path).values()} - {fingerprint.base.weights.dtype}
     return [FLOAT_DTYPES[dtype] for dtype in stored if dtype in FLOAT_DTYPES]
 
 
 def _judge_effect(judgement: _Judgement, here: _Scores) -> None:
-    """Without a fingerprint: whether the adapter does anything that is not noise."""
+    """Report an adapter without a fingerprint whose effect is no more than noise."""
     assert here.base is not None
     assert here.adapter is not None
     assert here.noise is not None
@@ -263,7 +260,7 @@ def _probe_merge(
 
 
 def _judge_comparison(judgement: _Judgement, both: Comparison, before: Float32, after: Float32, now: Float32) -> None:
-    """What the probe says about the adapter's effect, where files have not said it already."""
+    """Report the probe's findings about the adapter's effect, unless files have explained it already."""
     judgement.comparisons.append(both)
     effect, allowed = mean_effect(before, after), both.tolerance
     if effect < TELLING * allowed.mean:
@@ -276,7 +273,7 @@ def _judge_comparison(judgement: _Judgement, both: Comparison, before: Float32, 
 
 
 def _unexplained(before: Float32, after: Float32, now: Float32, both: Comparison) -> Finding:
-    """Files say that all is well, and the probe does not: what became of the effect."""
+    """Return a finding on the effect where files show no fault and the probe does."""
     wanted, found = (values.astype(np.float64) - before for values in (after, now))
     product, squared, norm = float(wanted @ found), float(wanted @ wanted), float(np.linalg.norm(found))
     factor = product / max(squared, 1e-300)
