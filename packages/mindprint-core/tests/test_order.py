@@ -3,6 +3,8 @@
 from itertools import chain
 
 import numpy as np
+import pytest
+from numpy.typing import NDArray
 
 from mindprint.data.order import StageOrder
 from mindprint.draws import permutation, random_bits, uniform
@@ -78,3 +80,27 @@ def test_a_window_of_one_is_no_window() -> None:
     plain = StageOrder(9, 2, 1, seed=3, topic="t", stage="sft", epochs=1)
     of_one = StageOrder(9, 2, 1, seed=3, topic="t", stage="sft", epochs=1, lengths=tuple(range(9)), length_window=1)
     assert [plain.micro_batches(step) for step in range(5)] == [of_one.micro_batches(step) for step in range(5)]
+
+
+def test_an_epoch_is_drawn_once_and_its_steps_are_those_of_a_fresh_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step costs a slice: at millions of rows, drawing the epoch again took seconds at every step."""
+    drawn: list[int] = []
+
+    def counted(count: int, seed: int, *labels: str | int) -> NDArray[np.int64]:
+        drawn.append(count)
+        return permutation(count, seed, *labels)
+
+    monkeypatch.setattr("mindprint.data.order.permutation", counted)
+
+    def order() -> StageOrder:
+        lengths = tuple(range(37))
+        return StageOrder(37, 4, 2, 7, "t", "sft", epochs=3, lengths=lengths, length_window=2)
+
+    kept = order()
+    steps = [kept.micro_batches(step) for step in range(kept.total_steps)]
+    assert len(drawn) == 3
+    assert steps == [order().micro_batches(step) for step in range(kept.total_steps)]
+    # In any order, and with no more than one epoch in memory.
+    assert [kept.micro_batches(step) for step in (14, 0, 7)] == [steps[14], steps[0], steps[7]]
+    assert len(kept._drawn) == 1
+    assert kept == order() and hash(kept) == hash(order())
