@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from html import escape
 from pathlib import Path
+from typing import Any, TextIO
 
 PROGRAM = "mindprint"
 
@@ -74,9 +75,40 @@ def short_path(path: Path) -> str:
     return relative if len(relative) < len(str(path)) else str(path)
 
 
+class LossyStream:
+    """A text stream that drops what cannot be written: a closed terminal must not end the work that it shows.
+
+    What an encoding lacks is replaced. Everything else is the stream's own.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if self._stream is not None:
+            with suppress(OSError, ValueError):  # ValueError: the stream is closed
+                try:
+                    self._stream.write(text)
+                except UnicodeEncodeError:
+                    encoding = self._stream.encoding or "ascii"
+                    self._stream.write(text.encode(encoding, "replace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        if self._stream is not None:
+            with suppress(OSError, ValueError):
+                self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def tell(text: str) -> None:
-    """Write a line about the work on standard error, after everything that was printed before it."""
-    with suppress(OSError):  # reported when standard output is flushed for good
-        sys.stdout.flush()
-    sys.stderr.write(visible(text) + "\n")
-    sys.stderr.flush()
+    """Write a line about the work on standard error, after everything that was printed before it.
+
+    A line that cannot be written is dropped.
+    """
+    LossyStream(sys.stdout).flush()  # what fails here is reported when standard output is flushed for good
+    stream = LossyStream(sys.stderr)
+    stream.write(visible(text) + "\n")
+    stream.flush()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from time import monotonic
-from typing import Any, Self
+from typing import Any, Self, TextIO, cast
 
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -24,7 +25,7 @@ from mindprint.events import (
     StageStarted,
     StepDone,
 )
-from mindprint.printing import PROGRAM, tell, visible
+from mindprint.printing import PROGRAM, LossyStream, tell, visible
 from mindprint.reports.phrases import MISSING, interval
 from mindprint.runs.records import Decision, DecisionKind, EvaluationRecord, Interval
 
@@ -46,7 +47,8 @@ OnEvent = Callable[[Event], None]
 @contextmanager
 def show_progress(console: Console | None = None) -> Iterator[OnEvent]:
     """Show a run for as long as the block lasts. Give the function that takes its events."""
-    console = console or Console(stderr=True)
+    # rich ends the process when its terminal goes away, which must not end a run.
+    console = console or Console(file=cast(TextIO, LossyStream(sys.stderr)), stderr=True)
     if console.is_jupyter:
         with NotebookBar() as notebook_bar:
             yield notebook_bar

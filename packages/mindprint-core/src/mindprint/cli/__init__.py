@@ -13,7 +13,7 @@ from importlib import import_module
 import click
 
 from mindprint._version import __version__
-from mindprint.cli.output import PROGRAM, Failure, json_only
+from mindprint.cli.output import PROGRAM, Failure, json_only, lossy_streams
 from mindprint.errors import MindprintError
 from mindprint.plugins.entries import COMMANDS as THIRD_PARTY
 from mindprint.plugins.entries import installed
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     error, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    with json_only(enabled="--json" in arguments) as failed:
+    with lossy_streams(), json_only(enabled="--json" in arguments) as failed:
         try:
             code = _run(arguments)
             sys.stdout.flush()

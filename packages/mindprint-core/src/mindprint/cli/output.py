@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import click
 
-from mindprint.printing import PROGRAM, tell, visible
+from mindprint.printing import PROGRAM, LossyStream, tell, visible
 from mindprint.printing import text_table as table
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ __all__ = [
     "emit",
     "json_only",
     "json_option",
+    "lossy_streams",
     "notice",
     "say",
     "show",
@@ -52,6 +55,26 @@ class Failure:
     def line(self) -> str:
         prefix = f"{PROGRAM}: " if self.exit_code == 130 else f"{PROGRAM}: error: "
         return prefix + " ".join(self.message.splitlines())
+
+
+@contextmanager
+def lossy_streams() -> Iterator[None]:
+    """Let no output end a command's work: drop what standard error cannot take, replace what an encoding lacks.
+
+    Results on standard output still fail where they cannot be written: whoever reads them must know.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            # The shell closed it (`2>&-`). Left free, its number would go to the next file that is opened, and a
+            # library that writes to standard error would write into that file.
+            handle = os.open(os.devnull, os.O_WRONLY)
+            if handle != number:
+                os.dup2(handle, number)
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
+    with redirect_stderr(cast(TextIO, LossyStream(sys.stderr))):
+        yield
 
 
 @contextmanager

@@ -77,18 +77,27 @@ def _event(engine: Engine, stage: Stage, step: int, outcome: StepOutcome, second
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C (or SIGTERM) into a request that the loop sees after its step; a second ends at once."""
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a request that the loop sees after its step.
+
+    A second Ctrl-C or SIGTERM ends at once. SIGHUP never does: a terminal that closes sends it more than once, and
+    service managers send it along with SIGTERM. A signal that is ignored, as `nohup` has it, stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     received: list[int] = []
 
     def remember(number: int, _frame: FrameType | None) -> None:
-        if received:
+        if number != signal.SIGHUP and any(earlier != signal.SIGHUP for earlier in received):
             raise KeyboardInterrupt
         received.append(number)
 
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN
+    ]
+    previous = {number: signal.signal(number, remember) for number in heard}
     try:
         yield lambda: bool(received)
     finally:
