@@ -119,9 +119,90 @@ def test_half_written_folders_do_not_count(tmp_path: Path) -> None:
     assert [path.name for path in list_checkpoints(tmp_path)] == ["000010"]
 
 
-def test_pruning_keeps_the_newest_and_the_stage_starts(tmp_path: Path) -> None:
-    for step in (0, 5, 10, 15, 20, 25):
-        cursor = Cursor(step, step // 10, step % 10, "toy", {})
-        write_checkpoint(tmp_path, state(), cursor, IDENTITY, "toy")
-    prune_checkpoints(tmp_path, keep=2, stages=2)
-    assert [int(path.name) for path in list_checkpoints(tmp_path)] == [0, 10, 20, 25]
+def write_at(parent: Path, step: int, stage_index: int, stage_step: int, topic_step: int) -> None:
+    cursor = Cursor(step, stage_index, stage_step, "toy", {}, topic_step=topic_step)
+    write_checkpoint(parent, state(), cursor, IDENTITY, "toy")
+
+
+def test_pruning_keeps_the_newest_and_what_they_can_need(tmp_path: Path) -> None:
+    """From step 65 of a topic that began at 40, a retry needs 40 and a roll-back of its second stage 50."""
+    for step, index, stage_step, topic_step in (
+        (0, 0, 0, 0),
+        (20, 1, 0, 0),
+        (30, 1, 10, 0),
+        (40, 2, 0, 40),
+        (45, 2, 5, 40),
+        (50, 3, 0, 40),
+        (55, 3, 5, 40),
+        (60, 3, 10, 40),
+        (65, 3, 15, 40),
+    ):
+        write_at(tmp_path, step, index, stage_step, topic_step)
+    prune_checkpoints(tmp_path, keep=2)
+    assert [int(path.name) for path in list_checkpoints(tmp_path)] == [40, 50, 60, 65]
+
+
+def test_pruning_keeps_no_more_however_many_topics_there_are(tmp_path: Path) -> None:
+    for topic in range(150):
+        write_at(tmp_path, 10 * topic, 2 * topic, 0, 10 * topic)
+        write_at(tmp_path, 10 * topic + 5, 2 * topic + 1, 0, 10 * topic)
+        prune_checkpoints(tmp_path, keep=2)
+        kept = [int(path.name) for path in list_checkpoints(tmp_path)]
+        assert kept == [10 * topic, 10 * topic + 5]
+
+
+def test_a_damaged_checkpoint_among_the_newest_keeps_nothing_else(tmp_path: Path) -> None:
+    write_at(tmp_path, 10, 0, 0, 10)
+    write_at(tmp_path, 20, 0, 10, 10)
+    write_at(tmp_path, 30, 0, 20, 10)
+    (tmp_path / "000030" / "cursor.json").write_text("{")
+    prune_checkpoints(tmp_path, keep=2)
+    assert [int(path.name) for path in list_checkpoints(tmp_path)] == [10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [("stage_index", 2), ("stage_step", 0), ("step", 99), ("attempt", 7), ("topic_step", 3)]
+)
+def test_a_cursor_that_was_edited_is_refused(tmp_path: Path, part: str, value: int) -> None:
+    """Its numbers steer the run: with another stage_index it would skip DPO and end well."""
+    folder = write(tmp_path)
+    content = json.loads((folder / "cursor.json").read_text())
+    content["cursor"][part] = value
+    (folder / "cursor.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="cursor.json: is truncated or edited"):
+        read_checkpoint(folder, IDENTITY)
+
+
+def test_identity_and_digests_in_a_cursor_are_covered_too(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    for part in ("identity", "files"):
+        content = json.loads((folder / "cursor.json").read_text())
+        (folder / "cursor.json").write_text(json.dumps(content | {part: {}}))
+        with pytest.raises(CheckpointError, match="cursor.json: is truncated or edited"):
+            read_checkpoint(folder, IDENTITY)
+
+
+def test_a_cursor_is_known_by_its_content_not_by_its_layout(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    content = json.loads((folder / "cursor.json").read_text())
+    (folder / "cursor.json").write_text(json.dumps(content, sort_keys=True))
+    assert read_checkpoint(folder, IDENTITY).cursor.step == 12
+
+
+def test_a_checkpoint_of_the_first_format_is_read(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    content = json.loads((folder / "cursor.json").read_text())
+    del content["digest"]
+    (folder / "cursor.json").write_text(json.dumps(content | {"format": 1}))
+    assert read_checkpoint(folder, IDENTITY).cursor.step == 12
+    (folder / "cursor.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="cursor.json: is truncated or edited"):
+        read_checkpoint(folder, IDENTITY)
+
+
+def test_a_checkpoint_format_that_is_too_new_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    content = json.loads((folder / "cursor.json").read_text())
+    (folder / "cursor.json").write_text(json.dumps(content | {"format": 3}))
+    with pytest.raises(CheckpointError, match="checkpoint format 3, which a newer Mindprint wrote; this one reads"):
+        newest_checkpoint(tmp_path, IDENTITY, sound=True)

@@ -33,7 +33,8 @@ from mindprint.input_files import MALFORMED, read_json, typed
 
 CURSOR_FILE = "cursor.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
-FORMAT = 1
+FORMAT = 2
+"""Format 1 had no digest of cursor.json itself. It is still read."""
 
 _FIRST, _SECOND = "exp_avg.", "exp_avg_sq."
 
@@ -68,18 +69,17 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one run."""
 
-    def __init__(self, folder: Path, identity: Mapping[str, str], base_model: str, keep: int, stages: int) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, str], base_model: str, keep: int) -> None:
         self._folder = folder
         self._identity = identity
         self._base_model = base_model
         self._keep = keep
-        self._stages = stages
 
     def save(self, state: TrainingState, cursor: Cursor) -> Path:
         """Write a checkpoint, then delete those that are no longer needed."""
         self._folder.mkdir(exist_ok=True)
         path = write_checkpoint(self._folder, state, cursor, self._identity, self._base_model)
-        prune_checkpoints(self._folder, self._keep, self._stages)
+        prune_checkpoints(self._folder, self._keep)
         return path
 
     def read(self, step: int) -> Checkpoint:
@@ -121,7 +121,8 @@ def write_checkpoint(
         _write_optimizer(aside / OPTIMIZER_FILE, state)
         files = {name: _file_digest(aside / name) for name in (CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE)}
         content = {"format": FORMAT, "cursor": asdict(cursor), "identity": dict(identity), "files": files}
-        (aside / CURSOR_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps({**content, "digest": _content_digest(content)}, indent=2) + "\n"
+        (aside / CURSOR_FILE).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -175,19 +176,23 @@ def newest_checkpoint(parent: Path, identity: Mapping[str, str], *, sound: bool)
     raise CheckpointError(f"{parent}: holds no checkpoint to resume from; start a new run")
 
 
-def prune_checkpoints(parent: Path, keep: int, stages: int) -> None:
-    """Delete all but the newest `keep` checkpoints and those at the start of one of the plan's `stages`."""
-    periodic = [path for path in list_checkpoints(parent) if not _starts_stage(path, stages)]
-    for folder in periodic[:-keep]:
-        shutil.rmtree(folder, ignore_errors=True)
+def prune_checkpoints(parent: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and those that a run which continues from one of them can need.
 
-
-def _starts_stage(folder: Path, stages: int) -> bool:
-    try:
-        cursor = typed(Cursor, _read_cursor(folder / CURSOR_FILE)["cursor"])
-    except CheckpointError:
-        return False
-    return cursor.stage_step == 0 and cursor.stage_index < stages
+    From a checkpoint, a roll-back or a lost reference needs the start of the stage that it is in, and a retry the start
+    of the topic's first attempt.
+    """
+    newest = list_checkpoints(parent)[-keep:]
+    needed = {int(folder.name) for folder in newest}
+    for folder in newest:
+        try:
+            cursor = typed(Cursor, _read_cursor(folder / CURSOR_FILE)["cursor"])
+        except CheckpointError:
+            continue  # nothing can continue from it
+        needed |= {cursor.step - cursor.stage_step, cursor.topic_step}
+    for folder in list_checkpoints(parent):
+        if int(folder.name) not in needed:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_optimizer(file: Path, state: TrainingState) -> None:
@@ -214,10 +219,14 @@ def _read_optimizer(file: Path, start: TrainingState) -> TrainingState:
 def _read_cursor(file: Path) -> dict[str, Any]:
     try:
         content = read_json(file)
-        if content["format"] != FORMAT:
+        written = content["format"]
+        if written > FORMAT:
             raise CheckpointError(
-                f"{file}: is in checkpoint format {content['format']}, this Mindprint reads format {FORMAT}"
+                f"{file}: is in checkpoint format {written}, which a newer Mindprint wrote; this one reads formats up "
+                f"to {FORMAT}: pip install --upgrade mindprint-core"
             )
+        if written > 1 and content.pop("digest") != _content_digest(content):
+            raise DamagedCheckpointError(f"{file}: is truncated or edited: its content is not that of its digest")
         typed(Cursor, content["cursor"])
         content["identity"].items()
         content["files"].items()
@@ -235,6 +244,11 @@ def _check_file(file: Path, digest: str) -> None:
         raise DamagedCheckpointError(f"{file}: is missing or unreadable ({error.strerror})") from error
     if found != digest:
         raise DamagedCheckpointError(f"{file}: is truncated or edited: its digest is not the one in {CURSOR_FILE}")
+
+
+def _content_digest(content: Mapping[str, Any]) -> str:
+    """Digest what cursor.json says. It steers a run: edited, it could skip a stage."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _file_digest(file: Path) -> str:
