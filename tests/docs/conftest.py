@@ -1,7 +1,6 @@
-"""Let the tests of this folder import the modules next to them, and those of tests/house."""
+"""Let the tests of this folder import the modules that are next to them."""
 
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "house")]
+sys.path.insert(0, str(Path(__file__).parent))

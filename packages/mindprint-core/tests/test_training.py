@@ -101,8 +101,8 @@ def test_what_a_run_leaves_behind(project: Project, tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == list(range(1, TOTAL + 1))
     assert all(line["backend"] == "toy" and line["tokens"] > 0 for line in lines)
     assert all(("reward_margin" in line) == (line["stage"] == "dpo") for line in lines)
-    # 'every 2, keep 2', each stage's start (steps 0, 4, 7, 11) and the end.
-    assert sorted(int(path.name) for path in (run / "checkpoints").iterdir()) == [0, 4, 7, 11, 12, 14]
+    # 'keep 2': the end and step 12, which needs the start of its stage (11) and of its topic (7).
+    assert sorted(int(path.name) for path in (run / "checkpoints").iterdir()) == [7, 11, 12, 14]
     adapter, base = read_adapter(run / "adapter")
     assert base == project["model"]["name"]
     assert set(adapter.tensors) == {"layers.0.up_proj", "layers.0.down_proj"}
@@ -169,7 +169,7 @@ def test_killed_before_its_first_checkpoint_it_starts_over(project: Project, tmp
     run = tmp_path / "run"
     run.mkdir()
     (run / ".lock").touch()
-    with pytest.raises(RunError, match="already holds a run; choose another --run, or go on with it by --resume"):
+    with pytest.raises(RunError, match="already holds a run; choose another --run, or continue it with --resume"):
         mindprint.train(project, run=run)
     mindprint.train(project, run=run, resume=True)
     assert numbers(run) == numbers(tmp_path / "whole")
@@ -195,7 +195,7 @@ def kill_when(project: Project, toy_site: Path, run: Path, lines: int) -> None:
 
 def test_a_second_run_may_not_write_into_the_first(project: Project, tmp_path: Path) -> None:
     mindprint.train(project, run=tmp_path / "run")
-    with pytest.raises(RunError, match="already holds a run; choose another --run, or go on with it by --resume"):
+    with pytest.raises(RunError, match="already holds a run; choose another --run, or continue it with --resume"):
         mindprint.train(project, run=tmp_path / "run")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious").touch()

@@ -15,7 +15,7 @@ from mindprint.cli.output import json_option, notice, say, show
 from mindprint.config import FILE_NAME, ConfigFile
 from mindprint.errors import MindprintError
 from mindprint.printing import short_path
-from mindprint.runs.folder import Resume, RunFolder, new_run_path, newest_run
+from mindprint.runs.folder import Resume, RunFolder, newest_run
 from mindprint.runs.opened import sample_prompt
 
 LONGEST_PROMPT = 100
@@ -103,8 +103,8 @@ def _named_run(
     folder = RunFolder(path)
     if (path / FILE_NAME).exists() or not folder.holds_run:
         return load_config(path, overrides), run
-    if run is None:
-        run = path if resumed else new_run_path(path.resolve().parent)
+    if run is None and resumed:
+        run = path
     return load_config(folder.config, overrides), run
 
 

@@ -15,8 +15,10 @@ from mindprint.contract import LoadedModel, ModelSpec
 from mindprint.errors import RunError
 from mindprint.hookspecs import hookimpl
 from mindprint.input_files import read_json, typed
+from mindprint.runs.folder import check_format
 
 COSTS_FILE = "costs.json"
+COSTS_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,20 @@ class LoadTimer:
 
 
 def write_costs(run: Path, costs: Costs) -> None:
-    atomic.write_text(run / COSTS_FILE, json.dumps(asdict(costs), indent=2) + "\n")
+    atomic.write_text(run / COSTS_FILE, json.dumps({"format": COSTS_FORMAT, **asdict(costs)}, indent=2) + "\n")
 
 
 def read_costs(run: Path) -> Costs | None:
     """What a run cost; None for one that was not measured."""
     try:
-        return typed(Costs, read_json(run / COSTS_FILE))
+        content = read_json(run / COSTS_FILE)
+        check_format(run / COSTS_FILE, content.get("format", 1), COSTS_FORMAT)
+        return typed(Costs, content)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except RunError:
+        raise
+    except (OSError, ValueError, AttributeError) as error:
         raise RunError(f"{run / COSTS_FILE}: cannot be read: {error}; delete it, or train again") from error
 
 

@@ -1,4 +1,8 @@
-"""A run's folder: what lies where, who may write, and the lines of metrics.jsonl."""
+"""A run's folder: its files, who may write them, and how it is made and found.
+
+The manifest states the format of the folder as a whole: of itself, metrics.jsonl, evaluations.jsonl, decisions.jsonl
+and answers.jsonl. Files that are read alone (split.json, costs.json, checkpoints, references) state their own.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,9 @@ import fcntl
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -34,6 +39,11 @@ Record = TypeVar("Record")
 
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
+
+RUN_FORMAT = 1
+"""The format of a run's folder, in its manifest. Fields that are added do not change it: readers ignore them."""
+
+SPLIT_FORMAT = 1
 
 _NUMBERED = re.compile(r"run-(\d+)")
 
@@ -82,6 +92,26 @@ class RunFolder:
     def complete(self) -> bool:
         return self.adapter.is_dir()
 
+    @property
+    def has_checkpoint(self) -> bool:
+        return self.checkpoints.is_dir() and any(path.name.isdigit() for path in self.checkpoints.iterdir())
+
+    def started(self) -> str | None:
+        """Return when the run was started, as its manifest records it. None for a run of an older version."""
+        try:
+            started = read_json(self.manifest)["started"]
+        except (OSError, *MALFORMED):
+            return None
+        return started if isinstance(started, str) else None
+
+    def start_order(self) -> tuple[str, int, str]:
+        """Return a key that sorts runs by their start: as recorded in the run, then by number and name.
+
+        Never by the times of files: a copy or a clone of a project has others.
+        """
+        numbered = _NUMBERED.fullmatch(self.path.name)
+        return self.started() or "", int(numbered[1]) if numbered else -1, self.path.name
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the folder and hold the run for this process. Raises `RunError` if another one is writing to it."""
@@ -94,25 +124,38 @@ class RunFolder:
             ) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._check_in_place(handle)
             yield
         except BlockingIOError:
             raise RunError(f"{self.path}: another process is training this run") from None
         finally:
             os.close(handle)
 
+    def _check_in_place(self, lock: int) -> None:
+        """Raise `RunError` if a run that failed removed the folder between the opening of its lock and the locking."""
+        try:
+            in_place = os.path.samestat(os.fstat(lock), self._lock.lstat())
+        except FileNotFoundError:
+            in_place = False
+        if not in_place:
+            raise RunError(f"{self.path}: another process has just removed this run, which failed; start it again")
+
     def write_manifest(self, content: Mapping[str, Any]) -> None:
         atomic.write_text(self.manifest, json.dumps(content, indent=2) + "\n")
 
     def write_split(self, trained: Sequence[str], held_out: Sequence[str]) -> None:
         """Hashes of the prompts on either side, for whoever scores the run later."""
-        atomic.write_text(self.split, json.dumps({"trained": trained, "held_out": held_out}, indent=1) + "\n")
+        content = {"format": SPLIT_FORMAT, "trained": trained, "held_out": held_out}
+        atomic.write_text(self.split, json.dumps(content, indent=1) + "\n")
 
     def trained_prompts(self) -> frozenset[str]:
         """Hashes of the prompts that were trained on; none are known of a run that an older version began."""
         if not self.split.exists():
             return frozenset()
         try:
-            return typed(frozenset[str], read_json(self.split)["trained"])
+            content = read_json(self.split)
+            check_format(self.split, content.get("format", 1), SPLIT_FORMAT)
+            return typed(frozenset[str], content["trained"])
         except (OSError, *MALFORMED) as error:
             raise RunError(f"{self.split}: cannot be read, so what was trained on is unknown: {error}") from error
 
@@ -219,26 +262,133 @@ def _write(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         atomic.write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def open_run(runs: Path, run: str | os.PathLike[str] | None, resume: Resume | None) -> RunFolder:
-    """The folder to train in: `run`, or under `runs` a new one, or with `resume` the newest.
+def check_format(file: Path, found: object, known: int) -> None:
+    """Raise `RunError` if a file states a format that is newer than `known`, or none that can be one."""
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise RunError(f"{file}: states the format {found!r}, which is not one; restore the file from a copy")
+    if found > known:
+        raise RunError(
+            f"{file}: is in format {found}, which a newer Mindprint wrote; this one reads formats up to {known}: "
+            "pip install --upgrade mindprint-core"
+        )
 
-    Raises `RunError` where there is nothing to go on with, or something that a new run would overwrite.
+
+@contextmanager
+def open_run(runs: Path, run: str | os.PathLike[str] | None, resume: Resume | None) -> Iterator[RunFolder]:
+    """Hold the folder to train in while the block lasts: `run`, or a new one in `runs`, or the newest to resume.
+
+    If the block fails before the run's first checkpoint, the folder is removed again. Only a folder that this call made
+    is, under its lock, and only while it is still in its place. Raises `RunError` where there is nothing to resume, or
+    something that a new run would overwrite.
     """
     if resume:
-        path = Path(run) if run else newest_run(runs)
-        if path is None or not RunFolder(path).begun:
-            raise RunError(f"{path or runs}: holds no run to resume; leave out --resume to start one")
-        folder = RunFolder(path.resolve())
-        if folder.complete:
-            raise RunError(f"{path}: is complete already; its adapter is {folder.adapter}")
-        return folder
-    folder = RunFolder((Path(run) if run else new_run_path(runs)).resolve())
-    if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-        raise RunError(
-            f"{folder.path}: already holds {'a run' if folder.begun else 'something else'}; "
-            "choose another --run, or go on with it by --resume"
-        )
+        folder = _find_resumable(runs, run)
+        with folder.locked():
+            yield folder
+        return
+    target = Path(run).resolve() if run else None
+    with _make_parents(target.parent if target else runs.resolve()) as parent:
+        path = _make_named(target) if target else _make_numbered(parent)
+        folder = RunFolder(path or target or parent)
+        own = folder.path.lstat() if path is not None else None
+        with folder.locked():
+            try:
+                yield folder
+            except BaseException:
+                if own is not None and not folder.has_checkpoint:
+                    _remove_folder(folder.path, own)
+                raise
+
+
+def _find_resumable(runs: Path, run: str | os.PathLike[str] | None) -> RunFolder:
+    path = Path(run) if run else newest_run(runs)
+    if path is None or not RunFolder(path).begun:
+        raise RunError(f"{path or runs}: holds no run to resume; leave out --resume to start one")
+    folder = RunFolder(path.resolve())
+    if folder.complete:
+        raise RunError(f"{path}: is complete already; its adapter is {folder.adapter}")
+    try:
+        written = read_json(folder.manifest).get("format", RUN_FORMAT) if folder.holds_run else RUN_FORMAT
+    except (OSError, *MALFORMED):
+        written = RUN_FORMAT  # it is written again from the configuration
+    check_format(folder.manifest, written, RUN_FORMAT)
     return folder
+
+
+@contextmanager
+def _make_parents(folder: Path) -> Iterator[Path]:
+    """Make a folder with its parents. If the block fails, remove those that were made here and are empty."""
+    made: list[Path] = []
+    try:
+        for path in (*reversed(folder.parents), folder):
+            try:
+                path.mkdir()
+                made.append(path)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                # Root and the folders of other people exist, and need not be writable.
+                if not path.is_dir():
+                    raise RunError(
+                        f"{path}: cannot be written: {error.strerror}; choose another place with --run"
+                    ) from error
+        yield folder
+    except BaseException:
+        # `rmdir` alone: another process may have put its run here in the meantime.
+        for path in reversed(made):
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _make_numbered(parent: Path) -> Path:
+    """Make the next free `run-NNN`, exclusively: two runs that start at once get two numbers."""
+    while True:
+        path = new_run_path(parent)
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        except FileNotFoundError:
+            # A run that failed has just removed the folder of runs, which was empty.
+            parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written: {error.strerror}; choose another place with --run") from error
+        else:
+            return path
+
+
+def _make_named(path: Path) -> Path | None:
+    """Make a run's folder. None if it exists and is empty. Raises `RunError` if it holds something."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        if not path.is_dir() or any(path.iterdir()):
+            raise RunError(
+                f"{path}: already holds {'a run' if RunFolder(path).begun else 'something else'}; "
+                "choose another --run, or continue it with --resume"
+            ) from None
+        return None
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}; choose another place with --run") from error
+    return path
+
+
+def _remove_folder(path: Path, own: os.stat_result) -> None:
+    """Remove a folder if it is still the one that `own` describes: it may have been moved, and another put there."""
+    aside = atomic.temporary_name(path)
+    with suppress(OSError):
+        # The name is taken away first, so that nothing can be put in its place between the look and the removal.
+        path.rename(aside)
+        if os.path.samestat(aside.lstat(), own):
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(path)
+
+
+def runs_folder(file: ConfigFile) -> Path:
+    """Return the folder for new runs: `runs` next to the configuration, or the one that a run's own copy is in."""
+    return file.folder.parent if RunFolder(file.folder).holds_run else file.folder / "runs"
 
 
 def new_run_path(parent: Path) -> Path:

@@ -184,7 +184,7 @@ def _newest_complete(project: Path) -> RunFolder:
     runs = project / "runs"
     complete = [run for path in _entries(runs) if (run := RunFolder(path)).complete and run.holds_run]
     if complete:
-        return max(complete, key=lambda run: run.manifest.stat().st_mtime)
+        return max(complete, key=RunFolder.start_order)
     started = newest_run(runs)
     if started is not None:
         return RunFolder(started)

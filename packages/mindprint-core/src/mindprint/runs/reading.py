@@ -13,7 +13,7 @@ from mindprint.config import Config, load_config
 from mindprint.contract import StageName
 from mindprint.errors import MindprintError, RunError
 from mindprint.input_files import MALFORMED, parse_json, read_bytes, read_object, typed
-from mindprint.runs.folder import RunFolder
+from mindprint.runs.folder import RUN_FORMAT, RunFolder, check_format
 from mindprint.runs.records import (
     OUTCOMES,
     AnswerRecord,
@@ -171,7 +171,9 @@ def _about(record: EvaluationRecord, topic: str) -> bool:
 
 
 def _manifest(file: Path) -> Mapping[str, Any]:
-    return read_object(file, RunError, remedy="; it is the run's own record and cannot be rebuilt")
+    content = read_object(file, RunError, remedy="; it is the run's own record and cannot be rebuilt")
+    check_format(file, content.get("format", 1), RUN_FORMAT)
+    return content
 
 
 def _planned(file: Path, manifest: Mapping[str, Any]) -> tuple[PlannedStage, ...]:

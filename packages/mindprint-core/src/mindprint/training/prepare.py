@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from mindprint.hookspecs import HOOK_API
 from mindprint.models import folder as models
 from mindprint.models.engine import Placement
 from mindprint.models.token_ids import check_padding, check_token_ids, held_out_ids, placed_ids
-from mindprint.runs.folder import RunFolder, portable
+from mindprint.runs.folder import RUN_FORMAT, RunFolder, portable
 from mindprint.training.objectives import OBJECTIVES
 from mindprint.training.plan import RowLengths, StagePlan, plan_run
 from mindprint.trust.adapters import copy_findings
@@ -124,8 +125,11 @@ def write_facts(prepared: Prepared, placements: Sequence[Placement], folder: Run
     folder.write_split(facts.trained, facts.held_out)
     folder.write_manifest(
         {
+            "format": RUN_FORMAT,
             "mindprint": __version__,
             "hook_api": HOOK_API,
+            # When it was started for the first time: a run that is resumed stays where it is among the others.
+            "started": folder.started() or datetime.now(UTC).isoformat(timespec="microseconds"),
             "model": {"name": prepared.model.name, "revision": prepared.model.revision},
             "identity": dict(prepared.identity),
             "rows": {

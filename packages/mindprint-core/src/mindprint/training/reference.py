@@ -18,8 +18,11 @@ from mindprint.data.render import PreferenceExample
 from mindprint.errors import GuardError
 from mindprint.models.engine import Engine, Placement
 from mindprint.models.likelihoods import CompletionSums, sum_pairs
+from mindprint.runs.folder import check_format
 from mindprint.training.objectives import pairs_digest
 from mindprint.training.plan import StagePlan
+
+FORMAT = 1
 
 
 def reference_key(**parts: str) -> str:
@@ -70,22 +73,23 @@ class ReferenceCache:
 def save_reference(file: Path, reference: CompletionSums, key: str, backend: str) -> None:
     """Write a reference, in float32, with its key and the name of the backend that computed it."""
     tensors = {"chosen": reference.chosen.astype(np.float32), "rejected": reference.rejected.astype(np.float32)}
-    atomic.write_bytes(file, save(tensors, metadata={"key": key, "backend": backend}))
+    atomic.write_bytes(file, save(tensors, metadata={"format": str(FORMAT), "key": key, "backend": backend}))
 
 
 def load_reference(file: Path, key: str) -> CompletionSums:
     """Read a reference back. Raises `GuardError` if it is not the one that `key` names."""
     try:
         with safe_open(file, framework="numpy") as tensors:
-            found = (tensors.metadata() or {}).get("key")
+            metadata = tensors.metadata() or {}
+            check_format(file, int(metadata.get("format", "1")), FORMAT)
             reference = CompletionSums(
                 tensors.get_tensor("chosen").astype(np.float64), tensors.get_tensor("rejected").astype(np.float64)
             )
-    except (SafetensorError, OSError) as error:
-        raise GuardError(f"{file}: cannot be read: {error}; delete it and resume: it will be computed anew") from error
-    if found != key:
+    except (SafetensorError, OSError, ValueError) as error:
+        raise GuardError(f"{file}: cannot be read: {error}; delete it and resume: it will be computed again") from error
+    if metadata.get("key") != key:
         raise GuardError(
             f"{file}: belongs to another base, adapter, data or template than this stage's; "
-            "delete it and resume: it will be computed anew"
+            "delete it and resume: it will be computed again"
         )
     return reference

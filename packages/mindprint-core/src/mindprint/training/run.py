@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -29,7 +27,7 @@ from mindprint.plugins.hooks import observer_hooks
 from mindprint.plugins.scoring import load_scorers
 from mindprint.plugins.watching import Trackers, load_trackers
 from mindprint.reports import write_reports
-from mindprint.runs.folder import Resume, RunFolder, open_run
+from mindprint.runs.folder import Resume, RunFolder, open_run, runs_folder
 from mindprint.runs.results import RunResult, stage_results, verdicts
 from mindprint.training.checkpoints import Checkpoint, CheckpointStore, Cursor
 from mindprint.training.course import Course, Position
@@ -70,9 +68,11 @@ def train(
         file = merged(file, overrides)
     mode: Resume | None = "last" if resume is True else (resume or None)
     prepared = prepare(file)
-    folder = open_run(file.folder / "runs", run, mode)
     trackers = Trackers(load_trackers(file.config.trackers))
-    return _Run(prepared, folder, mode, on_event or (lambda _: None), observers, trackers).train()
+    placements = Placements(observers)
+    resolved = tuple(placements.resolve(plan.backend) for plan in prepared.plans)
+    with open_run(runs_folder(file), run, mode) as folder:
+        return _Run(prepared, resolved, folder, mode, on_event or (lambda _: None), observers, trackers).train()
 
 
 class _Run:
@@ -81,6 +81,7 @@ class _Run:
     def __init__(
         self,
         prepared: Prepared,
+        placements: tuple[Placement, ...],
         folder: RunFolder,
         resume: Resume | None,
         on_event: OnEvent,
@@ -89,16 +90,15 @@ class _Run:
     ) -> None:
         config = prepared.config
         self.prepared = prepared
+        self.placements = placements
         self.folder = folder
         self.resume = resume
         self._on_event = on_event
-        self._observers = observers
         self._hooks = observer_hooks(observers)
         self._trackers = trackers
         self.engine = Engine(prepared.model, self._notice)
-        self.placements: tuple[Placement, ...] = ()
         self.checkpoints = CheckpointStore(
-            folder.checkpoints, prepared.identity, prepared.model.name, config.checkpoints.keep, len(prepared.plans)
+            folder.checkpoints, prepared.identity, prepared.model.name, config.checkpoints.keep
         )
         self.references = ReferenceCache(folder.references, prepared.identity, self.engine, prepared.tokenizer.pad_id)
         extra = load_scorers(config.voice.scorers)
@@ -107,34 +107,19 @@ class _Run:
 
     def train(self) -> RunResult:
         started = perf_counter()
-        placements = Placements(self._observers)
-        self.placements = tuple(placements.resolve(plan.backend) for plan in self.prepared.plans)
-        with self._open_folder():
-            start = self._find_start() if self.resume else None
-            try:
-                self._announce(start)
-                state = self._train_stages(start)
-                if self.prepared.config.evaluation.happens("final"):
-                    self.engine.start_stage(self.placements[-1], state)
-                    self.course.finish()
-                self._write_adapter(state.adapter)
-            finally:
-                self.engine.release()
+        start = self._find_start() if self.resume else None
+        try:
+            self._announce(start)
+            state = self._train_stages(start)
+            if self.prepared.config.evaluation.happens("final"):
+                self.engine.start_stage(self.placements[-1], state)
+                self.course.finish()
+            self._write_adapter(state.adapter)
+        finally:
+            self.engine.release()
         self._write_reports()
         self._emit(RunFinished(str(self.folder.path), str(self.folder.adapter), perf_counter() - started))
         return RunResult(self.folder.path, self.folder.adapter, stage_results(self.folder), verdicts(self.folder))
-
-    @contextmanager
-    def _open_folder(self) -> Iterator[None]:
-        """Make the run's folder and hold it; a run that fails before its first checkpoint leaves nothing."""
-        made = [path for path in (self.folder.path, self.folder.path.parent) if not path.exists()]
-        try:
-            with self.folder.locked():
-                yield
-        except BaseException:
-            if made and self.checkpoints.newest_step() is None:
-                shutil.rmtree(made[-1], ignore_errors=True)
-            raise
 
     def _find_start(self) -> Checkpoint | None:
         """Return the checkpoint to continue from, None for a run that was ended before its first one."""
