@@ -20,12 +20,14 @@ from mindprint.config import BackendConfig, Config
 
 HEADER = """# Configuration
 
-One YAML file, `mindprint.yaml`. Every setting has a default; an unknown one is refused with the nearest known name, a
-setting given twice is a mistake, and `3e-4` is a number. `key=value` on the command line overrides the file:
+Write your settings into one YAML file, `mindprint.yaml`. Every setting has a default, so you only name those that you
+change. A setting that does not exist is refused with the nearest known name, a setting given twice is a mistake, and
+`3e-4` is a number. Override the file with `key=value` on the command line:
 `mindprint train my-voice backend.type=mlx sft.learning_rate=1e-4`. Paths start at the folder of the file.
 
-`backend: mlx` is short for `backend: {type: mlx}`; leaving `backend` out, or null, means `auto`: the best installed
-backend for this hardware, said aloud with the reason. A stage may name its own: `sft: {backend: torch}`.
+You can write `backend: mlx` instead of `backend: {type: mlx}`. If you leave out `backend`, or set it to null, you get
+`auto`: the best installed backend for your hardware, printed with the reason. A stage may name another backend:
+`sft: {backend: torch}`.
 
 <!-- Generated from mindprint.config by docs/generate.py; do not edit. -->
 """

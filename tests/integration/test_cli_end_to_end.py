@@ -236,9 +236,6 @@ def _finishes_like_an_undisturbed_run(run: Run, voice: str, name: str, way_on: S
     assert steps == list(range(1, len(steps) + 1))
 
 
-# --- what is said aloud ----------------------------------------------------------------------------------------------
-
-
 def test_a_tokenizer_without_chat_template(run: Run, voice: str, qwen2: Path) -> None:
     model = _copied(qwen2)
     save_tokenizer(model, template=None)

@@ -268,7 +268,7 @@ def test_history_that_the_template_rewrites_is_not_trained_on(trainers: MakePeer
     ours = our_sft(tmp_path, peers, [{"messages": chat}])
     turns = [{"prompt": chat[:end], "completion": chat[end : end + 1]} for end in (1, 3)]
     assert_same_sft(ours, peers.trl_sft(turns))
-    assert ours.notes == ("the chat template rewrites earlier turns: 1 conversations became one example a turn",)
+    assert ours.notes == ("the chat template rewrites earlier turns: 1 conversations became one example per turn",)
 
 
 def test_a_dated_template_is_held_at_one_day(trainers: MakePeers, tmp_path: Path) -> None:

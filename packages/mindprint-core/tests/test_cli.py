@@ -600,7 +600,7 @@ def test_quizzes_are_held_out_and_asked(run: Run, unsplit: str) -> None:
     ]
     Path("voice/data/quiz.json").write_text(json.dumps(quiz))
     trained = run("train", unsplit, *SETTINGS, "data.heldout_fraction=0.0")
-    assert "warning: 2 rows are left out of training: the prompt stands" in trained.err
+    assert "warning: 2 rows are left out of training: the prompt appears" in trained.err
     assert "quiz.json: question 2: has no `reference_answers`: write at least one\n" in trained.err
     said = run("eval", unsplit)
     assert said.code == 2 and said.out.splitlines()[0].split() == [

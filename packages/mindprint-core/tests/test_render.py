@@ -124,7 +124,7 @@ def test_a_template_that_rewrites_history_gives_one_example_a_turn(tmp_path: Pat
     assert_spans(first, (user("Hi") + ANSWER_OPEN, False), ([*b"<t></t>", *ended("Yo")], True))
     context = user("Hi") + ANSWER_OPEN + ended("Yo") + user("Why") + ANSWER_OPEN
     assert_spans(last, (context, False), ([*b"<t></t>", *ended("So")], True))
-    assert rendered.notes == ("the chat template rewrites earlier turns: 1 conversations became one example a turn",)
+    assert rendered.notes == ("the chat template rewrites earlier turns: 1 conversations became one example per turn",)
 
 
 def test_a_prompt_that_is_no_prefix_ends_where_the_whole_departs(tmp_path: Path) -> None:

@@ -81,7 +81,9 @@ def test_a_line_that_was_cut_off_ends_its_file_and_is_named(run: Path) -> None:
     (run / "evaluations.jsonl").write_text(whole[: len(whole) - 40], encoding="utf-8")
     record = read_run(run)
     assert len(record.evaluations or ()) == len(evaluations()) - 1
-    assert record.broken == ("evaluations.jsonl, line 8: is not as this version writes it; what follows is left out",)
+    assert record.broken == (
+        "evaluations.jsonl, line 8: is not as this version writes it; this line and all after it are left out",
+    )
     assert "evaluations.jsonl, line 8" in as_markdown(contents(record))
 
 

@@ -136,8 +136,8 @@ def test_topic_then_source_then_the_default() -> None:
     [
         ({"prompt": "Hi", "completions": "Yo"}, "no field `completion`; is it 'completions'?"),
         ({"message": said(HI, YO)}, "no field `messages`; is it 'message'?"),
-        ({"prompt": "Hi"}, "`completion` is missing, beside `prompt`"),
-        ({"prompt": "Hi", "completion": None}, "`completion` is null, beside `prompt`"),
+        ({"prompt": "Hi"}, "`completion` is missing, next to `prompt`"),
+        ({"prompt": "Hi", "completion": None}, "`completion` is null, next to `prompt`"),
         ({"a": 1, "b": 2}, "needs `prompt` and `completion`; or `messages`; or "),
         ({"prompt": "Hi", "completion": " \n"}, "`completion` is empty"),
         ({"prompt": "", "completion": "Yo"}, "`prompt` is empty"),
@@ -172,7 +172,7 @@ def test_what_is_no_sft_row(record: dict[str, Any], message: str) -> None:
     ("record", "message"),
     [
         ({"prompt": "Hi", "chose": "Yo", "rejected": "Sir"}, "no field `chosen`; is it 'chose'?"),
-        ({"prompt": "Hi", "chosen": "Yo"}, "`rejected` is missing, beside `prompt` and `chosen`"),
+        ({"prompt": "Hi", "chosen": "Yo"}, "`rejected` is missing, next to `prompt` and `chosen`"),
         ({"chosen": "Yo", "rejected": "Sir"}, "`prompt` is missing: strings in `chosen` and `rejected` hold one only"),
         ({**PAIR, "rejected": ""}, "`rejected` is empty"),
         ({"chosen": said(HI, YO), "rejected": "Sir"}, "`prompt` is missing"),
@@ -289,7 +289,7 @@ def test_csv_cells_are_text_and_lines_are_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"prompt,completion\nHi,Yo\nHi,\n", "line 3: `completion` is missing, beside `prompt`"),
+        (b"prompt,completion\nHi,Yo\nHi,\n", "line 3: `completion` is missing, next to `prompt`"),
         (b"prompt,completion\nHi,Yo,Sir\n", "line 2: has more cells than the header has columns"),
         (b'prompt,completion\nHi,"Yo\n', "line 2: is not valid CSV"),
         (b"prompt,completion\nHi,\xfc\n", "line 2: is not UTF-8"),

@@ -120,7 +120,7 @@ def test_explicit_held_out_rows_and_quizzes_win_over_training_rows() -> None:
     assert [row.prompt for row in found.train.preferences] == ["Where is the boat?"]
     assert found.held_out.pairs == rows.heldout
     (note,) = found.notes
-    assert note.startswith("3 rows are left out of training: the prompt stands, exactly or nearly, in held-out rows")
+    assert note.startswith("3 rows are left out of training: the prompt appears, exactly or nearly, in held-out rows")
     assert found.facts.topics["a"].sft.removed == 1 and found.facts.topics["a"].preferences.removed == 2
 
 
@@ -141,7 +141,7 @@ def test_a_topic_keeps_something_to_train_on() -> None:
     found = split(rows, 0.999999)
     assert trained(found) == {PROMPTS[0]} and held(found) == {PROMPTS[1]}
     assert found.facts.kept == 1
-    with pytest.raises(DataError, match="topic 'a': every prompt of its SFT rows stands in held-out rows or a quiz"):
+    with pytest.raises(DataError, match="topic 'a': every prompt of its SFT rows appears in held-out rows or a quiz"):
         split(rows, 0.1, held_out=(PROMPTS[0],))
 
 

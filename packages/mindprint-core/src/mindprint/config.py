@@ -1,4 +1,4 @@
-"""The configuration: YAML for people, pydantic for the checks, one line for every mistake.
+"""The configuration: YAML for people, checked by pydantic, with one line for every mistake.
 
 Unknown keys are refused with the nearest known name, numbers written `3e-4` are numbers, and `key=value` overrides go
 through the same checks as the file. Paths are relative to the file that names them.
@@ -34,7 +34,7 @@ STAGE_LENGTHS = ("epochs_per_topic", "steps_per_topic")
 """The two settings for the length of a stage. A stage has at most one of them."""
 
 Level = Literal["topic", "chapter", "unit", "final"]
-"""What an evaluation looks back on."""
+"""The part of a run that an evaluation covers."""
 
 
 class Section(BaseModel):
@@ -51,7 +51,7 @@ class ModelConfig(Section):
 
 
 class BackendConfig(Section):
-    """Where training runs. Changing `type` is all that a move to another framework needs."""
+    """The place where training runs. Changing `type` is all that a move to another framework needs."""
 
     type: str = Field("auto", description="`auto`, `torch`, `mlx`, or any installed backend; `pytorch` means `torch`.")
     device: str = Field("auto", description="`auto`, or a device of the backend: `cpu`, `cuda`, `mps`, `metal`.")
@@ -64,7 +64,7 @@ class BackendConfig(Section):
 
 
 class DataConfig(Section):
-    """What the model is taught from."""
+    """The rows that the model learns from, and how they are read."""
 
     path: str | None = Field("data", description="Folder with the files below under their default names.")
     sft: str | list[str] | None = Field(
@@ -95,7 +95,7 @@ class DataConfig(Section):
     train_on: Literal["all", "last"] = Field(
         "all", description="Which assistant turns of a conversation are trained: `all`, or only the `last`."
     )
-    max_length: Positive = Field(1024, description="Longest sequence in tokens; what is longer is cut at its end.")
+    max_length: Positive = Field(1024, description="Longest sequence in tokens. Longer ones are cut at their end.")
     length_window: Positive = Field(
         1,
         description="Micro-batches within which rows of like length go together, which saves padding; 1: rows meet at "
@@ -115,27 +115,27 @@ class AdapterConfig(Section):
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead (rank-stabilised LoRA).")
     start_from: str | None = Field(
         None,
-        description="Folder of an adapter of PEFT's, mlx-lm's or Mindprint's to go on from; its rank, alpha and "
+        description="Folder of an adapter of PEFT's, mlx-lm's or Mindprint's to continue from. Its rank, alpha and "
         "modules must be those given here.",
     )
 
 
 def _backend(value: object) -> object:
-    """`backend: mlx` and `backend: null` are short for a section."""
+    """Expand `backend: mlx` and `backend: null` to a section."""
     if value is None:
         return {}
     return {"type": value} if isinstance(value, str) else value
 
 
 def _gate(value: object) -> object:
-    """Said before the types are tried one by one, each of which would complain of its own."""
+    """Refuse a wrong gate in one line. Tried as types one by one, each of them would complain."""
     if isinstance(value, str) and value not in ("always", "never"):
         raise ValueError(f"is always, never, or a number, found {value!r}")
     return value
 
 
 class StageConfig(Section):
-    """What both stages share: how long, how fast, in which batches."""
+    """The settings that all stages share: length, learning rate, batches and optimizer."""
 
     enabled: bool = Field(True, description="Whether the stage runs.")
     epochs_per_topic: Positive | None = Field(
@@ -185,7 +185,7 @@ class DpoConfig(StageConfig):
         0.0, description="Assumed share of flipped labels, for `sigmoid` and `robust`."
     )
     sft_weight: NonNegative | None = Field(
-        None, description="Weight of the chosen answers' SFT loss beside it. Default: 1 for `orpo`, else 0."
+        None, description="Weight of the chosen answers' SFT loss, which is added. Default: 1 for `orpo`, else 0."
     )
     gamma: NonNegative = Field(0.5, description="SimPO's target margin.")
     share_prompts: bool = Field(
@@ -206,14 +206,14 @@ class DpoConfig(StageConfig):
 
 
 class CheckpointConfig(Section):
-    """When the run's state is written, beside the start of each stage."""
+    """The times at which the run's state is written, in addition to the start of each stage."""
 
     every: Positive = Field(50, description="Optimizer steps between checkpoints.")
     keep: Positive = Field(2, description="How many of them are kept.")
 
 
 class GenerationConfig(Section):
-    """How `generate` and `eval` let the model answer."""
+    """The way in which `generate` and `eval` let the model answer."""
 
     max_new_tokens: Positive = Field(128, description="Longest answer in tokens.")
     temperature: NonNegative = Field(0.0, description="0 is greedy.")
@@ -221,7 +221,7 @@ class GenerationConfig(Section):
 
 
 class FingerprintConfig(Section):
-    """What `RUN/adapter/fingerprint.json` is measured on."""
+    """The probe on which `RUN/adapter/fingerprint.json` is measured."""
 
     probe: Literal["synthetic", "heldout"] = Field(
         "synthetic",
@@ -230,7 +230,7 @@ class FingerprintConfig(Section):
 
 
 class Thresholds(Section):
-    """What an evaluation must reach to pass. By default nothing: then it is measured, and neither passes nor fails."""
+    """Thresholds that an evaluation must reach to pass. Without any it is measured, and neither passes nor fails."""
 
     voice: Annotated[float, Field(ge=-1, le=2)] | None = Field(
         None, description="At least this voice: 0 is the base model, 1 the person."
@@ -252,7 +252,7 @@ class Thresholds(Section):
 
 
 class EvaluationConfig(Section):
-    """When a run evaluates itself on held-out text, and what it must reach."""
+    """The times at which a run evaluates itself on held-out text, and the thresholds that it must reach."""
 
     levels: list[Level] = Field(
         ["final"],
@@ -260,10 +260,10 @@ class EvaluationConfig(Section):
         "are always evaluated.",
     )
     prompts_per_topic: Positive = Field(8, description="Held-out prompts of each topic that are answered, at most.")
-    topic: Thresholds = Field(Thresholds(), description="What each topic must reach.")
-    chapter: Thresholds = Field(Thresholds(), description="What each chapter must reach.")
-    unit: Thresholds = Field(Thresholds(), description="What each unit must reach.")
-    final: Thresholds = Field(Thresholds(), description="What the whole run must reach.")
+    topic: Thresholds = Field(Thresholds(), description="Thresholds for each topic.")
+    chapter: Thresholds = Field(Thresholds(), description="Thresholds for each chapter.")
+    unit: Thresholds = Field(Thresholds(), description="Thresholds for each unit.")
+    final: Thresholds = Field(Thresholds(), description="Thresholds for the whole run.")
 
     def thresholds(self, level: Level) -> Thresholds:
         found: Thresholds = getattr(self, level)
@@ -274,16 +274,17 @@ class EvaluationConfig(Section):
 
 
 class CurriculumConfig(Section):
-    """What follows from evaluations, topic by topic. By default nothing does."""
+    """Consequences of evaluations, topic by topic. By default there are none."""
 
     topics: list[str] | None = Field(None, description="Train only these topics, or those of these chapters or units.")
-    max_topics: Positive | None = Field(None, description="Train only the first so many of them.")
+    max_topics: Positive | None = Field(None, description="Train only the first N topics.")
     dpo: Annotated[Literal["always", "never"] | Annotated[float, Field(ge=-1, le=2)], BeforeValidator(_gate)] = Field(
         "always",
-        description="Whether a topic's DPO follows its SFT: `always`, `never`, or a number: where its voice is below.",
+        description="Whether a topic's DPO follows its SFT: `always`, `never`, or a threshold: only if its voice is "
+        "below it.",
     )
     retries: Annotated[int, Field(ge=0)] = Field(
-        0, description="How often a topic that failed its thresholds is trained anew from where it began."
+        0, description="How often a topic that failed its thresholds is trained again from its start."
     )
     retry_learning_rate: Annotated[float, Field(gt=0)] = Field(
         0.5, description="Learning rates of a retry, as a multiple of those of the attempt before."
@@ -292,12 +293,13 @@ class CurriculumConfig(Section):
         False, description="Undo a stage after which the model's answers have collapsed; otherwise it is a warning."
     )
     stop_after: Level | None = Field(
-        None, description="End the run early, after the first failure at this level; default: the other topics go on."
+        None,
+        description="End the run early, after the first failure at this level. Default: train the other topics.",
     )
 
 
 class VoiceConfig(Section):
-    """How `eval` scores the voice."""
+    """The scorers of the voice that `eval` uses."""
 
     scorers: dict[str, dict[str, Any]] = Field(
         {}, description="Scorer plugins by name, each with its settings: `lexicon`, or any installed one."
@@ -364,7 +366,7 @@ class ConfigFile:
         return f"<p>{escape(self.source)}</p><pre>{escape(str(self))}</pre>"
 
     def resolve(self, path: str) -> Path:
-        """A path of the configuration, absolute."""
+        """Return a path of the configuration as an absolute path."""
         try:
             return resolve_path(self.folder, path)
         except ValueError as error:
@@ -374,7 +376,7 @@ class ConfigFile:
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ConfigFile:
     """Read `path` (a YAML file, or a folder with `mindprint.yaml`) and apply `key=value` overrides.
 
-    Raises `ConfigError` with one line: file, line, key, what is wrong, the nearest known name.
+    Raises `ConfigError` in one line with the file, the line, the key, the mistake and the nearest known name.
     """
     file = Path(path)
     if file.is_dir():
@@ -401,17 +403,14 @@ def make_config(values: Mapping[str, Any], folder: Path | None = None, overrides
 
 
 def merged(base: ConfigFile, values: Mapping[str, Any]) -> ConfigFile:
-    """The same configuration with `values` merged into it, section by section."""
+    """Return the same configuration with `values` merged into it, section by section."""
     result = _drop_replaced_lengths(_merge(base.config.model_dump(exclude_unset=True), values), values)
     return ConfigFile(_validate(result, base.source, {}), base.folder, base.source, records=base.records)
 
 
 def dump_config(config: Config) -> str:
-    """YAML with every value, defaults included, that `load_config` reads back."""
+    """Write YAML with every value, defaults included. `load_config` reads it back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 OLD_NAMES: Mapping[tuple[str, ...], str] = {

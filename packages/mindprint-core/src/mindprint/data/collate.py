@@ -1,4 +1,4 @@
-"""Examples → the arrays of contract.py: padded on the right, one dtype each, nothing else decided here."""
+"""Collation of examples into the arrays of contract.py: padded on the right, one dtype each, and nothing else."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mindprint.data.render import PreferenceExample, SftExample
 
 
 def sft_batch(examples: Sequence[SftExample], pad_id: int) -> TokenBatch:
-    """Rows of tokens as one batch: `[rows, longest]`."""
+    """Collate rows of tokens into one batch, `[rows, longest]`."""
     return _token_batch([example.tokens for example in examples], [example.loss_mask for example in examples], pad_id)
 
 
 def whole_sequences(rows: Sequence[Int32], pad_id: int = 0) -> TokenBatch:
-    """Rows of tokens as one batch, `[rows, longest]`, in which every token but the first of its row counts."""
+    """Collate rows of tokens as `[rows, longest]`, in which every token but the first of its row counts."""
     return _token_batch(rows, [np.arange(len(row)) > 0 for row in rows], pad_id)
 
 
@@ -26,7 +26,7 @@ def preference_batch(
     pad_id: int,
     reference: tuple[Float32 | Float64, Float32 | Float64] | None = None,
 ) -> PreferenceBatch:
-    """Pairs as one batch. `reference` holds the summed log-probs of chosen and rejected, `[pairs]` each."""
+    """Collate pairs into one batch. `reference` holds the summed log-probs of chosen and rejected, `[pairs]` each."""
     chosen, rejected = (None, None) if reference is None else (_float32(part) for part in reference)
     prompts = [example.prompt for example in examples]
     return PreferenceBatch(
@@ -42,14 +42,14 @@ def preference_batch(
 
 
 def shared_sequences(examples: Sequence[PreferenceExample], pad_id: int) -> TokenBatch:
-    """Prompt + chosen of every pair, then prompt + rejected of every pair, said to share prompts."""
+    """Collate prompt + chosen of every pair, then prompt + rejected of every pair, as rows that share prompts."""
     chosen = [_joined(example.prompt, example.chosen) for example in examples]
     rejected = [_joined(example.prompt, example.rejected) for example in examples]
     return replace(_pairs_of([*chosen, *rejected], pad_id), shared=_lengths([example.prompt for example in examples]))
 
 
 def pair_sequences(examples: Sequence[PreferenceExample], pad_id: int) -> tuple[TokenBatch, TokenBatch]:
-    """Prompt + chosen and prompt + rejected as whole sequences, the completions masked in."""
+    """Collate prompt + chosen and prompt + rejected as whole sequences, the completions under the mask."""
     chosen = [_joined(example.prompt, example.chosen) for example in examples]
     rejected = [_joined(example.prompt, example.rejected) for example in examples]
     return _pairs_of(chosen, pad_id), _pairs_of(rejected, pad_id)
@@ -73,7 +73,7 @@ def _token_batch(tokens: Sequence[Int32], masks: Sequence[Bool], pad_id: int) ->
 
 
 def _padded(sequences: Sequence[Int32], pad_id: int) -> Int32:
-    """`[rows, longest]`, int32."""
+    """Pad sequences to `[rows, longest]`, int32."""
     result = np.full((len(sequences), max(map(len, sequences), default=0)), pad_id, dtype=np.int32)
     for row, sequence in zip(result, sequences, strict=True):
         row[: len(sequence)] = sequence

@@ -35,10 +35,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Quizzes:
-    """All questions that can be evaluated, and what cannot be.
+    """All questions that can be evaluated, and the mistakes in the others.
 
     `held_out` are the questions as they are asked, those without reference answers too. `without_references` and
-    `unreadable` say what is wrong, one line each; of what is unreadable no question is known that could be held out.
+    `unreadable` name the mistakes, one line each. Questions that cannot be read cannot be held out either.
     """
 
     questions: tuple[Question, ...] = ()
@@ -60,7 +60,7 @@ class _UnansweredError(DataError):
 
 
 def read_quizzes(file: ConfigFile) -> Quizzes:
-    """Read every `quiz.json` of a configuration's data folder. Never raises for what is in them: see `Quizzes`."""
+    """Read every `quiz.json` of a configuration's data folder. Never raises for their content: see `Quizzes`."""
     if file.config.data.path is None:
         return Quizzes()
     folder = file.resolve(file.config.data.path)
@@ -81,7 +81,7 @@ def read_quizzes(file: ConfigFile) -> Quizzes:
                 unanswered.append(error)
             except DataError as error:
                 unreadable.append(str(error))
-    held_out = (*(one.question for one in questions), *(error.question for error in unanswered))
+    held_out = (*(question.question for question in questions), *(error.question for error in unanswered))
     return Quizzes(tuple(questions), held_out, tuple(map(str, unanswered)), tuple(unreadable))
 
 

@@ -1,8 +1,8 @@
-"""Rows → token ids with masks: the one place that decides what is trained and what is context.
+"""Rendering of rows as token ids with masks: the one place that tells trained tokens from context.
 
-The completion is what the template adds to the rendered prompt, its end-of-turn token included. Where the prompt's
-tokens are no prefix of the whole, the common prefix decides, exactly as in TRL 1.16 (`SFTTrainer` and `DPOTrainer`,
-`_prepare_dataset`); so does truncation, which keeps the start.
+The completion is everything that the template adds to the rendered prompt, the end-of-turn token included. Where the
+tokens of the prompt are not a prefix of the whole, the common prefix decides, exactly as in TRL 1.16 (`SFTTrainer` and
+`DPOTrainer`, `_prepare_dataset`). Truncation keeps the start, as there.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Rendered(Generic[Example]):
 
 
 def render_sft(rows: Sequence[SftRow], tokenizer: Tokenizer, data: DataConfig) -> Rendered[SftExample]:
-    """Tokens and masks of SFT rows. A conversation whose template rewrites its history becomes one example a turn.
+    """Render SFT rows as tokens and masks. If the template rewrites a conversation's history, each turn is an example.
 
     Raises `DataError` where the template refuses a row, a completion renders to nothing, or a topic loses every row.
     """
@@ -80,7 +80,7 @@ def render_sft(rows: Sequence[SftRow], tokenizer: Tokenizer, data: DataConfig) -
 def render_preferences(
     rows: Sequence[PreferenceRow], tokenizer: Tokenizer, data: DataConfig
 ) -> Rendered[PreferenceExample]:
-    """Tokens of preference pairs, as `DPOTrainer` makes them. Raises `DataError` as `render_sft` does."""
+    """Render preference pairs as tokens, as `DPOTrainer` does. Raises `DataError` as `render_sft` does."""
     tally = _Tally()
     examples: list[PreferenceExample] = []
     for chunk in _chunks(rows):
@@ -91,7 +91,7 @@ def render_preferences(
 
 
 def render_prompt(prompt: Text, tokenizer: Tokenizer, data_format: Literal["chat", "raw"] = "chat") -> Int32:
-    """What a model is given to continue: a conversation up to the assistant's turn, or plain text. int32 `[P]`."""
+    """Render a prompt, `[P]` int32: a conversation up to the assistant's turn, or plain text."""
     if data_format == "raw":
         if not isinstance(prompt, str):
             raise DataError("messages need data.format=chat; data.format is raw, which takes strings")
@@ -101,13 +101,10 @@ def render_prompt(prompt: Text, tokenizer: Tokenizer, data_format: Literal["chat
 
 
 def common_prefix(first: Int32, second: Int32) -> int:
-    """How many tokens two sequences begin with alike."""
+    """Count the tokens that two sequences have in common at their beginning."""
     length = min(len(first), len(second))
     differ = first[:length] != second[:length]
     return int(differ.argmax()) if differ.any() else length
-
-
-# --- SFT -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -158,14 +155,14 @@ def _chat_sequences(
 
 
 def trained_turns(row: SftRow, data: DataConfig) -> list[int]:
-    """The indices of the assistant's messages to train: those with something before them, and after the prompt."""
+    """Return the indices of the assistant's messages to train: those after the prompt with something before them."""
     messages, first = row.messages, max(1, len(row.prompt_messages))
     turns = [index for index in range(first, len(messages)) if messages[index].role == "assistant"]
     return turns[-1:] if data.train_on == "last" else turns
 
 
 def _conversation(row: SftRow, turns: list[_Turn], tally: _Tally) -> list[_Sequence]:
-    """One sequence with a span a turn, or, where an earlier rendering is no prefix of the last, one a turn."""
+    """Make one sequence with a span per turn, or one per turn if an earlier rendering is not a prefix of the last."""
     sequences = [turn.sequence(row.origin) for turn in turns]
     tally.diverging += any(s.spans[0][0] < len(turn.prompt) for s, turn in zip(sequences, turns, strict=True))
     whole = turns[-1].upto
@@ -176,7 +173,7 @@ def _conversation(row: SftRow, turns: list[_Turn], tally: _Tally) -> list[_Seque
 
 
 def _raw_sequences(rows: Sequence[SftRow], tokenizer: Tokenizer, tally: _Tally) -> Iterator[list[_Sequence]]:
-    """Plain text and end-of-sequence; a prompt, where there is one, is context."""
+    """Encode plain text and end-of-sequence. A prompt, where there is one, is context."""
     prompts = tokenizer.encode_all([_plain(row.prompt) if row.prompt else "" for row in rows])
     wholes = tokenizer.encode_all([_plain(row.prompt or "") + _ended(row.completion, tokenizer) for row in rows])
     for row, prompt, whole in zip(rows, prompts, wholes, strict=True):
@@ -185,7 +182,7 @@ def _raw_sequences(rows: Sequence[SftRow], tokenizer: Tokenizer, tally: _Tally) 
 
 
 def _sft_examples(row: SftRow, sequences: list[_Sequence], max_length: int, tally: _Tally) -> Iterator[SftExample]:
-    """A row's sequences, cut at `max_length`. A row of which nothing trained is left counts as left out."""
+    """Cut a row's sequences at `max_length`. A row without a trained token left counts as left out."""
     kept = [sequence for sequence in sequences if _has_room(sequence, max_length)]
     tally.left_out[row.topic] += not kept
     tally.cut += bool(kept) and (len(kept) < len(sequences) or any(len(s.tokens) > max_length for s in kept))
@@ -195,7 +192,7 @@ def _sft_examples(row: SftRow, sequences: list[_Sequence], max_length: int, tall
 
 
 def _has_room(sequence: _Sequence, max_length: int) -> bool:
-    """Whether a trained token stays; the first token of a sequence is predicted by nothing and never is one."""
+    """Return whether a trained token is left. Nothing predicts the first token of a sequence: it is never trained."""
     return any(max(start, 1) < min(end, max_length) for start, end in sequence.spans)
 
 
@@ -206,8 +203,6 @@ def _mask(sequence: _Sequence, length: int) -> Bool:
     mask[:1] = False
     return mask
 
-
-# --- pairs -----------------------------------------------------------------------------------------------------------
 
 _Parts = tuple[Int32, Int32, Int32]
 
@@ -237,7 +232,7 @@ def _raw_pairs(rows: Sequence[PreferenceRow], tokenizer: Tokenizer) -> Iterator[
 def _pair_example(
     row: PreferenceRow, prompt: Int32, chosen: Int32, rejected: Int32, max_length: int, tally: _Tally
 ) -> Iterator[PreferenceExample]:
-    """The pair after the common prefix of all three; left out, as in TRL, where that fills `max_length`."""
+    """Cut a pair after the common prefix of all three. As in TRL, it is left out where that fills `max_length`."""
     start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
     _check_pair(row, start, chosen, rejected)
     tally.diverging += start < len(prompt)
@@ -257,8 +252,6 @@ def _check_pair(row: PreferenceRow, start: int, chosen: Int32, rejected: Int32) 
             raise DataError(f"{row.origin}: `{name}` renders to nothing: the template leaves it out")
 
 
-# --- both ------------------------------------------------------------------------------------------------------------
-
 _Row = TypeVar("_Row", SftRow, PreferenceRow)
 
 
@@ -269,7 +262,7 @@ def _chunks(rows: Sequence[_Row]) -> Iterator[Sequence[_Row]]:
 def _render(
     conversations: Sequence[Messages], origins: Sequence[Origin], tokenizer: Tokenizer, *, generation_prompt: bool
 ) -> list[Int32]:
-    """Many at once; only when the template refuses one is it looked for, so that the error names its row."""
+    """Render many conversations at once. If the template refuses one, name its row."""
     try:
         return tokenizer.render_all(conversations, generation_prompt=generation_prompt)
     except DataError:
@@ -292,7 +285,7 @@ def _plain(text: Text) -> str:
 
 
 def _ended(completion: Text, tokenizer: Tokenizer) -> str:
-    """With end-of-sequence after it, unless it is there already."""
+    """Append end-of-sequence, unless the text ends with it."""
     text = _plain(completion)
     return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
 
@@ -314,7 +307,7 @@ def _rendered(
 
 def _notes(tally: _Tally) -> Iterator[str]:
     if tally.split:
-        yield f"the chat template rewrites earlier turns: {tally.split} conversations became one example a turn"
+        yield f"the chat template rewrites earlier turns: {tally.split} conversations became one example per turn"
     if tally.diverging:
         yield f"in {tally.diverging} rows an answer changes the prompt's own tokens: trained from where they part"
     if tally.same:

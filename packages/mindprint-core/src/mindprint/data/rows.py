@@ -1,4 +1,4 @@
-"""Rows: what a person wrote to be learnt from, read and checked.
+"""Rows: the texts that a model learns from, read and checked.
 
 JSON Lines and CSV are read here, so that every mistake is named with file and line; Parquet files and datasets on the
 hub come through `datasets`, which is imported only for them. docs/data-formats.md shows every form.
@@ -39,7 +39,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a row comes from: `sft.jsonl: line 3`. Parquet files and datasets count rows, quizzes questions.
+    """The origin of a row: `sft.jsonl: line 3`. Parquet files and datasets count rows, quizzes questions.
 
     Rows from memory have their index: `rows[3]`.
     """
@@ -74,7 +74,7 @@ class SftRow:
 
     @property
     def messages(self) -> Messages:
-        """The whole conversation."""
+        """Return the whole conversation."""
         return self.prompt_messages + as_messages(self.completion, "assistant")
 
     @property
@@ -107,7 +107,7 @@ class PreferenceRow:
 
 @dataclass(frozen=True)
 class Rows:
-    """All that a configuration names. A stage that is off has no rows; neither has `heldout` where none is given."""
+    """All rows that a configuration names. A stage that is off has none, and `heldout` may be empty."""
 
     sft: tuple[SftRow, ...]
     preferences: tuple[PreferenceRow, ...]
@@ -115,19 +115,19 @@ class Rows:
 
 
 def as_messages(text: Text, role: Role) -> Messages:
-    """A string as one message of `role`; messages as they are."""
+    """Return a string as one message of `role`, and messages unchanged."""
     return (Message(role, text),) if isinstance(text, str) else text
 
 
 def text_of(text: Text) -> str:
-    """The last message's content, or the string itself: what a scorer reads of a prompt or an answer."""
+    """Return the last message's content, or the string itself: the part of a prompt or answer that a scorer reads."""
     return text if isinstance(text, str) else text[-1].content
 
 
 def read_rows(file: ConfigFile) -> Rows:
-    """Read what the stages of a configuration need.
+    """Read the rows that the stages of a configuration need.
 
-    Raises `DataError` with one line that names file, line and mend.
+    Raises `DataError` with one line that names file and line, and how to fix it.
     """
     config = file.config
 
@@ -145,7 +145,7 @@ def read_rows(file: ConfigFile) -> Rows:
 
 
 def check_topics(rows: Rows, config: Config) -> None:
-    """Every topic has rows for every stage that runs. Raises `DataError` naming topic, counts and mend."""
+    """Raise `DataError` if a topic lacks rows for a stage that runs, with the counts and how to fix it."""
     if not (config.sft.enabled and config.dpo.enabled):
         return
     sft = Counter(row.topic for row in rows.sft)
@@ -159,8 +159,6 @@ def check_topics(rows: Rows, config: Config) -> None:
             raise DataError(f"topic {topic!r} has {found}: add rows of this topic, or set sft.enabled=false")
 
 
-# --- one row ---------------------------------------------------------------------------------------------------------
-
 SFT_FORMS = (
     ("prompt", "completion"),
     ("messages",),
@@ -168,7 +166,7 @@ SFT_FORMS = (
     ("question", "answer"),
     ("text",),
 )
-"""The fields that make an SFT row, first match wins. `instruction` may have an `input` beside it."""
+"""The fields that make an SFT row, first match wins. `instruction` may have an `input` next to it."""
 
 PREFERENCE_FORMS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 """The fields that make a preference row. Without `prompt`, it is what `chosen` and `rejected` begin with alike."""
@@ -234,7 +232,7 @@ def _form(record: Record, forms: Sequence[tuple[str, ...]], origin: Origin) -> t
 
 
 def _no_form(record: Record, forms: Sequence[tuple[str, ...]]) -> str:
-    """Say what is missing: of the form that is nearest, with the key that was perhaps meant."""
+    """Name the fields that the nearest form lacks, with the key that was perhaps meant."""
     known = {name for form in forms for name in form}
     best = max(forms, key=lambda form: sum(_given(record, name) for name in form))
     missing = [name for name in best if not _given(record, name)]
@@ -244,7 +242,7 @@ def _no_form(record: Record, forms: Sequence[tuple[str, ...]]) -> str:
             return f"no field `{name}`; is it {near[0]!r}?"
     if len(missing) < len(best):
         null = "null" if missing[0] in record else "missing"
-        return f"`{missing[0]}` is {null}, beside {_and(name for name in best if name not in missing)}"
+        return f"`{missing[0]}` is {null}, next to {_and(name for name in best if name not in missing)}"
     ways = "; or ".join(_and(form) for form in forms)
     return f"needs {ways}; found {_listed(record) or 'no field'}"
 
@@ -261,7 +259,7 @@ def _topic(record: Record, origin: Origin) -> str:
 
 
 def checked_text(value: object, name: str, origin: Origin) -> str:
-    """A field that must be text with something in it. Raises `DataError` with its origin."""
+    """Return a field that must be text with something in it. Raises `DataError` with its origin."""
     if not isinstance(value, str):
         raise DataError(f"{origin}: `{name}` must be text, found {kind_of(value)}")
     if not value.strip():
@@ -270,7 +268,7 @@ def checked_text(value: object, name: str, origin: Origin) -> str:
 
 
 def _encodable(value: str, name: str, origin: Origin) -> str:
-    """JSON can escape half a surrogate pair; no tokenizer can read it."""
+    """Refuse half a surrogate pair, which JSON can escape and no tokenizer can read."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -284,7 +282,7 @@ def _text(record: Record, name: str, origin: Origin) -> Text:
 
 
 def _answer(record: Record, name: str, origin: Origin) -> Text:
-    """A completion: text, or messages that end with the assistant's."""
+    """Return a completion: text, or messages that end with the assistant's."""
     value = _text(record, name, origin)
     return value if isinstance(value, str) else _ending_in_answer(value, name, origin)
 
@@ -316,7 +314,7 @@ def _message(value: object, name: str, origin: Origin) -> Message:
 
 
 def _refuse_unsupported(message: Record, name: str, origin: Origin) -> None:
-    """Templates render these fields; leaving them out in silence would train another conversation."""
+    """Raise `DataError` for fields that templates render: without them, another conversation would be trained."""
     for key in _UNSUPPORTED:
         if message.get(key):
             raise DataError(f"{origin}: `{name}.{key}` is not supported: leave it out, or write it into `content`")
@@ -341,7 +339,7 @@ def _only_strings(origin: Origin, *parts: Text | None) -> None:
 
 
 def _repeated(prompt: Text, chosen: Text, rejected: Text) -> bool:
-    """Whether a prompt given as a string is also the start of two whole conversations (as ultrafeedback has it)."""
+    """Return whether a prompt given as a string is also the start of two whole conversations (as in ultrafeedback)."""
     return isinstance(prompt, str) and all(
         not isinstance(side, str) and side[0].role != "assistant" for side in (chosen, rejected)
     )
@@ -368,19 +366,17 @@ def _split(chosen: _P, rejected: _P, shared: int, origin: Origin) -> tuple[_P, _
 
 
 def _shared(chosen: Sequence[object], rejected: Sequence[object]) -> int:
-    """How many items both begin with, the last of the shorter not counted: an answer has at least one."""
+    """Count the items that both begin with, without the last of the shorter: an answer has at least one."""
     limit = min(len(chosen), len(rejected)) - 1
     return next((index for index in range(limit) if chosen[index] != rejected[index]), limit)
 
 
 def _shared_text(chosen: str, rejected: str) -> int:
-    """As TRL cuts strings: at the first character that differs, a space before it going to the answers."""
+    """Cut strings as TRL does: at the first character that differs. A space before it belongs to the answers."""
     shared = _shared(chosen, rejected)
     differ = chosen[shared] != rejected[shared]
     return shared - 1 if differ and shared and chosen[shared - 1] == " " else shared
 
-
-# --- where rows are --------------------------------------------------------------------------------------------------
 
 Part = Literal["sft", "preferences", "heldout"]
 Parsed = TypeVar("Parsed", SftRow, PreferenceRow)
@@ -390,7 +386,7 @@ DEFAULT_FILES: Mapping[Part, tuple[str, ...]] = {
     "preferences": ("preferences.jsonl", "preference_data.jsonl"),
     "heldout": ("heldout.jsonl",),
 }
-"""What a data folder's files are called."""
+"""The names of a data folder's files."""
 
 _TURNED_OFF_BY: Mapping[Part, str] = {"sft": "sft.enabled=false", "preferences": "dpo.enabled=false"}
 _HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?::(?P<split>[\w.\[\]%:-]+))?")
@@ -410,7 +406,7 @@ def _read_part(file: ConfigFile, part: Part, parse: Callable[[Record, Origin], P
 
 
 def _records_in_memory(file: ConfigFile, part: Literal["sft", "preferences"]) -> list[tuple[Origin, Record]]:
-    """The rows of a part that were given from memory. A row with `chosen` or `rejected` is a preference pair."""
+    """Return the rows of a part that were given from memory. A row with `chosen` or `rejected` is a preference pair."""
     if file.records is None:
         raise DataError(
             f"{file.source}: was trained on rows from memory (digest {file.config.data.rows_digest}), which are not "
@@ -454,13 +450,13 @@ def _default_file(file: ConfigFile, part: Part) -> Sequence[Path]:
 
 
 def _missing_default(folder: Path, part: Part) -> str:
-    mend = f"name files in data.{part}, or set {_TURNED_OFF_BY[part]}"
+    remedy = f"name files in data.{part}, or set {_TURNED_OFF_BY[part]}"
     if not folder.is_dir():
-        return f"{shown_path(folder)}: no such data folder: make it (`mindprint init` shows how), {mend}"
+        return f"{shown_path(folder)}: no such data folder: make it (`mindprint init` shows how), {remedy}"
     names = [path.name for path in folder.iterdir() if path.is_file()]
     near = difflib.get_close_matches(DEFAULT_FILES[part][0], names, n=1, cutoff=0.6)
     hint = f" (found {near[0]})" if near else ""
-    return f"{shown_path(folder / DEFAULT_FILES[part][0])}: no such file{hint}: make it, {mend}"
+    return f"{shown_path(folder / DEFAULT_FILES[part][0])}: no such file{hint}: make it, {remedy}"
 
 
 def _records(file: ConfigFile, source: str | Path, part: Part) -> Iterator[tuple[Origin, Record]]:
@@ -518,7 +514,7 @@ def _array_hint(line: bytes) -> str:
 
 
 def _csv_records(path: Path) -> Iterator[tuple[Origin, Record]]:
-    """CSV with a header line. Every cell is text (`007` and `NA` stay what they are); an empty cell is no field."""
+    """Read CSV with a header line. Every cell is text (`007` and `NA` do not change), an empty cell a missing field."""
     shown = shown_path(path)
     before = csv.field_size_limit(2**31 - 1)
     try:
@@ -539,7 +535,7 @@ def _csv_records(path: Path) -> Iterator[tuple[Origin, Record]]:
 
 
 def _undecodable_line(path: Path) -> int:
-    """Text is decoded in blocks, so the error itself knows no line."""
+    """Find the line of a decoding error. Text is decoded in blocks, so the error itself does not know it."""
     with path.open("rb") as lines:
         return next(number for number, line in enumerate(lines, 1) if line != line.decode(errors="ignore").encode())
 
@@ -558,7 +554,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[Origin, Record]]:
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         for number, record in enumerate(rows, 1):
             yield Origin(shown, number, "row"), record
-    except Exception as error:  # datasets, pyarrow and fsspec each have errors of their own
+    except Exception as error:  # datasets, pyarrow and fsspec each raise their own errors
         raise DataError(f"{shown}: cannot be read as Parquet: {first_line(error)}") from error
 
 
@@ -567,20 +563,17 @@ def _hub_records(repo: str, split: str, part: Part) -> Iterator[tuple[Origin, Re
 
     try:
         rows = datasets.load_dataset(repo, split=split)
-    except Exception as error:  # datasets, huggingface_hub, httpx and fsspec each have errors of their own
+    except Exception as error:  # datasets, huggingface_hub, httpx and fsspec each raise their own errors
         raise DataError(
-            f"dataset {repo} (split {split}) of data.{part} is no file here and cannot be loaded from the hub: "
+            f"dataset {repo} (split {split}) of data.{part} is not a file here and could not be loaded from the hub: "
             f"{first_line(error)}"
         ) from error
     name = f"{repo}:{split}"
     return ((Origin(name, number, "row"), record) for number, record in enumerate(rows, 1))
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
-
-
 def shown_path(path: str | Path) -> str:
-    """A path as a person at this prompt would write it."""
+    """Return a path as a person at this prompt would write it."""
     try:
         return str(Path(path).relative_to(Path.cwd()))
     except ValueError:

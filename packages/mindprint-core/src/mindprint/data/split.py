@@ -1,4 +1,4 @@
-"""What is trained and what is held out, decided by the prompts' own text.
+"""The split into training rows and held-out rows, decided by the text of the prompts.
 
 A prompt is normalised (`near_duplicates.normalised`) and hashed; near-duplicates form a group, and the member whose
 hash ranks first decides for all of it, by another part of its hash: below `data.heldout_fraction`, the group is held
@@ -38,7 +38,7 @@ Side = Literal["train", "held_out", "removed"]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is only ever scored: pairs (of `data.heldout` first), texts to be continued or read, quiz questions."""
+    """Rows that are only scored: pairs (those of `data.heldout` first), texts to be read or continued, questions."""
 
     pairs: tuple[PreferenceRow, ...] = ()
     texts: tuple[SftRow, ...] = ()
@@ -47,7 +47,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Share:
-    """How many rows of a topic and kind are trained and held out; `removed` stand beside explicit held-out text."""
+    """The number of rows of a topic and kind on each side. `removed` ones nearly equal explicit held-out text."""
 
     train: int = 0
     held_out: int = 0
@@ -67,7 +67,7 @@ class TopicSplit:
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """What the manifest states. `trained` and `held_out` are sorted hashes of prompts, 16 hex digits each.
+    """The facts that the manifest states. `trained` and `held_out` are sorted hashes of prompts, 16 hex digits each.
 
     `groups` counts groups of near-duplicates with more than one prompt, `groups_moved` those of which a member alone
     would lie on the other side, `kept` groups that are trained because a topic would have nothing left.
@@ -82,7 +82,7 @@ class SplitFacts:
     kept: int = 0
 
     def stated(self) -> dict[str, object]:
-        """The facts as manifest.json has them: digests stand for the prompts, which RUN/split.json lists."""
+        """Return the facts as manifest.json has them, with digests of the prompts that RUN/split.json lists."""
         return {
             "rule": RULE,
             "fraction": self.fraction,
@@ -100,20 +100,20 @@ def _list_digest(hashes: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows to train on (their `heldout` is empty), what is held out, and the facts about both."""
+    """Rows to train on (their `heldout` is empty), held-out rows, and the facts about both."""
 
     train: Rows
     held_out: HeldOut
     facts: SplitFacts
     notes: tuple[str, ...] = ()
-    """What a person should hear as a warning."""
+    """Warnings for the user."""
 
     def nothing_held_out(self, topic: str | None = None) -> str | None:
-        """Why nothing can be scored, of a topic or at all, and the mend; None where there are held-out rows."""
-        topics = [one for name, one in self.facts.topics.items() if topic in (None, name)]
-        if any(one.explicit or one.sft.held_out or one.preferences.held_out for one in topics):
+        """Say why nothing can be scored, of a topic or at all, and how to fix it. None if there are held-out rows."""
+        topics = [split for name, split in self.facts.topics.items() if topic in (None, name)]
+        if any(split.explicit or split.sft.held_out or split.preferences.held_out for split in topics):
             return None
-        prompts = sum(one.prompts for one in topics)
+        prompts = sum(split.prompts for split in topics)
         counted = "1 prompt" if prompts == 1 else f"{prompts} prompts"
         return (
             f"no held-out rows: {counted} at {self.facts.fraction:g} hold out none; "
@@ -127,7 +127,7 @@ def read_split(file: ConfigFile) -> Split:
 
 
 def split_rows(rows: Rows, quizzes: Quizzes, data: DataConfig) -> Split:
-    """Decide for every row. Raises `DataError` where explicit held-out text leaves a topic nothing to train on."""
+    """Put every row on a side. Raises `DataError` where explicit held-out text leaves a topic nothing to train on."""
     table = _Table.of(rows, quizzes, data)
     groups = _groups(table, data.heldout_fraction)
     sides = _sides(table, groups, data.heldout_fraction)
@@ -142,7 +142,7 @@ def split_rows(rows: Rows, quizzes: Quizzes, data: DataConfig) -> Split:
 
 
 def nearly_trained(rows: Sequence[PreferenceRow], train: Rows, data: DataConfig) -> Bool:
-    """Which held-out rows ask what training rows ask, exactly or nearly: bool `[rows]`."""
+    """Return which held-out rows have the prompt of a training row, exactly or nearly: bool `[rows]`."""
     table = _Table.of(Rows(train.sft, train.preferences, tuple(rows)), Quizzes(), data)
     labels = table.labels
     trained = {int(labels[places[0]]) for places in table.rows}
@@ -150,12 +150,12 @@ def nearly_trained(rows: Sequence[PreferenceRow], train: Rows, data: DataConfig)
 
 
 def prompt_hash(prompt: Text) -> str:
-    """The hash of one prompt, 16 hex digits, as `SplitFacts` and RUN/split.json have it."""
+    """Return the hash of one prompt, 16 hex digits, as `SplitFacts` and RUN/split.json have it."""
     return _short(spoken(prompt))
 
 
 def spoken(prompt: Text) -> str:
-    """What a prompt asks: the user's words. System messages and earlier answers are no part of the question."""
+    """Return the user's words in a prompt. System messages and earlier answers are not part of the question."""
     if isinstance(prompt, str):
         return prompt
     asked = [message.content for message in prompt if message.role == "user"]
@@ -163,7 +163,7 @@ def spoken(prompt: Text) -> str:
 
 
 def prompts_of(row: SftRow, data: DataConfig) -> list[str]:
-    """What is asked before each answer that a row trains; of text without a prompt, the text."""
+    """Return the prompt before each answer that a row trains. Text without a prompt is its own prompt."""
     if isinstance(row.completion, str):
         return [spoken(row.completion if row.prompt is None else row.prompt)]
     if data.format == "raw":
@@ -172,15 +172,12 @@ def prompts_of(row: SftRow, data: DataConfig) -> list[str]:
     return list(dict.fromkeys(spoken(turn) for turn in turns)) or [spoken(row.messages)]
 
 
-# --- the prompts of rows ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class _Table:
     """All prompts, one after another: `texts`, each in a group (`labels`, int64 `[texts]`).
 
     A row of `owners` (kind and topic, training rows only) has the places `rows` in them: a conversation has one for
-    each answer that is trained. `explicit` are the places of what is held out by definition.
+    each answer that is trained. `explicit` are the places of text that is held out by definition.
     """
 
     texts: tuple[str, ...]
@@ -213,14 +210,11 @@ class _Table:
 
     @property
     def topics(self) -> tuple[str, ...]:
-        """In the order of their first row."""
+        """Return the topics in the order of their first row."""
         return tuple(dict.fromkeys([*(topic for _, topic in self.owners), *self.pairs, *self.questions]))
 
     def group(self, row: int) -> int:
         return int(self.labels[self.rows[row][0]])
-
-
-# --- sides -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,7 +259,7 @@ def _short(text: str) -> str:
 
 
 def _position(digest: bytes) -> float:
-    """Where a digest lies in [0, 1], by its second half; the first half ranks it."""
+    """Return the position of a digest in [0, 1], by its second half. The first half ranks it."""
     return int.from_bytes(digest[8:], "big") / 2**64
 
 
@@ -276,18 +270,18 @@ def _sides(table: _Table, groups: _Groups, fraction: float) -> list[Side]:
 
 
 def _keep_something(table: _Table, groups: _Groups, sides: list[Side]) -> int:
-    """Train the group that lies highest where a topic would have no row left of a kind; how many groups that were."""
+    """Train the highest group of a topic that would have no row left of a kind. Return how many groups that were."""
     places: dict[tuple[Kind, str], list[int]] = {}
     for row, owner in enumerate(table.owners):
         places.setdefault(owner, []).append(row)
     kept = 0
-    for (kind, topic), mine in places.items():
-        if any(sides[row] == "train" for row in mine):
+    for (kind, topic), owned in places.items():
+        if any(sides[row] == "train" for row in owned):
             continue
-        held = {table.group(row) for row in mine if sides[row] == "held_out"}
+        held = {table.group(row) for row in owned if sides[row] == "held_out"}
         if not held:
             raise DataError(
-                f"topic {topic!r}: every prompt of its {_NAMES[kind]} stands in held-out rows or a quiz, exactly or "
+                f"topic {topic!r}: every prompt of its {_NAMES[kind]} appears in held-out rows or a quiz, exactly or "
                 "nearly: add rows with other prompts, or take those out of heldout.jsonl or quiz.json"
             )
         highest = max(held, key=lambda group: (groups.leaders[group], group))
@@ -299,11 +293,8 @@ def _keep_something(table: _Table, groups: _Groups, sides: list[Side]) -> int:
 _NAMES: Mapping[Kind, str] = {"sft": "SFT rows", "preferences": "preference pairs"}
 
 
-# --- what comes of it ------------------------------------------------------------------------------------------------
-
-
 def _on(rows: Rows, sides: Sequence[Side], side: Side) -> Rows:
-    """The training rows on one side."""
+    """Return the training rows on one side."""
     sft = tuple(row for row, found in zip(rows.sft, sides, strict=False) if found == side)
     pairs = zip(rows.preferences, sides[len(rows.sft) :], strict=True)
     return Rows(sft, tuple(row for row, found in pairs if found == side), ())
@@ -319,7 +310,7 @@ def _facts(table: _Table, groups: _Groups, sides: Sequence[Side], kept: int, fra
         rows[topic].append(row)
     return SplitFacts(
         fraction=fraction,
-        topics={topic: _topic(table, sides, topic, mine) for topic, mine in rows.items()},
+        topics={topic: _topic(table, sides, topic, owned) for topic, owned in rows.items()},
         trained=tuple(sorted(on["train"])),
         held_out=tuple(sorted(on["held_out"])),
         groups=groups.several,
@@ -328,12 +319,12 @@ def _facts(table: _Table, groups: _Groups, sides: Sequence[Side], kept: int, fra
     )
 
 
-def _topic(table: _Table, sides: Sequence[Side], topic: str, mine: Sequence[int]) -> TopicSplit:
+def _topic(table: _Table, sides: Sequence[Side], topic: str, owned: Sequence[int]) -> TopicSplit:
     def share(kind: Kind) -> Share:
-        counts = Counter(sides[row] for row in mine if table.owners[row][0] == kind)
+        counts = Counter(sides[row] for row in owned if table.owners[row][0] == kind)
         return Share(counts["train"], counts["held_out"], counts["removed"])
 
-    prompts = {normalised(table.texts[place]) for row in mine for place in table.rows[row]}
+    prompts = {normalised(table.texts[place]) for row in owned for place in table.rows[row]}
     pairs, questions = table.pairs.get(topic, 0), table.questions.get(topic, 0)
     return TopicSplit(share("sft"), share("preferences"), pairs, questions, len(prompts))
 
@@ -341,4 +332,4 @@ def _topic(table: _Table, sides: Sequence[Side], topic: str, mine: Sequence[int]
 def _notes(removed: int) -> Iterator[str]:
     if removed:
         rows = "1 row is" if removed == 1 else f"{removed} rows are"
-        yield f"{rows} left out of training: the prompt stands, exactly or nearly, in held-out rows or in a quiz"
+        yield f"{rows} left out of training: the prompt appears, exactly or nearly, in held-out rows or in a quiz"

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder: text → ids and conversation → ids, the same on every backend.
+"""The tokenizer of a model folder: it turns text and conversations into ids, the same on every backend.
 
 `tokenizer.json` is the truth. `AutoTokenizer` is not used for it: it imports torch where torch is installed (1.7 s, in
 an MLX run too), and for several families it rebuilds the tokenizer from parts of the file instead of reading it.
@@ -41,14 +41,14 @@ PLAIN_TEMPLATE = (
 """The chat template of tokenizers that bring none: `User: …`, a blank line, `Assistant: …` and end-of-sequence.
 
 Turns are separated before each but the first, so that a rendered conversation is a prefix of every longer one. A BOS
-stands first where the tokenizer puts one before plain text.
+comes first where the tokenizer puts one before plain text.
 """
 
 SECONDS, SECONDS_A_CONVERSATION = 3.0, 0.02
 """The longest that a chat template may take: a real one takes a tenth of a millisecond a conversation."""
 
 FIXED_DATES = {"%d %b %Y": "26 Jul 2024", "%d %B %Y": "26 July 2024", "%Y-%m-%d": "2024-07-26"}
-"""What `strftime_now(format)` gives in a template: the day that Llama's templates name without a clock.
+"""The results of `strftime_now(format)` in a template: the day that Llama's templates name without a clock.
 
 With the real date the same rows would be other tokens tomorrow: no resume, no cached reference, no second backend.
 """
@@ -59,7 +59,7 @@ class Tokenizer:
 
     `pad_id` is the pad token, or else end-of-sequence (any id would do: padding is masked). `stop_token_ids` are all
     that end an answer: end-of-sequence, what `generation_config.json` names, and the end-of-turn token that the
-    template writes after an assistant's message. `notes` say what a user should hear.
+    template writes after an assistant's message. `notes` are messages for the user.
     """
 
     def __init__(self, hf: TokenizersBackend, folder: Path) -> None:
@@ -82,26 +82,22 @@ class Tokenizer:
         self.vocab_size: int = len(hf)
         self.notes = tuple(self._notes())
 
-    # --- text ---
-
     def encode(self, text: str) -> list[int]:
-        """Plain text as the tokenizer means it: with the BOS and EOS that it adds by itself, each once, never twice."""
+        """Encode plain text with the BOS and EOS that the tokenizer adds by itself, each once, never twice."""
         ids: list[int] = self.encode_all([text])[0].tolist()
         return ids
 
     def encode_all(self, texts: Sequence[str]) -> list[Int32]:
-        """`encode` for many texts at once."""
+        """Encode many texts at once."""
         return [self._once(ids) for ids in self._ids(texts, special=True)]
 
     def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
-        """Ids as text; special tokens are left out unless asked for."""
+        """Decode ids. Special tokens are left out unless asked for."""
         text: str = self._backend.decode([int(token) for token in ids], skip_special_tokens=not keep_special)
         return text
 
-    # --- conversations ---
-
     def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> list[int]:
-        """A conversation through the chat template, with the opening of the assistant's next turn or without.
+        """Render a conversation with the chat template, with the opening of the assistant's next turn or without it.
 
         Raises `DataError` with the template's own message where it refuses the conversation (no system role, say).
         """
@@ -109,12 +105,12 @@ class Tokenizer:
         return ids
 
     def render_all(self, conversations: Sequence[Sequence[Message]], *, generation_prompt: bool) -> list[Int32]:
-        """`render` for many conversations at once."""
+        """Render many conversations at once."""
         texts = self.render_text(conversations, generation_prompt=generation_prompt)
         return list(self._ids(texts, special=False))
 
     def render_text(self, conversations: Sequence[Sequence[Message]], *, generation_prompt: bool) -> list[str]:
-        """Conversations as the text that the template makes of them."""
+        """Render conversations as text, before it is encoded."""
         from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415 (0.5 s)
 
         if self._refused is not None:
@@ -136,14 +132,12 @@ class Tokenizer:
             raise DataError(f"the chat template refuses this conversation: {_one_line(error)}") from error
         return list(rendered[0])  # annotated as a string, in fact texts and the spans of `{% generation %}`
 
-    # --- identity ---
-
     @cached_property
     def digest(self) -> str:
-        """blake2b over what turns text into ids: model, normalizer, pre-tokenizer, added tokens, BOS and EOS added.
+        """Digest the parts that turn text into ids (blake2b): model, normalizer, pre-tokenizer, added tokens, BOS, EOS.
 
         Taken from the loaded tokenizer, without fields that are null or false: a file that another version of the
-        library wrote anew has the same digest.
+        library wrote again has the same digest.
         """
         parts = json.loads(self._backend.to_str())
         model = dict(parts["model"])
@@ -170,7 +164,7 @@ class Tokenizer:
 
     @cached_property
     def template_digest(self) -> str:
-        """blake2b over the chat template's text; of `PLAIN_TEMPLATE` where the tokenizer has none."""
+        """Digest the chat template's text (blake2b), or that of `PLAIN_TEMPLATE` where the tokenizer has none."""
         return _digest(self.template)
 
     @cached_property
@@ -178,14 +172,12 @@ class Tokenizer:
         ids = {*self._configured_eos, *self._end_of_turn()} - {self.eos_id}
         return (self.eos_id, *sorted(ids))
 
-    # --- inside ---
-
     def _ids(self, texts: Sequence[str], *, special: bool) -> Iterable[Int32]:
         for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=special):
             yield np.array(encoding.ids, dtype=np.int32)
 
     def _once(self, ids: Int32) -> Int32:
-        """Text that begins with a written BOS, or ends with a written EOS, gets no second one."""
+        """Remove a second BOS or EOS of text that begins or ends with a written one."""
         start = int(len(ids) > 1 and ids[0] == ids[1] == self.bos_id)
         end = len(ids) - int(len(ids) > 1 and ids[-1] == ids[-2] == self.eos_id)
         return ids[start:end]
@@ -198,7 +190,7 @@ class Tokenizer:
 
     @cached_property
     def _clockless(self) -> str:
-        """The template, its clock stopped at `FIXED_DATES`."""
+        """Return the template with its clock stopped at `FIXED_DATES`."""
         if "strftime_now" not in self.template:
             return self.template
         date = f"{FIXED_DATES!r}.get(format, '26 Jul 2024')"
@@ -214,7 +206,7 @@ class Tokenizer:
             yield f"the chat template writes today's date: held at {date}, so that tokens stay the same"
 
     def _end_of_turn(self) -> set[int]:
-        """The first special token after an assistant's words, as the template writes it."""
+        """Find the first special token after an assistant's words, as the template writes it."""
         words = "Tea at four."
         chat = (Message("user", "Tea?"), Message("assistant", words))
         try:
@@ -259,7 +251,7 @@ def _load(folder: Path) -> TokenizersBackend:
 
 
 def _default_template(template: str | dict[str, str] | None) -> str | None:
-    """The template for plain chat, where a tokenizer brings several by name."""
+    """Return the template for plain chat, where a tokenizer has several by name."""
     return template.get("default") if isinstance(template, dict) else template
 
 
@@ -272,7 +264,7 @@ def _eos_id(hf: TokenizersBackend, configured: Sequence[int], folder: Path) -> i
 
 
 def _eos_in(folder: Path) -> list[int]:
-    """End-of-sequence ids that generation_config.json and config.json name."""
+    """Read the end-of-sequence ids that generation_config.json and config.json name."""
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         path = folder / name
@@ -292,7 +284,7 @@ def _digest(value: object) -> str:
 
 
 def _without_defaults(value: Any) -> Any:
-    """Without keys whose value is null or false, at every depth but a vocabulary's."""
+    """Remove keys whose value is null or false, at every depth but a vocabulary's."""
     if isinstance(value, dict):
         return {key: _without_defaults(item) for key, item in value.items() if item is not None and item is not False}
     if isinstance(value, list) and value and isinstance(value[0], dict):

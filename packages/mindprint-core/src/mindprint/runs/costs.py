@@ -1,4 +1,4 @@
-"""What a run costs: how long its base takes to load, and the most memory that its process had."""
+"""The costs of a run: the time to load its base, and the most memory that its process had."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def write_costs(run: Path, costs: Costs) -> None:
 
 
 def read_costs(run: Path) -> Costs | None:
-    """What a run cost; None for one that was not measured."""
+    """Read the costs of a run. None if they were not measured."""
     try:
         content = read_json(run / COSTS_FILE)
         check_format(run / COSTS_FILE, content.get("format", 1), COSTS_FORMAT)
@@ -66,9 +66,9 @@ def read_costs(run: Path) -> Costs | None:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process had resident.
+    """Return the most memory that this process had resident.
 
-    Linux's own counter, where there is one: what `getrusage` says there includes the process that started this one.
+    Linux's own counter comes first: `getrusage` includes there the process that started this one.
     """
     status = Path("/proc/self/status")
     if status.is_file():

@@ -62,7 +62,7 @@ class _StepLine:
 
 
 class RunFolder:
-    """Paths of a run, and the few writes that are not a checkpoint."""
+    """The paths of a run, and the few writes that are not a checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -80,12 +80,12 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether a run was started here, if only just: its first file is the lock (which a copy may have left out)."""
+        """Return whether a run was started here. Its first file is the lock, which a copy may have left out."""
         return self._lock.exists() or self.holds_run
 
     @property
     def holds_run(self) -> bool:
-        """Whether a run got as far as writing down what it is."""
+        """Return whether a run got as far as writing its manifest."""
         return self.manifest.exists()
 
     @property
@@ -144,12 +144,12 @@ class RunFolder:
         atomic.write_text(self.manifest, json.dumps(content, indent=2) + "\n")
 
     def write_split(self, trained: Sequence[str], held_out: Sequence[str]) -> None:
-        """Hashes of the prompts on either side, for whoever scores the run later."""
+        """Write the hashes of the prompts on either side, for whoever scores the run later."""
         content = {"format": SPLIT_FORMAT, "trained": trained, "held_out": held_out}
         atomic.write_text(self.split, json.dumps(content, indent=1) + "\n")
 
     def trained_prompts(self) -> frozenset[str]:
-        """Hashes of the prompts that were trained on; none are known of a run that an older version began."""
+        """Read the hashes of the trained prompts. None are known of a run that an older version began."""
         if not self.split.exists():
             return frozenset()
         try:
@@ -157,14 +157,14 @@ class RunFolder:
             check_format(self.split, content.get("format", 1), SPLIT_FORMAT)
             return typed(frozenset[str], content["trained"])
         except (OSError, *MALFORMED) as error:
-            raise RunError(f"{self.split}: cannot be read, so what was trained on is unknown: {error}") from error
+            raise RunError(f"{self.split}: cannot be read, so the trained prompts are unknown: {error}") from error
 
     def append_step(self, event: StepDone) -> None:
-        """One line of metrics.jsonl; what does not apply to the stage is left out."""
+        """Append a line to metrics.jsonl, without the fields that do not apply to the stage."""
         _append(self.metrics, {name: value for name, value in asdict(event).items() if value is not None})
 
     def read_steps(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl. A last line that was cut off by a crash is not one."""
+        """Read the lines of metrics.jsonl, without a last line that a crash cut off."""
         return [_checked(self.metrics, number, line) for number, line in enumerate(_lines(self.metrics), 1)]
 
     def append_evaluation(self, record: EvaluationRecord) -> None:
@@ -180,31 +180,33 @@ class RunFolder:
         return _parsed(self.decisions_file, decision_from)
 
     def write_answers(self, answers: Sequence[AnswerRecord]) -> None:
-        """The held-out prompts of the final evaluation with all answers."""
-        _write(self.answers_file, [as_line(one) for one in answers])
+        """Write the held-out prompts of the final evaluation with all answers."""
+        _write(self.answers_file, [as_line(answer) for answer in answers])
 
     def mark_rolled_back(self, first: int, last: int) -> None:
-        """Mark the lines of steps that were undone; they stay where they are."""
+        """Mark the lines of steps that were undone. They stay in the file."""
         lines = self.read_steps()
         _write(
             self.metrics, [{**line, "rolled_back": True} if first <= line["step"] <= last else line for line in lines]
         )
 
     def forget_after(self, step: int, *, ended: bool) -> None:
-        """Drop what a resumed run will do again after `step`: steps, and what was found and decided later.
+        """Drop everything after `step` that a resumed run will do again: steps, evaluations and decisions.
 
-        Of a run whose training has `ended` the final evaluation too.
+        If its training has `ended`, the final evaluation is dropped too.
         """
-        decisions = [one for one in self.decisions() if one.step <= step]
-        undone = [range(one.first_step, (one.last_step or 0) + 1) for one in decisions if one.first_step]
+        decisions = [decision for decision in self.decisions() if decision.step <= step]
+        undone = [range(past.first_step, (past.last_step or 0) + 1) for past in decisions if past.first_step]
         kept = [line for line in self.read_steps() if line["step"] <= step]
         for line in kept:
             if not any(line["step"] in steps for steps in undone):
                 line.pop("rolled_back", None)
-        found = [one for one in self.evaluations() if one.step <= step and not (ended and _is_final(one))]
+        evaluations = [
+            record for record in self.evaluations() if record.step <= step and not (ended and _is_final(record))
+        ]
         _write(self.metrics, kept)
-        _write(self.decisions_file, [as_line(one) for one in decisions])
-        _write(self.evaluations_file, [as_line(one) for one in found])
+        _write(self.decisions_file, [as_line(decision) for decision in decisions])
+        _write(self.evaluations_file, [as_line(record) for record in evaluations])
 
 
 def _is_final(record: EvaluationRecord) -> bool:
@@ -392,13 +394,13 @@ def runs_folder(file: ConfigFile) -> Path:
 
 
 def new_run_path(parent: Path) -> Path:
-    """The next free `run-NNN` under `parent`."""
+    """Return the path of the next free `run-NNN` under `parent`."""
     taken = [int(found[1]) for path in _entries(parent) if (found := _NUMBERED.fullmatch(path.name))]
     return parent / f"run-{max(taken, default=0) + 1:03d}"
 
 
 def newest_run(parent: Path) -> Path | None:
-    """The run under `parent` that was started last, if any."""
+    """Return the numbered run under `parent` that was started last, if there is one."""
     runs = [path for path in _entries(parent) if _NUMBERED.fullmatch(path.name) and RunFolder(path).holds_run]
     return max(runs, key=lambda path: int(path.name.partition("-")[2]), default=None)
 
@@ -408,7 +410,7 @@ def _entries(parent: Path) -> list[Path]:
 
 
 def portable(file: ConfigFile, run: Path) -> Config:
-    """The configuration with its paths relative to the run, so that `RUN/config.yaml` can be loaded again."""
+    """Return the configuration with its paths relative to the run, so that `RUN/config.yaml` can be loaded again."""
     data = file.config.data
 
     def relative(entry: str) -> str:

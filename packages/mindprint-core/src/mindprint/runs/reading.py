@@ -47,7 +47,7 @@ class Step:
 
     @property
     def stretch(self) -> Stretch:
-        """What it is one of: steps of a stage of a topic, in one attempt, undone or not."""
+        """Return the group of steps that it belongs to: a stage of a topic, in one attempt, undone or not."""
         return self.topic, self.stage, self.attempt, self.undone
 
 
@@ -65,7 +65,7 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything that a report tells of.
+    """Everything that a report shows.
 
     `evaluations`, `decisions` and `answers` are None where the run has no such file, which is not the same as none.
     `titles`: of topics, chapters and units by id. `config` is None where this version cannot read it. `broken` names
@@ -90,24 +90,24 @@ class RunRecord:
 
     @cached_property
     def topics(self) -> tuple[str, ...]:
-        """Every topic of the run, in order of training."""
+        """Return every topic of the run, in order of training."""
         return tuple(dict.fromkeys([*(stage.topic for stage in self.stages), *(step.topic for step in self.steps)]))
 
     @property
     def final(self) -> EvaluationRecord | None:
-        """The evaluation of the finished adapter on all held-out text."""
+        """Return the evaluation of the finished adapter on all held-out text."""
         return self._last(lambda one: one.level == "final")
 
     def trained(self, topic: str) -> EvaluationRecord | None:
-        """The evaluation right after the topic's training: that of the state which stood, if there is one."""
+        """Return the evaluation right after the topic's training, of the state that was kept."""
         return self._last(lambda one: _about(one, topic) and one.stage is not None and not self.undone(one))
 
     def at_the_end(self, topic: str) -> EvaluationRecord | None:
-        """The topic as the final evaluation found it, with everything trained."""
+        """Return the final evaluation of the topic, with everything trained."""
         return self._last(lambda one: _about(one, topic) and one.stage is None)
 
     def undone(self, record: EvaluationRecord) -> bool:
-        """Whether what was evaluated was rolled back afterwards."""
+        """Return whether the evaluated state was rolled back afterwards."""
         return any(
             one.topic == record.name
             and one.first_step is not None
@@ -118,8 +118,9 @@ class RunRecord:
         )
 
     def outcome(self, topic: str) -> str:
-        """`passed`, `failed`, `not evaluated` or `measured`; `not trained` for one that the run did not reach."""
-        verdicts = [one.decision for one in self.decisions or () if one.topic == topic and one.decision in OUTCOMES]
+        """Return `passed`, `failed`, `not evaluated` or `measured`, or `not trained` if the run never reached it."""
+        decided = [past.decision for past in self.decisions or () if past.topic == topic]
+        verdicts = [decision for decision in decided if decision in OUTCOMES]
         if verdicts:
             return OUTCOMES[verdicts[-1]]
         if not any(step.topic == topic for step in self.steps):
@@ -133,15 +134,15 @@ class RunRecord:
         return self.titles.get(name) or name
 
     def _last(self, wanted: Callable[[EvaluationRecord], bool]) -> EvaluationRecord | None:
-        return next((one for one in reversed(self.evaluations or ()) if wanted(one)), None)
+        return next((record for record in reversed(self.evaluations or ()) if wanted(record)), None)
 
 
 def read_run(path: Path) -> RunRecord:
     """Read a run, complete or not. Raises `RunError` in one line where `path` holds none, or an unreadable manifest."""
     folder = RunFolder(path)
     if not folder.holds_run:
-        what = "is no run (no manifest.json)" if path.is_dir() else "no such folder"
-        raise RunError(f"{path}: {what}; name the folder of a run, such as my-voice/runs/run-001")
+        problem = "is not a run (no manifest.json)" if path.is_dir() else "no such folder"
+        raise RunError(f"{path}: {problem}; name the folder of a run, such as my-voice/runs/run-001")
     manifest = _manifest(folder.manifest)
     broken: list[str] = []
     curriculum = manifest.get("curriculum")
@@ -162,7 +163,7 @@ def read_run(path: Path) -> RunRecord:
 
 
 def finite(values: Iterable[float | None]) -> list[float]:
-    """Those that are numbers."""
+    """Return the values that are finite numbers."""
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
@@ -192,7 +193,7 @@ def _config(folder: RunFolder, broken: list[str]) -> Config | None:
 
 
 def _read(file: Path, parse: Callable[[Mapping[str, Any]], Record], broken: list[str]) -> tuple[Record, ...] | None:
-    """The records of a file up to the first line that is none: a crash cuts the last one off."""
+    """Read the records of a file up to the first line that is not one: a crash cuts the last one off."""
     if not file.is_file():
         return None
     found: list[Record] = []
@@ -200,7 +201,9 @@ def _read(file: Path, parse: Callable[[Mapping[str, Any]], Record], broken: list
         try:
             found.append(parse(parse_json(line)))
         except MALFORMED:
-            broken.append(f"{file.name}, line {number}: is not as this version writes it; what follows is left out")
+            broken.append(
+                f"{file.name}, line {number}: is not as this version writes it; this line and all after it are left out"
+            )
             break
     return tuple(found)
 

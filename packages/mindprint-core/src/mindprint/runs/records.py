@@ -1,6 +1,6 @@
-"""What evaluations found and what was decided, as the lines of evaluations.jsonl and decisions.jsonl hold it.
+"""Records of evaluations and decisions, as the lines of evaluations.jsonl, decisions.jsonl and answers.jsonl.
 
-Neither kind of line has a `loss`: that belongs to metrics.jsonl alone. A figure that could not be had is None, and
+Neither kind of line has a `loss`: that belongs to metrics.jsonl alone. A figure that is not available is None, and
 `unmeasured` says why by the figure's name; it is never 0.
 """
 
@@ -15,16 +15,16 @@ from mindprint.contract import StageName
 from mindprint.input_files import typed
 
 Outcome = Literal["measured", "passed", "failed", "not evaluated"]
-"""`measured`: no threshold was set. `not evaluated`: one was, and could not be applied; it is neither pass nor fail."""
+"""`measured`: no threshold was set. `not evaluated`: one could not be applied. It neither passed nor failed."""
 
 DecisionKind = Literal["skip", "train", "roll back", "retry", "pass", "fail", "not evaluated", "stop"]
-"""`skip` and `train`: what the gate said of a topic's DPO stage. The others: of a stage, a topic, the run."""
+"""`skip` and `train` are the gate's, about a topic's DPO stage. The others are about a stage, a topic or the run."""
 
 VERDICTS: Mapping[Outcome, DecisionKind] = {"passed": "pass", "failed": "fail", "not evaluated": "not evaluated"}
-"""What a topic's outcome decides."""
+"""The decision that follows from a topic's outcome."""
 
 OUTCOMES: Mapping[DecisionKind, Outcome] = {decision: outcome for outcome, decision in VERDICTS.items()}
-"""The outcome that a verdict stands for."""
+"""The outcome that a verdict means."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of the answers to some held-out prompts, and of held-out texts and pairs beside them.
+    """The figures of an evaluation: of answers to held-out prompts, and of held-out texts and pairs.
 
     Voices lie on the run's scale: 0 the base model, 1 the person. Shares are 0 to 1, margins in nats, lengths in
     words over the person's. `base_` and `person_` figures are those of the base model and of the person's own
@@ -129,7 +129,7 @@ class EvaluationRecord:
 
     `name`: the topic's, chapter's or unit's id, `""` for `final`. `stage`: the stage of the topic that it followed;
     None for the other levels. `step`: optimizer steps of the run before it. `reasons`: thresholds missed, or why it
-    could not be evaluated. `collapse`: in words, what of the answers says that the model is broken; mostly empty.
+    could not be evaluated. `collapse`: the signs in the answers that the model is broken, mostly none.
     `earlier`: for units, each topic trained before the unit's last one.
     """
 
@@ -147,10 +147,10 @@ class EvaluationRecord:
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided, before it was acted on: a line of decisions.jsonl.
+    """A decision, written before it is acted on: a line of decisions.jsonl.
 
     `first_step` and `last_step`: the optimizer steps of the run (from 1, inclusive) that a roll-back or a retry undid;
-    they stay in metrics.jsonl. `change`: what the next attempt does otherwise (`{"learning_rate": 0.5}`: times).
+    they stay in metrics.jsonl. `change`: factors of the next attempt (`{"learning_rate": 0.5}`).
     """
 
     decision: DecisionKind
@@ -200,7 +200,7 @@ def answer_from(line: Mapping[str, Any]) -> AnswerRecord:
 
 
 def as_line(record: EvaluationRecord | Decision | AnswerRecord) -> dict[str, Any]:
-    """A record as the JSON object of its line; the `*_from` of its kind reads it back."""
+    """Return a record as the JSON object of its line. The `*_from` of its kind reads it back."""
     return asdict(record)
 
 

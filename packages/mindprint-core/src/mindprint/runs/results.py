@@ -1,4 +1,4 @@
-"""What a run came to, read from the run itself."""
+"""The results of a run, read from the run itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mindprint.runs.records import OUTCOMES, Outcome
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage of a topic came to; losses are those of its first and last step."""
+    """The result of a stage of a topic. The losses are those of its first and last step."""
 
     topic: str
     stage: StageName
@@ -27,7 +27,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What held-out text said of a topic, chapter or unit, or of the whole (`final`), where thresholds were set."""
+    """The outcome for a topic, chapter or unit, or for the whole run (`final`), where thresholds were set."""
 
     level: Level
     name: str
@@ -42,7 +42,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left behind. `verdicts` are those of every evaluation with thresholds, in order."""
+    """The result of a run. `verdicts` are those of every evaluation with thresholds, in order."""
 
     run: Path
     adapter: Path
@@ -51,16 +51,16 @@ class RunResult:
 
     @property
     def failed(self) -> tuple[Verdict, ...]:
-        return tuple(one for one in self.verdicts if one.outcome == "failed")
+        return tuple(verdict for verdict in self.verdicts if verdict.outcome == "failed")
 
     @property
     def not_evaluated(self) -> tuple[Verdict, ...]:
-        """What had a threshold and could not be held against it: neither passed nor failed."""
-        return tuple(one for one in self.verdicts if one.outcome == "not evaluated")
+        """Return the verdicts whose threshold could not be applied: neither passed nor failed."""
+        return tuple(verdict for verdict in self.verdicts if verdict.outcome == "not evaluated")
 
 
 def stage_results(folder: RunFolder) -> tuple[StageResult, ...]:
-    """What each stage came to, from metrics.jsonl: true also for a run that was resumed. What was undone is none."""
+    """Return each stage's result from metrics.jsonl, also of a run that was resumed, without steps that were undone."""
     stages: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in folder.read_steps():
         if not line.get("rolled_back"):
@@ -80,15 +80,15 @@ def stage_results(folder: RunFolder) -> tuple[StageResult, ...]:
 
 
 def verdicts(folder: RunFolder) -> tuple[Verdict, ...]:
-    """Topics' verdicts from decisions.jsonl, those of the other levels from evaluations.jsonl."""
+    """Return topics' verdicts from decisions.jsonl, and those of the other levels from evaluations.jsonl."""
     topics = [
-        Verdict("topic", one.topic, OUTCOMES[one.decision], one.why)
-        for one in folder.decisions()
-        if one.decision in OUTCOMES
+        Verdict("topic", decision.topic, OUTCOMES[decision.decision], decision.why)
+        for decision in folder.decisions()
+        if decision.decision in OUTCOMES
     ]
     others = [
-        Verdict(one.level, one.name, one.outcome, "; ".join(one.reasons))
-        for one in folder.evaluations()
-        if one.level != "topic" and one.outcome != "measured"
+        Verdict(record.level, record.name, record.outcome, "; ".join(record.reasons))
+        for record in folder.evaluations()
+        if record.level != "topic" and record.outcome != "measured"
     ]
     return (*topics, *others)

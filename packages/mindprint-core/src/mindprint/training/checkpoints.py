@@ -1,8 +1,8 @@
 """Checkpoints: everything a run continues from, in files that any backend can take over.
 
 A checkpoint is a folder named by the number of optimizer steps before it. It holds the adapter as PEFT writes it,
-AdamW's moments under the same tensor names, and `cursor.json`: where the run stands, what it belongs to, and a digest
-of each other file. Folders appear whole or not at all.
+AdamW's moments under the same tensor names, and `cursor.json`: the position of the run, its identity,
+a digest of each other file and one of itself. Folders appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _FIRST, _SECOND = "exp_avg.", "exp_avg_sq."
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a run stands: `step` optimizer steps in all, `stage_step` of them in stage `stage_index` of the plan.
+    """The position of a run: `step` optimizer steps in all, `stage_step` of them in stage `stage_index` of the plan.
 
     `stage_index` one past the last stage means that training is complete. `backend` wrote the checkpoint, in
     `environment`: the versions and thread counts on which bit-for-bit resume depends. `attempt` is the topic's, from 1,
@@ -96,7 +96,7 @@ class CheckpointStore:
         return newest_checkpoint(self._folder, self._identity, sound=sound)
 
     def newest_step(self) -> int | None:
-        """Return the optimizer steps before the newest checkpoint, None where there is no checkpoint."""
+        """Return the optimizer steps before the newest checkpoint, or None without a checkpoint."""
         folders = list_checkpoints(self._folder)
         return int(folders[-1].name) if folders else None
 
@@ -114,7 +114,7 @@ def checkpoint_name(step: int) -> str:
 def write_checkpoint(
     parent: Path, state: TrainingState, cursor: Cursor, identity: Mapping[str, str], base_model: str
 ) -> Path:
-    """Write a checkpoint under `parent`; `identity` names by digest what it belongs to."""
+    """Write a checkpoint under `parent`. `identity` holds digests of everything that it depends on."""
     folder = parent / checkpoint_name(cursor.step)
     with atomic.new_folder(folder) as aside:
         write_adapter(aside, state.adapter, base_model)
@@ -130,7 +130,7 @@ def read_checkpoint(folder: Path, identity: Mapping[str, str]) -> Checkpoint:
     """Read a checkpoint and check it part by part.
 
     Raises `DamagedCheckpointError` naming the part that is truncated, edited or missing, and `CheckpointError` naming
-    what it was made from if that is not what `identity` says.
+    the part of its identity that differs from `identity`.
     """
     content = _read_cursor(folder / CURSOR_FILE)
     for name, digest in content["files"].items():
@@ -150,14 +150,14 @@ def read_checkpoint(folder: Path, identity: Mapping[str, str]) -> Checkpoint:
 
 
 def list_checkpoints(parent: Path) -> list[Path]:
-    """The checkpoint folders under `parent`, oldest first; what was left half-written is not one."""
+    """Return the checkpoint folders under `parent`, oldest first. Half-written ones do not count."""
     if not parent.is_dir():
         return []
     return sorted(path for path in parent.iterdir() if path.is_dir() and path.name.isdigit())
 
 
 def newest_checkpoint(parent: Path, identity: Mapping[str, str], *, sound: bool) -> tuple[Checkpoint, list[str]]:
-    """The checkpoint to resume from, and what was passed over to find it.
+    """Return the checkpoint to resume from, and why newer ones were passed over.
 
     With `sound` False the newest, which must be sound. With `sound` True the newest that is sound. Either way one that
     is of another base, dataset or configuration is refused.
@@ -247,7 +247,7 @@ def _check_file(file: Path, digest: str) -> None:
 
 
 def _content_digest(content: Mapping[str, Any]) -> str:
-    """Digest what cursor.json says. It steers a run: edited, it could skip a stage."""
+    """Digest the content of cursor.json. It steers a run: edited, it could skip a stage."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -1,8 +1,8 @@
-"""The course of a run through its curriculum: what each stage is followed by.
+"""The course of a run through its curriculum: the decisions after each stage.
 
-Stages come as planned, unless an evaluation says otherwise: a gate skips a topic's DPO, a collapse undoes a stage, a
-failed topic is tried again from where it began, a failure ends the run early. Every decision is on disk before it is
-acted on, and follows from evaluations that are greedy, so a run that was killed takes the same course again.
+Stages are taken as planned, unless an evaluation decides otherwise: a gate skips a topic's DPO, a collapse undoes a
+stage, a failed topic is tried again from its start, a failure ends the run early. Every decision is on disk before
+anything follows from it. It depends on greedy evaluations alone, so a run that was killed takes the same course again.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Position:
 
     @classmethod
     def of(cls, cursor: Cursor) -> Position:
-        """The stage that a checkpoint lies in, or before."""
+        """Return the position of the stage that a checkpoint is in, or before."""
         return cls(cursor.stage_index, cursor.step - cursor.stage_step, cursor.attempt, cursor.topic_step)
 
 
 class Course:
-    """Evaluates, decides, and records both."""
+    """The evaluations and decisions of a run, each recorded before anything follows from it."""
 
     def __init__(
         self,
@@ -64,12 +64,12 @@ class Course:
         self._evaluation = prepared.config.evaluation
 
     def stage(self, position: Position) -> StagePlan:
-        """The planned stage at a position, as it is taken there."""
+        """Return the planned stage at a position, as it is taken there."""
         rate = self._settings.retry_learning_rate ** (position.attempt - 1)
         return self._prepared.plans[position.index].for_attempt(position.step, position.attempt, rate)
 
     def after(self, plan: StagePlan, position: Position, state: TrainingState) -> tuple[Position, TrainingState]:
-        """What follows a stage that ended in `state`, which is in memory."""
+        """Return the position and state after a stage that ended in `state`, which is in memory."""
         step = plan.first_step + plan.steps
         examined = self._examiner.examine([plan.topic]) if self._is_examined(plan) else None
         if examined and examined.collapse:
@@ -93,7 +93,7 @@ class Course:
         return self._after_topic(plan, replace(position, step=step), state, outcome)
 
     def finish(self) -> None:
-        """The evaluation at the run's end, of every topic that was trained; the adapter is in memory."""
+        """Evaluate every topic that was trained, at the end of the run. The adapter is in memory."""
         if not self._evaluation.happens("final"):
             return
         topics, step = self._trained(), self._last_step()
@@ -106,8 +106,6 @@ class Course:
         self._folder.write_answers(examined.answers)
         if examined.collapse:
             self._warn_of_collapse("the run", examined.collapse)
-
-    # --- a stage -----------------------------------------------------------------------------------------------------
 
     def _is_examined(self, plan: StagePlan) -> bool:
         if self._settings.roll_back:
@@ -139,7 +137,7 @@ class Course:
         return self._restored(plan.first_step)
 
     def _restored(self, step: int) -> TrainingState:
-        """The state of a checkpoint, also in memory."""
+        """Restore the state of a checkpoint in memory, and return it."""
         state = self._checkpoints.read(step).state
         self._engine.backend.restore(self._engine.model, state)
         return state
@@ -148,18 +146,16 @@ class Course:
         words = f"{what}: {'; '.join(collapse)} (curriculum.roll_back=true would undo a stage that does this)"
         self._emit(Notice(words, warning=True))
 
-    # --- a topic, and what ends with it ------------------------------------------------------------------------------
-
     def _after_topic(
         self, plan: StagePlan, position: Position, state: TrainingState, outcome: tuple[Outcome, tuple[str, ...]]
     ) -> tuple[Position, TrainingState]:
-        found, reasons = outcome
+        verdict, reasons = outcome
         why = "; ".join(reasons)
-        if found == "failed" and plan.attempt <= self._settings.retries:
+        if verdict == "failed" and plan.attempt <= self._settings.retries:
             return self._again(plan, position, why)
-        if found != "measured":
-            self._decide(Decision(VERDICTS[found], position.step, plan.topic, why, attempt=plan.attempt))
-        ended = self._ended(plan, position.step, "topic" if found == "failed" else None)
+        if verdict != "measured":
+            self._decide(Decision(VERDICTS[verdict], position.step, plan.topic, why, attempt=plan.attempt))
+        ended = self._ended(plan, position.step, "topic" if verdict == "failed" else None)
         following = len(self._prepared.plans) if ended else self._index_after(plan.topic)
         return Position(following, position.step, 1, position.step), state
 
@@ -169,11 +165,11 @@ class Course:
         decision = Decision("retry", position.step, plan.topic, why, None, plan.attempt, first, position.step, change)
         self._decide(decision)
         self._folder.mark_rolled_back(first, position.step)
-        index = next(one.index for one in self._prepared.plans if one.topic == plan.topic)
+        index = next(planned.index for planned in self._prepared.plans if planned.topic == plan.topic)
         return replace(position, index=index, attempt=plan.attempt + 1), self._restored(position.topic_step)
 
     def _ended(self, plan: StagePlan, step: int, failed: Level | None) -> bool:
-        """Evaluate the chapter and unit that end with a topic; whether a failure ends the run."""
+        """Evaluate the chapter and unit that end with a topic. Return whether a failure ends the run."""
         failures = [(failed, plan.topic)] if failed else []
         for part in self._prepared.outline.ending_with(plan.topic):
             if self._evaluation.happens(part.level):
@@ -191,15 +187,16 @@ class Course:
         return False
 
     def _earlier(self, topic: str, inside: Sequence[str], examined: Examined) -> tuple[Forgetting, ...]:
-        """Every topic trained before `topic`, as it was right after its training and as it is now."""
+        """Compare every topic trained before `topic` with itself right after its training."""
         trained = self._trained()
         before = trained[: trained.index(topic)]
-        outside = [one for one in before if one not in inside]
+        outside = [earlier for earlier in before if earlier not in inside]
         others = self._examiner.examine(outside, each=True).topics if outside else {}
         return self._forgotten(before, replace(examined, topics={**others, **examined.topics}))
 
     def _forgotten(self, topics: Sequence[str], examined: Examined) -> tuple[Forgetting, ...]:
-        then = {one.name: one.figures for one in self._folder.evaluations() if one.level == "topic" and one.stage}
+        evaluations = self._folder.evaluations()
+        then = {past.name: past.figures for past in evaluations if past.level == "topic" and past.stage}
         none = Figures()
         return tuple(
             Forgetting(
@@ -213,7 +210,7 @@ class Course:
         )
 
     def _trained(self) -> list[str]:
-        """Topics with a step in metrics.jsonl, in order."""
+        """Return the topics with a step in metrics.jsonl, in order."""
         taken = {line["topic"] for line in self._folder.read_steps()}
         return [topic for topic in dict.fromkeys(plan.topic for plan in self._prepared.plans) if topic in taken]
 
@@ -222,8 +219,6 @@ class Course:
 
     def _index_after(self, topic: str) -> int:
         return max(plan.index for plan in self._prepared.plans if plan.topic == topic) + 1
-
-    # --- writing down ------------------------------------------------------------------------------------------------
 
     def _record(
         self,
@@ -249,7 +244,7 @@ class Course:
         self._emit(Decided(decision, self._planned_steps(decision)))
 
     def _planned_steps(self, decision: Decision) -> int:
-        """The run's optimizer steps as now planned: those taken, and those of the stages still to come."""
+        """Count the run's optimizer steps as now planned: those taken, and those of the stages still to come."""
         plans = self._prepared.plans
         if decision.decision == "stop":
             return decision.step

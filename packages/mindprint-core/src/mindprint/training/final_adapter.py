@@ -1,4 +1,4 @@
-"""The final adapter folder: the PEFT files and the card that says what they are."""
+"""The final adapter folder: the PEFT files, the fingerprint and the model card."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_final_adapter(
 
 
 def model_card(adapter: AdapterState, model: ModelFolder, config: Config) -> str:
-    """A model card in the Hub's format: front matter, what it is, how to load it."""
+    """Write a model card in the Hub's format: front matter, a description, and how to load the adapter."""
     lora = adapter.config
     stages = [stage.upper() for stage, objective in OBJECTIVES.items() if objective.settings(config).enabled]
     base = "" if model.name.startswith("builtin:") or Path(model.name).exists() else f"base_model: {model.name}\n"
@@ -48,6 +48,6 @@ base = AutoModelForCausalLM.from_pretrained("{model.name}")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
-`{FINGERPRINT_FILE}` records what it is and what it computed where it was trained;
-`mindprint verify path/to/this/folder` recomputes that anywhere.
+`{FINGERPRINT_FILE}` records its digests, and the log-probs that it computed where it was trained.
+You can recompute them anywhere with `mindprint verify path/to/this/folder`.
 """

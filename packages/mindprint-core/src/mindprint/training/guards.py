@@ -1,6 +1,6 @@
-"""Checks that stop a run before it corrupts its result in silence. Cheap, and on by default.
+"""Checks that stop a run before it corrupts its result in silence. They are cheap, and on by default.
 
-Each failure is a `GuardError` that says what was seen, what it means and where to look.
+Each failure is a `GuardError` that names the observation, its meaning, and where to look.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from mindprint.tolerances import LOG_PROB_NOISE, LOSS_TOLERANCE
 
 
 def check_step(metrics: StepMetrics, rows: Sequence[object]) -> None:
-    """Loss and gradient are finite; `rows` says where the step's data came from."""
+    """Raise `GuardError` if loss or gradient are not finite. `rows` says where the step's data came from."""
     if metrics.skipped or is_finite(metrics):
         return
     named = ", ".join(str(row) for row in rows[:8])
     raise GuardError(
         f"loss {metrics.loss} and gradient norm {metrics.grad_norm} are not finite; the batch was {named}. "
-        "The last checkpoint stands; lower the learning rate, or look at these rows"
+        "The last checkpoint is kept; lower the learning rate, or look at these rows"
     )
 
 
 def check_first_update(before: AdapterState, after: AdapterState, metrics: StepMetrics) -> None:
-    """The first update with a learning rate above 0 had a gradient and changed the adapter."""
+    """Raise `GuardError` if the first update with a learning rate above 0 had no gradient or changed nothing."""
     if metrics.grad_norm == 0.0:
         raise GuardError("the first gradient is exactly zero: the loss does not depend on the adapter")
     unchanged = all(
@@ -42,9 +42,9 @@ def check_first_update(before: AdapterState, after: AdapterState, metrics: StepM
 def check_first_preference_step(
     batches: Sequence[PreferenceBatch], metrics: StepMetrics, loss: PreferenceLoss, dtype: Dtype
 ) -> None:
-    """At the first step of a stage policy and reference are one model: every log-ratio is 0, the loss its value there.
+    """Raise `GuardError` if the reference is not the adapter that this stage started from.
 
-    Raises `GuardError`: the reference is not the adapter that this stage started from.
+    At the first step policy and reference are one model, so that every log-ratio is 0 within the noise of the dtype.
     """
     if loss.reference_free:
         return
@@ -65,7 +65,7 @@ def check_first_preference_step(
 def check_preference_loss(
     batches: Sequence[PreferenceBatch], metrics: StepMetrics, loss: PreferenceLoss, update: Update
 ) -> None:
-    """The backend's loss is core's loss of the backend's own log-probs."""
+    """Raise `GuardError` if the backend's loss is not core's loss of the backend's own log-probs."""
     pairs = pair_log_probs(batches, metrics)
     expected = float(loss.total(NUMPY, pairs, pair_count=update.pairs, chosen_token_count=update.tokens))
     if not abs(metrics.loss - expected) <= LOSS_TOLERANCE * (1 + abs(expected)):
@@ -76,7 +76,7 @@ def check_preference_loss(
 
 
 def pair_log_probs(batches: Sequence[PreferenceBatch], metrics: StepMetrics) -> PairLogProbs:
-    """A preference step's log-probs and reference as one set of float64 arrays `[pairs]`; absent references are 0."""
+    """Collect a preference step's log-probs and reference as float64 arrays `[pairs]`. Absent references are 0."""
     chosen = np.asarray(metrics.chosen_log_probs, np.float64)
     rejected = np.asarray(metrics.rejected_log_probs, np.float64)
     return PairLogProbs(

@@ -24,9 +24,10 @@ def run_stage(
     save_every: int,
     stop_requested: Callable[[], bool],
 ) -> bool:
-    """Take the steps from `first_step` (from 0) to the end of the stage; False if it was asked to stop before that.
+    """Take the steps from `first_step` (from 0) to the end of the stage. Return False if it was asked to stop before.
 
-    `save(steps_done)` is called every `save_every` steps of the run, and when the stage stops early; not at its end.
+    `save(steps_done)` is called every `save_every` steps of the run, and when the stage stops early. It is not
+    called at the stage's end, because the next stage saves its start.
     """
     plan = stage.plan
     unproven = first_step == 0

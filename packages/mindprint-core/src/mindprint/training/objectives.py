@@ -1,7 +1,7 @@
-"""Training objectives: everything in which the stages of a topic differ from each other, in one place.
+"""Training objectives: every difference between the stages of a topic, in one place.
 
 A stage is named after its objective. The plan, the loop, checkpoints, metrics.jsonl, the curriculum and the checks of
-`mindprint doctor` are the same for every objective and look up here what is not.
+`mindprint doctor` are the same for every objective. They look up the differences here.
 
 To add an objective, KTO for example (Ethayarajh et al. 2024, arXiv 2402.01306):
 
@@ -75,7 +75,7 @@ class Objective(ABC, Generic[Example, Batch]):
     """Its length where the configuration gives neither epochs nor steps. Exactly one of the two is set."""
 
     may_change_on_resume: ClassVar[frozenset[str]] = frozenset({"backend"})
-    """Settings that decide how a step is computed, not what it computes."""
+    """Settings that decide how a step is computed, and not its result."""
 
     def settings(self, config: Config) -> StageConfig:
         """Return its section of the configuration."""
@@ -108,7 +108,7 @@ class Objective(ABC, Generic[Example, Batch]):
 
     @abstractmethod
     def complete_update(self, update: Update, batches: Sequence[Batch], settings: StageConfig) -> Update:
-        """Fill in what the loss of a step is divided by."""
+        """Fill in the normalizers of the loss."""
 
     @abstractmethod
     def take_step(

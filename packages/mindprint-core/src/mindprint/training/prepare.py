@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a run's input, read and checked before any model is loaded."""
+"""Preparation of a run: all input is read and checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Prepared:
     outline: Outline
     notes: tuple[Notice, ...]
     start: AdapterState | None = None
-    """The adapter that training goes on from, if the configuration names one."""
+    """The adapter that training continues from, if the configuration names one."""
 
     @property
     def config(self) -> Config:
@@ -66,7 +66,7 @@ class Prepared:
 
 
 def prepare(file: ConfigFile) -> Prepared:
-    """Read model folder, tokenizer and data, and plan the stages. Raises a `MindprintError` for what is wrong."""
+    """Read model folder, tokenizer and data, and plan the stages. Raises a `MindprintError` for wrong input."""
     config = file.config
     model = models.resolve_model(config.model, file.folder)
     rows = read_rows(file)
@@ -119,7 +119,7 @@ def initial_state(prepared: Prepared, sites: Sequence[AdapterSite]) -> TrainingS
 
 
 def write_facts(prepared: Prepared, placements: Sequence[Placement], folder: RunFolder) -> None:
-    """Write what a run is before it trains: config.yaml, split.json and manifest.json."""
+    """Write config.yaml, split.json and manifest.json, before the run trains."""
     atomic.write_text(folder.config, dump_config(portable(prepared.config_file, folder.path)))
     facts = prepared.split.facts
     folder.write_split(facts.trained, facts.held_out)
@@ -150,7 +150,7 @@ def write_facts(prepared: Prepared, placements: Sequence[Placement], folder: Run
 
 
 def _readable(quizzes: Quizzes) -> Quizzes:
-    """Raises `DataError` for a quiz whose questions are unknown, so that nothing says what to hold out."""
+    """Raise `DataError` for a quiz that cannot be read: nothing tells which prompts it would hold out."""
     if quizzes.unreadable:
         first, *more = quizzes.unreadable
         raise DataError(f"{first} (and {len(more)} more)" if more else first)
@@ -175,14 +175,14 @@ def _start(file: ConfigFile, model: models.ModelFolder) -> AdapterState | None:
     folder = file.resolve(file.config.adapter.start_from)
     start, _ = read_any_adapter(folder, model.path)
     for finding in copy_findings(folder, model):
-        raise AdapterError(f"{folder}: {finding.message}; LoRA cannot go on from it")
+        raise AdapterError(f"{folder}: {finding.message}; LoRA cannot continue from it")
     return start
 
 
 def _probe(
     file: ConfigFile, model: models.ModelFolder, tokenizer: Tokenizer, heldout: Sequence[PreferenceRow]
 ) -> Probe:
-    """What the adapter's fingerprint will be measured on."""
+    """Return the probe for the adapter's fingerprint."""
     if file.config.fingerprint.probe == "synthetic":
         return synthetic_probe(tokenizer, models.model_config(model.path))
     if not heldout:
@@ -199,7 +199,7 @@ def _publishes(probe: Probe) -> Iterator[Notice]:
 
 
 def _cuts(config: Config, rendered: Collection[Rendered[Any]]) -> Iterator[str]:
-    """What `data.max_length` did to the rows, in words."""
+    """Say how many rows `data.max_length` has cut or left out."""
     limit = f"data.max_length = {config.data.max_length}"
     if cut := sum(part.cut for part in rendered):
         yield f"rows longer than {limit} tokens, cut at their end: {cut}"
@@ -228,7 +228,7 @@ def _identity(
     rendered: Mapping[StageName, Rendered[Any]],
     start: AdapterState | None,
 ) -> dict[str, str]:
-    """Digest each part of what a checkpoint belongs to. A run continues only with the same."""
+    """Digest everything that a checkpoint depends on, part by part. A run continues only if all are the same."""
     dataset = hashlib.blake2b(digest_size=16)
     for stage, objective in OBJECTIVES.items():
         objective.update_digest(dataset, rendered[stage].examples)
@@ -252,7 +252,7 @@ def _identity(
 
 
 def _grouping(config: Config) -> dict[str, int]:
-    """Batches by length are another order; without them, a run is the one it was before there was such a setting."""
+    """Return the setting for batches by length, only if it is used: runs from before it existed keep their identity."""
     return {"length_window": config.data.length_window} if config.data.length_window > 1 else {}
 
 

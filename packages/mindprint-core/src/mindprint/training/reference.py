@@ -26,7 +26,7 @@ FORMAT = 1
 
 
 def reference_key(**parts: str) -> str:
-    """What a reference belongs to: base, adapter, rows, template, dtype; not the backend, whose numbers are equal."""
+    """Digest everything that a reference depends on: not the backend, because all backends compute the same numbers."""
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""A run from configuration to adapter: prepare everything that can be wrong, then train stage by stage."""
+"""A run from configuration to adapter: check everything that can be wrong, then train stage by stage."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def train(
 ) -> RunResult:
     """Train SFT, then DPO, topic by topic, and write one adapter.
 
-    `config` is a folder with `mindprint.yaml`, a YAML file, or the values themselves; `overrides` are merged into it
+    `config` is a folder with `mindprint.yaml`, a YAML file, or the values themselves. `overrides` are merged into it
     (`backend="mlx"`, `sft={"learning_rate": 1e-4}`). `run` names the run's folder (default: a new one under `runs/`
-    beside the configuration); with `resume` the newest run there goes on from its last checkpoint, or, with
-    `resume="latest"`, from the newest that is sound. `on_event` and the plugins in `observers` see every event; what
-    they raise ends the run. A tracker that the configuration names and that raises is turned off, with a warning.
+    next to the configuration). With `resume` the newest run there continues from its last checkpoint, or, with
+    `resume="latest"`, from the newest that is sound. `on_event` and the plugins in `observers` see every event. An
+    exception that they raise ends the run. A tracker that raises is turned off, with a warning.
 
     Raises a `MindprintError` for every wrong input before anything is trained, `GuardError` when training would corrupt
     its result, and `Interrupted` after a checkpoint when the user stops it.
@@ -198,7 +198,7 @@ class _Run:
         started = perf_counter()
         examples, reference = self.prepared.examples_of(plan), None
         if OBJECTIVES[plan.stage].needs_reference(plan.settings):
-            # In the middle of a stage, `state` is no longer the policy that the stage started with.
+            # In the middle of a stage, `state` is not the policy any more that the stage started with.
             start = self.checkpoints.read(plan.first_step).state if done else state
             reference = self.references.reference_of(plan, placement, start, examples)
         self.engine.start_stage(placement, state)

@@ -8,7 +8,7 @@ from mindprint.config import Schedule
 
 
 def learning_rate(schedule: Schedule, step: int, total_steps: int, peak: float, warmup_steps: int = 0) -> float:
-    """The learning rate of step `step` (from 0) of a stage of `total_steps`.
+    """Return the learning rate of step `step` (from 0) of a stage of `total_steps`.
 
     Matches transformers' `get_constant_schedule_with_warmup`, `get_linear_...` and `get_cosine_...`: linear from 0
     during warm-up (so the first step of a warm-up has rate 0), then constant, or down to 0 by a line or half a cosine.

@@ -1,6 +1,6 @@
-"""A backend, tried on a small model: does training on it really train, and nothing else than the adapter?
+"""Checks of a backend on a small model: whether training really trains, and nothing but the adapter.
 
-What each check would have found: an optimizer that updates nothing, a compiled step that keeps the adapter it was
+They find real faults: an optimizer that updates nothing, a compiled step that keeps the adapter it was
 compiled with, a frozen base that moves, a forward pass of training that differs from that of evaluation.
 """
 
@@ -57,7 +57,7 @@ MAX_LENGTH = 128
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: of what, which, whether it passed, and the figures."""
+    """The result of one check on a subject, with its figures."""
 
     name: str
     ok: bool
@@ -66,11 +66,11 @@ class Finding:
 
 
 def guarded(subject: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """The findings of `check` about `subject`; what it raises is one more, failed."""
+    """Yield the findings of `check` about `subject`. An exception becomes one more, failed."""
     try:
         for finding in check():
             yield replace(finding, subject=subject)
-    except Exception as error:  # noqa: BLE001 (whatever a broken backend raises is what is looked for)
+    except Exception as error:  # noqa: BLE001 (any exception of a broken backend is a finding)
         kind = "" if isinstance(error, MindprintError) else f"{type(error).__name__}: "
         yield Finding("works", ok=False, detail=" ".join(f"{kind}{error}".split()), subject=subject)
 
@@ -97,7 +97,7 @@ def check_training(placement: Placement, model: ModelFolder) -> Iterator[Finding
 
 @dataclass(frozen=True)
 class _Trace:
-    """What the steps reported, the loss that evaluation computed before each, and the seconds of the last."""
+    """The metrics of the steps, the loss that evaluation computed before each, and the seconds of the last."""
 
     metrics: tuple[StepMetrics, ...]
     evaluated: tuple[float, ...]
@@ -158,8 +158,6 @@ def _raised(check: Callable[[], None]) -> str | None:
     return None
 
 
-# --- a user's own model and configuration ----------------------------------------------------------------------------
-
 DEEP_STEPS = 3
 PROMPTS = 3
 LONGEST_ANSWER = 256
@@ -168,7 +166,7 @@ LONGEST_ANSWER = 256
 def check_deeply(prepared: Prepared, placement: Placement) -> Iterator[Finding]:
     """Take the configured run's first steps, and follow the adapter through file and merge to an answer.
 
-    What each check would have found: an adapter on other modules than were named, a base that is trained too, an
+    They find real faults: an adapter on other modules than were named, a base that is trained too, an
     adapter that is not the same once saved and loaded, a merge that loses it, a model that answers with nothing.
     """
     engine = Engine(prepared.model)
@@ -193,7 +191,7 @@ def check_deeply(prepared: Prepared, placement: Placement) -> Iterator[Finding]:
 
 
 def _own_batch(prepared: Prepared) -> TokenBatch:
-    """A few of the configuration's own rows, to compute log-probs of."""
+    """Return a few of the configuration's own rows, to compute log-probs of."""
     plan = prepared.plans[0]
     return OBJECTIVES[plan.stage].sample_sequences(prepared.examples_of(plan)[:ROWS], prepared.tokenizer.pad_id)
 
@@ -206,7 +204,7 @@ def _inject_configured(engine: Engine, config: Config) -> AdapterState:
 
 
 def _take_steps(engine: Engine, prepared: Prepared, start: AdapterState) -> list[StepOutcome]:
-    """The first steps of the run's first stage, as the run itself would take them."""
+    """Take the first steps of the run's first stage, as the run itself would."""
     plan, pad_id = prepared.plans[0], prepared.tokenizer.pad_id
     engine.backend.restore(engine.model, TrainingState(start))
     examples, reference = prepared.examples_of(plan), None
@@ -231,7 +229,7 @@ def _trained(
 def _reloaded(
     engine: Engine, placement: Placement, folder: Path, adapter: AdapterState, batch: TokenBatch, trained: Float32
 ) -> Finding:
-    """Write the adapter, read it, put it on a base that was loaded anew."""
+    """Write the adapter, read it, put it on a base that was loaded again."""
     write_adapter(folder, adapter, engine.folder.name)
     engine.load(placement)
     engine.inject(read_adapter(folder)[0])

@@ -1,4 +1,4 @@
-"""A stage of a topic: how it turns a step number into batches, takes the step, and reads what the backend returned."""
+"""A stage of a topic: it turns a step number into batches, takes the step, and reads the backend's metrics."""
 
 from __future__ import annotations
 
