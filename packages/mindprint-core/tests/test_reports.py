@@ -89,7 +89,7 @@ def test_a_line_that_was_cut_off_ends_its_file_and_is_named(run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "is no run"), ("{", "cannot be read"), ("[]", "must hold a JSON object, found list")],
+    [(None, "is not a run"), ("{", "cannot be read"), ("[]", "must hold a JSON object, found list")],
 )
 def test_what_is_no_run_is_refused_in_one_line(
     content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
