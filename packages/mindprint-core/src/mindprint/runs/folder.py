@@ -22,7 +22,7 @@ from mindprint.config import Config, ConfigFile
 from mindprint.contract import StageName
 from mindprint.errors import RunError
 from mindprint.events import StepDone
-from mindprint.input_files import MALFORMED, parse_json, read_json, read_text, typed
+from mindprint.input_files import MALFORMED, parse_json, read_json, read_object, read_text, typed
 from mindprint.runs.records import (
     AnswerRecord,
     Decision,
@@ -142,6 +142,10 @@ class RunFolder:
 
     def write_manifest(self, content: Mapping[str, Any]) -> None:
         atomic.write_text(self.manifest, json.dumps(content, indent=2) + "\n")
+
+    def add_to_manifest(self, facts: Mapping[str, Any]) -> None:
+        """Add entries to the manifest of a run that has one."""
+        self.write_manifest({**read_object(self.manifest, RunError), **facts})
 
     def write_split(self, trained: Sequence[str], held_out: Sequence[str]) -> None:
         """Write the hashes of the prompts on either side, for whoever scores the run later."""

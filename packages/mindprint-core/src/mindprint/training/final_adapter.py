@@ -16,12 +16,13 @@ from mindprint.trust.fingerprint import Fingerprint, fingerprint_json
 
 
 def write_final_adapter(
-    folder: Path, adapter: AdapterState, model: ModelFolder, config: Config, fingerprint: Fingerprint
+    folder: Path, adapter: AdapterState, model: ModelFolder, config: Config, fingerprint: Fingerprint | None
 ) -> None:
     """Write `RUN/adapter/`, whole or not at all."""
     with atomic.new_folder(folder) as aside:
         write_adapter(aside, adapter, model.name, model.revision)
-        (aside / FINGERPRINT_FILE).write_text(fingerprint_json(fingerprint), encoding="utf-8")
+        if fingerprint is not None:
+            (aside / FINGERPRINT_FILE).write_text(fingerprint_json(fingerprint), encoding="utf-8")
         (aside / "README.md").write_text(model_card(adapter, model, config), encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from mindprint.config import ConfigFile, load_config, make_config, merged
 from mindprint.contract import AdapterState, TrainingState
 from mindprint.curriculum.examiner import Examiner
-from mindprint.errors import Interrupted, MindprintError
+from mindprint.errors import Interrupted, MindprintError, ModelError, NotFiniteError
 from mindprint.events import (
     CheckpointWritten,
     Event,
@@ -39,6 +39,7 @@ from mindprint.training.prepare import Prepared, initial_state, lora_config, pre
 from mindprint.training.reference import ReferenceCache
 from mindprint.training.stages import Stage
 from mindprint.trust.measurement import take_fingerprint
+from mindprint.trust.probe import score
 
 OnEvent = Callable[[Event], None]
 
@@ -170,6 +171,7 @@ class _Run:
         sites = self.engine.load_everywhere(
             self.placements[position.index :], lambda sites: lora_config(targets, sites).target_modules
         )
+        self._check_probe()
         state = start.state if start else initial_state(self.prepared, sites)
         with stop_on_signal() as stop_requested:
             while position.index < ended:
@@ -184,6 +186,20 @@ class _Run:
                 done = 0
             self._save_checkpoint(position, 0, state.without_optimizer())
         return state
+
+    def _check_probe(self) -> None:
+        """Raise `ModelError` for a base that cannot compute the fingerprint's probe: better now than after training.
+
+        The probe has tokens that no training text may have, and rows of a damaged base can be NaN one by one.
+        """
+        try:
+            score(self.engine.backend, self.engine.model, self.prepared.probe, adapter=False)
+        except NotFiniteError as error:
+            raise ModelError(
+                f"{self.prepared.model.path}: the base model computes no finite log-probs for tokens of the "
+                f"fingerprint's probe ({error}): its weights are damaged or overflow in this dtype; download it again, "
+                "or set backend.dtype=float32"
+            ) from error
 
     def _train_stage(
         self,
@@ -242,10 +258,16 @@ class _Run:
 
     def _write_adapter(self, adapter: AdapterState) -> None:
         """Write the final adapter with its fingerprint, taken where the last stage trained."""
-        prepared = self.prepared
-        fingerprint = take_fingerprint(
-            self.engine, self.placements[-1], adapter, prepared.tokenizer, prepared.probe, self._notice
-        )
+        prepared, fingerprint = self.prepared, None
+        try:
+            fingerprint = take_fingerprint(
+                self.engine, self.placements[-1], adapter, prepared.tokenizer, prepared.probe, self._notice
+            )
+        except (MindprintError, RuntimeError, MemoryError) as error:
+            # The training is done and must not be lost: an adapter without a fingerprint can still be used.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self._notice(f"the adapter is written without a fingerprint, which failed: {reason}", warning=True)
+            self.folder.add_to_manifest({"fingerprint": f"not taken: {reason}"})
         write_final_adapter(self.folder.adapter, adapter, prepared.model, prepared.config, fingerprint)
 
     def _write_reports(self) -> None:
