@@ -44,7 +44,7 @@ PAYLOADS = {
 CLI = {"mindprint.cli.output": ("emit", "json_option", "say")}
 """The functions that commands of other distributions use."""
 
-CORES_OWN = ("PairwiseLoss", "PAIRWISE_LOSSES", "default_sft_weight", "takes_label_smoothing")
+CORES_OWN = ("PairwiseLoss", "PAIRWISE_LOSSES", "default_sft_weight", "takes_label_smoothing", "first_line")
 """Names of those modules that plugins have no use for. They may change."""
 
 ATTRIBUTES = ("MINDPRINT_HOOK_APIS", "MINDPRINT_AUTO_RANK")

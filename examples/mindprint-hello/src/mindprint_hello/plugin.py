@@ -231,6 +231,7 @@ def _draw(log_probs: Array, sampling: Sampling, random: np.random.Generator) -> 
     if not sampling.temperature:
         return int(log_probs.argmax())
     weights = np.exp((log_probs - log_probs.max()) / sampling.temperature)
+    # The nucleus: tokens in falling order, as long as those before them do not fill top_p. It is never empty.
     order = np.argsort(-weights, kind="stable")
     before = np.cumsum(weights[order]) / weights.sum() - weights[order] / weights.sum()
     kept = order[before < sampling.top_p]

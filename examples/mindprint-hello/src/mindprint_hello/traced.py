@@ -2,7 +2,7 @@
 
 A traced array holds its values and a record of the operations that made it. `gradient` reads the record backwards
 (reverse-mode differentiation: Griewank & Walther 2008, chapter 3). A framework such as JAX or PyTorch brings its own
-arrays and its own gradient; what a backend writes for it is a class such as `TracedArrays`, and nothing more.
+arrays and its own gradient; a backend writes for it a class such as `TracedArrays`, and nothing more.
 """
 
 from __future__ import annotations
@@ -64,9 +64,11 @@ class TracedArrays:
         return Traced(NUMPY.log_sigmoid(x.values), ((x, NUMPY.sigmoid(-x.values)),))
 
     def sigmoid(self, x: Traced) -> Traced:
+        # sigmoid' = sigmoid(x) * sigmoid(-x): written so, it does not cancel where sigmoid(x) is near 1.
         return Traced(NUMPY.sigmoid(x.values), ((x, NUMPY.sigmoid(x.values) * NUMPY.sigmoid(-x.values)),))
 
     def relu(self, x: Traced) -> Traced:
+        # At the kink any slope from 0 to 1 is right, and 0 is the one that PyTorch takes.
         return Traced(NUMPY.relu(x.values), ((x, np.asarray(x.values > 0, np.float64)),))
 
     def exp(self, x: Traced) -> Traced:
@@ -83,9 +85,11 @@ def gradient(function: Callable[..., Traced], arguments: Sequence[Array]) -> tup
     """Return the value of a scalar function, and its derivative by each argument."""
     traced = [Traced(np.asarray(values, np.float64)) for values in arguments]
     result = function(*traced)
+    # By identity, because equal arrays may be different inputs, and NumPy arrays are not hashable.
     slopes = {id(result): ONE}
     for array in reversed(_in_order(result)):
         for part, derivative in array.made_of:
+            # The chain rule. An array that was used twice gets the sum of both contributions.
             slopes[id(part)] = slopes.get(id(part), ZERO) + slopes[id(array)] * derivative
     zeros = [np.zeros_like(array.values) for array in traced]
     return result.values, [slopes.get(id(array), zero) for array, zero in zip(traced, zeros, strict=True)]

@@ -58,6 +58,7 @@ class DeviceInfo:
     detail: str = ""
     dtypes: tuple[Dtype, ...] = ("float32",)
     default_dtype: Dtype = "float32"
+    # Added after version 1 was written down, so with defaults: the safe answers for a backend that does not know them.
     accelerator: bool = False
     auto: bool = True
 

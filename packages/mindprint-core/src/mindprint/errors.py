@@ -53,7 +53,7 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class BackendError(MindprintError, RuntimeError):
-    """The chosen backend is missing, broken, of another hook API, or cannot do what was asked."""
+    """The chosen backend is missing, broken, of another hook API, or cannot do the work that was asked of it."""
 
 
 class PluginError(MindprintError, RuntimeError):

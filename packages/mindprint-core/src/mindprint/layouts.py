@@ -89,7 +89,7 @@ class Continued:
 def sees(parts: Any, order: Any) -> Any:
     """Return which tokens see which in forked rows, bool `[rows, width, width]`.
 
-    A token sees the tokens before it that are of the prompt or of its own part. Padding sees the prompt, and is seen by
+    A token sees the tokens before it that belong to the prompt or to its part. Padding sees the prompt, and is seen by
     nothing that counts.
 
     Args:

@@ -56,9 +56,11 @@ class _NumPy:
     """The reference namespace. It computes in the dtype it is given, float64 where a test wants the truth."""
 
     def log_sigmoid(self, x: Any) -> Any:
+        # log(1 / (1 + e^-x)) = -log(e^0 + e^-x), which logaddexp computes without overflow.
         return -np.logaddexp(0.0, -x)
 
     def sigmoid(self, x: Any) -> Any:
+        # 1 / (1 + e^-x) overflows for large negative x. The exponential of log_sigmoid does not.
         return np.exp(-np.logaddexp(0.0, -x))
 
     def relu(self, x: Any) -> Any:
@@ -158,6 +160,7 @@ class PreferenceLoss:
         policy_chosen = pairs.policy_chosen
         if weights is not None:
             per_pair, policy_chosen = per_pair * weights, policy_chosen * weights
+        # Divided by the step's counts and not by this batch's: then micro-batches of any sizes add up to one step.
         loss = xp.sum(per_pair) / pair_count
         if self.sft_weight:
             loss = loss - self.sft_weight * xp.sum(policy_chosen) / chosen_token_count
@@ -189,6 +192,7 @@ class PreferenceLoss:
         chosen, rejected = pairs.policy_chosen, pairs.policy_rejected
         if not self.reference_free:
             chosen, rejected = chosen - pairs.reference_chosen, rejected - pairs.reference_rejected
+        # The difference to the reference is taken before the mean. Both are over the same tokens, so the order is free.
         if self.uses_mean_log_probs:
             chosen, rejected = chosen / pairs.chosen_tokens, rejected / pairs.rejected_tokens
         return chosen, rejected
@@ -243,6 +247,7 @@ def _hinge(xp: ArrayNamespace, loss: PreferenceLoss, chosen: Any, rejected: Any)
 
 def _ipo(_xp: ArrayNamespace, loss: PreferenceLoss, chosen: Any, rejected: Any) -> Any:
     """IPO (arXiv 2310.12036, eq. 17) on mean log-probs, as its authors computed it and TRL does."""
+    # The paper writes tau for our beta: the loss pulls the difference of log-ratios towards 1 / (2 tau).
     return (chosen - rejected - 1 / (2 * loss.beta)) ** 2
 
 
@@ -264,6 +269,7 @@ def _apo_down(xp: ArrayNamespace, loss: PreferenceLoss, chosen: Any, rejected: A
 
 def _orpo(xp: ArrayNamespace, loss: PreferenceLoss, chosen: Any, rejected: Any) -> Any:
     """ORPO (arXiv 2403.07691, eq. 6 and 7): log odds ratio of mean log-probs, with beta as the paper's lambda."""
+    # log odds(p) = log p - log(1 - p). log1p(-e^x) keeps digits that 1 - e^x loses for small probabilities.
     odds = (chosen - rejected) - (xp.log1p(-xp.exp(chosen)) - xp.log1p(-xp.exp(rejected)))
     return -loss.beta * xp.log_sigmoid(odds)
 

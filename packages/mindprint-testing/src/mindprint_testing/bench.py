@@ -83,9 +83,11 @@ class Bench:
     def token_batch(self, rows: int = 4, width: int = 12, seed: int = 1) -> TokenBatch:
         """Return ragged rows. The first third of each is prompt, and the padding is an id that also occurs in them."""
         lengths = np.random.default_rng([seed, 13]).integers(width // 2, width + 1, rows).astype(np.int32)
+        # One row fills the width, so that the batch is no wider than it must be, and the others are shorter.
         lengths[0] = width
         columns = np.arange(width)
         tokens = self.tokens(rows, width, seed=seed)
+        # An id that also occurs in rows: a backend that recognises padding by its id would fail.
         tokens[columns >= lengths[:, None]] = 7
         return TokenBatch(tokens, lengths, (columns >= width // 3) & (columns < lengths[:, None]))
 
@@ -97,6 +99,7 @@ class Bench:
             return self.tokens(pairs, width, seed=seed + offset), random.integers(1, width + 1, pairs).astype(np.int32)
 
         (prompt, prompts), (chosen, chosens), (rejected, rejecteds) = part(5, 100), part(6, 200), part(4, 300)
+        # A random model gives each token about log(1 / vocabulary): the log-ratios are then of the size of real ones.
         nats = np.log(self.vocab_size)
         values = [(-nats * lengths + random.normal(0, 1, pairs)).astype(np.float32) for lengths in (chosens, rejecteds)]
         return PreferenceBatch(

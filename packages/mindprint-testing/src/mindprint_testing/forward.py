@@ -21,6 +21,7 @@ class Forward:
         that of `tokens[t]` given `tokens[:t]` (off by one).
         """
         model, size = bench.ready(), bench.vocab_size
+        # All continuations are rows of one batch: the sum over them is the softmax's own denominator.
         tokens = np.tile(bench.tokens(5), (size, 1))
         tokens[:, -1] = np.arange(size)
         mask = np.zeros(tokens.shape, np.bool_)
@@ -65,6 +66,7 @@ class Forward:
         lengths = np.full(1, 8, np.int32)
         before = bench.backend.log_probs(model, TokenBatch(tokens, lengths, mask))[0]
         last, first = tokens.copy(), tokens.copy()
+        # Another id than before, and none of the first three, which are often special.
         last[0, -1] = 3 + (last[0, -1] - 2) % (bench.vocab_size - 3)
         first[0, 0] = 3 + (first[0, 0] - 2) % (bench.vocab_size - 3)
         changed_last = bench.backend.log_probs(model, TokenBatch(last, lengths, mask))[0]
@@ -84,6 +86,7 @@ class Forward:
             np.testing.assert_allclose(together[row, : len(alone)], alone, rtol=0, atol=EXACT)
         tokens = np.pad(batch.tokens, ((0, 0), (0, 5)))
         tokens[np.arange(tokens.shape[1]) >= batch.lengths[:, None]] = 5
+        # No row keeps its place, so that an error that depends on the row's index shows.
         order = np.array([2, 0, 3, 1])
         wide = TokenBatch(tokens[order], batch.lengths[order], np.pad(batch.loss_mask, ((0, 0), (0, 5)))[order])
         moved = bench.backend.log_probs(model, wide)[:, : together.shape[1]]

@@ -33,6 +33,7 @@ class Generation(Claims):
             for place in range(6):
                 before = np.concatenate([prompt, answer.tokens[:place]])
                 scores = _next_log_probs(bench, model, before, adapter=adapter)
+                # Not the same token but one as likely: two tokens may tie within rounding.
                 assert scores[answer.tokens[place]] >= scores.max() - EXACT, f"token {place}"
 
     def test_the_adapter_changes_answers_and_off_restores_them(self, bench: Bench) -> None:
@@ -40,6 +41,7 @@ class Generation(Claims):
 
         If it fails: `adapter` is ignored, or a cache outlives its call.
         """
+        # A strong adapter: a weak one may leave every likeliest token as it was.
         model = bench.ready(alpha=24.0)
         base = bench.backend.generate(bench.load(), _prompts(bench), GREEDY)
         adapted = bench.backend.generate(model, _prompts(bench), GREEDY)
@@ -55,6 +57,7 @@ class Generation(Claims):
         """
         model = bench.ready()
         free = bench.backend.generate(model, _prompts(bench), GREEDY)
+        # The first stop token never comes. The others are tokens that the model did generate, so that it must stop.
         stops = (bench.vocab_size - 1, int(free[0].tokens[3]), int(free[1].tokens[2]))
         stopped = bench.backend.generate(model, _prompts(bench), Sampling(6, stops))
         assert "stop" in {answer.stop_reason for answer in stopped}
@@ -112,6 +115,7 @@ class Generation(Claims):
             bench.backend.generate(model, [prompt], Sampling(1, (), temperature=1.0, seed=seed))[0].tokens[0]
             for seed in range(200)
         ]
+        # The mean log-prob of draws estimates minus the entropy, with the standard error below.
         expected = float((np.exp(scores) * scores).sum())
         deviation = float(np.sqrt((np.exp(scores) * (scores - expected) ** 2).sum() / len(drawn)))
         assert abs(float(scores[drawn].mean()) - expected) < 4 * deviation

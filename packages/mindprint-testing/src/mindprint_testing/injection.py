@@ -60,6 +60,7 @@ class Injection(Claims):
         """
         model, batch = bench.load(), bench.token_batch()
         sites = bench.linear_sites(model)
+        # Another rank and another alpha at some sites: a backend that takes one scale for all is wrong there.
         pattern: dict[str, Any] = {
             "rank_pattern": {sites[0].name: 2},
             "alpha_pattern": {sites[0].name: 5.0, sites[-1].name: 1.5},
@@ -76,6 +77,7 @@ class Injection(Claims):
         """
         model = bench.load()
         linear = [site for site in bench.backend.adapter_sites(model) if site.kind == "linear"]
+        # One site for each last name component, because backends map names to modules by it.
         for site in {site.name.rpartition(".")[2]: site for site in linear}.values():
             _check_merged(bench, tmp_path / site.name, bench.adapter([site]), {site.name: site})
 
@@ -99,6 +101,7 @@ class Injection(Claims):
         base = bench.backend.log_probs(model, batch)
         np.testing.assert_array_equal(bench.backend.log_probs(model, batch, adapter=False), base)
         bench.backend.inject_adapter(model, bench.adapter(bench.linear_sites(model)))
+        # Twice, with a step in between: switching off must also work on a trained adapter.
         for _ in range(2):
             with_adapter = bench.backend.log_probs(model, batch)
             np.testing.assert_array_equal(bench.backend.log_probs(model, batch, adapter=False), base)
@@ -181,6 +184,7 @@ def _check_merged(bench: Bench, folder: Path, adapter: AdapterState, sites: dict
     merged = Path(shutil.copytree(bench.folder, folder / "merged"))
     weights = load_file(merged / SINGLE_FILE)
     for name, (a, b) in adapter.tensors.items():
+        # In float64 and rounded once: the merged base is then as exact as float32 allows.
         change = adapter.config.scale(name) * (b.astype(np.float64) @ a)
         change = change.T if sites[name].kind == "embedding" else change
         weights[f"{name}.weight"] = (weights[f"{name}.weight"] + change).astype(np.float32)

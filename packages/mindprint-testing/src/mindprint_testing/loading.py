@@ -30,6 +30,7 @@ class Loading:
         config = json.loads((bench.folder / "config.json").read_text(encoding="utf-8"))
         stored = sum(int(np.prod(info.shape)) for info in tensors(bench.folder).values())
         assert (model.device, model.dtype) == (bench.device, "float32")
+        # The table may be padded beyond the configured vocabulary.
         assert model.vocab_size >= config["vocab_size"]
         assert model.parameters == stored
 
@@ -86,6 +87,7 @@ class Loading:
         infos = sorted(tensors(folder).values(), key=lambda info: info.start)
         info = {"first": infos[0], "middle": infos[len(infos) // 2], "last": infos[-1]}[place]
         contents = bytearray(info.file.read_bytes())
+        # The second byte of the last element: in the middle of a float32's mantissa, 2^-15 of its value.
         contents[info.end - SIZES[info.dtype] + 1] ^= 1
         info.file.write_bytes(contents)
         assert bench.backend.base_digest(bench.load(folder=folder)) != bench.backend.base_digest(bench.load())
@@ -111,6 +113,7 @@ class Loading:
         """
         folder = Path(shutil.copytree(bench.folder, tmp_path / "missing"))
         weights = load_file(folder / SINGLE_FILE)
+        # A weight that could take LoRA: frameworks fill it with random numbers most readily.
         name = f"{bench.linear_sites(bench.load())[0].name}.weight"
         del weights[name]
         save_file(weights, folder / SINGLE_FILE, metadata={"format": "pt"})

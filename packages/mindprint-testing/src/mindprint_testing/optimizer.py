@@ -28,6 +28,7 @@ class Optimizer:
         first = {name: np.zeros_like(value) for name, value in values.items()}
         second = dict(first)
         for step in range(1, 7):
+            # Another batch and another rate at every step: a backend that keeps either from the first step is wrong.
             batch, rate = bench.token_batch(seed=step), 1e-2 / step
             bench.sft_step(model, batch, learning_rate=rate, optimizer=options, max_grad_norm=None)
             state = bench.backend.save(model)
@@ -35,6 +36,7 @@ class Optimizer:
             moments = reference.flat(state.first_moments)
             gradient = {name: (moments[name] - beta1 * first[name]) / (1 - beta1) for name in moments}
             expected, first, second = reference.adamw(values, gradient, first, second, rate, options, step)
+            # Each step is compared from the backend's own state before it, so that rounding does not add up.
             values = reference.flat(state.adapter.tensors)
             for name, value in expected.items():
                 # A gradient taken from float32 moments is exact to 1e-6 of the greatest; where it is smaller than that,
@@ -42,9 +44,9 @@ class Optimizer:
                 known = np.abs(gradient[name]) > 1e-4 * np.abs(gradient[name]).max()
                 difference = np.abs(values[name] - value)[known]
                 assert difference.max() < 1e-6 + 1e-3 * rate, f"{name}, step {step}"
-            second_found = reference.flat(state.second_moments)
-            assert reference.distance(second_found, second) < 1e-4, f"second moments, step {step}"
-            first, second = moments, second_found
+            saved_second = reference.flat(state.second_moments)
+            assert reference.distance(saved_second, second) < 1e-4, f"second moments, step {step}"
+            first, second = moments, saved_second
 
     def test_gradients_are_clipped_by_their_global_norm(self, bench: Bench) -> None:
         """A limit of half the norm halves every gradient (`limit / (norm + 1e-6)`); a higher limit, or none, does not.
@@ -60,11 +62,11 @@ class Optimizer:
         for limit, factor in ((size / 2, size / 2 / (size + 1e-6)), (2 * size, 1.0), (None, 1.0)):
             bench.backend.restore(model, state)
             bench.sft_step(model, batch, max_grad_norm=limit)
-            found = {
+            clipped = {
                 name: moment / 0.1 for name, moment in reference.flat(bench.backend.save(model).first_moments).items()
             }
             expected = {name: values * factor for name, values in gradient.items()}
-            assert reference.distance(found, expected) < 1e-4, f"limit {limit}"
+            assert reference.distance(clipped, expected) < 1e-4, f"limit {limit}"
 
     def test_a_learning_rate_of_zero_changes_no_factor(self, bench: Bench) -> None:
         """The moments take the gradient in, the adapter stays as it was, bit for bit.
@@ -90,5 +92,6 @@ class Optimizer:
         state = bench.backend.save(model)
         assert state.optimizer_steps == 1
         after = reference.flat(state.adapter.tensors)
+        # At the first step AdamW moves every element by the rate, whatever its gradient: m / sqrt(v) is its sign.
         greatest = max(float(np.abs(after[name] - before[name]).max()) for name in before)
         assert greatest == pytest.approx(1e-3, rel=2e-2)

@@ -41,12 +41,12 @@ class Optional(Claims):
         If it fails: the second computation draws other masks, and the gradient is that of no loss at all.
         """
         self.needs("dropout")
-        batch, found = bench.token_batch(), []
+        batch, gradients = bench.token_batch(), []
         for checkpointing in (False, True):
             model = bench.ready(dropout=0.4)
             bench.sft_step(model, batch, seed=3, gradient_checkpointing=checkpointing)
-            found.append(reference.flat(bench.backend.save(model).first_moments))
-        assert reference.distance(found[1], found[0]) < 1e-4
+            gradients.append(reference.flat(bench.backend.save(model).first_moments))
+        assert reference.distance(gradients[1], gradients[0]) < 1e-4
 
     def test_dropout_is_off_outside_sft(self, bench: Bench) -> None:
         """Log-probs and preference steps are those of an adapter without dropout, before and after SFT steps.
@@ -70,6 +70,7 @@ class Optional(Claims):
         self.needs("dropout")
         batch, model = bench.token_batch(), bench.ready(dropout=0.1)
         plain = bench.sft_step(bench.ready(), batch).loss
+        # A rate of 0 leaves the adapter alone, so that the forty losses differ by their masks only.
         losses = [bench.sft_step(model, batch, learning_rate=0.0, seed=seed).loss for seed in range(40)]
         assert np.std(losses) > 1e-3
         assert np.mean(losses) == pytest.approx(plain, abs=4 * np.std(losses) / np.sqrt(40) + 0.02 * plain)
@@ -83,9 +84,10 @@ class Optional(Claims):
         """
         self._needs_dtype(bench, dtype)
         exact, model, batch = bench.ready(), bench.ready(dtype), bench.token_batch()
-        found = bench.backend.log_probs(model, batch)
-        np.testing.assert_allclose(found, bench.backend.log_probs(exact, batch), rtol=0, atol=NEAR[dtype])
+        log_probs = bench.backend.log_probs(model, batch)
+        np.testing.assert_allclose(log_probs, bench.backend.log_probs(exact, batch), rtol=0, atol=NEAR[dtype])
         before = reference.flat(bench.backend.save(model).adapter.tensors)
+        # An update of 1e-5 is below half a unit in the last place of most bfloat16 factors: it would change nothing.
         losses = [bench.sft_step(model, batch, learning_rate=1e-5).loss]
         after = reference.flat(bench.backend.save(model).adapter.tensors)
         changed = np.mean([np.mean(after[name] != before[name]) for name in before])
@@ -102,6 +104,7 @@ class Optional(Claims):
         model, batch = bench.ready("float16"), bench.token_batch()
         state = bench.backend.save(model)
         assert state.loss_scale == initial_loss_scale("float16")
+        # 2^40 times a gradient of 1e-7 exceeds float16's greatest number, 65504.
         bench.backend.restore(model, replace(state, loss_scale=2.0**40))
         metrics = bench.sft_step(model, batch)
         assert metrics.skipped

@@ -27,6 +27,7 @@ def departs(because: str) -> Callable[[Test], Test]:
 def refuse_quiet_overrides(suite: type, subclass: type) -> None:
     """Let every inherited test that `subclass` replaces without a stated reason fail, whatever replaced it."""
     for name in conformance_tests(suite):
+        # A test that was set to None is an override too: pytest would leave it out without a word.
         present = getattr(subclass, name, None)
         if present is not getattr(suite, name) and not str(getattr(present, REASON, "")).strip():
             setattr(subclass, name, _refused(name))

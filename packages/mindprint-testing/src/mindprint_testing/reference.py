@@ -53,6 +53,7 @@ def gradients(backend: Backend, model: LoadedModel, step: Step, update: Update) 
     AdamW's first moment after a first step is (1 - beta1) times the gradient, and beta1 is 0.9: so every backend tells
     its gradient, without a hook for it.
     """
+    # From zero moments, or the first moment would hold earlier gradients too.
     start = backend.save(model).without_optimizer()
     backend.restore(model, start)
     step(replace(update, max_grad_norm=None))
@@ -64,6 +65,8 @@ def gradients(backend: Backend, model: LoadedModel, step: Step, update: Update) 
 def slope(backend: Backend, model: LoadedModel, loss: Callable[[], float], direction: Arrays, size: float) -> float:
     """Return the derivative of `loss` along `direction` by central differences. The adapter moves by `size`."""
     start = backend.save(model).without_optimizer()
+    # The step is the same for a large gradient and a small one: float32 losses carry about 1e-7 of noise, and a step of
+    # `size` must rise far above it without leaving the region where the loss is nearly quadratic.
     by = size / norm(direction)
 
     def at(distance: float) -> float:

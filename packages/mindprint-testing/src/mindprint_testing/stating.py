@@ -63,6 +63,7 @@ class Stating(Claims):
         If it fails: `mindprint_backend_info` changes something, or reads something that training changes; resume
         compares `libraries` and would warn for nothing. Look at it.
         """
+        # The hook itself, because `Backend` asks once and keeps the answer.
         before = bench.backend._hook.mindprint_backend_info()
         bench.sft_step(bench.ready(), bench.token_batch())
         assert bench.backend._hook.mindprint_backend_info() == before
@@ -83,6 +84,7 @@ class Stating(Claims):
         with, this framework. Look at the imports at the top of the plugin's module, and move them into the hooks.
         """
         module = find_plugin(BACKENDS, self.backend_name).module
+        # In another process: here the framework is imported already.
         command = [sys.executable, "-c", PROBE, module]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
         assert done.returncode == 0, done.stderr

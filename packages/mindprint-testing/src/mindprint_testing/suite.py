@@ -51,4 +51,5 @@ class BackendConformance(Stating, Loading, Injection, Forward, Sft, Optimizer, P
         return Bench(load_backend(self.backend_name), model_folder, self.device)
 
 
+# After the class is made, and not in its body: the tests are inherited, and a body sees no inherited names.
 BackendConformance.__conformance_tests__ = conformance_tests(BackendConformance)

@@ -43,6 +43,7 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
     """
     random = np.random.default_rng(seed)
     tensors = {
+        # Norm weights are vectors and lie around 1, where a trained model has them.
         name: (0.3 * random.standard_normal(shape) + (len(shape) == 1)).astype(np.float32)
         for name, shape in _shapes().items()
     }

@@ -56,9 +56,10 @@ class Sft:
             bench.backend, model, lambda update: bench.backend.sft_step(model, [batch], update), sft_update(batch)
         )
         for name, values in gradient.items():
+            # Along one factor alone: a gradient that is wrong in one small factor would be lost in the sum of all.
             along = {name: values}
-            found = reference.slope(bench.backend, model, lambda: _evaluated(bench, model, batch), along, size=1e-2)
-            assert found == pytest.approx(reference.norm(along) ** 2, rel=SLOPE, abs=1e-5), name
+            slope = reference.slope(bench.backend, model, lambda: _evaluated(bench, model, batch), along, size=1e-2)
+            assert slope == pytest.approx(reference.norm(along) ** 2, rel=SLOPE, abs=1e-5), name
 
     def test_the_stated_norm_is_that_of_the_gradient(self, bench: Bench) -> None:
         """`grad_norm` is the 2-norm of all factors' gradients together, before clipping.
@@ -70,9 +71,10 @@ class Sft:
         gradient = reference.gradients(
             bench.backend, model, lambda update: bench.backend.sft_step(model, [batch], update), sft_update(batch)
         )
+        # A limit that clips: a norm taken after clipping would be the limit.
         limit = reference.norm(gradient) / 3
-        found = bench.sft_step(model, batch, max_grad_norm=limit).grad_norm
-        assert found == pytest.approx(reference.norm(gradient), rel=1e-4)
+        stated = bench.sft_step(model, batch, max_grad_norm=limit).grad_norm
+        assert stated == pytest.approx(reference.norm(gradient), rel=1e-4)
 
     def test_eight_micro_batches_are_one_batch_of_eight(self, bench: Bench) -> None:
         """Rows of different lengths, at once and one by one: the same loss, norm and gradient.
@@ -96,6 +98,7 @@ class Sft:
         If it fails: an average over no tokens was taken. Divide by `update.tokens` alone, and by no less than 1.
         """
         batch = bench.token_batch()
+        # A mean over the tokens of such a batch divides by zero, and NaN would spread to the whole step.
         empty = replace(bench.token_batch(seed=5), loss_mask=np.zeros_like(batch.loss_mask))
         plain, more = bench.sft_step(bench.ready(), batch), bench.sft_step(bench.ready(), batch, empty)
         assert more.loss == pytest.approx(plain.loss, rel=1e-6)
@@ -132,7 +135,7 @@ class Sft:
         gradients of the factors inside it are lost.
         """
         batch, pairs = bench.token_batch(), bench.preference_batch()
-        found = []
+        results = []
         for checkpointing in (False, True):
             sft, dpo = bench.ready(), bench.ready()
             metrics = [
@@ -140,8 +143,8 @@ class Sft:
                 bench.dpo_step(dpo, pairs, gradient_checkpointing=checkpointing),
             ]
             moments = [reference.flat(bench.backend.save(model).first_moments) for model in (sft, dpo)]
-            found.append(list(zip(metrics, moments, strict=True)))
-        for (plain, kept), (again, recomputed) in zip(*found, strict=True):
+            results.append(list(zip(metrics, moments, strict=True)))
+        for (plain, kept), (again, recomputed) in zip(*results, strict=True):
             assert again.loss == pytest.approx(plain.loss, abs=LOSS * (1 + plain.loss))
             assert reference.distance(recomputed, kept) < 1e-4
 
@@ -168,15 +171,15 @@ class Sft:
         If it fails: something is drawn from the process's generator, so that resume cannot be exact. Key every draw
         with `update.seed`, or with `sampling.seed`.
         """
-        batch, found = bench.token_batch(), []
+        batch, metrics = bench.token_batch(), []
         for seed in (0, 1):
             model = bench.ready()
             np.random.seed(seed)  # noqa: NPY002 (this test is about the global generator)
             expected = np.random.random()  # noqa: NPY002
             np.random.seed(seed)  # noqa: NPY002
-            found.append(bench.sft_step(model, batch))
+            metrics.append(bench.sft_step(model, batch))
             assert np.random.random() == expected  # noqa: NPY002
-        assert found[0] == found[1]
+        assert metrics[0] == metrics[1]
 
     def test_two_models_side_by_side_do_not_meet(self, bench: Bench) -> None:
         """Two models trained in turns, one with a rate ten times higher: each is as if it had been trained alone.
@@ -185,6 +188,7 @@ class Sft:
         model's handle.
         """
         batch = bench.token_batch()
+        # The same start for the first and the one trained alone, so that they must end bit for bit alike.
         first, second, alone = bench.ready(), bench.ready(seed=5), bench.ready()
         for _ in range(3):
             bench.sft_step(first, batch)

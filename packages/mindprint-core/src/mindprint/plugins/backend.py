@@ -134,6 +134,7 @@ class Backend:
     def save(self, model: LoadedModel) -> TrainingState:
         """Copy out adapter, moments and step count."""
         state = self._checked("mindprint_save", TrainingState, self._call("mindprint_save", model=model.handle))
+        # Moments must have the factors' layout, or another backend would continue from the wrong ones.
         for site, factors in state.adapter.tensors.items():
             rank = state.adapter.config.rank(site)
             shapes = (rank, np.shape(factors.a)[-1]), (np.shape(factors.b)[0], rank)
@@ -210,6 +211,7 @@ class Backend:
         given = [
             (batch, name, values) for batch in batches for name, values in vars(batch).items() if values is not None
         ]
+        # Token ids are small next to activations, so copying all of them costs nothing that could be measured.
         copies = [values.copy() for _, _, values in given]
         yield
         for (batch, name, values), copy in zip(given, copies, strict=True):

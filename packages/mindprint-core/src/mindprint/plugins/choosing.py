@@ -1,4 +1,4 @@
-"""Choose a backend for `auto`, by what the backends say of themselves: no backend or device is named here."""
+"""Choose a backend for `auto`, by the answers of the backends. No backend or device is named here."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ def choose_backend(load: Callable[[str], Backend] = load_backend, rank: Callable
     if len(names) == 1:
         return Choice(names[0], "the only backend installed")
     left_out: list[str] = []
+    # Two passes: modules are cheap to import, frameworks are not. So every module states its rank first, and then only
+    # as many frameworks are imported as it takes to find an accelerator.
     ranked: list[tuple[float, str]] = []
     for name in names:
         try:

@@ -33,6 +33,7 @@ def backend_hooks(plugin: Plugin, module: object, observers: Iterable[object] = 
         manager.register(module, name=plugin.name)
         for observer in observers:
             manager.register(observer)
+        # pluggy ignores a function that is marked and that it does not know: a misspelt hook would never be called.
         manager.check_pending()
     except (pluggy.PluginValidationError, ValueError) as error:
         raise failure(plugin, f" {MISFIT}{error}") from error

@@ -62,6 +62,7 @@ def find_plugin(group: str, name: str) -> Plugin:
         BackendError, ScorerError or PluginError: The plugin is not installed, is turned off, or two distributions claim
             its name.
     """
+    # Only backends have aliases, and only their names are compared without regard to case: users type them daily.
     wanted = canonical_name(name) if group == BACKENDS else name
     claims = [plugin for plugin in installed(group) if plugin.name == wanted]
     if len(claims) == 1:
@@ -145,6 +146,7 @@ def load_backend_plugin(name: str) -> tuple[Plugin, object]:
     Raises:
         BackendError: The backend is missing, broken, or of another hook API.
     """
+    # Cached, because auto-selection imports every backend's module for its rank and then loads the chosen one.
     plugin = find_plugin(BACKENDS, name)
     module = load_plugin(plugin)
     hook_apis(plugin, module)

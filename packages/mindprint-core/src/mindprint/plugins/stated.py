@@ -1,4 +1,4 @@
-"""Check what a backend states of itself, before anything is decided by it."""
+"""Check a backend's account of itself, before anything is decided by it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ def check_info(plugin: Plugin, info: BackendInfo) -> None:
     Raises:
         ContractError: A field has another type. The message names it and its value.
     """
+    # Dataclasses check no types, so a wrong one would surface far from here, as an AttributeError of core.
     _check(plugin, "name", info.name, isinstance(info.name, str), "text")
     _check(plugin, "devices", info.devices, isinstance(info.devices, tuple | list), "a tuple of DeviceInfo")
     for index, device in enumerate(info.devices):
         _check_device(plugin, f"devices[{index}]", device)
     capabilities = info.capabilities
+    # A text is a sequence of texts too: "sampling" in place of {"sampling"} must not pass as eight capabilities.
     are_names = isinstance(capabilities, frozenset | set) and _are_text(list(capabilities))
     _check(plugin, "capabilities", capabilities, are_names, "a frozenset of text")
     libraries = info.libraries
