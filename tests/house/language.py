@@ -1,9 +1,9 @@
-"""Measure how the code and the documentation are written, and print each figure next to its bound.
+"""Measure how the code and the documentation are written, and print the figures.
 
     python tests/house/language.py            # the figures
     python tests/house/language.py --where    # and each place that counts against one
 
-`test_language.py` asserts the same figures.
+`tests/docs/test_language.py` asserts bounds for the same figures.
 """
 
 from __future__ import annotations
@@ -39,6 +39,15 @@ PHRASES = {
     '"for one in"': r"\bfor one in\b",
 }
 """The phrases that strangers stumble over, as regular expressions."""
+
+EMPTY_NAMES = frozenset({"found", "one", "mine", "theirs"})
+"""Names of variables that do not say what they hold."""
+
+LONGEST_FUNCTION = 60
+"""Lines of a function's body above which its place is shown."""
+
+ASKING_WORDS = ("What", "Which", "Whether", "How")
+"""Openings of docstrings that should have been a verb."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,52 @@ def find_phrase(pattern: str, files: Sequence[Path]) -> Iterator[Place]:
                 yield Place(file, number, line)
 
 
+def find_banners(files: Sequence[Path]) -> Iterator[Place]:
+    """Yield each comment that is a banner between two parts of a file."""
+    for file in files:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            if re.match(r"\s*#\s?[-=*#]{3,}", line):
+                yield Place(file, number, line)
+
+
+def find_empty_names(files: Sequence[Path]) -> Iterator[Place]:
+    """Yield each place where a variable or an argument gets a name that does not say what it holds."""
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            is_variable = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in EMPTY_NAMES
+            is_argument = isinstance(node, ast.arg) and node.arg in EMPTY_NAMES
+            if is_variable or is_argument:
+                yield Place(file, node.lineno, ast.unparse(node))
+
+
+def prose_lines(page: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a page with their numbers, without code blocks, inline code, comments and link targets."""
+    text = page.read_text(encoding="utf-8")
+    blank = [
+        (r"```.*?^```|<!--.*?-->", re.DOTALL | re.MULTILINE),
+        # An indented block follows an empty line. Other indented lines continue an item of a list.
+        (r"(?<=\n\n)(?:    .*\n+)+", 0),
+        (r"`[^`]*`", 0),
+        (r"\]\([^)\s]*\)", 0),
+    ]
+    for pattern, flags in blank:
+        text = re.sub(pattern, lambda match: "\n" * match[0].count("\n"), text, flags=flags)
+    yield from enumerate(text.splitlines(), 1)
+
+
+def find_semicolons(pages: Sequence[Path]) -> Iterator[Place]:
+    """Yield each semicolon in the prose of the pages."""
+    for page in pages:
+        for number, line in prose_lines(page):
+            for _ in range(line.count(";")):
+                yield Place(page, number, line)
+
+
+def count_prose_words(pages: Sequence[Path]) -> int:
+    """Return the number of words in the prose of the pages."""
+    return sum(len(re.findall(r"[A-Za-z']+", line)) for page in pages for _, line in prose_lines(page))
+
+
 def docstring_openings(files: Sequence[Path]) -> Iterator[tuple[Place, str]]:
     """Yield the first word of each docstring."""
     for file in files:
@@ -135,28 +190,63 @@ def you_share(pages: Sequence[Path]) -> float:
     return 100 * len(re.findall(r"\byou(?:r|rs|rself)?\b", text, re.IGNORECASE)) / count_words(pages)
 
 
-def print_figures(*, where: bool) -> None:
-    """Print every figure, and with `where` the places that count against it."""
-    source, pages = source_files(), page_files()
-    words = count_words([*source, *pages])
-    print(f"{len(source)} source files, {len(pages)} pages, {words:,} words")
+@dataclass(frozen=True)
+class Figure:
+    """A measured figure, and the places that count against it."""
+
+    name: str
+    value: float
+    unit: str = ""
+    places: tuple[Place, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name:52} {self.value:8.2f} {self.unit}"
+
+
+def measure_phrases() -> Iterator[Figure]:
+    """Yield how often each phrase appears in source and pages, per 100,000 words."""
+    files = [*source_files(), *page_files()]
+    words = count_words(files)
     for name, pattern in PHRASES.items():
-        places = list(find_phrase(pattern, [*source, *pages]))
-        print(f"{name:48} {len(places):5} times, {1e5 * len(places) / words:7.1f} per 100,000 words")
-        for place in places if where else ():
-            print(f"    {place}")
+        places = tuple(find_phrase(pattern, files))
+        yield Figure(name, 1e5 * len(places) / words, f"per 100,000 words ({len(places)} times)", places)
+
+
+def measure_source() -> Iterator[Figure]:
+    """Yield the figures of the source: docstrings, functions, comments, banners and names."""
+    source = source_files()
     openings = list(docstring_openings(source))
-    asking = [place for place, word in openings if word in ("What", "Which", "Whether", "How")]
-    print(f"docstrings that open with What/Which/Whether/How {100 * len(asking) / len(openings):5.1f} %")
-    for place in asking if where else ():
-        print(f"    {place}")
+    asking = tuple(place for place, word in openings if word in ASKING_WORDS)
+    yield Figure("docstrings that open with What/Which/Whether/How", 100 * len(asking) / len(openings), "%", asking)
     sizes = list(functions(source))
     tenths = quantiles([function.lines for function in sizes], n=10)
-    longest = max(sizes, key=lambda function: function.lines)
-    print(f"lines of a function: median {tenths[4]:g}, 90th percentile {tenths[8]:g}, most {longest.lines}")
-    print(f"annotated: {100 * sum(function.annotated for function in sizes) / len(sizes):.1f} %")
-    print(f"comment lines per 100 lines of code: {comment_share(source):.2f}")
-    print(f'"you" per 100 words of documentation: {you_share(pages):.2f}')
+    long = tuple(function.place for function in sizes if function.lines > LONGEST_FUNCTION)
+    yield Figure("lines of a function: median", tenths[4])
+    yield Figure("lines of a function: 90th percentile", tenths[8])
+    yield Figure("lines of a function: most", max(function.lines for function in sizes), places=long)
+    bare = tuple(function.place for function in sizes if not function.annotated)
+    yield Figure("annotated functions", 100 - 100 * len(bare) / len(sizes), "%", bare)
+    yield Figure("comment lines", comment_share(source), "per 100 lines of code")
+    banners = tuple(find_banners(source))
+    yield Figure("banners", len(banners), places=banners)
+    empty = tuple(find_empty_names(source))
+    yield Figure("variables called found, one, mine or theirs", len(empty), places=empty)
+
+
+def measure_pages() -> Iterator[Figure]:
+    """Yield the figures of the pages: how they address the reader, and their punctuation."""
+    pages = page_files()
+    yield Figure('"you"', you_share(pages), "per 100 words of documentation")
+    semicolons = tuple(find_semicolons(pages))
+    yield Figure("semicolons", 100 * len(semicolons) / count_prose_words(pages), "per 100 words of prose", semicolons)
+
+
+def print_figures(*, where: bool) -> None:
+    """Print every figure, and with `where` the places that count against it."""
+    for figure in (*measure_phrases(), *measure_source(), *measure_pages()):
+        print(figure)
+        for place in figure.places if where else ():
+            print(f"    {place}")
 
 
 def main() -> None:
