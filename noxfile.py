@@ -16,8 +16,8 @@ nox.needs_version = ">=2024.4"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = [
-    "lint", "core", "testing", "hello", "torch", "mlx", "types", "parity", "integration", "docs", "site", "demo",
-    "wheels",
+    "lint", "core", "testing", "hello", "torch", "mlx", "types", "parity", "faults", "integration", "docs", "site",
+    "demo", "wheels",
 ]  # fmt: skip
 
 # CPU builds of PyTorch are published for some Pythons only; 3.11 where there is one, else whatever runs nox.
@@ -110,7 +110,7 @@ def mlx(session: nox.Session) -> None:
 @nox.session(python=PYTHON, default=False)
 def both(session: nox.Session) -> None:
     """The environment that the sessions below share: both backends, all of core's scorers, and the tools for tests."""
-    install(session, PACKAGES, "packages/mindprint-core[all,embeddings]", *TESTS, "mypy", "types-PyYAML")
+    install(session, PACKAGES, "packages/mindprint-core[all,embeddings]", *TESTS, "hypothesis", "mypy", "types-PyYAML")
 
 
 def run_in_both(session: nox.Session, command: str, *words: str, env: dict[str, str] | None = None) -> None:
@@ -244,10 +244,25 @@ def programs(folder: Path) -> Path:
 
 
 @nox.session(python=False, requires=["both"])
+def faults(session: nox.Session) -> None:
+    """Broken and hostile input: a minute of fuzzing, planted links, limits on what comes from others."""
+    run_in_both(session, "pytest", "tests/faults", *IN_PARALLEL, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(python=False, requires=["both"], default=False)
+def fuzz(session: nox.Session) -> None:
+    """The same fuzzers for as long as you like: `nox -s fuzz -- 2000` makes 2000 tries of each."""
+    tries = session.posargs[0] if session.posargs else "1000"
+    env = {**ONE_THREAD, "MINDPRINT_FUZZ": tries}
+    run_in_both(session, "pytest", "tests/faults/test_fuzzing.py", *IN_PARALLEL, "--timeout=0", env=env)
+
+
+@nox.session(python=False, requires=["both"])
 def soak(session: nox.Session) -> None:
-    """kill -9 at twenty random moments of each stage on each backend, and resume."""
-    env = {"MINDPRINT_KILLS": "20"}
-    run_in_both(session, "pytest", "-s", "tests/integration/test_kill.py", *session.posargs, env=env)
+    """kill -9 at twenty random moments of each stage, and among 200 commands in parallel on one project."""
+    env = {"MINDPRINT_KILLS": "20", "MINDPRINT_SOAK": "200"}
+    files = ("tests/integration/test_kill.py", "tests/faults/test_soak.py")
+    run_in_both(session, "pytest", "-s", *files, *session.posargs, env=env)
 
 
 @nox.session(python=PYTHON, default=False)

@@ -39,6 +39,9 @@ __all__ = [
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 """The option that every command has."""
 
+LONGEST_LINE = 2000
+"""Characters of an error's line."""
+
 _out: list[TextIO] = []
 """Where the JSON object goes while standard output itself is turned to standard error."""
 
@@ -54,7 +57,11 @@ class Failure:
     @property
     def line(self) -> str:
         prefix = f"{PROGRAM}: " if self.exit_code == 130 else f"{PROGRAM}: error: "
-        return prefix + " ".join(self.message.splitlines())
+        line = " ".join(self.message.splitlines())
+        if len(line) > LONGEST_LINE:
+            # What is wrong comes first and the remedy last; what is long is a value that somebody wrote in between.
+            line = f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 4 :]}"
+        return prefix + line
 
 
 @contextmanager
