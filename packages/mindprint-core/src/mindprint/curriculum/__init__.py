@@ -1,1 +1,1 @@
-"""Topic by topic: what is trained in which order, what is evaluated when, and what follows from it."""
+"""The curriculum of a run: the order of topics, evaluations on held-out text, and decisions made from them."""

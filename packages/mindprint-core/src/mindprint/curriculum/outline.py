@@ -1,4 +1,4 @@
-"""Units, chapters, topics: from ids such as `unit-01/chapter-02/topic-03`; titles and order from a curriculum.yaml.
+"""Units, chapters and topics, from ids such as `unit-01/chapter-02/topic-03`, with order and titles of curriculum.yaml.
 
     title: One year on the river
     units:
@@ -9,8 +9,8 @@
             topics:
               - {id: topic-03, title: The tide}
 
-An id of two parts is a unit and a topic in it; one of a single part is a topic by itself. The file decides the order;
-without one, topics come in the order of their first rows.
+An id of two parts is a unit and a topic in it. An id of one part is a topic without a unit. The file decides the order.
+Without a file, topics come in the order of their first rows.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _File(BaseModel):
 
 @dataclass(frozen=True)
 class Part:
-    """A unit or chapter whose last topic has been reached: its level, its id, its topics in order."""
+    """A unit or a chapter, with its topics in order."""
 
     level: Level
     name: str
@@ -64,30 +64,30 @@ class Part:
 
 @dataclass(frozen=True)
 class Outline:
-    """Topic ids in the order of training, and the titles of topics, chapters and units by id."""
+    """Topic ids in the order of training, with the titles of topics, chapters and units by id."""
 
     topics: tuple[str, ...]
     titles: Mapping[str, str] = field(default_factory=dict)
     title: str | None = None
 
     def title_of(self, name: str) -> str:
-        """The title of a topic, chapter or unit; the last part of its id where it has none."""
+        """Return the title of a topic, chapter or unit, or the last part of its id if it has none."""
         return self.titles.get(name) or name.rpartition("/")[2]
 
     def ending_with(self, topic: str) -> tuple[Part, ...]:
-        """The chapter and the unit that are complete once `topic` is, the chapter first."""
+        """Return the chapter and the unit whose last topic is `topic`, the chapter first."""
         levels: tuple[tuple[Level, str | None], ...] = (("chapter", chapter_of(topic)), ("unit", unit_of(topic)))
-        found = []
+        parts = []
         for level, name in levels:
-            members = tuple(one for one in self.topics if name is not None and one.startswith(f"{name}/"))
+            members = tuple(member for member in self.topics if name is not None and member.startswith(f"{name}/"))
             if members and members[-1] == topic:
-                found.append(Part(level, str(name), members))
-        return tuple(found)
+                parts.append(Part(level, str(name), members))
+        return tuple(parts)
 
     def chosen(self, wanted: Sequence[str] | None, limit: int | None) -> Outline:
-        """Only the topics that `wanted` names (an id, or that of a chapter or unit), and the first `limit` of those.
+        """Return an outline of the topics in `wanted`, and of those only the first `limit`.
 
-        Raises `DataError` for a name that no topic has.
+        `wanted` has ids of topics, chapters and units. Raises `DataError` for an id that no row has.
         """
         kept = self.topics
         if wanted is not None:
@@ -98,25 +98,25 @@ class Outline:
         return Outline(kept[:limit], self.titles, self.title)
 
     def stated(self) -> dict[str, Any]:
-        """As manifest.json has it."""
+        """Return the outline as the JSON object of manifest.json."""
         return {"title": self.title, "topics": {topic: self.title_of(topic) for topic in self.topics},
                 "titles": dict(self.titles)}  # fmt: skip
 
 
 def chapter_of(topic: str) -> str | None:
-    """The chapter's id, `unit/chapter`, of a topic with an id of three parts or more."""
+    """Return the chapter's id, `unit/chapter`, of a topic whose id has three parts or more, else None."""
     head, _, _ = topic.rpartition("/")
     return head if "/" in head else None
 
 
 def unit_of(topic: str) -> str | None:
-    """The unit's id of a topic with an id of two parts or more."""
+    """Return the unit's id of a topic whose id has two parts or more, else None."""
     head, slash, _ = topic.partition("/")
     return head if slash else None
 
 
 def read_outline(file: ConfigFile, topics: Sequence[str]) -> Outline:
-    """The outline of the topics that the rows have, in order of their first row.
+    """Return the outline of `topics`, which are those of the rows in the order of their first row.
 
     Raises `ConfigError` or `DataError` where a curriculum.yaml is malformed, names a topic without rows, or lacks one
     that has rows.
@@ -131,13 +131,13 @@ def read_outline(file: ConfigFile, topics: Sequence[str]) -> Outline:
         if topic not in have:
             raise DataError(
                 f"{path}: names topic {topic!r}, which no row has{_nearest(topic, topics)}; "
-                "add rows with this topic, or take it out of the file"
+                "add rows with this topic, or remove it from the file"
             )
     for topic in topics:
         if topic not in ordered:
             raise DataError(
                 f"{path}: lacks topic {topic!r}, which rows have{_nearest(topic, ordered)}; add it to the file, "
-                "or take its rows out"
+                "or remove its rows"
             )
     return Outline(tuple(ordered), titles, content.title)
 
@@ -172,28 +172,28 @@ def _parsed(path: Path) -> _File:
 
 
 def _flattened(content: _File, path: Path) -> tuple[dict[str, None], dict[str, str]]:
-    """Topic ids in order, and the titles of everything that has one."""
+    """Return topic ids in order, and titles by id."""
     titles: dict[str, str] = {}
     ordered: dict[str, None] = {}
 
     def add(prefix: str, entries: Sequence[_Entry | str]) -> None:
         for entry in entries:
-            one = _Entry(id=entry) if isinstance(entry, str) else entry
-            name = _named(titles, prefix, one)
+            topic = _Entry(id=entry) if isinstance(entry, str) else entry
+            name = _add_title(titles, prefix, topic)
             if name in ordered:
                 raise DataError(f"{path}: topic {name!r} is named twice")
             ordered[name] = None
 
     add("", content.topics)
     for unit in content.units:
-        above = _named(titles, "", unit)
+        above = _add_title(titles, "", unit)
         add(above, unit.topics)
         for chapter in unit.chapters:
-            add(_named(titles, above, chapter), chapter.topics)
+            add(_add_title(titles, above, chapter), chapter.topics)
     return ordered, titles
 
 
-def _named(titles: dict[str, str], prefix: str, entry: _Entry) -> str:
+def _add_title(titles: dict[str, str], prefix: str, entry: _Entry) -> str:
     name = f"{prefix}/{entry.id}" if prefix else entry.id
     if entry.title:
         titles[name] = entry.title
@@ -205,5 +205,5 @@ def _within(topic: str, name: str) -> bool:
 
 
 def _nearest(name: str, known: Sequence[str] | Mapping[str, None]) -> str:
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""

@@ -1,4 +1,4 @@
-"""What follows from an evaluation: pure functions from figures and settings to outcomes and decisions."""
+"""Decisions from evaluations: pure functions of figures and settings."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ from mindprint.contract import Generation
 from mindprint.runs.records import Figures, Outcome
 
 MOSTLY = 0.5
-"""The share of answers that must be broken for the model to be."""
+"""Share of broken answers above which a model counts as broken."""
 
 REPEATED = 0.5
-"""An answer is one repeated token if this share of it is, and it has at least `LONG_ENOUGH` tokens."""
+"""Share of an answer that must be the same token for it to be one repeated token, from `LONG_ENOUGH` tokens on."""
 
 LONG_ENOUGH = 8
 
 STOPS, NEVER_STOPS = 0.5, 0.1
-"""A model that stopped by itself at least this often, and a tuned one that does so at most that often."""
+"""Training broke the end of answers if this share of base answers stopped, and at most that share of tuned ones."""
 
 
 def judged(thresholds: Thresholds, figures: Figures) -> tuple[Outcome, tuple[str, ...]]:
-    """Hold figures against thresholds. What is missed is named first; a figure that could not be had passes nothing."""
+    """Compare figures with thresholds.
+
+    Returns:
+        The outcome and its reasons: thresholds that were missed, then figures that were not measured. A figure that was
+        not measured passes no threshold, and misses none.
+    """
     missed, unknown = [], []
-    for name, value, limit, at_least in _held_against(thresholds, figures):
+    for name, value, limit, at_least in _comparisons(thresholds, figures):
         if value is None:
             figure = name.removesuffix("_ratio")
             unknown.append(f"{name}: {figures.unmeasured.get(figure, 'was not measured')}")
@@ -37,21 +42,21 @@ def judged(thresholds: Thresholds, figures: Figures) -> tuple[Outcome, tuple[str
     return ("passed" if thresholds.any_set else "measured"), ()
 
 
-def _held_against(thresholds: Thresholds, figures: Figures) -> Iterator[tuple[str, float | None, float, bool]]:
+def _comparisons(thresholds: Thresholds, figures: Figures) -> Iterator[tuple[str, float | None, float, bool]]:
     rows = (
         ("voice", figures.voice.value if figures.voice else None, thresholds.voice, True),
         ("reward_accuracy", figures.reward_accuracy, thresholds.reward_accuracy, True),
         ("concept_coverage", figures.concept_coverage, thresholds.concept_coverage, True),
         ("copy_rate", figures.copy_rate, thresholds.copy_rate, False),
-        ("perplexity_ratio", _ratio(figures), thresholds.perplexity_ratio, False),
+        ("perplexity_ratio", _perplexity_ratio(figures), thresholds.perplexity_ratio, False),
     )
     for name, value, limit, at_least in rows:
         if limit is not None:
             yield name, value, limit, at_least
 
 
-def _ratio(figures: Figures) -> float | None:
-    """Perplexity over the base model's; None where either is missing, or both are beyond a float."""
+def _perplexity_ratio(figures: Figures) -> float | None:
+    """Return the perplexity divided by the base model's, or None if either is missing or both are infinite."""
     if figures.perplexity is None or not figures.base_perplexity:
         return None
     ratio = figures.perplexity / figures.base_perplexity
@@ -59,47 +64,48 @@ def _ratio(figures: Figures) -> float | None:
 
 
 def collapsed(figures: Figures, tuned: Sequence[Generation], base: Sequence[Generation]) -> tuple[str, ...]:
-    """Name each sign that training broke the model: empty answers, one repeated token, no end, less voice than before.
+    """Return a sentence for each sign that training broke the model, and nothing for a sound model.
 
-    An base model that answers so itself (a base that never learned to answer, or to stop) is not broken by training.
+    The signs are empty answers, one repeated token, answers without an end, and less voice than the base model has.
     """
-    found = []
     if not tuned:
         return ()
-    empty, empty_before = (_share(len(one.tokens) == 0 for one in side) for side in (tuned, base))
+    signs = []
+    # A base model that never learned to answer, or to stop, behaves in the same way. Then it was not training.
+    empty, base_empty = (_share(len(answer.tokens) == 0 for answer in answers) for answers in (tuned, base))
     empty = max(empty, figures.empty or 0)
-    if empty > MOSTLY >= empty_before:
-        found.append(f"{empty:.0%} of the answers are empty")
-    repeated, repeated_before = (_share(_one_token(one) for one in side) for side in (tuned, base))
-    if repeated > MOSTLY >= repeated_before:
-        found.append(f"{repeated:.0%} of the answers are one repeated token")
-    stopped, before = (_share(one.stop_reason == "stop" for one in side) for side in (tuned, base))
-    if before >= STOPS and stopped <= NEVER_STOPS:
-        found.append(f"the answers no longer stop by themselves ({stopped:.0%}; base model {before:.0%})")
+    if empty > MOSTLY >= base_empty:
+        signs.append(f"{empty:.0%} of the answers are empty")
+    repeated, base_repeated = (_share(_is_one_token(answer) for answer in answers) for answers in (tuned, base))
+    if repeated > MOSTLY >= base_repeated:
+        signs.append(f"{repeated:.0%} of the answers are one repeated token")
+    stopped, base_stopped = (_share(answer.stop_reason == "stop" for answer in answers) for answers in (tuned, base))
+    if base_stopped >= STOPS and stopped <= NEVER_STOPS:
+        signs.append(f"the answers no longer stop by themselves ({stopped:.0%}; base model {base_stopped:.0%})")
     if figures.voice is not None and figures.voice.high < 0:
-        found.append(f"the voice is below the base model's: {figures.voice.value:.2f}")
-    return tuple(found)
-
-
-def _one_token(answer: Generation) -> bool:
-    tokens = answer.tokens.tolist()
-    return len(tokens) >= LONG_ENOUGH and max(tokens.count(token) for token in set(tokens)) >= REPEATED * len(tokens)
-
-
-def _share(found: Iterator[bool]) -> float:
-    values = list(found)
-    return sum(values) / len(values) if values else 0.0
+        signs.append(f"the voice is below the base model's: {figures.voice.value:.2f}")
+    return tuple(signs)
 
 
 def dpo_runs(settings: CurriculumConfig, figures: Figures | None) -> tuple[bool, str]:
-    """Whether a topic's DPO runs after its SFT, and why. `figures` are None where the gate needs none."""
+    """Return whether a topic's DPO runs after its SFT, and why. `figures` are None if the gate needs none."""
     gate = settings.dpo
     if isinstance(gate, str):
         return gate == "always", f"curriculum.dpo is {gate}"
     voice = figures.voice if figures else None
     if voice is None:
         why = figures.unmeasured.get("voice", "was not measured") if figures else "was not measured"
-        return True, f"the voice could not be evaluated ({why}), so nothing says that DPO is not needed"
+        return True, f"the voice could not be evaluated ({why}), so nothing shows that DPO is not needed"
     if voice.value < gate:
         return True, f"voice {voice.value:.2f} after SFT is below {gate:g}"
     return False, f"voice {voice.value:.2f} after SFT has reached {gate:g}"
+
+
+def _is_one_token(answer: Generation) -> bool:
+    tokens = answer.tokens.tolist()
+    return len(tokens) >= LONG_ENOUGH and max(tokens.count(token) for token in set(tokens)) >= REPEATED * len(tokens)
+
+
+def _share(facts: Iterator[bool]) -> float:
+    values = list(facts)
+    return sum(values) / len(values) if values else 0.0

@@ -1,6 +1,6 @@
-"""Prompts that say the same: equal once case, whitespace and punctuation are gone, or nearly so.
+"""Near-duplicate prompts: equal without case, whitespace and punctuation, or nearly equal.
 
-Two texts are near-duplicates where their sets of character 4-grams have a Jaccard similarity of `THRESHOLD` or more and
+Two texts are near-duplicates if their sets of character 4-grams have a Jaccard similarity of `THRESHOLD` or more and
 the numbers in them are the same (`question 12` and `question 13` are different prompts). Candidates come from MinHash
 signatures in bands (Broder 1997; Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, section 3.4), and every one
 is then compared exactly. Groups are transitive: a text is in the group of any text that it nearly equals.
@@ -29,42 +29,39 @@ BANDS, ROWS = 90, 6
 """A pair at the threshold shares no band with probability (1 - 0.7^6)^90 = 1.3e-5, one at 0.8 with 3e-12."""
 
 SKETCH = 512
-"""Grams of a text that its signature is made of, those with the smallest hashes; it is compared by all of them."""
+"""Grams that a text's signature is made of, those with the smallest hashes. Exact comparison uses all grams."""
 
 MANY_CANDIDATES = 300_000
-"""Candidates of all bands together from which comparing everything with everything by matrix products is faster."""
+"""Candidates of all bands together above which it is faster to compare all texts by matrix products."""
 
 COLUMNS = 2048
-"""Columns of those products. Where there are more grams than that, a product is an upper bound."""
+"""Columns of those products. With more grams than columns, a product is an upper bound."""
 
 BLOCK = 1024
 """Texts in one product."""
 
 CHECKED_AT_ONCE = 20_000
-"""Pairs compared exactly in one go."""
+"""Pairs that are compared exactly at a time."""
 
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 
 
 def normalised(text: str) -> str:
-    """Without case, punctuation and runs of whitespace, in Unicode's NFKC. Text that is all punctuation stays."""
+    """Return text in NFKC without case, punctuation and runs of whitespace. Text that is all punctuation keeps it."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(folded.translate(_WITHOUT_PUNCTUATION).split()) or " ".join(folded.split())
 
 
 def near_duplicate_groups(texts: Sequence[str]) -> Ints:
-    """Which group each text is in: int64 `[texts]`, the index of the group's first text."""
+    """Return the group of each text, as the index of the group's first text: int64 `[texts]`."""
     plain = [normalised(text) for text in texts]
     first = {text: index for index, text in reversed(list(enumerate(plain)))}
     places = {text: place for place, text in enumerate(dict.fromkeys(plain))}
     labels = _grouped(_Grams.of(list(places)))
     members = np.array([first[text] for text in places], dtype=np.int64)
-    # Unique texts stand in the order of their first appearance, so the smallest label is the first text's.
+    # Unique texts are in the order of their first appearance, so the smallest label is that of the first text.
     return np.array([members[labels[places[text]]] for text in plain], dtype=np.int64)
-
-
-# --- text ------------------------------------------------------------------------------------------------------------
 
 
 class _Spaces(dict[int, int]):
@@ -108,21 +105,21 @@ class _Grams:
         return np.diff(self.starts)
 
     def places(self, texts: Ints) -> tuple[Ints, Ints]:
-        """Where in `flat` the grams of `texts` are, one text after another, and to which of `texts` each belongs."""
+        """Return for each gram of `texts`, in order, which of `texts` has it, and its place in `flat`."""
         lengths = self.sizes[texts]
         owner = np.repeat(np.arange(len(texts)), lengths)
         within = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return owner, self.starts[texts[owner]] + within
 
     def sketch(self) -> tuple[Hashes, Ints]:
-        """At most `SKETCH` grams a text, and where each text's begin: the first of a set sorted by hash are random."""
+        """Return at most `SKETCH` grams per text, and each text's start: the smallest hashes are a random choice."""
         kept = np.minimum(self.sizes, SKETCH)
         starts = np.cumsum(kept) - kept
         return self.flat[np.repeat(self.starts[:-1] - starts, kept) + np.arange(kept.sum())], starts
 
 
 def _gram_set(text: str) -> Hashes:
-    """64-bit hashes of the 4-grams of a text with a space on either side; of the whole where it is shorter."""
+    """Return 64-bit hashes of the 4-grams of a text with a space on either side, or of the whole if it is shorter."""
     codes = np.frombuffer(f" {text} ".ljust(GRAM).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
     grams = codes[: len(codes) - GRAM + 1].copy()
     for offset in range(1, GRAM):
@@ -132,17 +129,14 @@ def _gram_set(text: str) -> Hashes:
 
 
 def _mixed(values: Hashes) -> Hashes:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): every bit of the result depends on every bit."""
+    """Apply the finaliser of SplitMix64 (Steele, Lea & Flood 2014): each bit of the result depends on every bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
-# --- groups ----------------------------------------------------------------------------------------------------------
-
-
 def _grouped(grams: _Grams) -> Ints:
-    """The smallest index in the group of each text: int64 `[texts]`."""
+    """Return the smallest index in the group of each text: int64 `[texts]`."""
     labels = np.arange(len(grams.sizes), dtype=np.int64)
     if len(labels) < 2:
         return labels
@@ -156,7 +150,7 @@ def _grouped(grams: _Grams) -> Ints:
 
 
 def _buckets(grams: _Grams) -> Iterator[tuple[Ints, Ints]]:
-    """For each band, the texts that share their part of the signature with another, bucket by bucket, and the sizes."""
+    """Yield for each band the texts that share their part of the signature, bucket by bucket, and the bucket sizes."""
     sketch, starts = grams.sketch()
     rng = np.random.default_rng(0)
     for _ in range(BANDS):
@@ -170,10 +164,10 @@ def _buckets(grams: _Grams) -> Iterator[tuple[Ints, Ints]]:
 
 
 def _pairs_within(members: Ints, sizes: Ints) -> Ints:
-    """All pairs of each bucket: int64 `[pairs, 2]`."""
+    """Return all pairs of each bucket: int64 `[pairs, 2]`."""
     found = [np.zeros((0, 2), dtype=np.int64)]
     ends = np.cumsum(sizes)
-    for size, group in groupby(sorted(zip(sizes.tolist(), ends.tolist(), strict=True)), key=lambda one: one[0]):
+    for size, group in groupby(sorted(zip(sizes.tolist(), ends.tolist(), strict=True)), key=lambda bucket: bucket[0]):
         rows = members[np.array([end for _, end in group])[:, None] - size + np.arange(size)]
         first, second = np.triu_indices(size, 1)
         found.append(np.stack([rows[:, first], rows[:, second]], axis=-1).reshape(-1, 2))
@@ -181,7 +175,7 @@ def _pairs_within(members: Ints, sizes: Ints) -> Ints:
 
 
 def _joined_if_near(grams: _Grams, pairs: Ints, labels: Ints) -> Ints:
-    """Compare exactly the pairs that are in two groups, and join those of near-duplicates."""
+    """Compare the pairs that are in different groups exactly, and join the groups of near-duplicates."""
     while len(pairs := pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]):
         now, pairs = pairs[:CHECKED_AT_ONCE], pairs[CHECKED_AT_ONCE:]
         labels = joined(labels, now[_near(grams, now)])
@@ -189,7 +183,7 @@ def _joined_if_near(grams: _Grams, pairs: Ints, labels: Ints) -> Ints:
 
 
 def _near(grams: _Grams, pairs: Ints) -> Bool:
-    """Which pairs are near-duplicates: bool `[pairs]`."""
+    """Return which pairs are near-duplicates: bool `[pairs]`."""
     owner, places = grams.places(pairs[:, 0])
     there = _contains(grams, pairs[owner, 1], grams.flat[places])
     shared = np.bincount(owner[there], minlength=len(pairs))
@@ -199,7 +193,7 @@ def _near(grams: _Grams, pairs: Ints) -> Bool:
 
 
 def _contains(grams: _Grams, texts: Ints, gram: Hashes) -> Bool:
-    """Whether each gram is in its text's set, by bisection of all of them at once."""
+    """Return whether each gram is in its text's set, by a bisection of all of them at once."""
     low, high = grams.starts[texts], grams.starts[texts + 1]
     end = high
     for _ in range(int(grams.sizes.max()).bit_length()):
@@ -211,25 +205,27 @@ def _contains(grams: _Grams, texts: Ints, gram: Hashes) -> Bool:
 
 
 def _alike(shared: Ints | Float32, first: Ints, second: Ints) -> Bool:
-    """|A ∩ B| / |A ∪ B| ≥ 0.7, in whole numbers: 10 · shared ≥ 7 · union."""
+    """Return whether |A ∩ B| / |A ∪ B| ≥ 0.7, in whole numbers: 10 · shared ≥ 7 · union."""
+    # |A ∪ B| = |A| + |B| - shared. Whole numbers keep the comparison exact at the threshold itself.
     tenths = round(THRESHOLD * 10)
     alike: Bool = (10 + tenths) * shared >= tenths * (first + second)
     return alike
 
 
 def _by_products(grams: _Grams, texts: Ints, labels: Ints) -> Ints:
-    """Compare all of `texts` by matrix products of their sets, larger sets with those of at least 0.7 their size."""
+    """Compare all of `texts` by matrix products of their sets, each with those of at least 0.7 of its size."""
     texts = texts[np.argsort(grams.sizes[texts], kind="stable")]
     sizes, numbers = grams.sizes[texts], grams.numbers[texts]
     kinds, column = np.unique(grams.flat, return_inverse=True)
     exact = len(kinds) <= COLUMNS
     for start in range(0, len(texts), BLOCK):
         rows = slice(start, start + BLOCK)
+        # Sets whose sizes differ by more cannot reach the threshold, so they are not compared.
         least = np.searchsorted(sizes, THRESHOLD * sizes[start] - 1e-9)
-        mine = _matrix(grams, column, texts[rows])
+        block = _matrix(grams, column, texts[rows])
         for other in range(int(least), min(start + BLOCK, len(texts)), BLOCK):
             those = slice(other, min(other + BLOCK, start + BLOCK))
-            shared = mine @ _matrix(grams, column, texts[those]).T
+            shared = block @ _matrix(grams, column, texts[those]).T
             near = _alike(shared, sizes[rows, None], sizes[None, those])
             near &= numbers[rows, None] == numbers[None, those]
             near &= labels[texts[rows], None] != labels[None, texts[those]]
@@ -240,7 +236,7 @@ def _by_products(grams: _Grams, texts: Ints, labels: Ints) -> Ints:
 
 
 def _matrix(grams: _Grams, column: Ints, texts: Ints) -> Float32:
-    """How many of a text's grams fall on each column: float32 `[texts, COLUMNS]`. Its products are whole numbers."""
+    """Return the number of a text's grams in each column: float32 `[texts, COLUMNS]`. Products are whole numbers."""
     owner, places = grams.places(texts)
     cells = owner * COLUMNS + column[places] % COLUMNS
     return np.bincount(cells, minlength=len(texts) * COLUMNS).reshape(-1, COLUMNS).astype(np.float32)

@@ -1,7 +1,7 @@
-"""Texts as the measures read them: without what a typesetter chose, and in words.
+"""Texts as the measures read them: with uniform typesetting, and split into words.
 
-Curly or straight quotes, kinds of dashes, line breaks and emphasis marks tell the edition or the editor, not the
-writer; two works of one author differ in them. They are made alike before anything is measured.
+Curly or straight quotes, kinds of dashes, line breaks and emphasis marks show the edition or the editor, and not the
+writer: two works of one author differ in them. They are made uniform before anything is measured.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ _TOKEN = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+|[^\w\s]")
 
 
 def plain(text: str) -> str:
-    """NFC, straight quotes, one kind of dash, no emphasis marks, single spaces."""
+    """Return text in NFC with straight quotes, one kind of dash, no emphasis marks and single spaces."""
     text = unicodedata.normalize("NFC", text).translate(_ALIKE)
     return " ".join(_DASHES.sub(" -- ", text).split())
 
 
 def words(text: str) -> list[str]:
-    """The words, case folded, without punctuation; what "words" counts everywhere in a voice score."""
+    """Return the words, case folded, without punctuation. Every count of words in a voice score counts these."""
     return _WORD.findall(plain(text).casefold())
 
 
 def tokens(text: str) -> list[str]:
-    """Words as they are written, numbers, and each sign of punctuation by itself; of a `plain` text."""
+    """Return the words of a `plain` text as they are written, its numbers, and each sign of punctuation by itself."""
     return _TOKEN.findall(text)
 
 
 def word_count(texts: Sequence[str]) -> int:
-    """Words in all of them together."""
+    """Return the number of words in all texts together."""
     return sum(len(words(text)) for text in texts)
 
 
 def passages(text: str, length: int) -> Iterator[str]:
-    """Pieces of about `length` words (separated by spaces); a last one shorter than half goes to the one before."""
+    """Yield pieces of about `length` words. A rest shorter than half of that is part of the piece before it."""
     pieces = text.split()
     count = max(1, int(len(pieces) / length + 0.5))
     for index in range(count):

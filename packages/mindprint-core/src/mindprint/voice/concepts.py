@@ -1,4 +1,4 @@
-"""Key concepts of a quiz: how many of them an answer mentions."""
+"""Key concepts of a quiz, and the share of them that an answer mentions."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from dataclasses import dataclass
 from mindprint.text.words import words
 
 ENDINGS = ("'s", "ing", "ed", "es", "s", "e")
-"""English endings that make no other word, if three letters or more stand before them."""
+"""English endings that are ignored if three letters or more come before them."""
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which key concepts an answer mentions; `share` is those found over all."""
+    """Key concepts that an answer mentions, and those that it lacks."""
 
     found: tuple[str, ...]
     missing: tuple[str, ...]
 
     @property
     def share(self) -> float:
+        """Return the number of concepts found divided by the number of all."""
         return len(self.found) / (len(self.found) + len(self.missing))
 
 
 def coverage(answer: str, concepts: Sequence[str]) -> Coverage:
     """Look for each concept in an answer. `tide|ebb` means either.
 
-    A concept of several words is found where all of them stand, in any order; a word also with another English ending
-    (`turning` for `turns`, `harbours` for `harbour`). That an answer mentions a concept does not mean that what it
-    says of it is right. Raises `ValueError` for no concepts, or one without a word.
+    A concept of several words is found if the answer has all of them, in any order. Other English endings count too
+    (`turning` for `turns`, `harbours` for `harbour`). An answer can mention a concept and still be wrong about it.
+    Raises `ValueError` for no concepts, or for one without a word.
     """
     if not concepts or not all(words(way) for concept in concepts for way in concept.split("|")):
         raise ValueError("key concepts: give at least one, each with a word")

@@ -1,8 +1,8 @@
-"""Beside every voice score: is it a voice, or the training text again?
+"""Copying: whether answers repeat the training text, or each other.
 
-A model that recites scores as high as the person. So whatever is scored is also laid beside the text it was trained
-on (longest verbatim overlap, share of its word n-grams found there), beside the person's own length, and beside itself
-(self-BLEU, Zhu et al. 2018: does it say the same thing to every prompt?).
+A model that recites its training text scores as high as the person. So every set of answers is also compared with the
+training text (verbatim overlaps), with the length of the person's answers, and with itself (self-BLEU, Zhu et al. 2018,
+which finds a model that gives every prompt the same answer).
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from mindprint.text.words import words
 from mindprint.voice.scoring import NotScored
 
 N = 8
-"""Words of an n-gram that two texts share by copying rather than by chance."""
+"""Words of the shortest overlap that counts as copied: shorter ones occur by chance."""
 
 RECITED = 0.5
-"""An answer is recited if this share of its words, and no fewer than `N`, is one verbatim overlap."""
+"""An answer is recited if one verbatim overlap has this share of its words, and at least `N`."""
 
 ALLOWED = 0.1
-"""By how much a share may exceed the person's own (who repeats sayings) before it is flagged."""
+"""How far a share may exceed the person's own before it is flagged: people repeat their sayings too."""
 
 BLEU_ORDER = 4
 BLEU_SAMPLE = 100
-"""Answers that self-BLEU compares, evenly chosen of more: each with all others."""
+"""Answers for which self-BLEU is computed, each against all others. Of more, evenly spaced ones are taken."""
 
 SHORT, LONG = 0.5, 2.0
-"""Mean length over the person's beyond which length is flagged."""
+"""Limits of the mean length, divided by the person's, beyond which it is flagged."""
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """The longest run of words that stands in an answer and, verbatim, in one training text.
+    """The longest run of words that is in an answer and, verbatim, in one training text.
 
-    `answer` and `source` are the indices of the two; None where no word is shared.
+    `answer` and `source` are the indices of the two, or None if no word is shared.
     """
 
     words: int
@@ -49,13 +49,13 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Copying:
-    """Answers beside the training text, the person and themselves.
+    """Answers compared with the training text, with the person's answers, and with each other.
 
-    `longest` is over all answers. `copy_rate`: share of the answers' words that stand in a verbatim overlap of `N` or
-    more words. `recited`: share of answers of which half or more is one overlap. `self_bleu`: mean BLEU-4 of each
-    answer against all others, 0 to 1; None for fewer than two answers. `words`: mean length of an answer; `length`: by
-    the person's mean. The `person_` figures are those of the held-out text of the person, who repeats too; None without
-    such. `flagged` says in words what is wrong; it is empty where nothing is.
+    `longest` is over all answers. `copy_rate` is the share of the answers' words in a verbatim overlap of `N` words or
+    more. `recited` is the share of answers of which half or more is one overlap. `self_bleu` is the mean BLEU-4 of each
+    answer against all others, 0 to 1, or None for fewer than two answers. `words` is the mean length of an answer, and
+    `length` that divided by the person's. `person_` figures are those of the person's held-out text, or None without
+    such text. `flagged` has a sentence for each problem.
     """
 
     longest: Overlap
@@ -71,40 +71,42 @@ class Copying:
 
 
 def measure_copying(answers: Sequence[str], training: Sequence[str], person: Sequence[str] = ()) -> Copying | NotScored:
-    """Lay answers beside the training text and the person's own held-out text; `NotScored` if either has no word."""
+    """Compare answers with the training text and the person's held-out text.
+
+    Returns `NotScored` if the answers or the training text have no word.
+    """
     split = [words(answer) for answer in answers]
     if not any(split):
         return NotScored(f"all {len(split)} answers are empty" if split else "there are no answers")
     sources = [words(text) for text in training]
     if not any(sources):
-        return NotScored("there is no training text to lay the answers beside")
+        return NotScored("there is no training text to compare the answers with")
     index = TrainingText(sources)
     own = [spoken for text in person if (spoken := words(text))]
-    mine, theirs = _against(index, split), _against(index, own) if own else None
+    answered, person_overlap = _overlaps(index, split), _overlaps(index, own) if own else None
     length = float(np.mean([len(answer) for answer in split]))
     bleu, own_bleu = self_bleu(split), self_bleu(own)
     relative = length / float(np.mean([len(text) for text in own])) if own else None
     return Copying(
-        longest=mine.longest,
-        copy_rate=mine.copy_rate,
-        recited=mine.recited,
+        longest=answered.longest,
+        copy_rate=answered.copy_rate,
+        recited=answered.recited,
         self_bleu=bleu,
         words=length,
         length=relative,
-        person_copy_rate=theirs.copy_rate if theirs else None,
-        person_recited=theirs.recited if theirs else None,
+        person_copy_rate=person_overlap.copy_rate if person_overlap else None,
+        person_recited=person_overlap.recited if person_overlap else None,
         person_self_bleu=own_bleu,
-        flagged=tuple(_flags(mine, theirs, (bleu, own_bleu), relative)),
+        flagged=tuple(_flags(answered, person_overlap, (bleu, own_bleu), relative)),
     )
 
 
-# --- overlap with the training text ----------------------------------------------------------------------------------
-
-
 class TrainingText:
-    """A suffix automaton (Blumer et al. 1985) over the words of texts: every run of words that stands in one of them.
+    """A suffix automaton (Blumer et al. 1985) over the words of texts, which knows every run of words in any of them.
 
-    Built in time and memory linear in the words: a few hundred bytes each.
+    It is built in time and memory linear in the number of words, at a few hundred bytes per word. Each state represents
+    the runs of words that end at the same places. `_next` leads from a state to the next by a word, `_length` is the
+    longest run of a state, and `_link` leads to the state of the longest suffix that occurs in more places.
     """
 
     def __init__(self, texts: Sequence[Sequence[str]]) -> None:
@@ -116,9 +118,10 @@ class TrainingText:
                 last = self._extended(last, word, index)
 
     def matches(self, answer: Sequence[str]) -> Iterator[tuple[int, int]]:
-        """For each word, how long the longest run ending with it is that stands in a text, and in which text."""
+        """Yield for each word the length of the longest run ending with it that a text has, and the text's index."""
         state, length = 0, 0
         for word in answer:
+            # Shorten the run from its front, one suffix link at a time, until it can be continued with this word.
             while state and word not in self._next[state]:
                 state = self._link[state]
                 length = self._length[state]
@@ -127,8 +130,9 @@ class TrainingText:
             yield length, self._text[state]
 
     def _extended(self, last: int, word: str, index: int) -> int:
-        """The state of all that was read with one more word; of a text begun anew, `last` is 0."""
+        """Add a word after the state `last`, which is 0 at the start of a text, and return the new state."""
         known = self._next[last].get(word)
+        # Another text has this run already. Its state can be used if it represents no longer run.
         if known is not None:
             return known if self._length[known] == self._length[last] + 1 else self._split(last, word, known)
         state = self._added({}, 0, self._length[last] + 1, index)
@@ -142,7 +146,7 @@ class TrainingText:
         return state
 
     def _split(self, last: int, word: str, target: int) -> int:
-        """A copy of `target` that is as long as `last` and one word, reached from there on."""
+        """Copy `target` for the runs that are one word longer than `last`'s, and return the copy."""
         length = self._length[last] + 1
         copy = self._added(dict(self._next[target]), self._link[target], length, self._text[target])
         self._link[target] = copy
@@ -160,13 +164,15 @@ class TrainingText:
 
 
 @dataclass(frozen=True)
-class _Against:
+class _Overlaps:
+    """Verbatim overlaps of a set of texts with the training text."""
+
     longest: Overlap
     copy_rate: float
     recited: float
 
 
-def _against(training: TrainingText, answers: Sequence[Sequence[str]]) -> _Against:
+def _overlaps(training: TrainingText, answers: Sequence[Sequence[str]]) -> _Overlaps:
     longest = Overlap(0, "", None, None)
     copied = recited = 0
     for index, answer in enumerate(answers):
@@ -177,11 +183,12 @@ def _against(training: TrainingText, answers: Sequence[Sequence[str]]) -> _Again
             longest = Overlap(most, " ".join(answer[end + 1 - most : end + 1]), index, ends[end][1])
         copied += _covered(length for length, _ in ends)
         recited += most >= max(N, RECITED * len(answer))
-    return _Against(longest, copied / sum(len(answer) for answer in answers), recited / len(answers))
+    return _Overlaps(longest, copied / sum(len(answer) for answer in answers), recited / len(answers))
 
 
 def _covered(lengths: Iterable[int]) -> int:
-    """Words in a run of `N` or more, from the longest run ending with each."""
+    """Count the words in runs of `N` words or more, from the length of the longest run that ends with each word."""
+    # `upto` is the end of the words counted so far: runs overlap, and a word counts once.
     covered, upto = 0, 0
     for end, length in enumerate(lengths, 1):
         if length >= N:
@@ -190,11 +197,11 @@ def _covered(lengths: Iterable[int]) -> int:
     return covered
 
 
-# --- self-BLEU -------------------------------------------------------------------------------------------------------
-
-
 def self_bleu(answers: Sequence[Sequence[str]]) -> float | None:
-    """Mean BLEU-4 (Papineni et al. 2002) of each answer against all others; None for fewer than two with a word."""
+    """Return the mean BLEU-4 (Papineni et al. 2002) of each answer against all others.
+
+    None for fewer than two answers with a word.
+    """
     spoken = [answer for answer in answers if answer]
     if len(spoken) < 2:
         return None
@@ -214,16 +221,20 @@ def _bleu(
     counts: Sequence[Sequence[Counter[Gram]]],
     best: Sequence[Mapping[Gram, Greatest]],
 ) -> float:
-    """Clipped precisions of orders 1 to 4 (or as many as the answer has words), brevity against the nearest length."""
+    """Return the BLEU of one answer against all others.
+
+    BLEU = exp(mean of ln p_n + min(0, 1 - r / c)), with the clipped precisions p_n of orders 1 to 4 (or fewer, for an
+    answer of fewer words), the answer's length c and the nearest length r of another answer (Papineni et al. 2002).
+    """
     logs = []
     for order, greatest in zip(counts, best, strict=True):
-        mine = order[index]
-        if not mine:
+        own = order[index]
+        if not own:
             break
-        clipped = sum(min(count, _of_others(greatest[gram], index)) for gram, count in mine.items())
+        clipped = sum(min(count, _of_others(greatest[gram], index)) for gram, count in own.items())
         if not clipped:
             return 0.0
-        logs.append(math.log(clipped / mine.total()))
+        logs.append(math.log(clipped / own.total()))
     length = len(answers[index])
     others = (len(answer) for other, answer in enumerate(answers) if other != index)
     nearest = min(others, key=lambda other: (abs(other - length), other))
@@ -236,23 +247,21 @@ def _of_others(greatest: Greatest, index: int) -> int:
 
 
 def _two_greatest(counts: Sequence[Counter[Gram]]) -> dict[Gram, Greatest]:
-    found: dict[Gram, Greatest] = {}
+    # With the two greatest counts, the greatest among all other answers is known without a pass over all pairs.
+    greatest: dict[Gram, Greatest] = {}
     for index, counter in enumerate(counts):
         for gram, count in counter.items():
-            most, whose, next_most = found.get(gram, (0, -1, 0))
-            found[gram] = (count, index, most) if count > most else (most, whose, max(next_most, count))
-    return found
+            most, whose, next_most = greatest.get(gram, (0, -1, 0))
+            greatest[gram] = (count, index, most) if count > most else (most, whose, max(next_most, count))
+    return greatest
 
 
 def _ngrams(words: Sequence[str], n: int) -> Iterator[Gram]:
     return zip(*(words[start:] for start in range(n)), strict=False)
 
 
-# --- what is wrong ---------------------------------------------------------------------------------------------------
-
-
 def _flags(
-    answers: _Against, person: _Against | None, bleu: tuple[float | None, float | None], length: float | None
+    answers: _Overlaps, person: _Overlaps | None, bleu: tuple[float | None, float | None], length: float | None
 ) -> Iterator[str]:
     own_recited, own_rate = (person.recited, person.copy_rate) if person else (0.0, 0.0)
     if answers.recited > own_recited + ALLOWED or answers.copy_rate > own_rate + 2 * ALLOWED:
@@ -260,8 +269,9 @@ def _flags(
             f"recites training text: {answers.recited:.0%} of the answers (the person: {own_recited:.0%}), "
             f"{answers.copy_rate:.0%} of their words (the person: {own_rate:.0%})"
         )
-    mine, own = bleu
-    if mine is not None and mine > (own or 0.0) + 2 * ALLOWED:
-        yield f"answers repeat each other: self-BLEU {mine:.2f}" + (f" (the person: {own:.2f})" if own else "")
+    answers_bleu, own_bleu = bleu
+    if answers_bleu is not None and answers_bleu > (own_bleu or 0.0) + 2 * ALLOWED:
+        of_person = f" (the person: {own_bleu:.2f})" if own_bleu else ""
+        yield f"answers repeat each other: self-BLEU {answers_bleu:.2f}{of_person}"
     if length is not None and not SHORT <= length <= LONG:
         yield f"answers are {length:.2f} times as long as the person's"

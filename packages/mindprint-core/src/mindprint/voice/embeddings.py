@@ -27,7 +27,7 @@ from mindprint.hookspecs import hookimpl
 
 
 class EmbeddingsConfig(BaseModel):
-    """What a configuration says under `voice.scorers.embeddings`."""
+    """Settings under `voice.scorers.embeddings`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,15 +39,15 @@ class EmbeddingsConfig(BaseModel):
 
 
 class Encoder(Protocol):
-    """What is used of `sentence_transformers.SentenceTransformer`."""
+    """The method of `sentence_transformers.SentenceTransformer` that is used."""
 
     def encode(self, sentences: list[str], **options: Any) -> Any:
-        """float32 `[texts, features]`."""
+        """Return float32 `[texts, features]`."""
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Cosine with the centre of the person's texts less that with the background's.
+    """The cosine with the centre of the person's texts, less the cosine with the background's centre.
 
     `model` is a hub name or a folder.
     """
@@ -56,10 +56,11 @@ class Embeddings:
 
     @property
     def name(self) -> str:
+        """Return the measure's name, which names the model."""
         return f"embeddings ({Path(self.config.model).name})"
 
     def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:
-        """Take the centres of both sides. Raises `ScorerError` where the model cannot be had."""
+        """Compute the centres of both sides. Raises `ScorerError` if the model cannot be loaded."""
         centres = [self._unit(self._embedded(side).mean(axis=0, keepdims=True))[0] for side in (own, background)]
         towards = centres[0] - centres[1]
 
@@ -70,7 +71,7 @@ class Embeddings:
         return decide
 
     def _embedded(self, texts: Sequence[str]) -> Float64:
-        """Unit vectors, float64 `[texts, features]`."""
+        """Return unit vectors, float64 `[texts, features]`."""
         made = self._encoder.encode(
             list(texts), batch_size=self.config.batch_size, convert_to_numpy=True, show_progress_bar=False
         )
@@ -87,8 +88,8 @@ class Embeddings:
             library: Any = import_module("sentence_transformers")
         except ImportError as error:
             raise ScorerError(
-                "scorer 'embeddings' needs sentence-transformers: pip install 'mindprint-core[embeddings]', or take it "
-                "out of voice.scorers"
+                "scorer 'embeddings' needs sentence-transformers: pip install 'mindprint-core[embeddings]', or remove "
+                "it from voice.scorers"
             ) from error
         config = self.config
         try:
@@ -98,7 +99,7 @@ class Embeddings:
                 device=config.device,
                 trust_remote_code=config.trust_remote_code,
             )
-        except Exception as error:  # what a hub or a folder can do wrong is anything
+        except Exception as error:  # a hub or a model's own code can raise anything
             reason = first_line(error)
             raise ScorerError(f"scorer 'embeddings': {config.model!r} cannot be loaded: {reason}") from error
         return loaded
@@ -106,7 +107,7 @@ class Embeddings:
 
 @hookimpl
 def mindprint_scorers(settings: dict[str, object]) -> Sequence[Measure]:
-    """The embedding model of a configuration."""
+    """Return the measure of the embedding model that the settings name."""
     try:
         config = EmbeddingsConfig.model_validate(settings)
     except ValidationError as error:

@@ -38,11 +38,11 @@ class ModelInMemory(Protocol):
 
     @property
     def backend(self) -> Backend:
-        """The backend that holds the model."""
+        """Return the backend that holds the model."""
 
     @property
     def model(self) -> LoadedModel:
-        """The model, as the backend's hooks take it."""
+        """Return the model, as the backend's hooks take it."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class GeneratedAnswer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation measured: `figures` of all its topics together, and the details that they come from.
+    """The figures of an evaluation, of all its topics together and of each, with the details that they come from.
 
     `figures` and `topics` have the keys of evaluations.jsonl. `pairs`, `texts`, `voice` and `quiz` have the details of
     both models. They are None where nothing of the kind is held out. `answers` are the lines of answers.jsonl. `notes`
@@ -94,7 +94,7 @@ def evaluate(
         train: The rows that it was trained on: the voice is fitted on them, and copying is searched for in them.
         config: The run's configuration. Of `generation` only `max_new_tokens` counts: answers are greedy.
         extra: Measures of scorer plugins, shown next to the voice score.
-        answers: Whether the models answer prompts. Without answers there is no voice and no quiz.
+        answers: Let both models answer prompts. Without answers neither voice nor quiz is measured.
 
     Returns:
         The figures of all topics together and of each topic, with their details.
@@ -122,7 +122,7 @@ class Evaluator:
         most_per_topic: int | None = None,
         why_empty: Callable[[str], str | None] = lambda _: None,
     ) -> None:
-        """Choose and render what is asked and read: of each kind the first `most_per_topic` of each topic, or all.
+        """Choose and render the held-out rows: of each kind the first `most_per_topic` of each topic, or all.
 
         `why_empty` returns the reason why nothing of a topic is held out, if there is one to give.
         """
@@ -145,7 +145,7 @@ class Evaluator:
 
     @property
     def topics(self) -> tuple[str, ...]:
-        """The topics of which anything is held out."""
+        """Return the topics of which anything is held out."""
         kinds: tuple[Sequence[_OfTopic], ...] = (self._prompts, self._questions, self._pairs, self._texts)
         return tuple(dict.fromkeys(row.topic for rows in kinds for row in rows))
 
@@ -159,6 +159,7 @@ class Evaluator:
         questions = [place for place, question in enumerate(self._questions) if question.topic in topics]
         if not answers:
             prompts, questions = [], []
+        # Prompts and questions are generated in one call, so that a backend can batch them together.
         asked = [*(self._prompts[place].prompt for place in prompts), *(self._questions[q].question for q in questions)]
         tuned = self._answer(asked, adapter=True)
         prompt_answers = dict(zip(prompts, tuned[: len(prompts)], strict=True))
@@ -198,7 +199,7 @@ class Evaluator:
 
     @cached_property
     def _base_answers(self) -> tuple[GeneratedAnswer, ...]:
-        """The base model's answers to all prompts, then to all questions."""
+        """Return the base model's answers to all prompts, then to all questions."""
         asked = [*(prompt.prompt for prompt in self._prompts), *(question.question for question in self._questions)]
         return self._answer(asked, adapter=False)
 

@@ -1,4 +1,4 @@
-"""What a run can be scored on: held out by its split or by definition, and certainly not trained on."""
+"""Held-out rows that an adapter can be measured on, because it was certainly not trained on them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mindprint.runs.opened import Located, read_heldout
 class Scored:
     """Held-out rows, the rows that were trained, and the configuration that both are read by.
 
-    `problems` are quiz questions that cannot be evaluated, `notes` what was left out and why; `why_none` says why the
-    split holds out nothing, where it does not.
+    `problems` are quiz questions that cannot be evaluated, and `notes` name rows that were left out. `why_none` says
+    why the split holds out nothing, if so.
     """
 
     file: ConfigFile
@@ -35,7 +35,7 @@ class Scored:
 
 
 def read_scored(located: Located, heldout: Path | None = None) -> Scored:
-    """What an adapter can be scored on; the pairs of the file `heldout` instead of the configuration's, where given.
+    """Return the rows that an adapter can be measured on. A file `heldout` replaces the pairs of the configuration.
 
     The data may have changed since the run, so whatever the run wrote down as trained is left out. An adapter that
     lies in no run has no data: it is scored on `heldout` alone, of which nothing is known.
@@ -60,7 +60,7 @@ def _with_heldout(file: ConfigFile, heldout: Path | None) -> ConfigFile:
 
 
 def _candidates(file: ConfigFile, split: Split, heldout: Path | None) -> tuple[HeldOut, tuple[str, ...]]:
-    """The split's held-out rows, or the pairs of a file less those that ask what training rows ask."""
+    """Return the split's held-out rows, or the pairs of a file without those whose prompt is also a training row's."""
     if heldout is None:
         return split.held_out, ()
     pairs = read_heldout(_with_heldout(file, heldout)).heldout
@@ -72,7 +72,7 @@ def _candidates(file: ConfigFile, split: Split, heldout: Path | None) -> tuple[H
 
 
 def _untrained(file: ConfigFile, held_out: HeldOut) -> tuple[HeldOut, int]:
-    """Without the rows whose prompt the run wrote down as trained, and how many those were."""
+    """Return the rows whose prompt the run did not record as trained, and the number of the others."""
     trained = RunFolder(file.folder).trained_prompts()
 
     def new(prompts: Sequence[Text]) -> bool:
@@ -82,7 +82,7 @@ def _untrained(file: ConfigFile, held_out: HeldOut) -> tuple[HeldOut, int]:
         held_out,
         pairs=tuple(row for row in held_out.pairs if new([row.prompt])),
         texts=tuple(row for row in held_out.texts if new(prompts_of(row, file.config.data))),
-        questions=tuple(one for one in held_out.questions if new([one.question])),
+        questions=tuple(question for question in held_out.questions if new([question.question])),
     )
     return kept, _count(held_out) - _count(kept)
 

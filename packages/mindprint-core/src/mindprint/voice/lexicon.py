@@ -1,7 +1,7 @@
-"""The lexicon: phrases that a person uses, phrases that she never would, and things that she never confuses.
+"""The lexicon: phrases that a person uses, phrases that she never uses, and things that she never confuses.
 
-A scorer plugin that ships with core: `voice.scorers: {lexicon: {wanted: [...], unwanted: [...], distinctions: [...]}}`.
-It measures what somebody listed beforehand, so it is shown beside the voice score and never averaged into it.
+A scorer plugin that is part of core: `voice.scorers: {lexicon: {wanted: [...], unwanted: [...], distinctions: [...]}}`.
+It measures a list that somebody wrote beforehand, so it is shown next to the voice score and never averaged into it.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ NEGATIONS = frozenset(
     ]
 )
 REACH = 4
-"""Words before a phrase in which a negation is about it, within a clause (NegEx, Chapman et al. 2001, uses five)."""
+"""A negation this many words before a phrase, in the same clause, negates it (NegEx, Chapman et al. 2001, has five)."""
 
 LINKS = frozenset(["is", "are", "was", "were", "be", "means", "mean", "equals", "called"])
-"""What says that one thing is another."""
+"""Words by which a clause says that one thing is another."""
 
 _CLAUSE = re.compile(r"[.!?;:,()\"]|--|\bbut\b", re.IGNORECASE)
 
 
 class LexiconConfig(Section):
-    """What the lexicon looks for. Case and punctuation do not matter."""
+    """Settings under `voice.scorers.lexicon`. Case and punctuation do not matter."""
 
     wanted: list[str] = Field([], description="Phrases of the person.")
     unwanted: list[str] = Field([], description="Phrases that she never uses.")
@@ -69,7 +69,7 @@ class LexiconConfig(Section):
         if empty := [phrase for phrase in phrases if not words(phrase)]:
             raise ValueError(f"{empty[0]!r} has no word")
         if cut := [phrase for phrase in phrases if _CLAUSE.search(plain(phrase))]:
-            raise ValueError(f"{cut[0]!r} spans clauses: give its parts as phrases of their own")
+            raise ValueError(f"{cut[0]!r} spans clauses: give each part as a phrase")
         return phrases
 
     @field_validator("distinctions")
@@ -83,7 +83,7 @@ class LexiconConfig(Section):
 
 @dataclass(frozen=True)
 class Finding:
-    """What a text has of the lexicon, phrase by phrase as often as it stands there, negated ones left out."""
+    """Occurrences of the lexicon in a text: each phrase as often as it occurs without a negation."""
 
     wanted: tuple[str, ...]
     unwanted: tuple[str, ...]
@@ -100,10 +100,10 @@ class Lexicon:
     name: str = "lexicon"
 
     def find(self, text: str) -> Finding:
-        """Look in each clause of a text. A phrase under a negation (`never say X`) is not used, and does not count.
+        """Search each clause of a text. A negated phrase (`never say X`) does not count.
 
-        A pair is confused where a clause says that one is the other (`a tide is a current`), and does not deny it. A
-        phrase that itself begins with a negation (`never you`) counts as it stands.
+        A pair is confused if a clause says that one is the other (`a tide is a current`) and does not deny it. A phrase
+        that begins with a negation itself (`never you`) counts.
         """
         clauses = [words(clause) for clause in _CLAUSE.split(plain(text))]
         return Finding(
@@ -118,7 +118,7 @@ class Lexicon:
         )
 
     def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:  # noqa: ARG002 (nothing to learn)
-        """Wanted phrases less unwanted ones and confusions, in a hundred words."""
+        """Return the measure: wanted phrases less unwanted ones and confusions, per hundred words."""
 
         def decide(texts: Sequence[str]) -> Float64:
             return np.array([self._rate(text) for text in texts], dtype=np.float64)
@@ -133,7 +133,7 @@ class Lexicon:
 
 @hookimpl
 def mindprint_scorers(settings: Mapping[str, object]) -> Sequence[Measure]:
-    """The lexicon of a configuration."""
+    """Return the lexicon of the settings. Raises `ConfigError` naming a wrong one."""
     try:
         config = LexiconConfig.model_validate(settings)
     except ValidationError as error:
@@ -145,7 +145,7 @@ def mindprint_scorers(settings: Mapping[str, object]) -> Sequence[Measure]:
 
 
 def _used(phrase: Sequence[str], clause: Sequence[str]) -> Iterator[int]:
-    """Where a phrase stands in a clause without a negation before it."""
+    """Yield the places of a phrase in a clause that have no negation before them."""
     for start in _places(phrase, clause):
         if NEGATIONS.isdisjoint(clause[max(0, start - REACH) : start]):
             yield start
@@ -157,11 +157,11 @@ def _places(phrase: Sequence[str], clause: Sequence[str]) -> list[int]:
 
 
 def _confused(first: Sequence[str], second: Sequence[str], clause: Sequence[str]) -> bool:
-    """Whether a clause says, undenied, that one is the other: `the first is a second`, in either order."""
-    for one, other in ((first, second), (second, first)):
-        for start in _places(one, clause):
-            for end in _places(other, clause):
-                between = clause[start + len(one) : end]
+    """Return whether a clause says, without denial, that one is the other, in either order."""
+    for subject, predicate in ((first, second), (second, first)):
+        for start in _places(subject, clause):
+            for end in _places(predicate, clause):
+                between = clause[start + len(subject) : end]
                 denied = not NEGATIONS.isdisjoint([*clause[max(0, start - REACH) : start], *between])
                 if 0 < len(between) <= REACH and not LINKS.isdisjoint(between) and not denied:
                     return True

@@ -1,15 +1,15 @@
-"""The measures of a voice: each is fitted on a person against a background and then gives every text a number.
+"""The measures of a voice: each is fitted on a person against a background, and then gives every text a number.
 
-Four look at a text in ways that err differently; `scoring` standardises and averages them:
+Four measures make different errors. `scoring` standardises and averages them:
 
 - `characters`: 1- to 5-grams of characters, TF-IDF, a ridge classifier. Character n-grams with TF-IDF are the baseline
   of PAN's authorship verification tasks (Kestemont et al. 2020), there compared by cosine.
 - `words`: single words and pairs with punctuation as root frequencies (Hellinger distance), a ridge classifier.
 - `delta`: z-scores of word frequencies, as in Burrows's Delta (2002), a ridge classifier in place of a distance.
-- `surprise`: nats a character under a character model of the background, less those under the person's: compression
+- `surprise`: nats per character under a character model of the background, less those under the person's: compression
   as attribution (Teahan & Harper 2003), with interpolated Witten-Bell smoothing (1991).
 
-`TfidfCosine` and `CosineDelta` are the classical forms, for comparison; benchmarks/voice.py prints them beside.
+`TfidfCosine` and `CosineDelta` are the classical forms. benchmarks/voice.py compares them with the four.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mindprint.text.ngrams import (
 )
 
 VOCABULARY = 10_000
-"""The commonest n-grams that a classifier looks at; rarer ones are names and subjects more than voice."""
+"""The most common n-grams, which a classifier looks at: rarer ones show names and subjects more than voice."""
 
 RIDGE = 1.0
 """Weight of the ridge penalty in units of the mean squared length of the centred rows."""
@@ -45,14 +45,11 @@ MODEL_ORDER = 3
 """Characters of context in `surprise`."""
 
 
-# --- what a classifier sees ------------------------------------------------------------------------------------------
-
-
 class Rows(Protocol):
-    """Turns counts of n-grams into rows of features."""
+    """A function from counts of n-grams to rows of features."""
 
     def __call__(self, counts: Float32, /) -> Float32:
-        """float32 `[texts, vocabulary]` to the same."""
+        """Return features, float32 `[texts, vocabulary]`, for counts of the same shape."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +60,7 @@ class Tfidf:
 
     @classmethod
     def of(cls, frequencies: NDArray[np.int64], documents: int) -> Tfidf:
+        """Return the weights for the number of documents that have each n-gram."""
         return cls((np.log((1 + documents) / (1 + frequencies)) + 1).astype(np.float32))
 
     def __call__(self, counts: Float32, /) -> Float32:
@@ -72,14 +70,14 @@ class Tfidf:
 
 
 def hellinger(counts: Float32) -> Float32:
-    """Roots of relative frequencies: Euclidean distance between rows is √2 times Hellinger's."""
+    """Return roots of relative frequencies: the Euclidean distance of two rows is √2 times Hellinger's."""
     root: Float32 = np.sqrt(relative(counts))
     return root
 
 
 @dataclass(frozen=True, eq=False)
 class ZScores:
-    """Each feature less its mean over its standard deviation among the fitted texts (Burrows 2002)."""
+    """Each feature less its mean, divided by its standard deviation among the fitted texts (Burrows 2002)."""
 
     mean: Float32
     deviation: Float32
@@ -87,6 +85,7 @@ class ZScores:
 
     @classmethod
     def of(cls, counts: Float32, *, root: bool = False) -> ZScores:
+        """Return the scores for the counts of the fitted texts. `root` takes Hellinger's roots first."""
         rows = hellinger(counts) if root else relative(counts)
         deviation = rows.std(axis=0)
         return cls(rows.mean(axis=0), np.where(deviation > 0, deviation, 1).astype(np.float32), root)
@@ -98,29 +97,27 @@ class ZScores:
 
 
 def relative(counts: Float32) -> Float32:
-    """Each row divided by its sum; a row of nothing stays nothing."""
+    """Divide each row by its sum. A row of zeros is unchanged."""
     shares: Float32 = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     return shares
 
 
 def unit_rows(rows: Float32) -> Float32:
-    """Each row divided by its length; a row of nothing stays nothing."""
+    """Divide each row by its Euclidean length. A row of zeros is unchanged."""
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     return (rows / np.where(length > 0, length, 1)).astype(np.float32)
 
 
-# --- classifiers -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _NGrams:
-    """Which n-grams of which symbols."""
+    """A choice of n-grams: of characters or words, from the lowest to the highest n."""
 
     symbols: str  # "characters" or "words"
     lowest: int
     highest: int
 
     def of(self, texts: Sequence[str]) -> list[UInt64]:
+        """Return the keys of each text's n-grams."""
         read = characters if self.symbols == "characters" else word_tokens
         return [joined(read(text), self.lowest, self.highest) for text in texts]
 
@@ -134,6 +131,7 @@ class RidgeMeasure:
     features: str
 
     def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:
+        """Fit on the person's texts against the background's."""
         documents = self.ngrams.of([*own, *background])
         vocabulary, frequencies = document_frequencies(documents, 2, VOCABULARY)
         counts = count_matrix(documents, vocabulary)
@@ -143,7 +141,7 @@ class RidgeMeasure:
 
 
 class Ridge(NamedTuple):
-    """`weights` float32 `[features]`; `left_out` float64 `[rows]`: the decision on each row of a fit without it."""
+    """A fitted classifier: weights `[features]`, and the decision on each fitted row by a fit without that row."""
 
     weights: Float32
     bias: float
@@ -152,7 +150,7 @@ class Ridge(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class FittedRidge:
-    """Decides by what it learned: n-grams of a text → features → weights."""
+    """A fitted ridge classifier of texts, by their n-grams."""
 
     ngrams: _NGrams
     vocabulary: UInt64
@@ -165,15 +163,16 @@ class FittedRidge:
 
 
 def ridge(rows: Float32, labels: Float64, penalty: float = RIDGE) -> Ridge:
-    """Least squares on labels ±1, both classes weighing the same in all.
+    """Return the least-squares classifier for labels ±1, where both classes have the same total weight.
 
-    Solved in the dual, so that the size of the problem is the number of rows: least-squares support vectors with an
-    unpenalised bias (Suykens & Vandewalle 1999, eq. 10). The penalty is in units of the rows' mean squared length
-    about their (weighted) mean. What a fit without row i decides on it is `y_i − α_i / (M⁻¹)_ii`, M being the system's
-    matrix (Cawley & Talbot 2007, eq. 8): no second fit is needed.
+    It is solved in the dual, so that the size of the problem is the number of rows: least-squares support vectors with
+    an unpenalised bias (Suykens & Vandewalle 1999, eq. 10). The penalty is in units of the rows' mean squared length
+    about their (weighted) mean. With M the matrix of the system, the decision on row i by a fit without row i is
+    `y_i − α_i / (M⁻¹)_ii` (Cawley & Talbot 2007, eq. 8), so no second fit is needed.
     """
     share = np.where(labels > 0, 0.5 / (labels > 0).sum(), 0.5 / (labels < 0).sum())
     kernel = (rows @ rows.T).astype(np.float64)
+    # The mean of |x_i − x̄|², from inner products alone.
     spread = float(np.mean(np.diag(kernel) - 2 * kernel @ share + share @ kernel @ share))
     size = len(labels)
     system = np.ones((size + 1, size + 1))
@@ -192,16 +191,13 @@ def _features(kind: str, counts: Float32, frequencies: NDArray[np.int64]) -> Row
 
 
 def _parts(texts: Sequence[str], size: int = 200) -> Sequence[Sequence[str]]:
-    """A few texts at a time, so that a thousand answers need no gigabyte."""
+    """Split texts into small parts: the counts of a thousand answers at once would take gigabytes."""
     return [texts[start : start + size] for start in range(0, len(texts), size)] or [[]]
-
-
-# --- surprise --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class _Order:
-    """Counts of n-grams by key; of their contexts, how often each was seen and how many symbols followed it."""
+    """Counts of n-grams by key, and for each context its count and the number of different symbols after it."""
 
     keys: UInt64
     counts: NDArray[np.int64]
@@ -222,11 +218,12 @@ class CharacterModel:
 
     @classmethod
     def of(cls, texts: Sequence[str], order: int = MODEL_ORDER, alphabet: int = 128) -> CharacterModel:
+        """Count the n-grams of texts, with up to `order` characters of context."""
         symbols = [_padded(text, order) for text in texts]
         return cls(tuple(_order(symbols, n, order) for n in range(order + 1)), alphabet)
 
     def log_prob(self, text: str) -> float:
-        """Mean log-prob of a character of the plain text, in nats."""
+        """Return the mean log-prob of the plain text's characters, in nats."""
         order = len(self.orders) - 1
         symbols = _padded(text, order)
         p = np.full(len(symbols) - order, 1 / self.alphabet)
@@ -241,12 +238,12 @@ class CharacterModel:
 
 
 def _padded(text: str, order: int) -> UInt64:
-    """The characters with `order` spaces before them, so that the first has a context; never none."""
+    """Return the characters after `order` spaces, so that the first has a context too. Never empty."""
     return np.concatenate([np.full(order, ord(" "), dtype=np.uint64), characters(text)])
 
 
 def _with_contexts(symbols: UInt64, n: int, order: int) -> tuple[UInt64, UInt64]:
-    """For each character after the padding, the keys of the `n` before it, and of those with it."""
+    """Return for each character after the padding the key of the `n` before it, and the key of those with it."""
     length = len(symbols) - order
     keys = grams(symbols[order - n :], n + 1, n + 1)[0]
     if n == 0:
@@ -265,11 +262,12 @@ def _order(texts: Sequence[UInt64], n: int, order: int) -> _Order:
 
 @dataclass(frozen=True)
 class Surprise:
-    """How much less a text surprises a model of the person than one of the background, in nats a character."""
+    """How much less a text surprises a model of the person than one of the background, in nats per character."""
 
     name: str = "surprise"
 
     def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:
+        """Fit a character model on each side."""
         person, others = CharacterModel.of(own), CharacterModel.of(background)
 
         def decide(texts: Sequence[str]) -> Float64:
@@ -278,16 +276,14 @@ class Surprise:
         return decide
 
 
-# --- the classical forms ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class TfidfCosine:
-    """Cosine of character 4-gram TF-IDF with the person's mean (the baseline of PAN 2020 and after)."""
+    """The cosine of character 4-gram TF-IDF with the person's mean (the baseline of PAN 2020 and after)."""
 
     name: str = "tfidf cosine"
 
     def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:
+        """Fit on the person's texts. The background gives document frequencies or z-scores."""
         ngrams = _NGrams("characters", 4, 4)
         documents = ngrams.of([*own, *background])
         vocabulary, frequencies = document_frequencies(documents, 1, VOCABULARY)
@@ -303,12 +299,13 @@ class TfidfCosine:
 
 @dataclass(frozen=True)
 class CosineDelta:
-    """Cosine of z-scored frequencies of the commonest words with the person's mean (Evert et al. 2017, section 2.2)."""
+    """The cosine of z-scored frequencies of common words with the mean (Evert et al. 2017, section 2.2)."""
 
     name: str = "cosine delta"
     most_frequent: int = 150
 
     def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:
+        """Fit on the person's texts. The background gives document frequencies or z-scores."""
         ngrams = _NGrams("words", 1, 1)
         documents = ngrams.of([*own, *background])
         keys, counts = np.unique(np.concatenate(documents), return_counts=True)
@@ -326,7 +323,7 @@ class CosineDelta:
 
 @cache
 def measures() -> tuple[Measure, ...]:
-    """The measures of a voice score."""
+    """Return the measures of a voice score."""
     return (
         RidgeMeasure("characters", _NGrams("characters", 1, 5), "tfidf"),
         RidgeMeasure("words", _NGrams("words", 1, 2), "hellinger"),

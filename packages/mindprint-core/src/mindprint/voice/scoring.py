@@ -1,12 +1,12 @@
-"""The voice score: how much of a person's way of writing is in a text, between a floor and a ceiling.
+"""The voice score: how much of a person's way of writing is in a text, on a scale from a floor to a ceiling.
 
-    scorer = fit_scorer(VoiceReference(own=training_texts_of_the_person, background=what_others_wrote))
+    scorer = fit_scorer(VoiceReference(own=training_texts_of_the_person, background=texts_of_others))
     scale = scorer.calibrated(floor=base_answers, ceiling=held_out_answers_of_the_person)
     scale.score(tuned_answers)  # VoiceScore(value=0.83, low=0.71, high=0.95, words=2931, ...)
 
-0 is the floor, what the base model writes to the same prompts; 1 is the ceiling, what the person wrote there and
-nothing was fitted on. A score can lie outside of both. What cannot be scored is a `NotScored` with its reason, never a
-number. `docs/voice.md` says what the score can tell and what it cannot.
+0 is the floor, the base model's answers to the same prompts. 1 is the ceiling, the person's own answers, on which
+nothing was fitted. A score can be below 0 or above 1. Text that cannot be scored gives a `NotScored` with the reason,
+never a number. docs/voice.md has the limits of the score.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from mindprint.text.words import passages, word_count
 from mindprint.voice.measures import FittedRidge, measures
 
 MIN_FITTED_WORDS = 500
-"""What the scorer needs of the person and of the background, each."""
+"""Words that a fit needs of the person, and of the background."""
 
 MIN_SCORED_WORDS = 100
-"""What a score, a floor and a ceiling need: an interval over less says nothing."""
+"""Words that a score, a floor and a ceiling need: an interval over fewer is too wide to be of use."""
 
 MAX_PASSAGES = 300
-"""Passages fitted of either side, spread evenly over what there is: more change little and cost memory."""
+"""The most passages to fit of either side, evenly spaced: more change little and cost memory."""
 
 ENOUGH_PASSAGES = 20
-"""Passages of either side from which a classifier learns something; longer texts are cut into that many."""
+"""Passages of either side from which a classifier can learn: longer texts are cut into this many."""
 
 SHORTEST_PASSAGE, LONGEST_PASSAGE = 20, 500
-"""Words of a passage: between these, as many as the person's texts have in the middle."""
+"""Limits of the words of a passage, which otherwise has the median length of the person's texts."""
 
 FOLDS = 5
 RESAMPLES = 1000
@@ -44,10 +44,10 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class VoiceReference:
-    """What a scorer is fitted on. Nothing that is scored later may be in it.
+    """The texts on which a scorer is fitted. They must not be scored later.
 
-    `own`: what the person wrote and the model was trained on. `background`: what anybody else wrote, best on the same
-    subjects: plain answers (`rejected`), answers of the base model, other authors.
+    `own` is text by the person, on which the model was trained. `background` is text by anyone else, preferably on the
+    same subjects: plain answers (`rejected`), answers of the base model, other authors.
     """
 
     own: tuple[str, ...]
@@ -56,7 +56,7 @@ class VoiceReference:
 
 @dataclass(frozen=True)
 class NotScored:
-    """Could not be scored, and why. It is no number: it compares with none and counts in no mean."""
+    """The reason why there is no score. It takes the place of a number, and never enters a mean."""
 
     reason: str
     words: int = 0
@@ -66,9 +66,9 @@ class NotScored:
 class VoiceScore:
     """How much of the person's voice is in some texts.
 
-    `value`: 0 at the floor, 1 at the ceiling; `low` and `high`: its 95 % bootstrap interval over texts, the floor's and
-    the ceiling's drawn anew too. `words` and `texts` are those scored; of the texts `empty` have no word and count as
-    at the floor. `measures`: each measure by itself on the same scale.
+    `value` is 0 at the floor and 1 at the ceiling. `low` and `high` are its 95 % bootstrap interval over texts, where
+    floor and ceiling are drawn again too. `words` and `texts` were scored. `empty` of the texts have no word and count
+    as at the floor. `measures` has each measure by itself, on the same scale.
     """
 
     value: float
@@ -83,10 +83,16 @@ class VoiceScore:
 def fit_scorer(
     reference: VoiceReference, *, extra: Sequence[Measure] = (), passage_words: int | None = None, seed: int = 0
 ) -> VoiceScorer | NotScored:
-    """Fit every measure on the person against the background; `NotScored` where either has too few words.
+    """Fit every measure on the person against the background.
 
-    `extra` are measures beside the built-in ones, from plugins: reported, never averaged in. `passage_words` is the
-    length that texts are cut to; by default as long as the person's texts are.
+    Args:
+        reference: The texts of the person and of the background.
+        extra: Measures of plugins. They are reported, and never averaged into the score.
+        passage_words: The length to which texts are cut. Default: the median length of the person's texts.
+        seed: The seed of the bootstrap draws.
+
+    Returns:
+        A scorer, or a `NotScored` if the person or the background has too few words.
     """
     for whose, texts in (("of the person's training text", reference.own), ("of background", reference.background)):
         count = word_count(texts)
@@ -105,9 +111,9 @@ End = tuple[Float64, Sequence[str] | None]
 
 @dataclass(frozen=True, eq=False)
 class Standardised:
-    """A fitted measure in units of its own spread.
+    """A fitted measure in units of its standard deviation, so that measures can be averaged.
 
-    `own` and `background` are the decisions on the fitted passages, each by a fit that had not seen it; the
+    `own` and `background` are the decisions on the fitted passages, each made by a fit without that passage. The
     background's have mean 0, and the mean of both sides' variances is 1.
     """
 
@@ -132,14 +138,14 @@ class VoiceScorer:
     seed: int = 0
 
     def decisions(self, texts: Sequence[str]) -> Float64:
-        """The combined decision on each text, in no unit: float64 `[texts]`, higher is more like the person.
+        """Return the combined decision on each text, float64 `[texts]`: higher is more like the person.
 
-        NaN for a text without words.
+        It has no unit, and is NaN for a text without words.
         """
         return self.combined(self.by_measure(texts))
 
     def by_measure(self, texts: Sequence[str]) -> Float64:
-        """Each measure's decision on each text, the mean over its passages: float64 `[measures, texts]`."""
+        """Return each measure's decision on each text, the mean over its passages: float64 `[measures, texts]`."""
         pieces = [_cut([text], self.passage_words) if word_count([text]) else [] for text in texts]
         flat = [piece for part in pieces for piece in part]
         found = np.full((len(self.fitted), len(texts)), np.nan)
@@ -153,9 +159,9 @@ class VoiceScorer:
         return found
 
     def calibrated(self, floor: Sequence[str] | None = None, ceiling: Sequence[str] | None = None) -> Scale | NotScored:
-        """Set the ends: from texts that nothing was fitted on, or (None) from the fitted ones, each left out in turn.
+        """Return a scale between two ends: texts on which nothing was fitted, or the fitted ones, each left out (None).
 
-        `NotScored` where an end has too few words, or where the two differ by no more than chance.
+        Returns `NotScored` if an end has too few words, or if the two differ by no more than chance.
         """
         return self.scale(
             (np.stack([measure.background for measure in self.fitted]), None)
@@ -167,19 +173,22 @@ class VoiceScorer:
         )
 
     def scale(self, floor: End, ceiling: End) -> Scale | NotScored:
-        """`calibrated`, from decisions float64 `[measures, texts]` and the texts that they are on (None: fitted)."""
+        """Return the scale of `calibrated`, from decisions `[measures, texts]` and their texts (None: the fitted)."""
         for whose, (_, texts) in (("the floor", floor), ("the person's held-out text", ceiling)):
             count = MIN_SCORED_WORDS if texts is None else word_count(texts)
             if count < MIN_SCORED_WORDS:
                 return NotScored(f"{whose} has {count} words: {MIN_SCORED_WORDS} are needed", count)
         scale = Scale(self, *(found[:, ~np.isnan(found[0])] for found, _ in (floor, ceiling)))
         low, high = scale.drawn_ends()
+        # The ceiling must be above the floor in 97.5 % of the draws: else a score would divide by chance.
         if np.quantile(high - low, 0.025) <= 0:
-            return NotScored("the person's held-out text cannot be told from the floor: there is no scale between them")
+            return NotScored(
+                "the person's held-out text cannot be told from the floor, so there is not a scale between them"
+            )
         return scale
 
     def combined(self, found: Float64) -> Float64:
-        """The mean of the built-in measures: float64 `[measures, texts]` to `[texts]`."""
+        """Return the mean of the built-in measures: float64 `[measures, texts]` to `[texts]`."""
         built_in = np.array([measure.built_in for measure in self.fitted])
         mean: Float64 = found[built_in].mean(axis=0)
         return mean
@@ -187,21 +196,21 @@ class VoiceScorer:
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """A fitted scorer with its two ends: what each measure decides on the texts there, float64 `[measures, texts]`."""
+    """A fitted scorer with its two ends: each measure's decisions on the texts there, float64 `[measures, texts]`."""
 
     scorer: VoiceScorer
     floor: Float64
     ceiling: Float64
 
     def score(self, texts: Sequence[str]) -> VoiceScore | NotScored:
-        """Score texts together: the mean over texts, each counting once; one without a word counts as at the floor.
+        """Score texts together: the mean over texts, where one without a word counts as at the floor.
 
-        `NotScored` where there is no text, none has a word, or all have too few together.
+        Returns `NotScored` if there are no texts, if none has a word, or if all together have too few.
         """
         return self.score_decided(self.scorer.by_measure(texts), texts)
 
     def score_decided(self, found: Float64, texts: Sequence[str]) -> VoiceScore | NotScored:
-        """The same of texts on which the measures have decided already: `found` is float64 `[measures, texts]`."""
+        """Score texts on which the measures have decided already: `found` is float64 `[measures, texts]`."""
         count = word_count(texts)
         empty = np.isnan(found[0])
         if empty.all():
@@ -223,7 +232,7 @@ class Scale:
         )
 
     def drawn_ends(self) -> tuple[Float64, Float64]:
-        """Bootstrap means of the floor and of the ceiling, `[RESAMPLES]` each; the same draws at every call."""
+        """Return bootstrap means of floor and ceiling, `[RESAMPLES]` each, with the same draws at every call."""
         rng = np.random.default_rng([self.scorer.seed, 0])
         floor, ceiling = (_resampled(self.scorer.combined(end), rng) for end in (self.floor, self.ceiling))
         return floor.mean(axis=1), ceiling.mean(axis=1)
@@ -248,14 +257,14 @@ def _standardised(measure: Measure, own: Sequence[str], background: Sequence[str
     person, others = decided[: len(own)], decided[len(own) :]
     centre = float(others.mean())
     spread = float(np.sqrt((person.var() + others.var()) / 2)) or 1.0
-    built_in = any(measure is one for one in measures())
+    built_in = any(measure is known for known in measures())
     return Standardised(
         measure.name, built_in, fitted, centre, spread, (person - centre) / spread, (others - centre) / spread
     )
 
 
 def _by_folds(measure: Measure, own: Sequence[str], background: Sequence[str]) -> Float64:
-    """Decisions on all texts, own first, each by a fit without its fifth of them."""
+    """Return decisions on all texts, own first, each by a fit without that text's fifth of them."""
     person, others = np.empty(len(own)), np.empty(len(background))
     for fold in range(FOLDS):
         part = slice(fold, None, FOLDS)
@@ -273,25 +282,25 @@ def _cut(texts: Sequence[str], length: int) -> list[str]:
 
 
 def _spread(texts: list[str]) -> list[str]:
-    """At most `MAX_PASSAGES` of them, evenly."""
+    """Return at most `MAX_PASSAGES` of them, evenly spaced."""
     if len(texts) <= MAX_PASSAGES:
         return texts
     return [texts[index * len(texts) // MAX_PASSAGES] for index in range(MAX_PASSAGES)]
 
 
 def _passage_length(reference: VoiceReference) -> int:
-    """As the person's texts are, in the middle; shorter where either side would make too few passages of that."""
+    """Return the median length of the person's texts, or less if a side would make too few passages of it."""
     typical = int(median(word_count([text]) for text in reference.own if text.strip()))
     least = min(word_count(reference.own), word_count(reference.background))
     return min(max(min(typical, least // ENOUGH_PASSAGES), SHORTEST_PASSAGE), LONGEST_PASSAGE)
 
 
 def _resampled(values: Float64, rng: np.random.Generator) -> Float64:
-    """`RESAMPLES` draws with replacement: `[texts]` to `[RESAMPLES, texts]`."""
+    """Return `RESAMPLES` draws with replacement: `[texts]` to `[RESAMPLES, texts]`."""
     drawn: Float64 = values[rng.integers(0, len(values), (RESAMPLES, len(values)))]
     return drawn
 
 
 def _away_from_zero(values: Float64) -> Float64:
-    """A measure (or a draw) whose ends coincide has no scale: infinitely small, not infinitely large, shares."""
+    """Replace lengths near 0 by infinity, so that a measure whose ends coincide gives shares of 0."""
     return np.where(np.abs(values) < 1e-9, np.inf, values)
