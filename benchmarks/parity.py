@@ -1,6 +1,7 @@
-"""The numbers of torch and MLX beside each other, as the tables of docs/numerics.md and docs/architectures.md.
+"""The numbers of torch and MLX next to each other: the table of docs/numerics.md, and all of docs/architectures.md.
 
-    python benchmarks/parity.py [numbers] [architectures]
+    python benchmarks/parity.py numbers
+    python benchmarks/parity.py architectures > docs/architectures.md
 
 The work is that of `tests/parity`: the same random models, batches and projects, in float32 on the CPU.
 """
@@ -12,18 +13,16 @@ import logging
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch  # isort: skip  (first: it then keeps its own BLAS)
 import mindprint_mlx  # noqa: F401  # isort: skip  (before mlx: it decides what MLX multiplies matrices with)
-import mlx.core as mx
 import numpy as np
 
 import mindprint
-from architectures import MATRIX, Reference, compare, saved
+from architectures import MATRIX, architectures_page, compare
 from mindprint.contract import Update
 from mindprint.runs.folder import RunFolder
 from parity_cases import (
@@ -41,18 +40,12 @@ STEPS = 100
 
 
 def main() -> None:
-    """Print the tables that were asked for, both by default."""
+    """Print the table or the page that was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("tables", nargs="*", choices=["numbers", "architectures", []], default=[])
-    tables = parser.parse_args().tables or ["numbers", "architectures"]
+    parser.add_argument("table", choices=sorted(TABLES))
     with tempfile.TemporaryDirectory() as folder:
-        for name in tables:
-            for line in TABLES[name](Path(folder)):
-                print(line, flush=True)
-            print()
-
-
-# --- numbers ---------------------------------------------------------------------------------------------------------
+        for line in TABLES[parser.parse_args().table](Path(folder)):
+            print(line, flush=True)
 
 
 def numbers(folder: Path) -> Iterator[str]:
@@ -141,37 +134,10 @@ class torch_threads:  # noqa: N801  (a context manager)
         torch.set_num_threads(self._before)
 
 
-# --- architectures ---------------------------------------------------------------------------------------------------
-
-
 def architectures(folder: Path) -> Iterator[str]:
-    """Rows of the matrix, and beside each what mlx-lm's own loader makes of the same folder."""
-    peer = f"mlx-lm {version('mlx-lm')} alone"
-    yield f"| architecture | logits apart | same LoRA modules | ten steps apart | verdict | {peer} |"
-    yield "|---|---|---|---|---|---|"
-    right = alone = 0
-    for model_type in sorted(MATRIX):
-        row = compare(model_type, folder / model_type)
-        peer = mlx_lm_alone(saved(folder / model_type, model_type))
-        right, alone = right + row.right, alone + (peer == "right")
-        yield (
-            f"| {model_type} | {row.logits:.0e} | {'yes' if row.same_sites else 'NO'} | {row.ten_steps:.0e} | "
-            f"{'right' if row.right else 'WRONG'} | {peer} |"
-        )
-    yield f"| **right** | | | | **{right} of {len(MATRIX)}** | **{alone} of {len(MATRIX)}** |"
-
-
-def mlx_lm_alone(reference: Reference) -> str:
-    """What a user of mlx-lm gets from the same folder: the right logits, others, or an error."""
-    from mlx_lm.utils import load_model  # noqa: PLC0415  (imports all of mlx-lm, torch included)
-
-    try:
-        module, _ = load_model(reference.folder)
-        logits = np.array(module(mx.array(reference.tokens)).astype(mx.float32))
-    except Exception as error:  # noqa: BLE001  (whatever it raises is what its user sees)
-        return f"does not load ({type(error).__name__})"
-    apart = float(np.linalg.norm(logits - reference.logits) / np.linalg.norm(reference.logits))
-    return "right" if apart < 1e-4 else f"silently {apart:.0e} off"
+    """Yield the lines of docs/architectures.md, made of rows that are computed now."""
+    rows = [compare(model_type, folder / model_type) for model_type in sorted(MATRIX)]
+    yield from architectures_page(rows).splitlines()
 
 
 TABLES = {"numbers": numbers, "architectures": architectures}

@@ -1,14 +1,16 @@
 """The matrix of architectures: small random models that transformers saves, and how far MLX computes from them.
 
-Models have a rope base that is no library's default. `compare` is one row of the matrix: the tests assert on it and
-`benchmarks/parity.py` prints it, so that the table in the documentation is what the tests saw.
+Each model has a rope base that no library has as its default. `compare` computes one row of the matrix and
+`architectures_page` makes the documentation's page of all rows. The tests assert on the same rows and hold
+docs/architectures.md against the same page, so that the documentation shows what the tests saw.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from mindprint_mlx import model
 from parity_cases import Opened, open_model, token_batch
 
 RELATIVE = 1e-4
-"""Greatest relative distance of logits (DESIGN.md's matrix); 1e-6 is seen."""
+"""Greatest relative distance of logits (DESIGN.md's matrix). 1e-6 is seen."""
 
 TEN_STEPS = 1e-5
 """Greatest deviation of an SFT loss, over 1 + loss, in ten steps (DESIGN.md's table)."""
@@ -81,7 +83,7 @@ MATRIX: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Reference:
-    """A model that transformers saved: where, its logits `[rows, tokens, vocabulary]`, and its linear layers."""
+    """A model that transformers saved: its folder, its logits `[rows, tokens, vocabulary]`, and its linear layers."""
 
     folder: Path
     tokens: np.ndarray
@@ -97,7 +99,7 @@ def saved(folder: Path, model_type: str, base: float = 500000.0, **changes: Any)
     reference = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in reference.parameters():
-            # Norms and biases too: a layer that left one out must show.
+            # Norms and biases too: they start at 1 and 0, where a layer that left one out would not show.
             parameter.add_(0.05 * torch.randn_like(parameter))
         reference.save_pretrained(folder)
         tokens = torch.randint(3, 131, (2, TOKENS))
@@ -107,6 +109,7 @@ def saved(folder: Path, model_type: str, base: float = 500000.0, **changes: Any)
 
 
 def set_rope_base(config: Any, base: float) -> None:
+    """Give every kind of layer the same rope base."""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     for entry in nested or [parameters]:
@@ -114,31 +117,44 @@ def set_rope_base(config: Any, base: float) -> None:
 
 
 def rewritten(folder: Path, change: Mapping[str, Any], remove: tuple[str, ...] = ()) -> None:
+    """Change and remove fields of a folder's config.json."""
     path = folder / "config.json"
     config = json.loads(path.read_text()) | dict(change)
     path.write_text(json.dumps({name: value for name, value in config.items() if name not in remove}))
 
 
 def loaded(folder: Path) -> LoadedModel:
+    """Load a folder on MLX."""
     return model.load(ModelSpec(str(folder), "cpu", "float32"))
 
 
 def distance(reference: Reference) -> float:
+    """Return the relative distance of MLX's logits from the reference."""
     handle = loaded(reference.folder).handle
     with handle.in_use():
         logits = np.array(handle.module(mx.array(reference.tokens)))
-    return float(np.linalg.norm(logits - reference.logits) / np.linalg.norm(reference.logits))
+    return relative_distance(logits, reference.logits)
+
+
+def relative_distance(logits: np.ndarray, reference: np.ndarray) -> float:
+    """Return the norm of the difference over the norm of the reference."""
+    return float(np.linalg.norm(logits - reference) / np.linalg.norm(reference))
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One architecture: relative distance of MLX's logits from transformers', whether LoRA goes on the same modules
-    under the same names, and the greatest deviation of ten SFT losses from torch's, over 1 + loss."""
+    """One row of the matrix.
+
+    `logits` is the relative distance of MLX's logits from those of transformers, `same_sites` whether LoRA goes on the
+    same modules under the same names, `ten_steps` the greatest deviation of ten SFT losses from torch's over 1 + loss,
+    and `mlx_lm` what mlx-lm's own loader computes from the same folder.
+    """
 
     model_type: str
     logits: float
     same_sites: bool
     ten_steps: float
+    mlx_lm: str
 
     @property
     def right(self) -> bool:
@@ -151,17 +167,30 @@ def compare(model_type: str, folder: Path) -> Compared:
     torch_side, mlx_side = opened = open_model("torch", folder), open_model("mlx", folder)
     curves = [ten_losses(each) for each in opened]
     deviation = float(np.max(np.abs(curves[0] - curves[1]) / (1 + np.abs(curves[0]))))
-    return Compared(model_type, distance(reference), linears(torch_side) == linears(mlx_side), deviation)
+    same_sites = linear_sites(torch_side) == linear_sites(mlx_side)
+    return Compared(model_type, distance(reference), same_sites, deviation, mlx_lm_alone(reference))
 
 
-def linears(opened: Opened) -> dict[str, AdapterSite]:
-    """Linear sites by name. A tied head is no layer of its own on MLX; nobody adapts it (DESIGN.md: never the head)."""
+def mlx_lm_alone(reference: Reference) -> str:
+    """Return a word for the logits that a user of mlx-lm gets from the same folder: right, wrong, or an error."""
+    from mlx_lm.utils import load_model  # imports all of mlx-lm, torch included
+
+    try:
+        module, _ = load_model(reference.folder)
+        logits = np.array(module(mx.array(reference.tokens)).astype(mx.float32))
+    except Exception as error:  # noqa: BLE001  whatever it raises is what its user sees
+        return f"does not load ({type(error).__name__})"
+    return "right" if relative_distance(logits, reference.logits) < RELATIVE else "wrong logits, no message"
+
+
+def linear_sites(opened: Opened) -> dict[str, AdapterSite]:
+    """Return the linear sites by name, without the head: a tied one is not a layer on MLX, and nobody adapts it."""
     sites = opened.backend.adapter_sites(opened.model)
     return {site.name: site for site in sites if site.kind == "linear" and site.name not in ("lm_head", "embed_out")}
 
 
 def ten_losses(opened: Opened) -> np.ndarray:
-    """Losses of ten optimizer steps of two ragged micro-batches, float64 `[10]`."""
+    """Return the losses of ten optimizer steps of two ragged micro-batches, float64 `[10]`."""
     losses = []
     for step in range(10):
         batches = [
@@ -171,3 +200,54 @@ def ten_losses(opened: Opened) -> np.ndarray:
         update = Update(1e-3, tokens=sum(batch.loss_tokens for batch in batches))
         losses.append(opened.backend.sft_step(opened.model, batches, update).loss)
     return np.array(losses)
+
+
+PAGE_START = """# Architectures
+
+This page shows that MLX computes a model that transformers saved as transformers computes it. The models are {count}
+architectures, small and random, with a rope base of 500000. You can make the page again with:
+
+<!-- not run: trains each architecture on both backends, which takes minutes; a test compares its rows and this page -->
+
+    python benchmarks/parity.py architectures > docs/architectures.md
+
+`tests/parity/test_architectures.py` computes every row and compares this whole page with the one that the program
+prints.
+
+- **logits**: the relative norm of the difference between MLX's logits and those of transformers is below
+  {relative:.0e}. About 1e-6 is seen. Figures that small differ between machines, so the page says whether the bound
+  holds.
+- **same LoRA modules**: `all-linear` names the same modules with the same sizes on both backends.
+- **ten steps**: in ten optimizer steps no SFT loss differs between the backends by
+  {ten_steps:.0e} · (1 + loss) or more.
+- **mlx-lm alone**: the result of `mlx_lm.utils.load_model` on the same folder. mlx-lm looks for the rope base where
+  transformers 4 wrote it. Where one of its classes does not find it, the class takes a default and says nothing.
+
+Versions: transformers {transformers}, mlx {mlx}, mlx-lm {mlx_lm}.
+
+| architecture | logits | same LoRA modules | ten steps | verdict | mlx-lm alone |
+|---|---|---|---|---|---|
+"""
+
+PAGE_END = """
+You can train other families too. A family that passes every check of
+[mindprint-mlx](../packages/mindprint-mlx/README.md#which-models) is loaded with a note that it is not in this table.
+If the class would drop or default a field of your configuration that changes the computation, loading stops and names
+field and value.
+"""
+
+
+def architectures_page(rows: Sequence[Compared]) -> str:
+    """Return docs/architectures.md, made of the rows of the matrix."""
+    libraries = {name.replace("-", "_"): version(name) for name in ("transformers", "mlx", "mlx-lm")}
+    start = PAGE_START.format(count=len(rows), relative=RELATIVE, ten_steps=TEN_STEPS, **libraries)
+    right, alone = sum(row.right for row in rows), sum(row.mlx_lm == "right" for row in rows)
+    total = f"| **right** | | | | **{right} of {len(rows)}** | **{alone} of {len(rows)}** |\n"
+    return start + "".join(_table_row(row) for row in rows) + total + PAGE_END
+
+
+def _table_row(row: Compared) -> str:
+    marks = [
+        "yes" if holds else "**NO**" for holds in (row.logits < RELATIVE, row.same_sites, row.ten_steps < TEN_STEPS)
+    ]
+    return f"| {row.model_type} | {' | '.join(marks)} | {'right' if row.right else '**WRONG**'} | {row.mlx_lm} |\n"
