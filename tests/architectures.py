@@ -125,7 +125,7 @@ def rewritten(folder: Path, change: Mapping[str, Any], remove: tuple[str, ...] =
 
 def loaded(folder: Path) -> LoadedModel:
     """Load a folder on MLX."""
-    return model.load(ModelSpec(str(folder), "cpu", "float32"))
+    return model.load_model(ModelSpec(str(folder), "cpu", "float32"))
 
 
 def distance(reference: Reference) -> float:

@@ -33,7 +33,7 @@ VOCABULARY = 380
 
 @dataclass(frozen=True)
 class Opened:
-    """A backend with a model and an adapter on it."""
+    """A backend, and on it a model with an adapter."""
 
     backend: Backend
     model: LoadedModel
@@ -58,7 +58,7 @@ def open_model(name: str, folder: Path, adapter: AdapterState | None = None) -> 
 
 
 def stirred(adapter: AdapterState, seed: int = 11, size: float = 0.02) -> AdapterState:
-    """The adapter with B drawn at random, so that every factor has a gradient."""
+    """Return the adapter with B drawn at random, so that every factor has a gradient."""
     rng = np.random.default_rng(seed)
     tensors = {
         site: LoraFactors(factors.a, rng.normal(0, size, factors.b.shape).astype(np.float32))
@@ -68,7 +68,7 @@ def stirred(adapter: AdapterState, seed: int = 11, size: float = 0.02) -> Adapte
 
 
 def token_batch(seed: int, lengths: tuple[int, ...] = (23, 9, 31, 14), vocabulary: int = VOCABULARY) -> TokenBatch:
-    """Ragged rows whose loss starts somewhere in the middle, padded with a token that also occurs in them."""
+    """Return ragged rows whose loss starts somewhere in the middle, padded with a token that also occurs in them."""
     rng = np.random.default_rng(seed)
     width = max(lengths)
     tokens = np.full((len(lengths), width), 5, np.int32)
@@ -80,7 +80,7 @@ def token_batch(seed: int, lengths: tuple[int, ...] = (23, 9, 31, 14), vocabular
 
 
 def preference_batch(seed: int, pairs: int = 3, *, reference: bool = True) -> PreferenceBatch:
-    """Ragged pairs; the reference sums lie a few nats from what a random model gives."""
+    """Return ragged pairs, with reference sums a few nats from those of a random model."""
     rng = np.random.default_rng(seed)
     prompt, chosen, rejected = (_ragged(rng, pairs, low, high) for low, high in ((4, 12), (3, 15), (2, 9)))
     sums = [(-5.9 * lengths + rng.normal(0, 2, pairs)).astype(np.float32) for _, lengths in (chosen, rejected)]
@@ -96,7 +96,7 @@ def _ragged(rng: np.random.Generator, rows: int, low: int, high: int) -> tuple[n
 
 
 def relative_difference(first: np.ndarray, second: np.ndarray) -> float:
-    """Norm of the difference over the norm of the first."""
+    """Return the norm of the difference over the norm of the first."""
     return float(np.linalg.norm(first - second) / max(np.linalg.norm(first), 1e-30))
 
 
@@ -106,8 +106,10 @@ WORDS = (
 
 
 def trajectory_project(model: Path, data: Path, steps: int) -> dict[str, Any]:
-    """A configuration of one topic, its rows written into `data`: ragged, some longer than `max_length`, micro-batches
-    of 3 in steps of 6."""
+    """Return a configuration of one topic whose rows are written into `data`.
+
+    Rows are ragged, some longer than `max_length`, and come in micro-batches of 3 and steps of 6.
+    """
     rng = random.Random(5)
 
     def text(low: int, high: int) -> str:
@@ -129,12 +131,12 @@ def trajectory_project(model: Path, data: Path, steps: int) -> dict[str, Any]:
 
 
 def losses(folder: RunFolder, stage: str) -> np.ndarray:
-    """The loss of every step of a stage, float64 `[steps]`."""
+    """Return the loss of every step of a stage, float64 `[steps]`."""
     return np.array([line["loss"] for line in folder.read_steps() if line["stage"] == stage])
 
 
 def take_step(opened: Opened, stage: str, step: int) -> StepMetrics:
-    """One optimizer step of two ragged micro-batches that follow from its number."""
+    """Take one optimizer step of two ragged micro-batches that follow from its number."""
     if stage == "sft":
         batches = [token_batch(2 * step), token_batch(2 * step + 1, (7, 33))]
         update = Update(1e-3, tokens=sum(batch.loss_tokens for batch in batches))

@@ -1,4 +1,4 @@
-"""Small randomly initialised models in Hugging Face layout, with tokenizers of their own: made here, not downloaded."""
+"""Small randomly initialised models in Hugging Face layout, with their tokenizers: made here, not downloaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXTS = (
 
 
 def save_model(folder: Path, config: PreTrainedConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a random model of `config`. Norm weights are moved off 1 and biases off 0, so that a dropped one shows."""
+    """Write a random model of `config`, its norms moved off 1 and its biases off 0, so that a dropped one shows."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
@@ -34,7 +34,7 @@ def save_model(folder: Path, config: PreTrainedConfig, seed: int = 0, dtype: tor
 
 
 def save_qwen2(folder: Path) -> Path:
-    """A random Qwen2 of 0.2M parameters with a tokenizer, its rope base far from every library's default."""
+    """Write a random Qwen2 of 0.2M parameters with a tokenizer, its rope base far from every library's default."""
     tokenizer = save_tokenizer(folder)
     config = Qwen2Config(
         vocab_size=400,  # wider than the tokenizer, as published models are

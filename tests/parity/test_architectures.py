@@ -29,7 +29,7 @@ from architectures import (
     saved,
 )
 from mindprint.errors import ModelError
-from mindprint_mlx import adapter, architectures
+from mindprint_mlx import architectures
 
 
 def test_the_matrix_is_what_the_backend_says_it_is() -> None:
@@ -67,7 +67,7 @@ def test_ten_training_steps_are_those_of_torch(model_type: str, rows: Callable[[
 @pytest.mark.parametrize("model_type", sorted(MATRIX))
 def test_lora_attaches_to_the_same_linear_layers_under_the_same_names(model_type: str, tmp_path: Path) -> None:
     reference = saved(tmp_path, model_type)
-    sites = {site.name for site in adapter.sites(loaded(tmp_path).handle) if site.kind == "linear"}
+    sites = {site.name for site in loaded(tmp_path).handle.sites if site.kind == "linear"}
     # A tied head is no layer of its own on MLX; nobody adapts it (DESIGN.md: never the LM head).
     heads = {"lm_head", "embed_out"}
     assert sites - heads == reference.linears - heads

@@ -97,8 +97,8 @@ def test_a_step_moves_both_to_the_same_place(both: tuple[Opened, Opened]) -> Non
     torch, mlx = (each.save() for each in both)
     assert torch.optimizer_steps == mlx.optimizer_steps == 10
     for site, factors in torch.adapter.tensors.items():
-        for mine, theirs in zip(factors, mlx.adapter.tensors[site], strict=True):
-            assert relative_difference(mine, theirs) < 1e-4
+        for expected, actual in zip(factors, mlx.adapter.tensors[site], strict=True):
+            assert relative_difference(expected, actual) < 1e-4
 
 
 def preference_update(batches: list[PreferenceBatch]) -> Update:
@@ -120,6 +120,6 @@ def check_gradients(both: tuple[Opened, Opened]) -> None:
     torch, mlx = (each.save().first_moments for each in both)
     assert set(torch) == set(mlx)
     for site, factors in torch.items():
-        for mine, theirs in zip(factors, mlx[site], strict=True):
-            assert np.linalg.norm(mine) > 0
-            assert relative_difference(mine, theirs) < 1e-4, site
+        for expected, actual in zip(factors, mlx[site], strict=True):
+            assert np.linalg.norm(expected) > 0
+            assert relative_difference(expected, actual) < 1e-4, site

@@ -48,7 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Models this small lose more to a second thread than they gain, above all beside other work."""
+    """Models this small lose more to a second thread than they gain, above all next to other work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -66,7 +66,7 @@ def test_every_family(family: str, backend: str, tmp_path: Path) -> None:
 
 
 class Watch:
-    """What a run asked of its backend: whether it allowed its steps to share prompts, and its references to."""
+    """An observer that notes whether a run lets its steps and its references share prompts."""
 
     def __init__(self) -> None:
         self.steps: set[bool] = set()
@@ -116,7 +116,7 @@ def test_a_run_with_and_without(backend: str, project: dict[str, Any], tmp_path:
     assert losses[True][-1] < losses[True][0]
 
 
-def test_a_run_may_go_on_the_other_way(project: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_may_continue_the_other_way(project: dict[str, Any], tmp_path: Path) -> None:
     """After a crash for lack of memory, say."""
 
     class CrashError(Exception):

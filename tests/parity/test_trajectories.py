@@ -67,9 +67,9 @@ def press_ctrl_c_at(step: int) -> Callable[[Event], None]:
 
 def check_curves(first: RunFolder, second: RunFolder) -> None:
     for stage, tolerance in (("sft", SFT_TOLERANCE), ("dpo", DPO_TOLERANCE)):
-        mine, theirs = losses(first, stage), losses(second, stage)
-        assert len(mine) == len(theirs) == STEPS
-        assert (np.abs(mine - theirs) <= tolerance * (1 + np.abs(mine))).all(), stage
+        expected, actual = losses(first, stage), losses(second, stage)
+        assert len(expected) == len(actual) == STEPS
+        assert (np.abs(expected - actual) <= tolerance * (1 + np.abs(expected))).all(), stage
 
 
 @pytest.mark.slow
@@ -91,8 +91,8 @@ def test_the_adapters_are_close(runs: dict[str, RunFolder]) -> None:
     torch, mlx = (read_adapter(folder.adapter)[0] for folder in runs.values())
     assert torch.config == mlx.config
     for site, factors in torch.tensors.items():
-        for mine, theirs in zip(factors, mlx.tensors[site], strict=True):
-            assert relative_difference(mine, theirs) < 1e-2, site
+        for expected, actual in zip(factors, mlx.tensors[site], strict=True):
+            assert relative_difference(expected, actual) < 1e-2, site
 
 
 @pytest.mark.slow
@@ -156,7 +156,7 @@ def check_bit_for_bit(resumed: RunFolder, whole: RunFolder) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_resynchronised_before_every_step(qwen2: Path, stage: str) -> None:
-    """Both restore one state, then step: what a single step differs by, at a hundred places of a trajectory."""
+    """Both restore one state, then step: the difference of a single step, at a hundred places of a trajectory."""
     torch, mlx = open_model("torch", qwen2), open_model("mlx", qwen2)
     for step in range(STEPS):
         mlx.restore(torch.save())

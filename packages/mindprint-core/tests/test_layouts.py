@@ -10,13 +10,16 @@ import pytest
 
 from mindprint.contract import PreferenceBatch, TokenBatch
 from mindprint.layouts import (
+    RotaryLimit,
     continued,
     forked,
     groups_of_like_length,
+    pair_lengths,
     preference_rows,
     preference_sequences,
     sees,
     sequences,
+    sequences_apart,
 )
 
 
@@ -35,6 +38,28 @@ def test_sequences() -> None:
     assert layout.shape == (2, 5)
 
 
+def test_rows_on_either_side_of_a_rotary_limit_are_read_apart() -> None:
+    """Lengths 2, 4, 3 and 4, a limit of 2: rows 0; then 1, 2 and 3 together, or 2 alone where each length differs."""
+    limit = RotaryLimit(2)
+    assert limit.kinds(np.array([1, 2, 3, 4], np.int32)).tolist() == [0, 0, 1, 1]
+    assert RotaryLimit(2, each_length=True).kinds(np.array([1, 2, 3, 4], np.int32)).tolist() == [0, 0, 3, 4]
+    batch = TokenBatch(
+        tokens=np.array([[10, 11, 0, 0, 0], [20, 21, 22, 23, 0], [30, 31, 32, 0, 0], [40, 41, 42, 43, 0]], np.int32),
+        lengths=np.array([2, 4, 3, 4], np.int32),
+        loss_mask=np.array([[0, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0]], bool),
+        shared=np.array([1, 1], np.int32),
+    )
+    short, long = sequences_apart(batch, limit)
+    np.testing.assert_array_equal(short.tokens, [[10, 11]])
+    assert (short.targets.tolist(), short.sources.tolist(), short.slots.tolist()) == ([11], [0], [1])
+    np.testing.assert_array_equal(long.tokens, [[20, 21, 22, 23], [30, 31, 32, 0], [40, 41, 42, 43]])
+    assert (long.targets.tolist(), long.slots.tolist()) == ([22, 23, 32, 43], [7, 8, 12, 18])
+    assert long.sources.tolist() == [1, 2, 5, 10]
+    assert short.shape == long.shape == (4, 5)
+    apart = sequences_apart(batch, RotaryLimit(2, each_length=True))
+    assert [layout.tokens.tolist() for layout in apart[1:]] == [[[30, 31, 32]], [[20, 21, 22, 23], [40, 41, 42, 43]]]
+
+
 def test_preference_rows() -> None:
     """Two pairs: prompts (1 2 3) and (4); chosen (5 6) and (7); rejected (8) and (9 10 11)."""
     batch = PreferenceBatch(
@@ -45,6 +70,7 @@ def test_preference_rows() -> None:
         rejected=np.array([[8, 0, 0], [9, 10, 11]], np.int32),
         rejected_lengths=np.array([1, 3], np.int32),
     )
+    assert pair_lengths(batch).tolist() == [6, 5]
     layout = preference_rows(batch)
     np.testing.assert_array_equal(layout.tokens, [[1, 2, 3, 5, 6], [4, 7, 0, 0, 0], [1, 2, 3, 8, 0], [4, 9, 10, 11, 0]])
     np.testing.assert_array_equal(layout.sources, [2, 3, 5, 12, 15, 16, 17])

@@ -1,12 +1,12 @@
-"""Write `transformers_facts.json`: what transformers takes a field of config.json to be when it is absent.
+"""Write `transformers_facts.json`: the values that transformers uses for absent fields of a config.json.
 
 Run with the transformers version that is to be matched (it may import torch, which the backend must not):
 
     python packages/mindprint-mlx/scripts/write_transformers_facts.py
 
-Of every family that both libraries have: the defaults of its configuration class, other names that the class accepts
-for a field, names that its modelling code asks for though the class does not know them, and its rope parameters where
-the configuration states none.
+For every family that both libraries have, it holds the defaults of its configuration class, other names that the class
+accepts for a field, names that its modelling code asks for though the class does not know them, and its rope parameters
+where the configuration states none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TARGET = Path(__file__).parents[1] / "src" / "mindprint_mlx" / "transformers_fac
 
 
 def families() -> list[str]:
-    """The model types that mlx-lm has a class for and transformers a configuration."""
+    """Return the model types that mlx-lm has a class for and transformers a configuration."""
     spec = find_spec("mlx_lm")
     assert spec is not None
     assert spec.submodule_search_locations is not None
@@ -38,9 +38,10 @@ def families() -> list[str]:
 
 
 def facts(model_type: str) -> dict[str, Any]:
-    """One family's entry."""
+    """Return one family's entry."""
     kind = CONFIG_MAPPING[model_type]
     defaults = {field.name: default(field) for field in fields(kind)}
+    # Of an instance: transformers completes rope parameters when a configuration is made.
     rope = getattr(kind(), "rope_parameters", None)
     return {
         "defaults": {name: value for name, value in sorted(defaults.items()) if is_json(value)},
@@ -52,11 +53,12 @@ def facts(model_type: str) -> dict[str, Any]:
 
 
 def asked_for(kind: type) -> set[str]:
-    """The names in `getattr(config, "name", ...)` in the family's modelling code."""
-    found = find_spec(kind.__module__.replace(".configuration_", ".modeling_"))
-    if found is None or found.origin is None:
+    """Return the names in `getattr(config, "name", ...)` in the family's modelling code."""
+    # Read as text: importing every family's modelling code would take minutes.
+    spec = find_spec(kind.__module__.replace(".configuration_", ".modeling_"))
+    if spec is None or spec.origin is None:
         return set()
-    return set(re.findall(r'getattr\((?:self\.)?config,\s*"(\w+)"', Path(found.origin).read_text(encoding="utf-8")))
+    return set(re.findall(r'getattr\((?:self\.)?config,\s*"(\w+)"', Path(spec.origin).read_text(encoding="utf-8")))
 
 
 def default(field: Any) -> Any:
@@ -77,6 +79,7 @@ def main() -> None:
     for model_type in families():
         try:
             families_facts[model_type] = facts(model_type)
+        # A configuration that cannot be made without arguments has no defaults to write down.
         except Exception as error:  # noqa: BLE001
             print(f"{model_type}: left out ({type(error).__name__}: {error})")
     content = {"transformers": transformers.__version__, "families": families_facts}

@@ -19,7 +19,7 @@ from mindprint.contract import (
     PreferenceBatch,
     TokenBatch,
 )
-from mindprint_mlx import adapter, model
+from mindprint_mlx import model
 
 VOCABULARY = 61
 HIDDEN = 32
@@ -108,12 +108,12 @@ def write_model(folder: Path, family: str = "qwen2", seed: int = 0, **changes: A
 
 
 def load(folder: Path, dtype: Any = "float32") -> LoadedModel:
-    return model.load(ModelSpec(str(folder), "cpu", dtype))
+    return model.load_model(ModelSpec(str(folder), "cpu", dtype))
 
 
 def linear_sites(loaded: LoadedModel) -> tuple[AdapterSite, ...]:
     """What core resolves `all-linear` to."""
-    sites = adapter.sites(loaded.handle)
+    sites = loaded.handle.sites
     return tuple(site for site in sites if site.kind == "linear" and site.name != "lm_head")
 
 

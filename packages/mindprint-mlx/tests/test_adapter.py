@@ -16,7 +16,7 @@ from mindprint_mlx import adapter, digest, logprobs
 
 
 def test_sites_are_named_and_sized_as_in_transformers(make: Callable[..., LoadedModel]) -> None:
-    sites = {site.name: site for site in adapter.sites(make("llama").handle)}
+    sites = {site.name: site for site in make("llama").handle.sites}
     assert len(sites) == 2 + 7 * LAYERS
     assert sites["model.layers.1.mlp.down_proj"] == AdapterSite("model.layers.1.mlp.down_proj", "linear", INNER, HIDDEN)
     assert sites["model.layers.0.self_attn.k_proj"].out_features == 16
@@ -25,14 +25,14 @@ def test_sites_are_named_and_sized_as_in_transformers(make: Callable[..., Loaded
 
 
 def test_a_tied_head_is_no_site(make: Callable[..., LoadedModel]) -> None:
-    assert "lm_head" not in {site.name for site in adapter.sites(make("qwen2").handle)}
+    assert "lm_head" not in {site.name for site in make("qwen2").handle.sites}
 
 
 def test_sites_are_the_same_with_an_adapter(make: Callable[..., LoadedModel]) -> None:
     loaded = make()
-    before = adapter.sites(loaded.handle)
+    before = loaded.handle.sites
     adapter.inject(loaded.handle, lora(linear_sites(loaded)))
-    assert adapter.sites(loaded.handle) == before
+    assert loaded.handle.sites == before
 
 
 def test_facts_of_an_injection(make: Callable[..., LoadedModel]) -> None:
@@ -67,7 +67,7 @@ def test_the_adapter_is_what_merging_it_would_be(make: Callable[..., LoadedModel
 def test_an_embedding_is_adapted_in_the_lookup_and_not_in_a_tied_head(make: Callable[..., LoadedModel]) -> None:
     """As PEFT does: an output embedding that is tied keeps the base's weights."""
     loaded = make("qwen2")
-    (site,) = (site for site in adapter.sites(loaded.handle) if site.kind == "embedding")
+    (site,) = (site for site in loaded.handle.sites if site.kind == "embedding")
     state = lora((site,))
     batch = token_batch()
     adapter.inject(loaded.handle, state)

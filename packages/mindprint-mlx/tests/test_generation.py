@@ -12,7 +12,7 @@ from mlx_samples import VOCABULARY, linear_sites, lora
 from mindprint.contract import LoadedModel, Sampling
 from mindprint_mlx import adapter
 from mindprint_mlx.generation import draw, generate
-from mindprint_mlx.model import Handle
+from mindprint_mlx.model import MlxModel
 from mindprint_mlx.rows import ROWS
 
 GREEDY = Sampling(max_new_tokens=9, stop_token_ids=())
@@ -23,7 +23,7 @@ def prompts(count: int = 5) -> list[np.ndarray]:
     return [random.integers(0, VOCABULARY, 2 + 3 * (index % 4)).astype(np.int32) for index in range(count)]
 
 
-def greedily(handle: Handle, prompt: np.ndarray, count: int) -> list[int]:
+def greedily(handle: MlxModel, prompt: np.ndarray, count: int) -> list[int]:
     """The definition: the likeliest next token of the whole sequence, again and again, without a cache."""
     tokens = list(map(int, prompt))
     for _ in range(count):

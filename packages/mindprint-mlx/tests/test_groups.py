@@ -23,8 +23,8 @@ LENGTHS = np.array([40, 7, 33, 8, 21, 39], np.int32)
 
 @pytest.fixture(params=[1, 2, 3], ids=lambda count: f"{count}-cores")
 def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """So many cores, and every batch worth cutting."""
-    monkeypatch.setattr(groups, "cores", lambda _: request.param)
+    """A number of cores, and every batch worth cutting."""
+    monkeypatch.setattr(groups, "core_count", lambda _: request.param)
     monkeypatch.setattr(groups, "LEAST_TOKENS", 1)
     monkeypatch.setattr(groups, "LEAST_WORK", 1)
     monkeypatch.setattr(groups, "GROUP_TOKENS", 20)
@@ -33,10 +33,10 @@ def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 def test_rows_are_dealt_once_each_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "GROUP_TOKENS", 50)
-    found = groups.row_groups(LENGTHS, 2, least=32)
+    found = groups.groups_of_equal_work(LENGTHS, 2, least=32)
     assert [list(LENGTHS[rows]) for rows in found] == [[7, 8, 21], [33], [39], [40]]
-    assert [list(rows) for rows in groups.row_groups(LENGTHS, 1)] == [[0, 1, 2, 3, 4, 5]]
-    assert [list(rows) for rows in groups.row_groups(LENGTHS[:2], 2, least=32)] == [[0, 1]]
+    assert [list(rows) for rows in groups.groups_of_equal_work(LENGTHS, 1)] == [[0, 1, 2, 3, 4, 5]]
+    assert [list(rows) for rows in groups.groups_of_equal_work(LENGTHS[:2], 2, least=32)] == [[0, 1]]
 
 
 def step(loaded: LoadedModel, stage: str, checkpointing: bool = False) -> tuple[StepMetrics, TrainingState]:
@@ -72,7 +72,7 @@ def test_a_step_is_the_same(make: Make, family: str, stage: str, cores: int, mon
     """Loss, gradients, and the log-probs of each pair in its place."""
     found = step(ready(make, family), stage)
     monkeypatch.undo()
-    monkeypatch.setattr(groups, "cores", lambda _: 1)
+    monkeypatch.setattr(groups, "core_count", lambda _: 1)
     assert_same(found, step(ready(make, family), stage))
 
 
@@ -127,9 +127,9 @@ def test_log_probs_are_the_same(make: Make, cores: int, monkeypatch: pytest.Monk
     loaded = ready(make)
     for batch in (token_batch(rows=8), layouts.preference_sequences(preference_batch(pairs=5))):
         found = logprobs.log_probs(loaded.handle, batch, adapter=True)
-        monkeypatch.setattr(groups, "cores", lambda _: 1)
+        monkeypatch.setattr(groups, "core_count", lambda _: 1)
         whole = logprobs.log_probs(loaded.handle, replace(batch, shared=None), adapter=True)
-        monkeypatch.setattr(groups, "cores", lambda _: cores)
+        monkeypatch.setattr(groups, "core_count", lambda _: cores)
         np.testing.assert_allclose(found, whole, rtol=0, atol=2e-5)
 
 
@@ -169,7 +169,7 @@ def test_steps_compute_with_the_weights_as_they_are(make: Make, cores: int) -> N
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_gradient_checkpointing_takes_less_memory(make: Make, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the activations of eight layers, those of one and what goes into each. On one core: timing plays no part."""
-    monkeypatch.setattr(groups, "cores", lambda _: 1)
+    monkeypatch.setattr(groups, "core_count", lambda _: 1)
     monkeypatch.setattr(mlx_samples, "LAYERS", 8)
     peaks = {}
     for checkpointing in (False, True):

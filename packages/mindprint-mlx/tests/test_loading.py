@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 from mindprint.contract import LoadedModel, ModelSpec
 from mindprint.errors import BackendError, ModelError
-from mindprint_mlx import architectures, model
+from mindprint_mlx import architectures, imports, model
+from mindprint_mlx.imports import mlx_lm_module
 
 
 def test_facts_of_a_loaded_model(make: Callable[..., LoadedModel], family: str) -> None:
@@ -149,13 +151,13 @@ def test_quantized_bases(tmp_path: Path, field: str) -> None:
 
 def test_quantization_that_the_specification_states(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"quantized \(gptq\)"):
-        model.load(ModelSpec(str(write_model(tmp_path)), "cpu", "float32", "gptq"))
+        model.load_model(ModelSpec(str(write_model(tmp_path)), "cpu", "float32", "gptq"))
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     device = "metal" if sys.platform != "darwin" else "cuda"
     with pytest.raises(BackendError, match=f"cannot use device '{device}' here"):
-        model.load(ModelSpec(str(write_model(tmp_path)), device, "float32"))
+        model.load_model(ModelSpec(str(write_model(tmp_path)), device, "float32"))
 
 
 class TestEveryFieldIsAccountedFor:
@@ -305,3 +307,30 @@ def _tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> No
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
+
+
+@pytest.mark.parametrize("printed", ["To run olmo install ai2-olmo: pip install ai2-olmo", ""])
+def test_a_model_class_that_ends_the_process_is_an_error_that_names_it(
+    printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mlx-lm's OLMo prints a line and exits where a package is missing; any class might, when imported or built."""
+
+    def exit_on_import(name: str) -> ModuleType:
+        if printed:
+            print(printed)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(imports.importlib, "import_module", exit_on_import)
+    folder = write_model(tmp_path, model_type="mamba2")
+    with pytest.raises(ModelError, match=f"model_type 'mamba2' cannot be used: .*{printed or 'it exits with 0'}"):
+        load(folder)
+
+
+def test_a_model_class_that_exits_when_it_is_built_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(*_: object) -> None:
+        raise SystemExit(3)
+
+    module = mlx_lm_module("models.qwen2")
+    monkeypatch.setattr(module.Model, "__init__", leave)
+    with pytest.raises(ModelError, match="cannot build this model from its config.json"):
+        load(write_model(tmp_path))

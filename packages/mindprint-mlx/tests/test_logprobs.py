@@ -13,7 +13,7 @@ from mlx_samples import linear_sites, lora, rows_of, token_batch
 from mindprint import layouts
 from mindprint.contract import LoadedModel, TokenBatch
 from mindprint_mlx import adapter, logprobs
-from mindprint_mlx.head import Head
+from mindprint_mlx.head import Head, read_head
 
 
 def plain(loaded: LoadedModel, batch: TokenBatch) -> np.ndarray:
@@ -54,7 +54,7 @@ def test_a_head_that_does_not_split_falls_back_to_full_logits(make: Callable[...
         return kind.__call__(self, tokens, cache) + body(tokens[:, ::-1], cache).sum()
 
     module.__class__ = type("Twice", (kind,), {"__call__": twice})
-    assert Head.of(module).body is None
+    assert read_head(module).body is None
     module.__class__ = kind
     loaded.handle.head = Head(module, loaded.vocab_size)
     np.testing.assert_allclose(logprobs.log_probs(loaded.handle, batch, adapter=True), expected, rtol=0, atol=1e-6)
@@ -65,8 +65,8 @@ def test_chunks_change_nothing(make: Callable[..., LoadedModel], family: str, ch
     loaded, batch = make(family), token_batch()
     layout = layouts.sequences(batch)
     with loaded.handle.in_use():
-        whole = logprobs.answers(loaded.handle, layout, {})
-        parts = logprobs.answers(loaded.handle, layout, {}, chunk)
+        whole = logprobs.layout_log_probs(loaded.handle, layout, {})
+        parts = logprobs.layout_log_probs(loaded.handle, layout, {}, chunk)
     np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-6)
 
 
@@ -128,3 +128,17 @@ def test_small_probabilities_are_not_lost_beside_large_ones(width: int) -> None:
     truth = np.log(np.exp(shifted - greatest).sum(axis=1)) + greatest[:, 0]
     found = np.array(logprobs.log_sum_exp(mx.array(shifted)))
     assert np.abs(found - truth).mean() < 1e-6
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_large_vocabulary_has_no_bias(fast: bool) -> None:
+    """262,144 tokens as Gemma 3 has: added one after another, small terms are lost next to the sum so far."""
+    random = np.random.default_rng(0)
+    logits = (3 * random.standard_normal((16, 262_144))).astype(np.float32)
+    targets = random.integers(0, 262_144, 16)
+    exact = logits.astype(np.float64)
+    expected = exact[np.arange(16), targets] - np.log(np.exp(exact).sum(axis=1))
+    with mx.stream(mx.cpu):
+        values = np.array(logprobs.log_softmax_at(mx.array(logits), mx.array(targets.astype(np.int32)), fast=fast))
+    assert abs((values - expected).mean()) < 1e-6
+    assert np.abs(values - expected).max() < 5e-6

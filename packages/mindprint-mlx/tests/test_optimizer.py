@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mindprint.contract import AdamW
-from mindprint_mlx.optimizer import Moments, adamw, clipped, global_norm
+from mindprint_mlx.optimizer import Moments, adamw, clip_gradients, global_norm
 
 
 def reference(
@@ -65,7 +65,7 @@ def test_clipping_is_by_the_norm_of_all_gradients_together() -> None:
     gradients = {"a": mx.array([3.0, 4.0]), "b": mx.array([[12.0]])}
     norm = global_norm(gradients)
     assert norm.item() == pytest.approx(13.0)
-    limited = clipped(gradients, norm, 2.0)
+    limited = clip_gradients(gradients, norm, 2.0)
     np.testing.assert_allclose(limited["a"], np.array([3.0, 4.0]) * 2 / 13.000001, rtol=1e-6)
     np.testing.assert_allclose(limited["b"], [[12 * 2 / 13.000001]], rtol=1e-6)
 
@@ -73,5 +73,5 @@ def test_clipping_is_by_the_norm_of_all_gradients_together() -> None:
 @pytest.mark.parametrize("maximum", [13.1, None])
 def test_small_gradients_are_left_alone(maximum: float | None) -> None:
     gradients = {"a": mx.array([3.0, 4.0]), "b": mx.array([[12.0]])}
-    limited = clipped(gradients, global_norm(gradients), maximum)
+    limited = clip_gradients(gradients, global_norm(gradients), maximum)
     np.testing.assert_array_equal(limited["a"], [3.0, 4.0])

@@ -16,7 +16,7 @@ from mindprint.contract import LoadedModel, PreferenceBatch, Update
 from mindprint.layouts import Continued, Layout, preference_sequences
 from mindprint.losses import PreferenceLoss
 from mindprint_mlx import adapter, logprobs, prompts, state, steps
-from mindprint_mlx.head import Head
+from mindprint_mlx.head import read_head
 from mindprint_mlx.imports import mlx_lm_module
 
 Make = Callable[..., LoadedModel]
@@ -43,7 +43,7 @@ def pairs(prompt: int = 5, chosen: int = 7, rejected: int = 4, count: int = 3) -
 
 
 def layout(loaded: LoadedModel, batch: PreferenceBatch, **options: Any) -> Layout | Continued:
-    return logprobs.chosen_layout(loaded.handle, preference_sequences(batch), **options)
+    return logprobs.batch_layouts(loaded.handle, preference_sequences(batch), **options)[0]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ class Averages(nn.Module):
 
 def test_what_cannot_share_is_found_out() -> None:
     """It takes the cache, and makes nothing of it: only its numbers tell."""
-    head = Head.of(Averages())
+    head = read_head(Averages())
     assert prompts.longest_shared(head, [mlx_lm_module("models.cache").KVCache()], None) == 0
 
 

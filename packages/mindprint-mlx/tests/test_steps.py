@@ -174,7 +174,7 @@ class TestSft:
         for limit in (logprobs.LOGITS_BYTES, 4 * 61 * 7):
             monkeypatch.setattr(logprobs, "LOGITS_BYTES", limit)
             loaded = make("llama")
-            adapter.inject(loaded.handle, lora(adapter.sites(loaded.handle)))
+            adapter.inject(loaded.handle, lora(loaded.handle.sites))
             found.append(gradients(loaded, sft(batch), sft_update(batch)))
         assert np.abs(found[0]["lm_head.a"]).max() > 1e-4
         assert relative(found[1], found[0]) < 1e-6

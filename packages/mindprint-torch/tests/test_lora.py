@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch_samples import COMMON
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from mindprint.contract import LoadedModel, PreferenceBatch, TokenBatch, Update
+from mindprint.contract import LoadedModel, ModelSpec, PreferenceBatch, TokenBatch, Update
 from mindprint.losses import PreferenceLoss
 from mindprint.plugins.backend import Backend
 from mindprint_torch import steps
@@ -154,3 +157,46 @@ def test_checkpointing_keeps_less(train: Load) -> None:
         return sum(size for pointer, size in found.items() if pointer not in base)
 
     assert held(enabled=True) < 0.25 * held(enabled=False)
+
+
+IN_PLACE: dict[str, dict[str, Any]] = {
+    "olmo": {"clip_qkv": 0.5},
+    "olmoe": {"clip_qkv": 0.5, "num_experts": 4, "num_experts_per_tok": 2},
+    "gemma3n_text": {
+        "head_dim": 8,
+        "vocab_size_per_layer_input": 61,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.5, 0.0],
+        "intermediate_size": [40, 40],
+    },
+}
+"""Models that change the output of an adapted layer in place."""
+
+
+@pytest.mark.parametrize("architecture", sorted(IN_PLACE))
+def test_a_model_may_change_a_layers_output_in_place(
+    architecture: str, backend: Backend, make_adapter: Any, token_batch: MakeBatch, tmp_path: Path
+) -> None:
+    """The step's loss and gradients are those of PEFT's own layers."""
+    settings = {name: value for name, value in COMMON.items() if name != "rope_parameters"}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **{**settings, **IN_PLACE[architecture]})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    gradients = []
+    for plain in (False, True):
+        model = backend.load_model(ModelSpec(str(tmp_path), "cpu", "float32"))
+        backend.inject_adapter(model, make_adapter(model))
+        if plain:
+            for module in model.handle.network.modules():
+                vars(module).pop("forward", None)
+        batch = token_batch()
+        metrics = backend.sft_step(model, [batch], Update(1e-3, batch.loss_tokens, max_grad_norm=None))
+        gradients.append((metrics, backend.save(model).first_moments))
+    (metrics, moments), (expected_metrics, expected) = gradients
+    assert metrics.loss == pytest.approx(expected_metrics.loss, abs=1e-5)
+    for site, factors in expected.items():
+        for values, wanted in zip(moments[site], factors, strict=True):
+            np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max() + 1e-9)

@@ -13,7 +13,7 @@ from mindprint.contract import LoadedModel, PreferenceBatch, Update
 from mindprint.layouts import Forked, Layout, preference_sequences
 from mindprint.losses import PreferenceLoss
 from mindprint.plugins.backend import Backend
-from mindprint_torch.logprobs import chosen_layout
+from mindprint_torch.logprobs import batch_layouts
 from mindprint_torch.prompts import UNLIMITED
 
 Load = Callable[..., LoadedModel]
@@ -34,7 +34,7 @@ def pairs(prompt: int = 5, chosen: int = 7, rejected: int = 4, count: int = 3) -
 
 
 def layout(model: LoadedModel, batch: PreferenceBatch, **options: Any) -> Layout:
-    return chosen_layout(model.handle, preference_sequences(batch), **options)
+    return batch_layouts(model.handle, preference_sequences(batch), **options)[0]
 
 
 @pytest.mark.parametrize("architecture", SHARING)

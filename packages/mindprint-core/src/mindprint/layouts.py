@@ -113,6 +113,40 @@ def sequences(batch: TokenBatch) -> Layout:
     )
 
 
+@dataclass(frozen=True)
+class RotaryLimit:
+    """The length above which a model's rotary embedding depends on how long its input is.
+
+    LongRoPE has a second set of frequencies for inputs of more than `positions` tokens. Dynamic NTK scaling has other
+    frequencies for each length above it (`each_length`). Models choose by the longest row of a batch, so that rows of
+    different kinds must not be read together.
+    """
+
+    positions: int
+    each_length: bool = False
+
+    def kinds(self, lengths: Int32) -> Int32:
+        """Return a number for each length: rows with the same number can be read together."""
+        return _int32(np.where(lengths > self.positions, lengths if self.each_length else 1, 0))
+
+
+def sequences_apart(batch: TokenBatch, limit: RotaryLimit) -> tuple[Layout, ...]:
+    """Return a layout like `sequences` for the rows of each kind, with answers at their places in the whole batch."""
+    kinds, layouts = limit.kinds(batch.lengths), []
+    for kind in np.unique(kinds):
+        rows = np.flatnonzero(kinds == kind)
+        layout = sequences(token_rows(replace(batch, shared=None), rows))
+        row, column = np.divmod(layout.slots, layout.shape[1])
+        shape = (batch.tokens.shape[0], batch.tokens.shape[1])
+        layouts.append(replace(layout, slots=_int32(rows[row] * shape[1] + column), shape=shape))
+    return tuple(layouts)
+
+
+def pair_lengths(batch: PreferenceBatch) -> Int32:
+    """Return how many tokens are read for each pair, `[pairs]`: its prompt once, and both completions."""
+    return batch.prompt_lengths + batch.chosen_lengths + batch.rejected_lengths
+
+
 def preference_sequences(batch: PreferenceBatch) -> TokenBatch:
     """Return prompt + chosen of every pair, then prompt + rejected, `[2 * pairs, T]`, as rows that share prompts."""
     prompts, prompt_lengths = np.tile(batch.prompt, (2, 1)), np.tile(batch.prompt_lengths, 2)
@@ -217,7 +251,9 @@ def sharing_probe(vocabulary: int) -> TokenBatch:
 def groups_of_like_length(lengths: Int32, most_tokens: int, overhead: int) -> tuple[Int32, ...]:
     """Group the rows of a batch so that reading them group by group costs least.
 
-    Losses are sums over rows, so any grouping gives the same step.
+    Losses are sums over rows, so any grouping gives the same step. This grouping suits one reader that takes the groups
+    in turn, as torch does on a CPU. MLX deals its groups to several readers at once, where equal shares of the work
+    count (`mindprint_mlx.groups`): the two have nothing in common but the sort.
 
     Args:
         lengths: int32 `[rows]`.

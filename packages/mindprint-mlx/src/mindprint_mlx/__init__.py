@@ -1,6 +1,6 @@
-"""The MLX backend of Mindprint.
+"""The MLX backend of Mindprint: mlx-lm's classes on Metal, CUDA and CPU. Start at `plugin.py`.
 
-Importing this package imports no framework; it only prepares the process for one: `blas.prepare()` must run before
+Importing this package imports no framework. It only prepares the process for one: `blas.prepare()` must run before
 anything imports mlx, and every module of this package is imported after this one.
 """
 

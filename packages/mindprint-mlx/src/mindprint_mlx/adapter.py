@@ -1,4 +1,4 @@
-"""LoRA on a base: which places can take it, putting it there, and its values in and out.
+"""LoRA on a base: its layers, and its values in and out.
 
 The layers are mlx-lm's. Their layout is the transpose of PEFT's: `lora_a` is `[in, r]` and `lora_b` `[r, out]`, and
 `scale` multiplies their product. Factors are float32 whatever the base's dtype; mlx-lm's layers compute the change in
@@ -15,18 +15,18 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from mindprint.contract import AdapterFacts, AdapterSite, AdapterState, LoraConfig, LoraFactors
+from mindprint.contract import AdapterFacts, AdapterState, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError
 from mindprint_mlx import points
 from mindprint_mlx.arrays import to_numpy
 from mindprint_mlx.imports import mlx_lm_module
-from mindprint_mlx.model import Adapter, Handle, Place
+from mindprint_mlx.model import Adapter, MlxModel, Place
 
 
 class KeyedDropout(nn.Module):
-    """Dropout whose mask is a pure function of a key; without a key, the identity.
+    """Dropout whose mask is a pure function of a key, and the identity without one.
 
-    MLX's own draws from a generator that the whole process shares.
+    MLX's own draws from a generator that the whole process shares, so that a resumed run could not be exact.
     """
 
     def __init__(self, rate: float) -> None:
@@ -40,45 +40,56 @@ class KeyedDropout(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         if self._key is None or not self._rate:
             return x
+        # Scaled up while training, so that nothing changes when dropout is off (inverted dropout, as in PyTorch).
         keep = 1 - self._rate
         return x * mx.random.bernoulli(keep, x.shape, key=self._key) / keep
 
 
-def sites(handle: Handle) -> tuple[AdapterSite, ...]:
-    """Every place that can take LoRA, under transformers' names, in the model's order."""
-    return tuple(_site(place) for place in handle.places)
+def inject(model: MlxModel, state: AdapterState) -> AdapterFacts:
+    """Attach an adapter to exactly its target modules, with its values.
 
-
-def inject(handle: Handle, state: AdapterState) -> AdapterFacts:
-    """Attach an adapter with its values. Raises `AdapterError` if there is one already or it does not fit."""
-    if handle.adapter is not None:
+    Raises:
+        AdapterError: If the model has an adapter already, or the adapter does not fit the model.
+    """
+    if model.adapter is not None:
         raise AdapterError("the model has an adapter already; release it and load the base again")
-    chosen = _chosen_places(handle, state.config)
+    chosen = _target_places(model, state.config)
     factors = to_factors(state.config, state.tensors, chosen)
-    with handle.in_use():
+    with model.in_use():
         layers = {place.site: _lora_layer(place, state.config) for place in chosen}
         mx.eval(factors)
-    handle.adapter = Adapter(state.config, chosen, layers, factors)
-    assign(handle.adapter, factors)
+    model.adapter = Adapter(state.config, chosen, layers, factors)
+    assign(model.adapter, factors)
     for place in chosen:
         place.put(layers[place.site])
     return AdapterFacts(state.config.target_modules, sum(values.size for values in factors.values()))
 
 
+def require_adapter(model: MlxModel) -> Adapter:
+    """Return the model's adapter.
+
+    Raises:
+        AdapterError: If none was injected.
+    """
+    if model.adapter is None:
+        raise AdapterError("the model has no adapter; inject one first")
+    return model.adapter
+
+
 def assign(adapter: Adapter, factors: Mapping[str, mx.array]) -> None:
-    """Let the adapter's layers compute with these factors: the model's own, or those a gradient is traced through."""
+    """Make the adapter's layers compute with these factors: the model's, or those a gradient is traced through."""
     for name, values in factors.items():
         site, _, letter = name.rpartition(".")
         setattr(adapter.layers[site], f"lora_{letter}", values)
 
 
 def outside_layers(factors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """The factors of sites that are in no numbered layer: embedding and LM head."""
+    """Return the factors of sites that are in no numbered layer: embedding and LM head."""
     return {name: values for name, values in factors.items() if not any(part.isdigit() for part in name.split("."))}
 
 
 def use_dropout(adapter: Adapter, key: mx.array | None) -> None:
-    """Turn dropout on with one key for all layers, each with a part of its own, or off with None."""
+    """Turn dropout on with a key, of which each layer gets another part, or off with None."""
     keys = [None] * len(adapter.layers) if key is None else mx.random.split(key, len(adapter.layers))
     for layer, part in zip(adapter.layers.values(), keys, strict=True):
         layer.dropout.use(part)
@@ -87,13 +98,17 @@ def use_dropout(adapter: Adapter, key: mx.array | None) -> None:
 def to_factors(
     config: LoraConfig, tensors: Mapping[str, LoraFactors], places: tuple[Place, ...]
 ) -> dict[str, mx.array]:
-    """PEFT's layout to mlx-lm's. Raises `AdapterError` for a missing, unexpected or mis-shaped factor."""
+    """Return PEFT's factors in mlx-lm's layout.
+
+    Raises:
+        AdapterError: For a missing, unexpected or mis-shaped factor.
+    """
     names = {place.site for place in places}
     if odd := sorted(names ^ set(tensors)):
         raise AdapterError(f"the adapter's tensors and its target modules disagree about {odd[0]}")
     factors = {}
     for place in places:
-        site, (a, b) = _site(place), tensors[place.site]
+        site, (a, b) = place.adapter_site, tensors[place.site]
         rank = config.rank(place.site)
         if a.shape != (rank, site.in_features) or b.shape != (site.out_features, rank):
             raise AdapterError(
@@ -106,7 +121,7 @@ def to_factors(
 
 
 def to_tensors(adapter: Adapter, factors: Mapping[str, mx.array]) -> dict[str, LoraFactors]:
-    """mlx-lm's layout to PEFT's, float32, in NumPy's memory; empty for empty factors."""
+    """Return mlx-lm's factors in PEFT's layout, float32, in NumPy's memory. Without factors there are none."""
     if not factors:
         return {}
     return {
@@ -115,15 +130,8 @@ def to_tensors(adapter: Adapter, factors: Mapping[str, mx.array]) -> dict[str, L
     }
 
 
-def _site(place: Place) -> AdapterSite:
-    rows, columns = place.layer.weight.shape
-    if isinstance(place.layer, nn.Embedding):
-        return AdapterSite(place.site, "embedding", rows, columns)
-    return AdapterSite(place.site, "linear", columns, rows)
-
-
-def _chosen_places(handle: Handle, config: LoraConfig) -> tuple[Place, ...]:
-    places = {place.site: place for place in handle.places}
+def _target_places(model: MlxModel, config: LoraConfig) -> tuple[Place, ...]:
+    places = {place.site: place for place in model.places}
     if not config.target_modules:
         raise AdapterError("the adapter names no target modules")
     for target in config.target_modules:
@@ -138,20 +146,19 @@ def _lora_layer(place: Place, config: LoraConfig) -> Any:
     kind = _lora_embedding(lora.LoRAEmbedding) if embedding else lora.LoRALinear
     layer = kind.from_base(place.layer, r=config.rank(place.site), scale=config.scale(place.site))
     if not embedding:
-        layer.__class__ = _folded(kind)
-    # PEFT has no dropout on embeddings: there is no activation before the factors.
+        layer.__class__ = _fused_linear(kind)
+    # PEFT has no dropout on embeddings, where no activation comes before the factors.
     layer.dropout = KeyedDropout(0.0 if embedding else config.dropout)
     return layer
 
 
 @cache
-def _folded(kind: Any) -> Any:
-    """mlx-lm's layer, multiplying by the scale where rows are `r` wide, and adding as it multiplies by B.
+def _fused_linear(kind: Any) -> Any:
+    """Return mlx-lm's layer, but scaled where rows are `r` wide, and added while it multiplies by B."""
+    # Both save an array of the output's size. The output and the input's gradient are points at which graphs that are
+    # computed at the same time are evaluated (`points.py`).
 
-    Its output and its input's gradient are points at which graphs beside each other are evaluated.
-    """
-
-    class FoldedLoRA(kind):  # type: ignore[misc]
+    class FusedLoRA(kind):  # type: ignore[misc]
         def __call__(self, x: mx.array) -> mx.array:
             x = points.backward(x)
             base: mx.array = self.linear(x)
@@ -162,11 +169,11 @@ def _folded(kind: Any) -> Any:
                 base = base + (inner @ self.lora_b).astype(base.dtype)
             return points.forward(base)
 
-    return FoldedLoRA
+    return FusedLoRA
 
 
 def _lora_embedding(kind: Any) -> Any:
-    """mlx-lm's layer, with PEFT's meaning where the head is tied: the change is in the lookup, not in the head."""
+    """Return mlx-lm's layer, but with PEFT's meaning where the head is tied: only the lookup changes, not the head."""
 
     class LookupLoRA(kind):  # type: ignore[misc]
         @classmethod

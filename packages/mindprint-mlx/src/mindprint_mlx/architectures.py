@@ -1,9 +1,9 @@
-"""From a config.json to one of mlx-lm's model classes that computes what transformers computes, or a refusal.
+"""From a config.json to one of mlx-lm's model classes that computes as transformers does, or a refusal.
 
 mlx-lm builds a class from the fields it knows and says nothing about the others. Here every field of the configuration
-is accounted for: the class reads it; or it is set into the built model by us (rotary embeddings, windows, activations);
-or it cannot change the computation; or its value is the one that the class computes anyway. What is left is refused by
-name, for any family. What shows in the weights (biases, sizes, tied heads) needs no table: loading is strict.
+is accounted for. The class reads it, or we set it into the built model (rotary embeddings, windows, activations), or it
+cannot change the computation, or its value is the one that the class computes anyway. Any other field is refused by
+name, for any family. Fields that show in the weights (biases, sizes, tied heads) need no table: loading is strict.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from mindprint_mlx.imports import mlx_lm_module
 from mindprint_mlx.rope import Rope, frequencies
 from mindprint_mlx.windows import windowed
 
-# --- tables of facts -------------------------------------------------------------------------------------------------
-
 MODULES = {"mistral": "llama"}
 """mlx-lm's module for a model type, where it is not of the same name."""
 
@@ -42,7 +40,7 @@ COMPARED = frozenset(
 
 INERT = frozenset(
     {
-        # what the model is called, and who wrote the file
+        # the names of the model, and who wrote the file
         "model_type", "architectures", "_name_or_path", "name_or_path", "transformers_version", "auto_map", "dtype",
         "torch_dtype", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset", "_commit_hash",
         "_num_labels", "task_specific_params", "license", "unsloth_version", "unsloth_fixed", "trl_version",
@@ -55,7 +53,7 @@ INERT = frozenset(
         "encoder_no_repeat_ngram_size", "num_return_sequences", "return_dict_in_generate", "output_scores",
         "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
         "use_cache", "cache_implementation", "prefix",
-        # what is returned, and heads that a language model does not have
+        # outputs, and heads that a language model does not have
         "output_hidden_states", "output_attentions", "return_dict", "torchscript", "id2label", "label2id",
         "num_labels", "problem_type", "finetuning_task", "tokenizer_class", "output_router_logits",
         "classifier_dropout", "pruned_heads", "chunk_size_feed_forward",
@@ -64,7 +62,7 @@ INERT = frozenset(
         "attn_pdrop", "embd_pdrop", "resid_pdrop", "emb_pdrop", "embedding_dropout", "residual_dropout",
         "hidden_dropout_prob", "attention_probs_dropout_prob", "attn_dropout", "router_aux_loss_coef",
         "router_jitter_noise", "router_z_loss_coef", "gradient_checkpointing",
-        # no part of the computation where rotary embeddings are, whose limits rope.py knows
+        # not part of the computation where rotary embeddings are, whose limits rope.py knows
         "max_position_embeddings",
         # encoders' and multimodal models' fields in every old configuration
         "is_decoder", "bos_token", "eos_token", "pad_token", "tf_legacy_loss", "use_bfloat16",
@@ -79,7 +77,7 @@ IN_THE_WEIGHTS = frozenset(
         "num_local_experts", "num_experts",
     }
 )  # fmt: skip
-"""Fields that decide which tensors there are, and of which shapes: a class that misread one could not be loaded."""
+"""Fields that decide the tensors and their shapes: a class that misread one could not be loaded."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "pretraining_tp": (None, 0, 1),
@@ -125,7 +123,7 @@ ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "relu2": ("relu2",),
     "xielu": ("xielu",),
 }
-"""Activation functions by what they compute, and transformers' names for each."""
+"""Activation functions, and transformers' names for each."""
 
 ACTIVATIONS_IN_CODE = {
     "silu": "silu",
@@ -152,7 +150,7 @@ MLP_CALLS: Mapping[str, Callable[[Any, mx.array, Any], mx.array]] = {
     "gpt_neox": lambda mlp, x, act: mlp.dense_4h_to_h(act(mlp.dense_h_to_4h(x))),
     "phi": lambda mlp, x, act: mlp.fc2(act(mlp.fc1(x))),
 }
-"""Families whose MLP can be given the configuration's activation where mlx-lm's class has another one in its code."""
+"""MLPs of families that can be given the configuration's activation where mlx-lm's class has another in its code."""
 
 FUNCTIONS: Mapping[str, Callable[[mx.array], mx.array]] = {
     "silu": nn.silu,
@@ -164,17 +162,18 @@ FUNCTIONS: Mapping[str, Callable[[mx.array], mx.array]] = {
 """The activation functions that an MLP can be given."""
 
 ATTENTION = ("self_attn", "attention", "attn")
-"""What a layer calls its attention."""
+"""Layers' names for their attention."""
 
 ROPE_MODULES = ("rope", "rotary_emb")
-"""What an attention calls its rotary embedding."""
+"""Attentions' names for their rotary embedding."""
 
 TRADITIONAL = {"DynamicNTKAlphaRoPE": False}
-"""How rotary embeddings of mlx-lm's own pair dimensions: True for neighbours, False for halves."""
+"""The pairing of dimensions in mlx-lm's own rotary embeddings: True for neighbours, False for halves."""
 
 
 def _unrounded_embedding_scale(module: nn.Module, configuration: Configuration) -> None:
-    """Gemma 3 scales its embedding by sqrt(hidden), which mlx-lm rounds to bfloat16 even in a float32 model."""
+    """Undo the rounding of the factor of Gemma 3's embedding."""
+    # It is sqrt(hidden), which mlx-lm rounds to bfloat16 even in a float32 model.
     scale = configuration.fields["hidden_size"] ** 0.5
     rounded = mx.array(scale, mx.bfloat16).item()
     layer = module.layers[0]
@@ -183,14 +182,12 @@ def _unrounded_embedding_scale(module: nn.Module, configuration: Configuration) 
 
 
 REPAIRS: Mapping[str, Callable[[nn.Module, Configuration], None]] = {"gemma3_text": _unrounded_embedding_scale}
-"""What is set right in the built model, by family."""
-
-# --- from a configuration to a class ---------------------------------------------------------------------------------
+"""Corrections of the built model, by family."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A class of mlx-lm's with its arguments. `notes` are for the user."""
+    """A model class of mlx-lm, and its arguments. `notes` are for the user."""
 
     configuration: Configuration
     model_class: Any
@@ -199,7 +196,11 @@ class Architecture:
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
-    """The class for a config.json. Raises `ModelError` naming the first field that it would get wrong."""
+    """Return the class for a config.json.
+
+    Raises:
+        ModelError: Names the first field that the class would get wrong.
+    """
     configuration = interpret(config)
     module = _module(configuration.model_type)
     code = _code(module)
@@ -211,7 +212,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def complete(architecture: Architecture, module: nn.Module) -> int | None:
-    """Set what the class cannot be told into the loaded module. Returns its shortest window, if any (`windows.py`)."""
+    """Set into the loaded module all that its class takes no argument for; return its shortest window, if any."""
     configuration = architecture.configuration
     _set_activation(configuration, module)
     for layer, parameters in zip(_layers(configuration, module), configuration.rope, strict=True):
@@ -229,6 +230,8 @@ def _module(model_type: str) -> ModuleType:
         return mlx_lm_module(f"models.{MODULES.get(model_type, model_type)}")
     except ModuleNotFoundError as error:
         raise ModelError(f"mlx-lm has no class for model_type {model_type!r} ({error})") from error
+    except ImportError as error:
+        raise ModelError(f"mlx-lm's class for model_type {model_type!r} cannot be used: {error}") from error
 
 
 def _notes(configuration: Configuration) -> tuple[str, ...]:
@@ -241,12 +244,9 @@ def _notes(configuration: Configuration) -> tuple[str, ...]:
     return (note,)
 
 
-# --- accounting for every field --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Code:
-    """What a class's source mentions: attributes it reads, and activation functions it calls."""
+    """Facts from a class's source: its parameters, those that it reads, and activation functions that it calls."""
 
     parameters: frozenset[str]
     reads: frozenset[str]
@@ -255,6 +255,7 @@ class _Code:
 
 @cache
 def _code(module: ModuleType) -> _Code:
+    # The source is read, not run: a field that is only stored in the arguments changes nothing.
     trees = [ast.parse(inspect.getsource(part)) for part in (module, *_borrowed(module))]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
@@ -269,7 +270,7 @@ def _code(module: ModuleType) -> _Code:
 
 
 def _borrowed(module: ModuleType) -> Iterator[ModuleType]:
-    """Other families' modules that this one builds on."""
+    """Yield other families' modules that this one builds on."""
     shared = ("base", "cache", "rope_utils", "activations", "pipeline", "switch_layers", "mla", "ssm", "gated_delta")
     for value in vars(module).values():
         name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "")
@@ -308,7 +309,7 @@ def _check_activation(configuration: Configuration, code: _Code) -> None:
 
 
 def _activation(configuration: Configuration) -> str | None:
-    """What the configuration's activation computes; None if it names none."""
+    """Return the function that the configuration's activation computes, or None if it names none."""
     stated = {configuration.fields[name] for name in ACTIVATION_FIELDS if configuration.fields.get(name)}
     meant = {computes for computes, names in ACTIVATIONS.items() if stated & set(names)}
     if odd := sorted(stated - {name for names in ACTIVATIONS.values() for name in names}):
@@ -319,7 +320,7 @@ def _activation(configuration: Configuration) -> str | None:
 
 
 def _arguments(configuration: Configuration, kind: Any) -> Any:
-    """The class's arguments: constants, the configuration's fields, and neutral ones for what is set afterwards."""
+    """Return the class's arguments: constants, fields of the configuration, and placeholders for parts set later."""
     values = dict(configuration.fields)
     values |= {name: values[own] for name, own in configuration.aliases.items() if own in values}
     values |= _set_afterwards(configuration) | dict(CONSTANTS.get(configuration.model_type, {}))
@@ -338,7 +339,7 @@ def _arguments(configuration: Configuration, kind: Any) -> Any:
 
 
 def _set_afterwards(configuration: Configuration) -> dict[str, Any]:
-    """Placeholders for rotary embeddings and windows, under which any class builds its plain layers."""
+    """Return placeholders for rotary embeddings and windows, with which any class builds its plain layers."""
     partial = next((rope["partial_rotary_factor"] for rope in configuration.rope if rope), 1.0)
     return {
         "rope_theta": 10000.0,
@@ -356,19 +357,18 @@ def _set_afterwards(configuration: Configuration) -> dict[str, Any]:
 
 
 def _rotating_pattern(configuration: Configuration) -> str | None:
-    """EXAONE 4's pattern also says which layers rotate: those that it calls local, or all where there is none."""
+    """Return EXAONE 4's pattern."""
+    # It also decides which layers rotate: those that it calls local, or all without a pattern.
     if all(rope is not None for rope in configuration.rope):
         return None
     return "".join("G" if rope is None else "L" for rope in configuration.rope)
 
 
 _PATTERNS: Mapping[str, Callable[[Configuration], Any]] = {
-    # Every layer global: none slides by the class's own pattern, and ours are told which do.
+    # Every layer global: none slides by the class's pattern, and `complete` gives those that slide their windows.
     "gemma3_text": lambda _: 1,
     "exaone4": _rotating_pattern,
 }
-
-# --- setting what the class cannot be told ---------------------------------------------------------------------------
 
 
 def _layers(configuration: Configuration, module: nn.Module) -> list[nn.Module]:
@@ -382,10 +382,10 @@ def _layers(configuration: Configuration, module: nn.Module) -> list[nn.Module]:
 
 
 def _attention(configuration: Configuration, layer: nn.Module) -> nn.Module:
-    found: list[nn.Module] = [layer[name] for name in ATTENTION if name in layer]
-    if len(found) != 1:
+    attentions: list[nn.Module] = [layer[name] for name in ATTENTION if name in layer]
+    if len(attentions) != 1:
         raise ModelError(f"model_type {configuration.model_type!r}: its layers have no attention that is known here")
-    return found[0]
+    return attentions[0]
 
 
 def _set_rope(configuration: Configuration, layer: nn.Module, parameters: Mapping[str, Any] | None) -> None:
@@ -404,16 +404,16 @@ def _set_rope(configuration: Configuration, layer: nn.Module, parameters: Mappin
         if traditional is not None and child.dims == 2 * len(computed.inverse):
             attention[name] = Rope(computed, traditional=traditional)
             return
-    raise ModelError(f"model_type {configuration.model_type!r}: mlx-lm has a rotary embedding of its own for it")
+    raise ModelError(f"model_type {configuration.model_type!r}: mlx-lm has another rotary embedding for it")
 
 
 def _is_traditional(rope: nn.Module) -> bool | None:
-    """Whether a rotary embedding pairs neighbouring dimensions; None for a class that is not known."""
+    """Return whether a rotary embedding pairs neighbouring dimensions, or None for an unknown class."""
     return bool(rope.traditional) if type(rope) is nn.RoPE else TRADITIONAL.get(type(rope).__name__)
 
 
 def _set_activation(configuration: Configuration, module: nn.Module) -> None:
-    """Give MLPs the configuration's activation where the class has another in its code."""
+    """Give MLPs the configuration's activation where the class has another one in its code."""
     call = MLP_CALLS.get(configuration.model_type)
     wanted = _activation(configuration)
     if call is None or wanted is None or _code(_module(configuration.model_type)).activations == {wanted}:
@@ -424,7 +424,7 @@ def _set_activation(configuration: Configuration, module: nn.Module) -> None:
 
 
 def _around(module: nn.Module, around: Callable[..., Any]) -> None:
-    """Let `around(call, *args)` run where the module is called; `call` is what its class does."""
+    """Run `around(call, *args)` where the module is called. `call` is the call of its class."""
     kind = type(module)
     _replace_call(
         module, lambda self, *args, **named: around(lambda *a, **n: kind.__call__(self, *a, **n), *args, **named)
@@ -432,6 +432,7 @@ def _around(module: nn.Module, around: Callable[..., Any]) -> None:
 
 
 def _replace_call(module: nn.Module, call: Callable[..., Any]) -> None:
-    """Change what one module does when it is called, and nothing else about it."""
+    """Replace the call of one module, and nothing else about it."""
+    # Python looks up `__call__` on the class, so that the module gets a class that differs in nothing else.
     kind = type(module)
     module.__class__ = type(kind.__name__, (kind,), {"__call__": call})

@@ -1,4 +1,4 @@
-"""MLX arrays as core's losses and contract see them."""
+"""MLX arrays for core's losses (`mindprint.losses.ArrayNamespace`) and contract."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mindprint.contract import Float32
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
-class Namespace:
-    """`mindprint.losses.ArrayNamespace` over `mx.array`."""
+class MlxArrays:
+    """The namespace of MLX: every function differentiates, in the dtype of its input (float32 in steps)."""
 
     def log_sigmoid(self, x: Any) -> Any:
         return -mx.logaddexp(mx.zeros_like(x), -x)
@@ -37,33 +37,34 @@ class Namespace:
         return mx.sum(x)
 
 
-NAMESPACE = Namespace()
+MLX = MlxArrays()
 
 
 def parameters_of(module: nn.Module) -> list[tuple[str, mx.array]]:
-    """The parameters of a module and of all under it, by path, in the module's order."""
+    """Return the parameters of a module and of all modules in it, by path, in the module's order."""
     return list(tree_flatten(module.parameters()))  # type: ignore[arg-type]  # pairs, as long as no mapping is given
 
 
 def scalar(value: mx.array) -> float:
-    """The number in an array of one; waits until it is computed."""
+    """Return the number in an array of one element, as soon as it is computed."""
     return float(value.item())  # type: ignore[arg-type]  # complex numbers do not occur
 
 
 def to_numpy(values: mx.array) -> Float32:
-    """A float32 copy in NumPy's memory, row by row."""
+    """Return a float32 copy in NumPy's memory, row by row."""
     return np.array(values.astype(mx.float32), dtype=np.float32, order="C")
 
 
 BLOCK = 64
-"""How many terms are added one after another."""
+"""The number of terms that are added one after another."""
 
 
 def in_blocks(values: mx.array, reduced: Callable[..., mx.array]) -> mx.array:
-    """A sum over the last axis of `[n, terms]`, `[n]`, of blocks and blocks of blocks: `reduced` is MLX's own.
+    """Return a sum over the last axis of `[n, terms]`, `[n]`, in blocks and blocks of blocks of MLX's own sums.
 
-    One after another, each of thousands of small terms is lost beside a sum that is there already.
+    `reduced` is `mx.sum` or another reduction that can be taken in parts.
     """
+    # One after another, each of thousands of small terms is lost next to the sum so far: rounding is then a bias.
     while (width := values.shape[-1]) > BLOCK:
         whole = width - width % BLOCK
         sums = reduced(values[:, :whole].reshape(len(values), -1, BLOCK), axis=-1)

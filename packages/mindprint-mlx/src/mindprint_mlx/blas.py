@@ -1,8 +1,8 @@
-"""What MLX multiplies matrices with: the library on Linux CPUs, and the precision on accelerators.
+"""MLX's matrix products: the library on Linux CPUs, and the precision on accelerators.
 
-The Linux CPU wheel of MLX is linked against the reference BLAS, plain loops that use a small part of the machine. A
-faster library that is loaded first, with its symbols global, is the one that the dynamic linker then binds. So this
-runs before the first import of mlx, and imports nothing but the standard library.
+The Linux CPU wheel of MLX is linked against the reference BLAS, plain loops that use a small part of the machine. If a
+faster library is loaded first, with its symbols global, the dynamic linker binds that one. So this runs before the
+first import of mlx, and imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from functools import cache
 from pathlib import Path
 
 TF32 = "MLX_ENABLE_TF32"
-"""MLX's switch for reduced-precision float32 products on GPUs; MLX reads it once, and its own default is on."""
+"""MLX's switch for reduced-precision float32 products on GPUs. MLX reads it once, and its default is on."""
 
 INSTALL = "install OpenBLAS (Debian: libopenblas0-pthread) or MKL (pip install mkl)"
 
 
 @dataclass(frozen=True)
 class Blas:
-    """What matrix products run on: a name with version and threads, and a line for the user if it is not a fast one.
+    """The library of matrix products: its name with version and threads, and a note for the user if it is slow.
 
-    `library` is OpenBLAS, whose threads can be told how many to be; None for others.
+    `library` is set for OpenBLAS, whose number of threads can be changed while it runs.
     """
 
     name: str
@@ -36,16 +36,18 @@ class Blas:
 
     @property
     def threads(self) -> int:
-        """How many threads a product takes, where that is ours to say; else 1."""
+        """The number of threads that a product takes, where we can change it, else 1."""
         return int(self.library.openblas_get_num_threads()) if self.library else 1
 
 
 @cache
 def prepare() -> Blas:
-    """Load a fast BLAS on Linux, once a process, and turn reduced-precision float32 off unless the user chose."""
+    """Load a fast BLAS on Linux, once a process, and turn reduced-precision float32 off unless the user set it."""
+    # Parity with PyTorch needs float32 to be float32.
     os.environ.setdefault(TF32, "0")
     if platform.system() != "Linux":
         return Blas("Accelerate" if platform.system() == "Darwin" else "unknown")
+    # Symbols are bound when mlx is loaded: a library that comes later changes nothing.
     if "mlx.core" in sys.modules:
         return Blas("unknown", f"mlx was imported before mindprint_mlx, too early to give it a fast BLAS ({INSTALL})")
     return next(filter(None, (_load(library, describe) for library, describe in _candidates())), _REFERENCE)
@@ -53,7 +55,7 @@ def prepare() -> Blas:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Let products take so many threads, where that is ours to say; None leaves it as it is."""
+    """Make products take `count` threads within this context, where we can change it. None changes nothing."""
     library = prepare().library
     if library is None or count is None:
         yield
@@ -67,7 +69,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def precision_note() -> str | None:
-    """A line for the user when float32 products are not float32: parity with other backends is then lost."""
+    """Return a note for the user if float32 products are not float32: parity with other backends is then lost."""
     if os.environ.get(TF32, "0") == "0":
         return None
     return f"{TF32}={os.environ[TF32]}: float32 matrix products on a GPU may run in reduced precision"
@@ -78,6 +80,7 @@ _REFERENCE = Blas("reference BLAS", f"no fast BLAS was found, matrix products ar
 
 def _load(library: str, describe: Callable[[ctypes.CDLL], str]) -> Blas | None:
     try:
+        # Global, since the linker looks for MLX's symbols among global ones, in the order of loading.
         loaded = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     except OSError:
         return None
@@ -85,6 +88,7 @@ def _load(library: str, describe: Callable[[ctypes.CDLL], str]) -> Blas | None:
 
 
 def _candidates() -> tuple[tuple[str, Callable[[ctypes.CDLL], str]], ...]:
+    # `pip install mkl` puts its libraries here, where the linker does not look.
     wheel = Path(sys.prefix) / "lib"
     mkl = [str(path) for path in sorted(wheel.glob("libmkl_rt.so.*"))]
     return (("libopenblas.so.0", _openblas), *((path, _mkl) for path in [*mkl, "libmkl_rt.so.2"]))

@@ -1,7 +1,7 @@
-"""What a config.json means to transformers: absent fields, other names, rotary embeddings and windows of every layer.
+"""A config.json as transformers reads it: absent fields, other names, rotary embeddings and windows of every layer.
 
-transformers' own configuration classes would say, but importing them imports torch. `transformers_facts.json` holds
-what they say about every family that mlx-lm has too; `scripts/write_transformers_facts.py` wrote it.
+transformers' own configuration classes know, but importing them imports torch. `transformers_facts.json` holds their
+facts about every family that mlx-lm has too, and `scripts/write_transformers_facts.py` writes it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROPE_FIELDS = frozenset(
         "original_max_position_embeddings",
     }
 )
-"""What `rope_by_layer` reads: never taken from the configuration by any other way."""
+"""The fields that `_rope_by_layer` reads, and nothing else."""
 
 WINDOW_FIELDS = frozenset(
     {
@@ -40,13 +40,13 @@ WINDOW_FIELDS = frozenset(
         "_sliding_window_pattern",
     }
 )
-"""What `window_by_layer` reads: never taken from the configuration by any other way."""
+"""The fields that `_layer_types` reads, and nothing else."""
 
 ALWAYS_MEANT = frozenset({"model_type", "quantization", "quantization_config", "text_config", "vision_config"})
-"""Fields that mean something in any family, whether or not its own class names them."""
+"""Fields that have a meaning in any family, whether or not its class names them."""
 
 VALUES_RENAMED = (("gemma", "hidden_act", "gelu", "gelu_pytorch_tanh"),)
-"""Family, field, the value that old configurations state, and what they mean by it."""
+"""Family, field, the value that old configurations state, and the value that transformers takes it for."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -66,7 +66,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Configuration:
-    """A config.json as transformers reads it. `fields` has the defaults filled in, under the class's own names.
+    """A config.json as transformers reads it, with defaults filled in, and fields under the class's own names.
 
     `rope` and `windows` have an entry a layer: the parameters of its rotary embedding, if it has one, and how many
     tokens it looks back, None for all. `aliases` are other names that the class accepts, and the fields that they mean.
@@ -84,7 +84,11 @@ class Configuration:
 
 
 def interpret(config: Fields) -> Configuration:
-    """Read a config.json as transformers does. Raises `ModelError` for what cannot be told from it."""
+    """Read a config.json as transformers does.
+
+    Raises:
+        ModelError: If it lacks a field, or has one whose effect is not known here.
+    """
     model_type = str(config["model_type"])
     facts = _all_facts().get(model_type, Facts())
     fields = _completed(model_type, config, facts)
@@ -110,19 +114,23 @@ def _facts_file() -> dict[str, Any]:
 
 
 def _completed(model_type: str, config: Fields, facts: Facts) -> dict[str, Any]:
-    """Defaults under what is stated, without what transformers ignores; every field under its class's own name."""
+    """Return the stated fields, and defaults for the rest, each under its class's own name.
+
+    Fields that transformers ignores are left out.
+    """
     stated = {name: value for name, value in config.items() if not _is_ignored(name, config, facts)}
     stated = {name: value for name, value in stated.items() if name not in facts.aliases}
     stated |= {facts.aliases[name]: value for name, value in config.items() if name in facts.aliases}
     defaults = {facts.aliases.get(name, name): value for name, value in facts.defaults.items()}
     fields = defaults | {name: _current(model_type, name, value) for name, value in stated.items()}
+    # Configurations older than grouped-query attention do not have the field: each head has its keys.
     if fields.get("num_key_value_heads") is None and "num_attention_heads" in fields:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     return fields
 
 
 def _current(model_type: str, name: str, value: Any) -> Any:
-    """What transformers takes a value to be that means something else than it says."""
+    """Return the value that transformers takes a stated one for."""
     for meant_in, field_name, old, new in VALUES_RENAMED:
         if (model_type, name, value) == (meant_in, field_name, old):
             return new
@@ -130,21 +138,16 @@ def _current(model_type: str, name: str, value: Any) -> Any:
 
 
 def _is_ignored(name: str, config: Fields, facts: Facts) -> bool:
-    """Whether transformers does nothing with a field: neither its class nor the family's code knows it.
-
-    Only of a file that no newer transformers wrote, which may know more fields.
-    """
+    """Return whether transformers does nothing with a field: neither its class nor the family's code knows it."""
     if not facts.defaults or name in facts.defaults.keys() | facts.aliases.keys() | set(facts.aliases.values()):
         return False
     if name in facts.optional or name in ROPE_FIELDS | WINDOW_FIELDS or name in ALWAYS_MEANT:
         return False
+    # A newer transformers than the one that the facts are from may know more fields.
     written_by = re.match(r"(\d+)\.(\d+)", str(config.get("transformers_version", "")))
     known = re.match(r"(\d+)\.(\d+)", _facts_file()["transformers"])
     assert known is not None
     return written_by is not None and tuple(map(int, written_by.groups())) <= tuple(map(int, known.groups()))
-
-
-# --- windows ---------------------------------------------------------------------------------------------------------
 
 
 def _everywhere(fields: Fields, _: int) -> bool:
@@ -191,7 +194,7 @@ SLIDING_LAYERS: Mapping[str, Callable[[Fields, int], bool]] = {
     "olmo3": _all_but_each(4),
     "smollm3": _without_rope,
 }
-"""Which layers slide where a configuration has no `layer_types`: from each configuration class's `__post_init__`."""
+"""Rules for layers that slide where a configuration has no `layer_types`, from each class's `__post_init__`."""
 
 LAYER_TYPES_IGNORED = ("mistral", "mixtral", "phi3", "starcoder2", "qwen3_moe", "llama")
 """Families whose transformers class does not read `layer_types`."""
@@ -215,14 +218,12 @@ def _stated_layer_types(model_type: str, fields: Fields, layers: int) -> tuple[s
         raise ModelError(f"{model_type}: layers of type {odd[0]} are not supported on MLX")
     if len(types) != layers:
         raise ModelError(f"{model_type}: layer_types names {len(types)} of {layers} layers")
+    # Qwen writes `layer_types` also where windows are off.
     if fields.get("use_sliding_window") is False:
         return (FULL,) * layers
     if SLIDING in types and not fields.get("sliding_window"):
         raise ModelError(f"{model_type}: layers slide, but config.json does not say sliding_window")
     return types
-
-
-# --- rotary embeddings -----------------------------------------------------------------------------------------------
 
 
 def _smollm3_rope(fields: Fields, layer: int) -> bool:
@@ -235,7 +236,7 @@ ROPE_LAYERS: Mapping[str, Callable[[Fields, int, str], bool]] = {
     "exaone4": lambda fields, _, kind: fields.get("sliding_window") is None or kind == SLIDING,
     "cohere2": lambda _fields, _layer, kind: kind == SLIDING,
 }
-"""Families in which some layers have no rotary embedding, and which have."""
+"""Rules for layers that have a rotary embedding, in families where some have none."""
 
 ROPE_NAMES: Mapping[str, Mapping[str, str]] = {
     "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
@@ -246,10 +247,10 @@ ROPE_TYPES_RENAMED = {
     "phi3": {"su": "longrope", "yarn": "longrope"},
     "hunyuan_v1_dense": {"dynamic": "ntk_alpha"},
 }
-"""What transformers takes a stated `rope_type` to be."""
+"""The `rope_type` that transformers takes a stated one for."""
 
 LOCAL_BASE = {"gemma3_text": "rope_local_base_freq"}
-"""The field that old configurations keep the base of sliding layers in."""
+"""The field of old configurations that holds the base of sliding layers."""
 
 
 def _rope_by_layer(
@@ -263,14 +264,17 @@ def _rope_by_layer(
 
 
 def _rope_by_type(model_type: str, config: Fields, fields: Fields, facts: Facts) -> dict[str, Fields]:
-    """Complete parameters by layer type, or under "" for all; empty for a family without rotary embedding."""
+    """Return complete parameters by layer type, or under "" for all. A family without rotary embedding has none."""
     names = ROPE_NAMES.get(model_type, {})
+    # transformers 4 wrote `rope_scaling` with the base at the top, transformers 5 writes `rope_parameters` with it
+    # inside.
     stated = config.get("rope_scaling") or config.get("rope_parameters") or _default_scaling(facts)
     theta = config.get(names.get("rope_theta", "rope_theta"))
     partial = config.get(names.get("partial_rotary_factor", "partial_rotary_factor"))
     if not stated and theta is None and facts.rope_parameters is None:
         return {}
     nested = {kind: dict(value or {}) for kind, value in stated.items() if kind in (FULL, SLIDING)}
+    # Gemma 3 of transformers 4: one scaling, which is of the full layers, and two bases.
     if not nested and isinstance(facts.rope_theta, dict):
         nested = {FULL: dict(stated), SLIDING: {}}
     thetas = _default_thetas(model_type, config, theta, facts)
@@ -287,13 +291,13 @@ def _rope_by_type(model_type: str, config: Fields, fields: Fields, facts: Facts)
 
 
 def _default_scaling(facts: Facts) -> Fields:
-    """The parameters of a family that scales where its configuration does not say so; no `rope_theta` changes them."""
+    """Return the scaling of a family that scales where its configuration states none. A `rope_theta` keeps it."""
     default = facts.rope_parameters or {}
     return default if default.get("rope_type", "default") != "default" else {}
 
 
 def _default_thetas(model_type: str, config: Fields, theta: Any, facts: Facts) -> dict[str, Any]:
-    """The base to use where the rope parameters state none, by layer type."""
+    """Return the base to use where the rope parameters state none, by layer type."""
     default = facts.rope_theta
     by_name = default if isinstance(default, dict) else {"global": default, "local": default}
     local = config.get(LOCAL_BASE[model_type]) if model_type in LOCAL_BASE else theta
@@ -302,7 +306,7 @@ def _default_thetas(model_type: str, config: Fields, theta: Any, facts: Facts) -
 
 
 def _standardized(model_type: str, parameters: dict[str, Any], fields: Fields) -> Fields:
-    """One `rope_type`, its old spelling gone, and the length that long-context types scale from."""
+    """Return parameters with one `rope_type`, and with the length that long-context types scale from."""
     kind = parameters.pop("rope_type", None) or parameters.get("type") or "default"
     parameters.pop("type", None)
     kind = ROPE_TYPES_RENAMED.get(model_type, {}).get(kind, kind)

@@ -1,8 +1,8 @@
-"""What MLX computes slowly on Linux CPUs, computed otherwise: the same functions, rounded no worse.
+"""Softmax, SwiGLU and attention for Linux CPUs: faster than MLX's own, and rounded no worse.
 
 MLX's wheels for Linux are built for the oldest processors, where each `exp` is a row of calls into the C library: 22 ns
-a number, against 4 ns for `pow`, and most of a step of a small model. So exponentials are powers here. Softmax and
-SwiGLU are written out with their gradients, so that what was computed on the way forward is not computed again.
+a number, against 4 ns for `pow`, and most of a step of a small model. So exponentials are powers here. The functions
+are written out with their gradients, so that exponentials of the forward pass are not computed again.
 """
 
 from __future__ import annotations
@@ -23,59 +23,57 @@ from mindprint_mlx.imports import mlx_lm_module
 
 STEPS = 64.0
 BASE = float(np.float32(math.exp(STEPS)))
-"""What rounds exp(64) to a float32 counts a 64th in the exponent."""
+"""exp(64) as float32: `BASE ** (x / 64)` is exp(x), and the rounding of the base counts a 64th in the exponent."""
 
 HIDDEN = -3.4e38
-"""Added to the score of what a token does not see."""
+"""The bias of the scores of tokens that are not seen."""
 
 
 def replaces(device: mx.Device) -> bool:
-    """Whether computing on this device gains by this module."""
+    """Return whether these functions are faster than MLX's own on this device."""
     return device == mx.Device(mx.cpu) and platform.system() == "Linux" and platform.machine() == "x86_64"
 
 
 @contextmanager
 def in_place_of_mlx(module: nn.Module) -> Iterator[None]:
-    """Let the code of a model's class, while graphs are made of it, call the functions here under mlx-lm's names."""
+    """Make the code of a model's class call the functions here under mlx-lm's names, within this context."""
     replaced = [
         ("swiglu", mlx_lm_module("models.activations").swiglu, swiglu),
         ("scaled_dot_product_attention", mlx_lm_module("models.base").scaled_dot_product_attention, attention),
     ]
-    found = [
+    # Only names that still mean mlx-lm's own function: a class may have imported another under the same name.
+    places = [
         (code, name, own, ours) for code in _code_of(module) for name, own, ours in replaced if code.get(name) is own
     ]
     try:
-        for code, name, _, ours in found:
+        for code, name, _, ours in places:
             code[name] = ours
         yield
     finally:
-        for code, name, own, _ in found:
+        for code, name, own, _ in places:
             code[name] = own
 
 
 def _code_of(module: nn.Module) -> list[dict[str, Any]]:
-    """The globals of the modules of mlx-lm that the classes of a model come from."""
+    """Return the globals of mlx-lm's modules that the classes of a model come from."""
     kinds = {kind for _, part in module.named_modules() for kind in type(part).__mro__}
     names = sorted({kind.__module__ for kind in kinds if kind.__module__.startswith("mlx_lm.models.")})
     return [vars(sys.modules[name]) for name in names]
 
 
 def exp(x: mx.array) -> mx.array:
-    """`exp` of float32, with a relative error below 2e-7."""
+    """Return `exp` of float32, with a relative error below 2e-7."""
     return mx.power(mx.array(BASE), x * (1 / STEPS))
 
 
 def _first(outputs: Any) -> mx.array:
-    """What a function computes; what it keeps for its gradient comes after it."""
+    # Custom functions return their result first, and then the arrays that they keep for their gradient.
     out: mx.array = outputs[0]
     return out
 
 
-# --- SwiGLU ----------------------------------------------------------------------------------------------------------
-
-
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """`silu(gate) * x` (Shazeer 2020, arXiv 2002.05202), float32; other dtypes are left to MLX."""
+    """Return `silu(gate) * x` (Shazeer 2020, arXiv 2002.05202) in float32. Other dtypes are left to MLX."""
     if gate.dtype != mx.float32:
         plain: mx.array = nn.silu(gate) * x
         return plain
@@ -92,21 +90,19 @@ def _swiglu(gate: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
 def _swiglu_vjp(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
 ) -> tuple[mx.array, mx.array]:
+    # d silu(g) / dg = s (1 + g (1 - s)) with s = sigmoid(g).
     (gate, x), ahead, sigmoid = primals, cotangents[0], outputs[1]
     return ahead * x * (sigmoid * (1 + gate * (1 - sigmoid))), ahead * (gate * sigmoid)
 
 
-# --- attention -------------------------------------------------------------------------------------------------------
-
-
 CAUSAL_ROWS = 256
-"""Queries that are answered together under a causal mask. What the last of them does not see is not multiplied."""
+"""Queries that are answered together under a causal mask: no key is multiplied that the last of them does not see."""
 
 
 def attention(
     queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, sinks: Any = None
 ) -> mx.array:
-    """mlx-lm's `scaled_dot_product_attention`: queries `[B, heads, L, D]`, keys and values `[B, groups, K, D]`."""
+    """Compute mlx-lm's `scaled_dot_product_attention`: queries `[B, heads, L, D]`, keys, values `[B, groups, K, D]`."""
     if sinks is not None or hasattr(cache, "bits") or queries.dtype != mx.float32:
         original: Callable[..., mx.array] = mlx_lm_module("models.base").scaled_dot_product_attention
         return original(queries, keys, values, cache, scale, mask, sinks)
@@ -120,13 +116,14 @@ def attention(
             rows = queries[:, :, start:end]
             parts.append(attention(rows, keys[:, :, :last], values[:, :, :last], cache, scale, mask))
         return mx.concatenate(parts, axis=2)
+    # The heads that share keys become rows of one product, instead of copies of the keys.
     rows = (queries * scale).reshape(batch, groups, heads // groups * length, width)
     out = _first(_attention(rows, keys, values, _bias(mask, length, seen)))
     return out.reshape(batch, heads, length, values.shape[-1])
 
 
 def _bias(mask: Any, length: int, seen: int) -> mx.array:
-    """What is added to scores `[B, groups, heads / groups, L, K]`."""
+    """Return the bias of scores `[B, groups, heads / groups, L, K]` for a mask."""
     if mask is None:
         return mx.array(0.0)
     if isinstance(mask, str):
@@ -140,7 +137,7 @@ def _bias(mask: Any, length: int, seen: int) -> mx.array:
 def _attention(
     queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Its output, and what its gradient needs again: exponentials, and what divides each row of them."""
+    """Return the output and, for the gradient, the exponentials and the sum that divides each row of them."""
     batch, groups, rows, _ = queries.shape
     length = bias.shape[-2] if bias.ndim > 1 else rows
     scores = (queries @ keys.swapaxes(-1, -2)).reshape(batch, groups, rows // length, length, -1) + bias
@@ -154,6 +151,8 @@ def _attention(
 def _attention_vjp(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
 ) -> tuple[mx.array, ...]:
+    # With p = softmax(scores) and o = p V: d scores = p * (do V^T - sum(do * o)), as in FlashAttention (Dao et al.
+    # 2022, arXiv 2205.14135, appendix B.2). `ahead` is do divided by the row's sum, which makes p of the exponentials.
     (queries, keys, values, bias), (out, exponentials, total) = primals, outputs
     ahead = cotangents[0] / total
     along = mx.sum(ahead * out, axis=-1, keepdims=True)
@@ -161,11 +160,8 @@ def _attention_vjp(
     return scores @ keys, scores.swapaxes(-1, -2) @ queries, exponentials.swapaxes(-1, -2) @ ahead, mx.zeros_like(bias)
 
 
-# --- log-softmax -----------------------------------------------------------------------------------------------------
-
-
 def log_softmax_at(logits: mx.array, targets: mx.array) -> mx.array:
-    """The log-softmax of float32 logits `[n, vocabulary]` at the targets `[n]`, `[n]`.
+    """Return the log-softmax of float32 logits `[n, vocabulary]` at the targets `[n]`, `[n]`.
 
     Rows are shifted by their target first, as in `logprobs`.
     """
@@ -174,7 +170,7 @@ def log_softmax_at(logits: mx.array, targets: mx.array) -> mx.array:
 
 @mx.custom_function
 def _log_softmax_at(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Also what its gradient needs again: exponentials, and what divides each row of them."""
+    """Return the log-probs and, for the gradient, the exponentials and the sum that divides each row of them."""
     shifted = logits - mx.take_along_axis(logits, targets, axis=-1)
     greatest = mx.max(shifted, axis=-1, keepdims=True)
     exponentials = exp(shifted - greatest)
@@ -186,6 +182,7 @@ def _log_softmax_at(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.a
 def _log_softmax_at_vjp(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
 ) -> tuple[mx.array, mx.array]:
+    # d log p(target) / d logits = one-hot(target) - softmax.
     ahead, targets = cotangents[0][:, None], primals[1]
     _, exponentials, total = outputs
     slopes = exponentials * (-ahead / total)

@@ -1,4 +1,4 @@
-"""What this machine offers MLX, and the device that a model is put on."""
+"""The devices that MLX can use here, and the library versions that decide its numbers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ LIBRARIES = ("mlx", "mlx-lm", "numpy")
 CAPABILITIES = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding"})
 
 
-def info() -> BackendInfo:
-    """What this backend can do here; loads mlx but allocates nothing."""
+def backend_info() -> BackendInfo:
+    """Return the devices in order of preference: Metal, CUDA, CPU. Nothing is allocated on any of them."""
     chosen = blas.prepare()
     libraries = {name: _version(name) for name in LIBRARIES} | {"blas": chosen.name}
     notes = (chosen.note, blas.precision_note())
@@ -31,10 +31,14 @@ def info() -> BackendInfo:
 
 
 def device(name: str) -> mx.Device:
-    """MLX's device for what a configuration calls it. Raises `BackendError` if it cannot be used here."""
-    found = info().device(name)
-    if found is None or not found.usable:
-        reason = "it is unknown to MLX" if found is None else found.reason
+    """Return MLX's device of the name that configurations have for it.
+
+    Raises:
+        BackendError: If it cannot be used here.
+    """
+    known = backend_info().device(name)
+    if known is None or not known.usable:
+        reason = "it is unknown to MLX" if known is None else known.reason
         raise BackendError(f"backend 'mlx' cannot use device {name!r} here: {reason}")
     return mx.Device(mx.cpu if name == "cpu" else mx.gpu)
 

@@ -1,4 +1,4 @@
-"""A cheap digest of the base's weights as they are in memory."""
+"""A cheap digest of the base's weights on the device that holds them, in one pass."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import mlx.core as mx
 import numpy as np
 
 from mindprint_mlx.arrays import parameters_of
-from mindprint_mlx.model import Handle
+from mindprint_mlx.model import MlxModel
 
 WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
 
-def base_digest(handle: Handle) -> str:
-    """Hex digest of every base parameter: name, shape, dtype and two weighted sums of its bits; one pass over each.
+def base_digest(model: MlxModel) -> str:
+    """Return SHA-256 over each base parameter's name, shape, dtype and two weighted sums of its bits.
 
     Sums wrap at 2^32 and every weight is odd, so that a change of any one element always changes them.
     """
     digest = hashlib.sha256()
-    with handle.in_use(adapter=False):
-        for name, values in sorted(parameters_of(handle.module)):
+    with model.in_use(adapter=False):
+        for name, values in sorted(parameters_of(model.module)):
             facts = (name, values.shape, str(values.dtype), _sums(values))
             digest.update(repr(facts).encode())
     return digest.hexdigest()
@@ -29,6 +29,7 @@ def base_digest(handle: Handle) -> str:
 def _sums(values: mx.array) -> tuple[int, ...]:
     bits = values.reshape(-1).view(WORDS[values.dtype.size]).astype(mx.uint32)
     odd = 2 * mx.arange(bits.size, dtype=mx.uint32) + 1
-    # The second weight is Knuth's multiplicative hash of the first: what cancels in one sum does not in the other.
+    # MLX has no 64-bit products on every device, so that there are two sums of 32 bits. The second weight is Knuth's
+    # multiplicative hash of the first: changes that cancel in one sum do not cancel in the other.
     sums = mx.stack([mx.sum(bits * odd), mx.sum(bits * (odd * odd * 2654435761))])
     return tuple(np.array(sums).tolist())

@@ -1,9 +1,9 @@
 """Continuing prompts: greedy, or sampled reproducibly.
 
-What a prompt gets must not depend on its neighbours, not even where two tokens are equally likely to the last bit. So
-each prompt is read alone; then rows go on together, always as many, with keys and values in arrays whose length is a
-function of the prompt alone. The arithmetic of a row is then the same in any company. Where a class cannot do that
-(recurrent layers, caches of its own), every prompt runs alone.
+The answer to a prompt must not depend on its neighbours, not even where two tokens are equally likely to the last bit.
+So each prompt is read alone. Then rows continue together, always the same number of them, with keys and values in
+arrays whose length is a function of the prompt alone. The arithmetic of a row is then the same with any neighbours.
+Where a class cannot do that (recurrent layers, other caches), every prompt runs alone.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from mindprint.contract import Generation, Int32, Sampling
 from mindprint_mlx.arrays import to_numpy
-from mindprint_mlx.model import Handle
+from mindprint_mlx.model import MlxModel
 from mindprint_mlx.rows import ROWS, row_caches
 
 GRAIN = 256
-"""Keys and values of rows that go on together are kept in arrays of a multiple of so many positions."""
+"""Keys and values of rows that continue together are kept in arrays of a multiple of this many positions."""
 
 Choice = Callable[[NDArray[np.float64]], int]
 """From the logits of the next token, float64 `[vocabulary]`, to its id."""
@@ -30,7 +30,7 @@ Choice = Callable[[NDArray[np.float64]], int]
 
 @dataclass
 class Row:
-    """One prompt and what it has got so far. `choose` is None for greedy decoding."""
+    """A prompt and the tokens of its answer so far. `choose` is None for greedy decoding."""
 
     prompt: Int32
     choose: Choice | None
@@ -38,7 +38,7 @@ class Row:
     stopped: bool = False
 
     def take(self, token: int, sampling: Sampling) -> None:
-        """Go on with a token, or stop at it."""
+        """Append a token, or stop at it."""
         if self.stopped or len(self.tokens) == sampling.max_new_tokens:
             return
         if token in sampling.stop_token_ids:
@@ -53,17 +53,18 @@ class Row:
         return Generation(np.array(self.tokens, np.int32), "stop" if self.stopped else "length")
 
 
-def generate(handle: Handle, prompts: Sequence[Int32], sampling: Sampling, *, adapter: bool) -> tuple[Generation, ...]:
-    """Continue each prompt (int32 `[P]`), in order, by the base alone or with its adapter."""
+def generate(model: MlxModel, prompts: Sequence[Int32], sampling: Sampling, *, adapter: bool) -> tuple[Generation, ...]:
+    """Continue each prompt (int32 `[P]`), in order."""
     rows = [Row(prompt, _sampler(sampling, prompt) if sampling.temperature > 0 else None) for prompt in prompts]
-    with handle.in_use(adapter=adapter):
-        for group in _groups(rows, sampling) if handle.continues_rows else [[row] for row in rows]:
-            _continue(handle, group, sampling)
+    with model.in_use(adapter=adapter):
+        for group in _row_groups(rows, sampling) if model.continues_rows else [[row] for row in rows]:
+            _continue(model, group, sampling)
     return tuple(row.answer() for row in rows)
 
 
-def _groups(rows: Sequence[Row], sampling: Sampling) -> list[list[Row]]:
-    """Rows that go on together: of the same number of positions, `ROWS` at most."""
+def _row_groups(rows: Sequence[Row], sampling: Sampling) -> list[list[Row]]:
+    """Return which rows continue together: at most `ROWS` with the same number of positions."""
+    # Exactly the same number, since it decides the shapes, and shapes decide how sums are rounded.
     by_length: dict[int, list[Row]] = {}
     for row in rows:
         by_length.setdefault(_positions(row, sampling), []).append(row)
@@ -74,18 +75,19 @@ def _positions(row: Row, sampling: Sampling) -> int:
     return -(-(len(row.prompt) + sampling.max_new_tokens) // GRAIN) * GRAIN
 
 
-def _continue(handle: Handle, rows: Sequence[Row], sampling: Sampling) -> None:
+def _continue(model: MlxModel, rows: Sequence[Row], sampling: Sampling) -> None:
     if sampling.max_new_tokens == 0:
         return
     caches = []
     for row in rows:
-        caches.append(handle.new_cache())
-        _take(handle.module(mx.array(row.prompt)[None], cache=caches[-1])[:, -1], [row], sampling)
-    cache: list[Any] = row_caches(caches, _positions(rows[0], sampling)) if handle.continues_rows else caches[0]
+        caches.append(model.new_cache())
+        _take(model.module(mx.array(row.prompt)[None], cache=caches[-1])[:, -1], [row], sampling)
+    cache: list[Any] = row_caches(caches, _positions(rows[0], sampling)) if model.continues_rows else caches[0]
     while not all(row.is_done(sampling) for row in rows):
         last = [row.tokens[-1] if row.tokens else 0 for row in rows]
-        filled = last + [0] * (ROWS - len(rows)) if handle.continues_rows else last
-        _take(handle.module(mx.array(filled)[:, None], cache=cache)[:, -1], rows, sampling)
+        # Empty places are filled with any token: the shapes are then the same for any number of rows.
+        filled = last + [0] * (ROWS - len(rows)) if model.continues_rows else last
+        _take(model.module(mx.array(filled)[:, None], cache=cache)[:, -1], rows, sampling)
 
 
 def _take(logits: mx.array, rows: Sequence[Row], sampling: Sampling) -> None:
@@ -100,16 +102,17 @@ def _take(logits: mx.array, rows: Sequence[Row], sampling: Sampling) -> None:
 
 
 def _sampler(sampling: Sampling, prompt: Int32) -> Choice:
-    """Draws by numbers that come from the seed and the prompt itself: the same in any company and in any place."""
+    """Return a choice by random numbers from the seed and the prompt itself: the same whatever its neighbours are."""
     seeds = np.random.SeedSequence([sampling.seed, *map(int, prompt)])
     generator = np.random.Generator(np.random.Philox(seeds))
     return lambda logits: draw(logits, sampling.temperature, sampling.top_p, generator.random())
 
 
 def draw(logits: NDArray[np.float64], temperature: float, top_p: float, uniform: float) -> int:
-    """The token that a number in [0, 1) stands for, likely tokens first.
+    """Return the token for a uniform number in [0, 1), for float64 logits `[vocabulary]`.
 
-    Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751): the fewest likely tokens that together reach `top_p`.
+    Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751): the fewest most likely tokens that together reach
+    `top_p`.
     """
     scaled = (logits - logits.max()) / temperature
     order = np.argsort(-scaled, kind="stable")

@@ -1,7 +1,7 @@
-"""How a micro-batch is cut for a CPU: groups of rows of like length, which its cores read side by side.
+"""A micro-batch cut for a CPU: groups of rows of like length, which its cores read at the same time.
 
 MLX computes on one thread a stream, and only matrix products use more. So rows are dealt to as many threads as there
-are cores, each with a stream of its own, and products that take no other core. It also takes less padding, and fewer
+are cores, each with its own stream, and products that take no other core. It also takes less padding, and fewer
 activations at once. Gradients are sums over rows, so that nothing changes but their rounding.
 """
 
@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mindprint.contract import Int32, PreferenceBatch, TokenBatch
+from mindprint.layouts import pair_lengths
 from mindprint_mlx import blas, points
-from mindprint_mlx.model import Handle
+from mindprint_mlx.model import MlxModel
 
 Rows = NDArray[np.intp]
 
@@ -31,32 +32,35 @@ LEAST_TOKENS = 64
 LEAST_WORK = 10**9
 """A batch with fewer tokens a core, or fewer times the model's parameters, is not worth a graph for each group."""
 
-
 BUILDING = Lock()
-"""Held while a graph is made: the layers of a model then hold what gradients are traced through."""
+"""Held while a graph is made: the layers of a model then hold the arrays that gradients are traced through."""
 
 T = TypeVar("T")
 
 
-def cores(device: mx.Device) -> int:
-    """How many groups are computed at once: as many as the BLAS has threads, on a CPU whose BLAS is ours to tell."""
+def core_count(device: mx.Device) -> int:
+    """Return how many groups are computed at once: the BLAS's threads, on a CPU whose BLAS takes our word for them."""
     return min(blas.prepare().threads, MOST_THREADS) if device == mx.Device(mx.cpu) else 1
 
 
 def side_by_side(device: mx.Device, tasks: Sequence[Callable[[], T]]) -> Iterator[T]:
-    """What each task makes: arrays, evaluated, each task's on a core of its own. In the order of the tasks.
+    """Yield the arrays that each task makes, evaluated, each task's on its own core, in the order of the tasks.
 
     Of the tasks themselves, which make the graphs, only one runs at a time.
     """
+    if not tasks:
+        return
     if len(tasks) == 1:
         result = tasks[0]()
         mx.eval(result)
         yield result
         return
-    pool = _threads(cores(device))
+    pool = _thread_pool(core_count(device))
+    # Two threads whose products each take all cores would wait for each other.
     with blas.threads(1):
-        futures = [pool.submit(_computed, device, task) for task in tasks]
+        futures = [pool.submit(_compute, device, task) for task in tasks]
         try:
+            # Popped, so that a result is freed as soon as the caller is done with it.
             while futures:
                 yield futures.pop(0).result()
         finally:
@@ -64,12 +68,12 @@ def side_by_side(device: mx.Device, tasks: Sequence[Callable[[], T]]) -> Iterato
 
 
 @cache
-def _threads(count: int) -> ThreadPoolExecutor:
+def _thread_pool(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="mindprint-mlx")
 
 
-def _computed(device: mx.Device, task: Callable[[], T]) -> T:
-    with mx.stream(_own_stream(device)):
+def _compute(device: mx.Device, task: Callable[[], T]) -> T:
+    with mx.stream(_thread_stream(device)):
         with BUILDING, points.noted() as on_the_way:
             result = task()
         points.evaluate(on_the_way)
@@ -77,43 +81,49 @@ def _computed(device: mx.Device, task: Callable[[], T]) -> T:
     return result
 
 
-_own = local()
+_thread = local()
 
 
-def _own_stream(device: mx.Device) -> mx.Stream:
-    """A thread's stream: MLX allows no other thread to use it."""
-    if not hasattr(_own, "stream"):
-        _own.stream = mx.new_stream(device)
-    stream: mx.Stream = _own.stream
+def _thread_stream(device: mx.Device) -> mx.Stream:
+    # MLX lets no other thread use a stream, so that each thread makes one and keeps it.
+    if not hasattr(_thread, "stream"):
+        _thread.stream = mx.new_stream(device)
+    stream: mx.Stream = _thread.stream
     return stream
 
 
-def row_groups(lengths: Int32, count: int, least: int = 1) -> list[Rows]:
-    """Rows in groups of like length, for so many cores; one group where a core would have less than `least` tokens."""
+def groups_of_equal_work(lengths: Int32, count: int, least: int = 1) -> list[Rows]:
+    """Return rows in groups of like length and about as many tokens, for `count` cores that work at the same time.
+
+    There is one group where a core would have less than `least` tokens. Core's `layouts.groups_of_like_length` is for
+    one reader that takes groups in turn: it minimises padding, and its groups may be as unequal as they like.
+    """
     total = int(lengths.sum())
     if count == 1 or total < count * least:
         return [np.arange(len(lengths))]
+    # A multiple of the cores, so that none waits for the last group of the others.
     groups = count * -(-total // (count * GROUP_TOKENS))
     order = np.argsort(lengths, kind="stable")
+    # A row goes to the group in whose share of all tokens its middle lies.
     middles = np.cumsum(lengths[order]) - lengths[order] / 2
     numbers = (middles * groups / total).astype(int)
     return [order[numbers == number] for number in np.unique(numbers)]
 
 
-def token_groups(handle: Handle, batch: TokenBatch) -> list[Rows]:
-    """Groups of a batch's rows, for `layouts.token_rows`: rows that share a prompt stay together."""
+def token_groups(model: MlxModel, batch: TokenBatch) -> list[Rows]:
+    """Return groups of a batch's rows, for `layouts.token_rows`. Rows that share a prompt stay together."""
     if batch.shared is None:
-        return _groups(handle, batch.lengths)
+        return _row_groups(model, batch.lengths)
     half = len(batch.shared)
     own = batch.lengths[:half] + batch.lengths[half:] - batch.shared
-    return [np.concatenate([pairs, pairs + half]) for pairs in _groups(handle, own)]
+    return [np.concatenate([pairs, pairs + half]) for pairs in _row_groups(model, own)]
 
 
-def pair_groups(handle: Handle, batch: PreferenceBatch) -> list[Rows]:
-    """Groups of a batch's pairs."""
-    return _groups(handle, batch.prompt_lengths + batch.chosen_lengths + batch.rejected_lengths)
+def pair_groups(model: MlxModel, batch: PreferenceBatch) -> list[Rows]:
+    """Return groups of a batch's pairs."""
+    return _row_groups(model, pair_lengths(batch))
 
 
-def _groups(handle: Handle, lengths: Int32) -> list[Rows]:
-    least = max(LEAST_TOKENS, LEAST_WORK // max(handle.parameters, 1))
-    return row_groups(lengths, cores(handle.device), least)
+def _row_groups(model: MlxModel, lengths: Int32) -> list[Rows]:
+    least = max(LEAST_TOKENS, LEAST_WORK // max(model.parameters, 1))
+    return groups_of_equal_work(lengths, core_count(model.device), least)

@@ -1,4 +1,4 @@
-"""Importing single modules of mlx-lm without the rest of it.
+"""Single modules of mlx-lm, imported without the rest of it.
 
 `import mlx_lm` runs its command-line machinery: transformers' tokenizers (which import torch wherever it is installed),
 `resource.setrlimit`, datasets. Only `mlx_lm.models.*` and `mlx_lm.tuner.lora` are wanted here.
@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
@@ -17,25 +18,35 @@ from types import ModuleType
 from mindprint.errors import BackendError
 
 PACKAGES = ("mlx_lm", "mlx_lm.tuner")
-"""Packages whose `__init__` is not to run."""
+"""Packages whose `__init__` must not run."""
 
 
 def mlx_lm_module(name: str) -> ModuleType:
-    """The module `mlx_lm.<name>`, imported alone. Raises `ModuleNotFoundError` if mlx-lm has none of that name."""
+    """Return the module `mlx_lm.<name>`, imported alone.
+
+    Raises:
+        ModuleNotFoundError: If mlx-lm has no module of that name.
+        ImportError: If the module ends the process instead of being imported, with the reason that it prints.
+    """
     qualified = f"mlx_lm.{name}"
     if qualified in sys.modules:
         return sys.modules[qualified]
-    with _bare_packages():
-        return importlib.import_module(qualified)
+    # mlx-lm's OLMo calls `sys.exit` where the package `ai2-olmo` is missing, and prints the reason first. No module may
+    # end a run: its reason becomes an error.
+    printed = io.StringIO()
+    try:
+        with _bare_packages(), redirect_stdout(printed):
+            return importlib.import_module(qualified)
+    except SystemExit as error:
+        reason = printed.getvalue().strip() or f"it exits with {error.code!r}"
+        raise ImportError(f"{qualified} cannot be imported: {reason}") from error
 
 
 @contextmanager
 def _bare_packages() -> Iterator[None]:
-    """Stand in for mlx-lm's packages, as empty modules with their real paths, while something under them is imported.
-
-    They are taken away again, so that somebody else's `import mlx_lm` runs it in full; what was imported meanwhile
-    stays in `sys.modules`, and so classes are the same for both.
-    """
+    """Replace mlx-lm's packages by empty modules with their real paths, while a module in them is imported."""
+    # They are removed afterwards, so that somebody else's `import mlx_lm` runs in full. The modules imported meanwhile
+    # stay in `sys.modules`, so that classes are the same for both.
     absent = [name for name in PACKAGES if name not in sys.modules]
     try:
         for name in absent:

@@ -1,8 +1,8 @@
-"""A base model in memory: from a folder in Hugging Face layout to a handle.
+"""A base that is built from a folder in Hugging Face layout, and the handle that core holds.
 
-mlx-lm's own loader is not used. It drops what a configuration says and its class does not read, defaults what it does
-not find, and imports torch on the way; see `architectures.py`. Loading here is strict: every tensor of the checkpoint
-is used, and every parameter of the model comes from it.
+mlx-lm's own loader is not used. It drops fields of a configuration that its class does not read, uses defaults for
+those that it does not find, and imports torch on the way (see `architectures.py`). Loading here is strict: every tensor
+of the checkpoint is used, and every parameter of the model comes from it.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from mindprint.contract import LoadedModel, LoraConfig, ModelSpec
+from mindprint.contract import AdapterSite, LoadedModel, LoraConfig, ModelSpec
 from mindprint.errors import ModelError
 from mindprint.loss_scale import initial_loss_scale
 from mindprint.models.folder import weight_files
 from mindprint_mlx import architectures, devices, memory
 from mindprint_mlx.arrays import DTYPES, parameters_of
-from mindprint_mlx.head import Head
+from mindprint_mlx.head import Head, read_head
 from mindprint_mlx.imports import mlx_lm_module
 from mindprint_mlx.optimizer import Moments
 from mindprint_mlx.prompts import longest_shared
 from mindprint_mlx.rows import can_continue_rows
 
 IGNORED_TENSORS = ("rotary_emb.inv_freq", ".masked_bias", ".attention.bias", ".attn.bias")
-"""Ends of the names of buffers that old checkpoints carry and no model needs."""
+"""Name endings of buffers that old checkpoints have and no model needs."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a site is in the MLX module tree: an attribute of a parent module, and the base layer that is there."""
+    """A site in the MLX module tree: an attribute of a parent module, and the base layer that is there."""
 
     site: str
     parent: nn.Module
@@ -43,7 +43,15 @@ class Place:
     layer: nn.Module
 
     def put(self, layer: nn.Module) -> None:
+        """Put a layer in place of the one that is there."""
         setattr(self.parent, self.attribute, layer)
+
+    @property
+    def adapter_site(self) -> AdapterSite:
+        rows, columns = self.layer.weight.shape
+        if isinstance(self.layer, nn.Embedding):
+            return AdapterSite(self.site, "embedding", rows, columns)
+        return AdapterSite(self.site, "linear", columns, rows)
 
 
 @dataclass
@@ -61,11 +69,12 @@ class Adapter:
 
 
 @dataclass
-class Handle:
-    """What `LoadedModel.handle` is: everything about one model, so that two in one process share nothing.
+class MlxModel:
+    """A loaded base and, once injected, its adapter: everything about one model, so that two share nothing.
 
-    `longest_shared` is how long prompt and completion may be together, each the longest of a batch, for a prompt to be
-    read once for both of its completions (`prompts.py`).
+    `slides` says that some layers have a sliding window, which we apply. `continues_rows` says that rows of unlike
+    lengths can be continued together (`rows.py`). `longest_shared` is how long prompt and completion may be together,
+    each the longest of a batch, for a prompt to be read once for both of its completions (`prompts.py`).
     """
 
     module: nn.Module
@@ -79,8 +88,14 @@ class Handle:
     parameters: int = 0
     adapter: Adapter | None = None
 
+    @property
+    def sites(self) -> tuple[AdapterSite, ...]:
+        """Every place that can take LoRA, under transformers' names, in the model's order."""
+        return tuple(place.adapter_site for place in self.places)
+
     def new_cache(self) -> list[Any]:
-        """An empty cache a layer for generating; one that forgets nothing where windows are ours."""
+        """Return an empty cache for each layer, to generate with."""
+        # Where we apply windows, the class must not forget keys by a window of its choice.
         caches = mlx_lm_module("models.cache")
         if self.slides:
             return [caches.KVCache() for _ in self.module.layers]
@@ -88,7 +103,7 @@ class Handle:
 
     @contextmanager
     def in_use(self, *, adapter: bool = True) -> Iterator[None]:
-        """Compute on this model's device, and without its adapter if `adapter` is False."""
+        """Compute on this model's device within this context, and without its adapter if `adapter` is False."""
         hidden = self.adapter.layers if self.adapter and not adapter else {}
         places = [place for place in self.places if place.site in hidden]
         with mx.stream(self.device):
@@ -101,11 +116,12 @@ class Handle:
                     place.put(hidden[place.site])
 
 
-def load(spec: ModelSpec) -> LoadedModel:
-    """Load a base: frozen, in evaluation mode, weights in `spec.dtype`.
+def load_model(spec: ModelSpec) -> LoadedModel:
+    """Load the folder `spec.path` frozen, in evaluation mode, with weights in `spec.dtype`.
 
-    Raises `ModelError` for a folder that is incomplete, weights that do not fit, quantization, and every configuration
-    that mlx-lm's class would compute otherwise than transformers does.
+    Raises:
+        ModelError: For a folder that is incomplete, weights that do not fit, quantization, and every configuration that
+            mlx-lm's class would compute otherwise than transformers does.
     """
     folder = Path(spec.path)
     config = read_config(folder)
@@ -113,12 +129,12 @@ def load(spec: ModelSpec) -> LoadedModel:
     architecture = architectures.architecture(config)
     memory.prepare(devices.device(spec.device))
     with mx.stream(devices.device(spec.device)):
-        module = _built(architecture, folder)
+        module = _build(architecture, folder)
         names = _load_weights(module, _read_weights(folder), DTYPES[spec.dtype], folder)
         window = architectures.complete(architecture, module)
         module.eval()
-        head = Head.of(module)
-    handle = Handle(
+        head = read_head(module)
+    model = MlxModel(
         module=module,
         head=head,
         places=tuple(_places(module, names)),
@@ -126,25 +142,28 @@ def load(spec: ModelSpec) -> LoadedModel:
         loss_scale=initial_loss_scale(spec.dtype),
         slides=window is not None,
     )
-    with handle.in_use():
-        handle.continues_rows = can_continue_rows(module, handle.new_cache())
-        handle.longest_shared = longest_shared(head, handle.new_cache(), window)
-    handle.parameters = sum(values.size for _, values in parameters_of(module))
-    return LoadedModel(handle, spec.device, spec.dtype, handle.parameters, head.vocab_size, architecture.notes)
+    with model.in_use():
+        model.continues_rows = can_continue_rows(module, model.new_cache())
+        model.longest_shared = longest_shared(head, model.new_cache(), window)
+    model.parameters = sum(values.size for _, values in parameters_of(module))
+    return LoadedModel(model, spec.device, spec.dtype, model.parameters, head.vocabulary, architecture.notes)
 
 
-def release(handle: Handle) -> bool:
-    """Drop every array that the handle holds and give its memory back."""
-    handle.adapter = None
-    handle.places = ()
-    handle.module = nn.Module()
-    handle.head = Head(handle.module, 0)
+def release(model: MlxModel) -> None:
+    """Drop every array that the model holds, and give its memory back."""
+    model.adapter = None
+    model.places = ()
+    model.module = nn.Module()
+    model.head = Head(model.module, 0)
     memory.give_back()
-    return True
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json. Raises `ModelError` if there is none, or none that says what the model is."""
+    """Return the folder's config.json.
+
+    Raises:
+        ModelError: If there is none, or none that names a model type.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -166,16 +185,16 @@ def _refuse_quantized(spec: ModelSpec, config: Mapping[str, Any]) -> None:
         )
 
 
-def _built(architecture: architectures.Architecture, folder: Path) -> nn.Module:
+def _build(architecture: architectures.Architecture, folder: Path) -> nn.Module:
     try:
         module: nn.Module = architecture.model_class(architecture.arguments)
-    except Exception as error:  # what a class raises when its arguments do not fit is up to it
+    except (Exception, SystemExit) as error:  # a class may raise anything when its arguments do not fit
         raise ModelError(f"{folder}: mlx-lm cannot build this model from its config.json ({error})") from error
     return module
 
 
 def _read_weights(folder: Path) -> dict[str, mx.array]:
-    """All tensors of the folder's safetensors files, not read from disk yet."""
+    """Return all tensors of the folder's safetensors files, not read from disk yet."""
     weights: dict[str, mx.array] = {}
     for shard in weight_files(folder):
         weights |= _read_shard(shard)
@@ -190,15 +209,14 @@ def _read_shard(shard: Path) -> dict[str, mx.array]:
 
 
 def _load_weights(module: nn.Module, weights: Mapping[str, mx.array], dtype: mx.Dtype, folder: Path) -> dict[str, str]:
-    """Put the checkpoint into the module; returns the transformers name of every parameter that has one.
-
-    A class may rename, join or drop tensors (`sanitize`). What it only renames is the same object afterwards: that is
-    how names are mapped, for any family. What it joins has no single name in transformers.
-    """
+    """Put the checkpoint into the module, and return the transformers name of every parameter that has one."""
+    # A class may rename, join or drop tensors (`sanitize`). A tensor that it only renames is the same object
+    # afterwards, which maps names for any family. Joined tensors have no single name in transformers.
     sanitized = module.sanitize(dict(weights)) if hasattr(module, "sanitize") else dict(weights)
     _check_complete(module, weights, sanitized, folder)
     original = {id(values): name for name, values in weights.items()}
     names = {name: original[id(values)] for name, values in sanitized.items() if id(values) in original}
+    # Cast while nothing is read yet: mx.load is lazy, so that only one dtype of each tensor is ever in memory.
     cast = [(name, values.astype(dtype)) for name, values in sanitized.items()]
     module.load_weights(cast, strict=True)
     mx.eval(module.parameters())
@@ -219,13 +237,14 @@ def _check_complete(
         raise ModelError(
             f"{folder}: {name} is {list(sanitized[name].shape)}, its config.json implies {list(expected[name].shape)}"
         )
+    # A quantized checkpoint without a word in its config.json would otherwise be read as numbers.
     if integers := sorted(name for name, values in sanitized.items() if not mx.issubdtype(values.dtype, mx.floating)):
         raise ModelError(f"{folder}: {_listed(integers)} holds no floating-point numbers; quantized weights?")
     _check_dropped(weights, sanitized, folder)
 
 
 def _check_dropped(weights: Mapping[str, mx.array], sanitized: Mapping[str, mx.array], folder: Path) -> None:
-    """Refuse a checkpoint part of which the class throws away, except a head that is the tied embedding over again."""
+    """Refuse a checkpoint if the class drops part of it, except a head that is a copy of the tied embedding."""
     lost = sum(values.size for values in weights.values()) - sum(values.size for values in sanitized.values())
     kept = {id(values) for values in sanitized.values()}
     head = weights.get("lm_head.weight")
@@ -240,7 +259,7 @@ def _check_dropped(weights: Mapping[str, mx.array], sanitized: Mapping[str, mx.a
 
 
 def _places(module: nn.Module, names: Mapping[str, str]) -> Iterator[Place]:
-    """Every linear layer and embedding whose weight transformers knows under one name, in the model's order."""
+    """Yield every linear layer and embedding whose weight has one name in transformers, in the model's order."""
     modules: dict[str, nn.Module] = dict(module.named_modules())
     for parameter, _ in parameters_of(module):
         path = parameter.removesuffix(".weight")
@@ -252,7 +271,7 @@ def _places(module: nn.Module, names: Mapping[str, str]) -> Iterator[Place]:
 
 
 def _is_router(name: str) -> bool:
-    """A mixture's router is a parameter of its own class in transformers, and nothing that LoRA can be put on."""
+    # In transformers a mixture's router is a parameter of a special class, which LoRA cannot be put on.
     return name.endswith((".mlp.gate", ".block_sparse_moe.gate", ".router"))
 
 

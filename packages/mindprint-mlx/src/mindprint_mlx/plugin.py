@@ -1,7 +1,4 @@
-"""The MLX backend's hooks. Thin: each is one call into a module that is imported when the hook is.
-
-No framework is imported at top level, so that naming the plugin costs nothing.
-"""
+"""The hooks, one call each. No framework is imported before a hook is called, so that naming the plugin is cheap."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ if TYPE_CHECKING:
         Update,
     )
     from mindprint.losses import PreferenceLoss
-    from mindprint_mlx.model import Handle
+    from mindprint_mlx.model import MlxModel
 
 MINDPRINT_HOOK_APIS = (1,)
 
@@ -40,64 +37,63 @@ MINDPRINT_AUTO_RANK = 20 if sys.platform == "darwin" else 10
 
 @hookimpl
 def mindprint_backend_info() -> BackendInfo:
-    from mindprint_mlx import devices
+    from mindprint_mlx.devices import backend_info
 
-    return devices.info()
+    return backend_info()
 
 
 @hookimpl
 def mindprint_load_model(spec: ModelSpec) -> LoadedModel:
-    from mindprint_mlx import model
+    from mindprint_mlx.model import load_model
 
-    return model.load(spec)
+    return load_model(spec)
 
 
 @hookimpl
-def mindprint_release(model: Handle) -> bool:
+def mindprint_release(model: MlxModel) -> bool:
     from mindprint_mlx.model import release
 
-    return release(model)
+    release(model)
+    return True
 
 
 @hookimpl
-def mindprint_adapter_sites(model: Handle) -> Sequence[AdapterSite]:
-    from mindprint_mlx import adapter
-
-    return adapter.sites(model)
+def mindprint_adapter_sites(model: MlxModel) -> Sequence[AdapterSite]:
+    return model.sites
 
 
 @hookimpl
-def mindprint_base_digest(model: Handle) -> str:
-    from mindprint_mlx import digest
+def mindprint_base_digest(model: MlxModel) -> str:
+    from mindprint_mlx.digest import base_digest
 
-    return digest.base_digest(model)
+    return base_digest(model)
 
 
 @hookimpl
-def mindprint_inject_adapter(model: Handle, adapter: AdapterState) -> AdapterFacts:
+def mindprint_inject_adapter(model: MlxModel, adapter: AdapterState) -> AdapterFacts:
     from mindprint_mlx.adapter import inject
 
     return inject(model, adapter)
 
 
 @hookimpl
-def mindprint_sft_step(model: Handle, batches: Sequence[TokenBatch], update: Update) -> StepMetrics:
-    from mindprint_mlx import steps
+def mindprint_sft_step(model: MlxModel, batches: Sequence[TokenBatch], update: Update) -> StepMetrics:
+    from mindprint_mlx.steps import sft_step
 
-    return steps.sft_step(model, batches, update)
+    return sft_step(model, batches, update)
 
 
 @hookimpl
 def mindprint_dpo_step(
-    model: Handle, batches: Sequence[PreferenceBatch], loss: PreferenceLoss, update: Update
+    model: MlxModel, batches: Sequence[PreferenceBatch], loss: PreferenceLoss, update: Update
 ) -> StepMetrics:
-    from mindprint_mlx import steps
+    from mindprint_mlx.steps import dpo_step
 
-    return steps.dpo_step(model, batches, loss, update)
+    return dpo_step(model, batches, loss, update)
 
 
 @hookimpl
-def mindprint_log_probs(model: Handle, batch: TokenBatch, adapter: bool) -> Float32:
+def mindprint_log_probs(model: MlxModel, batch: TokenBatch, adapter: bool) -> Float32:
     from mindprint_mlx.logprobs import log_probs
 
     return log_probs(model, batch, adapter=adapter)
@@ -105,7 +101,7 @@ def mindprint_log_probs(model: Handle, batch: TokenBatch, adapter: bool) -> Floa
 
 @hookimpl
 def mindprint_generate(
-    model: Handle, prompts: Sequence[Int32], sampling: Sampling, adapter: bool
+    model: MlxModel, prompts: Sequence[Int32], sampling: Sampling, adapter: bool
 ) -> Sequence[Generation]:
     from mindprint_mlx.generation import generate
 
@@ -113,14 +109,15 @@ def mindprint_generate(
 
 
 @hookimpl
-def mindprint_save(model: Handle) -> TrainingState:
-    from mindprint_mlx import state
+def mindprint_save(model: MlxModel) -> TrainingState:
+    from mindprint_mlx.state import save
 
-    return state.save(model)
+    return save(model)
 
 
 @hookimpl
-def mindprint_restore(model: Handle, state: TrainingState) -> bool:
+def mindprint_restore(model: MlxModel, state: TrainingState) -> bool:
     from mindprint_mlx.state import restore
 
-    return restore(model, state)
+    restore(model, state)
+    return True

@@ -1,9 +1,9 @@
-"""Whether and how a model reads a prompt once for both of its completions: through the cache that its classes take.
+"""Prompts that are read once for both of their completions, through the cache that mlx-lm's classes take.
 
-mlx-lm's classes take no mask and no positions, but they ask their cache for both. So the prompts are read with one that
-keeps the keys and values of each layer, as part of the graph that gradients go back through, and the completions with
-one that puts them in front of their own. A cache means nothing to recurrent layers, and a class may do anything with
-it: what can be shared is measured when the model is loaded, and bounded by the windows of its configuration.
+These classes take no mask and no positions, but they ask their cache for both. So the prompts are read with one that
+keeps the keys and values of each layer, as part of the graph that gradients flow back through, and the completions with
+one that puts those in front of theirs. A cache means nothing to recurrent layers, and a class may do anything with it.
+So loading a model measures whether it can share prompts, and the windows of its configuration bound the length.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COARSE_AGREEMENT = 5e-2
 
 
 class Kept:
-    """One layer's keys and values of the prompts, `[pairs, heads, P, dims]`, as it makes them."""
+    """A cache that keeps one layer's keys and values of the prompts, `[pairs, heads, P, dims]`."""
 
     offset = 0
     keys: mx.array
@@ -38,9 +38,9 @@ class Kept:
 
 
 class Continuation:
-    """One layer's cache for completions `[2 * pairs, C]`: row k and row pairs + k go on from prompt k.
+    """One layer's cache for completions `[2 * pairs, C]`: row k and row pairs + k continue prompt k.
 
-    `offset` are the prompts' lengths, int32 `[2 * pairs]`: positions go on from there.
+    `offset` are the prompts' lengths, int32 `[2 * pairs]`, where the completions' positions start.
     """
 
     def __init__(self, prompts: Kept, lengths: mx.array) -> None:
@@ -52,7 +52,7 @@ class Continuation:
         return mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
 
     def make_mask(self, tokens: int, **_: Any) -> mx.array:
-        """A token sees its prompt, and its own row up to itself. Bool `[2 * pairs, 1, C, P + C]`."""
+        """Return which tokens each sees: its prompt, and its row up to itself. Bool `[2 * pairs, 1, C, P + C]`."""
         own = mx.arange(tokens)
         before = mx.arange(self.keys.shape[2]) < self.offset[:, None, None]
         after = mx.broadcast_to(own[:, None] >= own, (len(self.offset), tokens, tokens))
@@ -61,33 +61,37 @@ class Continuation:
 
 
 def hidden_states(head: Head, layers: int, layout: Layout | Continued) -> mx.array:
-    """What the model makes of a layout's tokens, flat, in the order that its sources count: `[n, ...]`."""
+    """Return the hidden states of a layout's tokens, flat, in the order that its sources count: `[n, ...]`."""
     if isinstance(layout, Layout):
         return head.states(mx.array(layout.tokens))
     kept = [Kept() for _ in range(layers)]
     prompts = head.states(mx.array(layout.prompts), kept)
+    # Padding after a short prompt leaves keys too; `Continuation.make_mask` hides them by the prompts' lengths.
     lengths = mx.array(layout.prompt_lengths)
     completions = head.states(mx.array(layout.completions), [Continuation(layer, lengths) for layer in kept])
     return mx.concatenate([prompts, completions])
 
 
 def longest_shared(head: Head, empty: Sequence[Any], window: int | None) -> int:
-    """The most tokens of the longest prompt and the longest completion that this model can share; 0 if it cannot.
+    """Return the most tokens that prompt and completion may have together to be shared, or 0 if they cannot be.
 
-    `empty` is the cache that its class would generate with; `window` the shortest of its layers'.
+    `empty` is the cache that the model's class would generate with, `window` the shortest of its layers'.
     """
+    # A class with another cache keeps something else than keys and values, which ours would not.
     if any(type(cache) is not mlx_lm_module("models.cache").KVCache for cache in empty):
         return 0
-    batch = sharing_probe(head.vocab_size)
-    expected = _answers(head, len(empty), sequences(batch))
+    batch = sharing_probe(head.vocabulary)
+    expected = _asked_states(head, len(empty), sequences(batch))
     try:
-        answered = _answers(head, len(empty), continued(batch))
-        difference = mx.abs(answered - expected).max() / mx.abs(expected).max()
+        states = _asked_states(head, len(empty), continued(batch))
+        difference = mx.abs(states - expected).max() / mx.abs(expected).max()
         same = bool((difference <= AGREEMENT.get(expected.dtype, COARSE_AGREEMENT)).item())
     except Exception:  # noqa: BLE001  a class that cannot take such a cache may fail in any way
         same = False
-    return (UNLIMITED if window is None else window) if same else 0
+    limits = [] if head.rotary_limit is None else [head.rotary_limit.positions]
+    return min([UNLIMITED if window is None else window, *limits]) if same else 0
 
 
-def _answers(head: Head, layers: int, layout: Layout | Continued) -> mx.array:
+def _asked_states(head: Head, layers: int, layout: Layout | Continued) -> mx.array:
+    """Return the hidden states from which a layout's targets are predicted, `[n, ...]`."""
     return hidden_states(head, layers, layout)[mx.array(layout.sources)]

@@ -1,7 +1,7 @@
-"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): of each layer only what goes in is kept.
+"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): of each layer only its input is kept.
 
-`mx.checkpoint` computes a layer again when its gradient is due. It sees only what a function is given, so that the
-layer's factors, and the keys and values that come through a cache of ours (`prompts.py`), are given and returned.
+`mx.checkpoint` computes a layer again when its gradient is due. It differentiates arguments alone, so that the layer's
+factors, and the keys and values that come through a cache of ours (`prompts.py`), are passed in and returned.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ import mlx.core as mx
 from mlx import nn
 
 from mindprint_mlx import adapter as adapters
-from mindprint_mlx.model import Adapter, Handle
+from mindprint_mlx.model import Adapter, MlxModel
 from mindprint_mlx.prompts import Continuation, Kept
 
 
 @contextmanager
-def checkpointed(handle: Handle, factors: Mapping[str, mx.array]) -> Iterator[None]:
-    """Let graphs that are made of the model compute each layer again on the way back."""
-    layers = {id(layer): (layer, type(layer)) for layer in handle.module.layers}
+def recomputed(model: MlxModel, factors: Mapping[str, mx.array]) -> Iterator[None]:
+    """Make graphs of this context compute each layer again in their backward passes, instead of keeping it."""
+    # Python looks up `__call__` on the class, so that a layer gets another class for as long as this lasts.
+    layers = {id(layer): (layer, type(layer)) for layer in model.module.layers}
     try:
         for layer, kind in layers.values():
-            layer.__class__ = _checkpointed(kind, handle.adapter, _within(layer, handle.adapter, factors))
+            layer.__class__ = _checkpointed(kind, model.adapter, _factors_within(layer, model.adapter, factors))
         yield
     finally:
         for layer, kind in layers.values():
             layer.__class__ = kind
 
 
-def _within(layer: nn.Module, adapter: Adapter | None, factors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """The factors that sit in a layer."""
+def _factors_within(layer: nn.Module, adapter: Adapter | None, factors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Return the factors of the sites in a layer."""
     parts = {id(part) for _, part in layer.named_modules()}
     sites = {site for site, place in (adapter.layers if adapter else {}).items() if id(place) in parts}
     return {name: values for name, values in factors.items() if name.rpartition(".")[0] in sites}
@@ -45,6 +46,7 @@ def _checkpointed(kind: Any, adapter: Adapter | None, own: Mapping[str, mx.array
         cache = next((value for value in values if isinstance(value, (Kept, Continuation))), None)
         ahead = [cache.keys, cache.values] if isinstance(cache, Continuation) else []
 
+        # All arrays are arguments, since gradients do not reach those that a closure holds.
         def layer(arrays: dict[int, mx.array], ahead: list[mx.array], own: Mapping[str, mx.array]) -> Any:
             if adapter is not None:
                 adapters.assign(adapter, own)

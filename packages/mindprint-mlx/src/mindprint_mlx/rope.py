@@ -1,7 +1,7 @@
 """Rotary position embeddings as transformers computes them, put into whatever class mlx-lm built.
 
-mlx-lm reads the base from where it was years ago and has a scheme of its own for every scaling. So its modules are only
-asked how they pair dimensions (`traditional`); frequencies come from here, from the same formulas as in transformers'
+mlx-lm looks for the base where it was years ago, and each of its scalings is another scheme. So its modules only say
+how they pair dimensions (`traditional`). Frequencies come from here, by the formulas of transformers'
 `modeling_rope_utils.py`, in float32 as there.
 """
 
@@ -18,6 +18,7 @@ from mlx import nn
 
 from mindprint.contract import Float32
 from mindprint.errors import ModelError
+from mindprint.layouts import RotaryLimit
 
 Parameters = Mapping[str, Any]
 
@@ -28,14 +29,14 @@ KNOWN = frozenset(
         "truncate", "short_factor", "long_factor", "alpha",
     }
 )  # fmt: skip
-"""The parameters that some type takes; one that is not known may change what is computed, and is refused."""
+"""The parameters that some type takes. An unknown one may change the computation, and is refused."""
 
 
 @dataclass(frozen=True)
 class Frequencies:
     """Inverse frequencies, float32 `[dims / 2]`, and the factor of sine and cosine.
 
-    From `limit` tokens on, `long` takes the place of `inverse` (longrope only).
+    For inputs of more than `limit` tokens, `long` takes the place of `inverse` (longrope only).
     """
 
     inverse: Float32
@@ -45,7 +46,7 @@ class Frequencies:
 
 
 class Rope(nn.Module):
-    """Rotates the first `dims` of each head's dimensions. `traditional` pairs neighbours, otherwise halves."""
+    """A rotation of the first `dims` of each head's dimensions. `traditional` pairs neighbours, otherwise halves."""
 
     def __init__(self, frequencies: Frequencies, *, traditional: bool) -> None:
         super().__init__()
@@ -71,11 +72,32 @@ class Rope(nn.Module):
         )
 
     def _is_long(self, x: mx.array, offset: int) -> bool:
+        # As in transformers, the whole input is rotated one way or the other, by its length. Rows of unlike kinds are
+        # never read together (`layouts.sequences_apart`).
         return self._limit is not None and x.shape[-2] + offset > self._limit
+
+    @property
+    def limit(self) -> int | None:
+        """The length above which an input is rotated by other frequencies."""
+        return self._limit
+
+
+def read_rotary_limit(module: nn.Module) -> RotaryLimit | None:
+    """Return the length above which the model's rotary embeddings depend on it, or None if none of them does."""
+    ropes = (part for _, part in module.named_modules() if isinstance(part, Rope))
+    limits = {rope.limit for rope in ropes if rope.limit is not None}
+    if not limits:
+        return None
+    # Layers with different limits: above the lowest, only rows of one length are surely alike to all of them.
+    return RotaryLimit(min(limits), each_length=len(limits) > 1)
 
 
 def frequencies(parameters: Parameters, head_dim: int, max_positions: int | None) -> Frequencies:
-    """What transformers computes for these parameters. Raises `ModelError` for a type it has and this does not."""
+    """Return the frequencies that transformers computes for these parameters.
+
+    Raises:
+        ModelError: For a type or a parameter that is not supported here.
+    """
     if odd := sorted(name for name, value in parameters.items() if name not in KNOWN and value is not None):
         raise ModelError(f"rope_parameters say {odd[0]} = {parameters[odd[0]]!r}, which is not supported on MLX")
     compute = _TYPES.get(parameters["rope_type"])
@@ -98,12 +120,12 @@ def _default(_: Parameters, inverse: Float32, __: int | None) -> Frequencies:
 
 
 def _linear(parameters: Parameters, inverse: Float32, _: int | None) -> Frequencies:
-    """Position interpolation, Chen et al. 2023 (arXiv 2306.15595)."""
+    """Compute position interpolation (Chen et al. 2023, arXiv 2306.15595)."""
     return Frequencies(inverse / np.float32(parameters["factor"]))
 
 
 def _llama3(parameters: Parameters, inverse: Float32, _: int | None) -> Frequencies:
-    """Llama 3.1's own: long wavelengths divided, short ones kept, a ramp between."""
+    """Compute Llama 3.1's scaling: long wavelengths divided, short ones kept, a ramp between."""
     factor, low, high = parameters["factor"], parameters["low_freq_factor"], parameters["high_freq_factor"]
     turns = parameters["original_max_position_embeddings"] * inverse.astype(np.float64) / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)
@@ -111,7 +133,7 @@ def _llama3(parameters: Parameters, inverse: Float32, _: int | None) -> Frequenc
 
 
 def _yarn(parameters: Parameters, inverse: Float32, max_positions: int | None) -> Frequencies:
-    """YaRN, Peng et al. 2023 (arXiv 2309.00071)."""
+    """Compute YaRN (Peng et al. 2023, arXiv 2309.00071)."""
     length = parameters["original_max_position_embeddings"]
     factor = parameters.get("factor") or (max_positions or length) / length
     low, high = _yarn_range(parameters, 2 * len(inverse), length)
@@ -122,6 +144,7 @@ def _yarn(parameters: Parameters, inverse: Float32, max_positions: int | None) -
 
 
 def _yarn_range(parameters: Parameters, dims: int, length: int) -> tuple[float, float]:
+    # The dimension that makes a number of turns within the original length (section 3.2 of the paper).
     def dimension(rotations: float) -> float:
         return dims * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(parameters["rope_theta"]))
 
@@ -142,7 +165,7 @@ def _yarn_factor(parameters: Parameters, factor: float) -> float:
 
 
 def _longrope(parameters: Parameters, inverse: Float32, max_positions: int | None) -> Frequencies:
-    """LongRoPE, Ding et al. 2024 (arXiv 2402.13753): one set of factors up to the original length, one beyond."""
+    """Compute LongRoPE (Ding et al. 2024, arXiv 2402.13753): factors up to the original length, and others beyond."""
     length = parameters["original_max_position_embeddings"]
     ratio = parameters.get("factor") or (max_positions or length) / length
     factor = parameters.get("attention_factor")
@@ -155,7 +178,7 @@ def _longrope(parameters: Parameters, inverse: Float32, max_positions: int | Non
 
 
 def _ntk_alpha(parameters: Parameters, inverse: Float32, _: int | None) -> Frequencies:
-    """Hunyuan's: a base stretched once and for all by `alpha`, whatever the length."""
+    """Compute Hunyuan's scaling: a base stretched once and for all by `alpha`, whatever the length."""
     dims = 2 * len(inverse)
     base = parameters["rope_theta"] * parameters["alpha"] ** (dims / (dims - 2))
     return Frequencies((1 / base ** (np.arange(0, dims, 2) / dims)).astype(np.float32))

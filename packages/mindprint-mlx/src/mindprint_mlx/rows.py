@@ -1,7 +1,7 @@
-"""A cache in which several rows go on at once, each at a position of its own.
+"""A cache in which several rows continue at once, each at another position.
 
-Keys and values lie at their positions, filled up on the right; a mask hides what is beyond a row's end. mlx-lm's own
-`BatchKVCache` fills up on the left instead, which moves a row's numbers with the length of its neighbours.
+Keys and values lie at their positions, filled up on the right, and a mask hides the places beyond a row's end. mlx-lm's
+own `BatchKVCache` fills up on the left instead, which changes a row's numbers with the length of its neighbours.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from mlx import nn
 from mindprint_mlx.imports import mlx_lm_module
 
 ROWS = 16
-"""How many rows go on at once, always."""
+"""The number of rows that continue at once, always: with fewer, the rest are copies."""
 
 POSITIONS = 4096
 CACHE_BYTES = 4 * 2**30
-"""A model whose rows would need more than so many bytes for so many positions continues its prompts one by one."""
+"""A model whose rows would need more bytes than this for `POSITIONS` positions continues its prompts one by one."""
 
 AGREEMENT = 1e-2
-"""Relative distance of logits, generous to rounding: a class that cannot do this is off by far more, or fails."""
+"""Relative distance of logits that rounding may explain: a class that cannot do this is off by far more, or fails."""
 
 
 class RowCache:
     """One layer's keys and values, `[ROWS, heads, positions, dims]`, and how many of each row are filled, `[ROWS]`."""
 
     def __init__(self, caches: Sequence[Any], positions: int) -> None:
-        """From the caches of rows that were read alone; places beyond them are copies of the first."""
+        """Join the caches of rows that were read alone. Places beyond them are copies of the first."""
         full = [*caches, *([caches[0]] * (ROWS - len(caches)))]
         self.offset = mx.array([cache.offset for cache in full])
         self.keys = mx.concatenate([_extended(cache, cache.keys, positions) for cache in full])
@@ -37,6 +37,7 @@ class RowCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Put one new position of each row, `[ROWS, heads, 1, dims]`, behind the others."""
+        # Each row writes at its own position: an indexed assignment instead of the slice of mlx-lm's cache.
         rows = mx.arange(ROWS)
         self.keys[rows, :, self.offset] = keys[:, :, 0]
         self.values[rows, :, self.offset] = values[:, :, 0]
@@ -44,19 +45,19 @@ class RowCache:
         return self.keys, self.values
 
     def make_mask(self, _: int, window_size: int | None = None, **__: Any) -> mx.array:
-        """What the next position of each row sees: itself, and what is before it. Bool `[ROWS, 1, 1, positions]`."""
+        """Return which positions each row's next one sees: itself and those before. Bool `[ROWS, 1, 1, positions]`."""
         ahead = self.offset[:, None] - mx.arange(self.keys.shape[2])
         seen = ahead >= 0 if window_size is None else (ahead >= 0) & (ahead < window_size)
         return seen[:, None, None, :]
 
 
 def row_caches(rows: Sequence[Sequence[Any]], positions: int) -> list[RowCache]:
-    """The caches of several prompts, each a list by layer, as one list by layer."""
+    """Return the caches of several prompts, each a list by layer, as one list by layer."""
     return [RowCache(layer, positions) for layer in zip(*rows, strict=True)]
 
 
 def can_continue_rows(module: nn.Module, empty: Sequence[Any]) -> bool:
-    """Whether the model continues rows of different lengths together as it does alone; tried out on two."""
+    """Return whether the model continues rows of different lengths together as it does alone, tried out on two."""
     if any(type(cache) is not mlx_lm_module("models.cache").KVCache for cache in empty):
         return False
     prompts = ([1, 2, 3, 0], [4])
@@ -66,6 +67,7 @@ def can_continue_rows(module: nn.Module, empty: Sequence[Any]) -> bool:
             module(mx.array([prompt]), cache=cache)
         if ROWS * POSITIONS * sum(_bytes_a_position(cache) for cache in caches[0]) > CACHE_BYTES:
             return False
+        # Compared with the same tokens continued alone, in the places of the first two rows.
         together = module(mx.array([[2]] * ROWS), cache=row_caches(caches, 8))[:2, -1].astype(mx.float32)
         alone = [module(mx.array([[2]]), cache=cache)[0, -1].astype(mx.float32) for cache in caches]
         wanted = mx.stack(alone)

@@ -1,4 +1,4 @@
-"""Training state out of a model and into it: NumPy arrays in PEFT's layout, exact in both directions."""
+"""Everything training continues from, as NumPy in PEFT's layout, exact in both directions."""
 
 from __future__ import annotations
 
@@ -6,39 +6,43 @@ import mlx.core as mx
 
 from mindprint.contract import AdapterState, TrainingState
 from mindprint.errors import AdapterError
-from mindprint.loss_scale import INITIAL_LOSS_SCALE
+from mindprint.loss_scale import initial_loss_scale
 from mindprint_mlx import adapter as adapters
-from mindprint_mlx.model import Adapter, Handle
+from mindprint_mlx.model import Adapter, MlxModel
 from mindprint_mlx.optimizer import Moments
 
 
-def save(handle: Handle) -> TrainingState:
-    """Copy out adapter, moments, step count and loss scale. Raises `AdapterError` if there is no adapter."""
-    adapter = _adapter(handle)
-    with handle.in_use():
+def save(model: MlxModel) -> TrainingState:
+    """Return copies of the adapter, its moments and AdamW's step count."""
+    adapter = adapters.require_adapter(model)
+    with model.in_use():
         return TrainingState(
             adapter=AdapterState(adapter.config, adapters.to_tensors(adapter, adapter.factors)),
             first_moments=adapters.to_tensors(adapter, adapter.moments.first),
             second_moments=adapters.to_tensors(adapter, adapter.moments.second),
             optimizer_steps=adapter.moments.steps,
-            loss_scale=handle.loss_scale,
+            loss_scale=model.loss_scale,
         )
 
 
-def restore(handle: Handle, state: TrainingState) -> bool:
-    """Take over a state that any backend saved. Raises `AdapterError` if it is of another configuration."""
-    adapter = _adapter(handle)
+def restore(model: MlxModel, state: TrainingState) -> None:
+    """Continue from `state`, whichever backend saved it. Without moments the optimizer starts from scratch.
+
+    Raises:
+        AdapterError: If the state is of another adapter configuration than the injected one.
+    """
+    adapter = adapters.require_adapter(model)
     if state.adapter.config != adapter.config:
         raise AdapterError("the saved state is of an adapter with another configuration than the injected one")
-    with handle.in_use():
+    with model.in_use():
         factors = adapters.to_factors(adapter.config, state.adapter.tensors, adapter.places)
         moments = _moments(adapter, state)
         mx.eval(factors, moments.first, moments.second)
     adapter.factors, adapter.moments = factors, moments
     adapters.assign(adapter, factors)
-    if handle.loss_scale is not None:
-        handle.loss_scale = INITIAL_LOSS_SCALE if state.loss_scale is None else state.loss_scale
-    return True
+    # The state may come from a run in another dtype, on another backend: only float16 here needs a scale.
+    if model.loss_scale is not None:
+        model.loss_scale = initial_loss_scale("float16") if state.loss_scale is None else state.loss_scale
 
 
 def _moments(adapter: Adapter, state: TrainingState) -> Moments:
@@ -49,9 +53,3 @@ def _moments(adapter: Adapter, state: TrainingState) -> Moments:
         for tensors in (state.first_moments, state.second_moments)
     )
     return Moments(first, second, state.optimizer_steps)
-
-
-def _adapter(handle: Handle) -> Adapter:
-    if handle.adapter is None:
-        raise AdapterError("the model has no adapter; inject one first")
-    return handle.adapter

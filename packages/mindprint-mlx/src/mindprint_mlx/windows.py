@@ -1,7 +1,7 @@
-"""Sliding windows as transformers has them: which token sees which is decided by the configuration, not by the class.
+"""Sliding windows as transformers has them: the configuration decides which token sees which, not the class.
 
-Some of mlx-lm's classes slide by a pattern of their own, some not at all. So all are built without windows, those
-layers that slide are given their masks here, and generating keeps all keys and values.
+Some of mlx-lm's classes slide by another pattern, some not at all. So all are built without windows, the layers that
+slide are given their masks here, and generating keeps all keys and values.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from mindprint_mlx.rows import RowCache
 
 
 def windowed(window: int) -> Callable[..., Any]:
-    """What stands around an attention's call: the mask of its window, where the sequence is longer than that."""
+    """Return a wrapper of an attention's call that gives it the mask of its window, where a sequence is longer."""
 
     def around(call: Callable[..., Any], x: mx.array, mask: Any = None, cache: Any = None) -> Any:
+        # Shorter sequences keep the class's own mask, which its fast attention kernels know.
         if _length(x, cache) > window:
             mask = _mask(x.shape[1], window, cache)
         return call(x, mask, cache)
@@ -28,7 +29,7 @@ def windowed(window: int) -> Callable[..., Any]:
 
 
 def _length(x: mx.array, cache: Any) -> int:
-    """How many positions a token can see at most."""
+    """Return how many positions a token can see at most."""
     if isinstance(cache, RowCache):
         return cache.keys.shape[2]
     if isinstance(cache, Continuation):

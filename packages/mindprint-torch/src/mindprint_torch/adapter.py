@@ -1,4 +1,4 @@
-"""Attaching LoRA through PEFT, and the factors that it trains."""
+"""LoRA on a base through PEFT, and the factors that it trains."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from mindprint.contract import AdapterFacts, AdapterSite, AdapterState, Float32,
 from mindprint.errors import AdapterError
 from mindprint.loss_scale import initial_loss_scale
 from mindprint_torch.gated import fuse_gated
-from mindprint_torch.lora import NAME, fuse
+from mindprint_torch.lora import NAME, fuse_lora
 from mindprint_torch.model import Adapter, TorchModel, layer_factors
 
 HOLDER = "network"
+"""The name of the network in the plain module that PEFT is given."""
 
 
 def inject(model: TorchModel, adapter: AdapterState) -> AdapterFacts:
     """Attach `adapter` to exactly its target modules, with its values, float32 and trainable.
 
-    Raises `AdapterError` if the model has an adapter, or the adapter does not fit the model.
+    Raises:
+        AdapterError: If the model has an adapter already, or the adapter does not fit the model.
     """
     if model.adapter is not None:
         raise AdapterError("the model has an adapter already; load the base again to inject another one")
     sites = {site.name: site for site in model.sites}
     for name in adapter.config.target_modules:
         _check_fits(name, sites.get(name), adapter)
-    # PEFT draws initial values; they are overwritten, and the caller's random numbers must not move for them.
+    # PEFT draws initial values, which are overwritten: the caller's random numbers must not move for them.
     with torch.random.fork_rng(devices=[]):
         _inject_empty(model, adapter.config)
     layers = _attached(model, adapter.config)
@@ -41,7 +43,7 @@ def inject(model: TorchModel, adapter: AdapterState) -> AdapterFacts:
         _to_float32(layer)
     write_factors(layers, adapter.tensors)
     model.network.eval()
-    fuse(layers.values())
+    fuse_lora(layers.values())
     fuse_gated(model.network)
     model.adapter = Adapter(adapter.config, layers)
     model.adapter.optimizer.loss_scale = initial_loss_scale(model.dtype)
@@ -57,28 +59,31 @@ def require_adapter(model: TorchModel) -> Adapter:
 
 
 def read_factors(adapter: Adapter) -> dict[str, LoraFactors]:
-    """Copies of all factors, float32."""
+    """Return copies of all factors, float32."""
     return {name: LoraFactors(*map(to_numpy, layer_factors(layer))) for name, layer in adapter.layers.items()}
 
 
 @torch.no_grad()
 def write_factors(layers: Mapping[str, LoraLayer], tensors: Mapping[str, LoraFactors]) -> None:
+    """Copy values into the layers' factors, which stay the same parameters: the optimizer holds them."""
     for name, layer in layers.items():
         for parameter, values in zip(layer_factors(layer), tensors[name], strict=True):
             parameter.copy_(to_torch(values))
 
 
 def to_numpy(tensor: Tensor) -> Float32:
+    """Return a copy in NumPy's memory, float32."""
     return np.array(tensor.detach().cpu().numpy(), dtype=np.float32, copy=True)
 
 
 def to_torch(values: Float32) -> Tensor:
+    """Return a copy in torch's memory, float32, on the CPU."""
     return torch.from_numpy(np.array(values, dtype=np.float32, copy=True))
 
 
 @contextmanager
 def adapter_enabled(model: TorchModel, *, enabled: bool) -> Iterator[None]:
-    """Within this context the adapter answers, or the base alone."""
+    """Compute with the adapter within this context, or with the base alone."""
     if enabled or model.adapter is None:
         yield
         return
@@ -94,13 +99,13 @@ def adapter_enabled(model: TorchModel, *, enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def dropout(model: TorchModel, *, seed: int, micro_batch: int) -> Iterator[None]:
-    """Within this context the adapter's dropout is on, its masks drawn from (seed, micro-batch) alone."""
+    """Turn the adapter's dropout on within this context, its masks drawn from (seed, micro-batch) alone."""
     adapter = require_adapter(model)
     if not adapter.config.dropout:
         yield
         return
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(_mixed(seed, micro_batch))
+        torch.manual_seed(_mixed_seed(seed, micro_batch))
         for module in adapter.dropouts:
             module.train()
         try:
@@ -110,7 +115,8 @@ def dropout(model: TorchModel, *, seed: int, micro_batch: int) -> Iterator[None]
                 module.eval()
 
 
-def _mixed(seed: int, micro_batch: int) -> int:
+def _mixed_seed(seed: int, micro_batch: int) -> int:
+    # Adding the two would give neighbouring steps the same masks. torch takes seeds of 63 bits.
     return int(np.random.SeedSequence([seed, micro_batch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -121,17 +127,15 @@ def _check_fits(name: str, site: AdapterSite | None, adapter: AdapterState) -> N
         raise AdapterError(f"the adapter has no tensors for {name!r}")
     rank = adapter.config.rank(name)
     expected = ((rank, site.in_features), (site.out_features, rank))
-    found = tuple(np.shape(values) for values in adapter.tensors[name])
-    if found != expected:
-        raise AdapterError(f"the adapter's factors of {name!r} are {found}, the model needs {expected}")
+    shapes = tuple(np.shape(values) for values in adapter.tensors[name])
+    if shapes != expected:
+        raise AdapterError(f"the adapter's factors of {name!r} are {shapes}, the model needs {expected}")
 
 
 def _inject_empty(model: TorchModel, config: LoraConfig) -> None:
-    """Have PEFT put its layers around the targets.
-
-    PEFT sees the network as part of a plain module. If it saw a transformers model it would, for mixtures of experts,
-    take the names of dense and shared-expert layers for old names of stacked experts and adapt those instead.
-    """
+    """Let PEFT put its layers around the targets."""
+    # PEFT sees the network as part of a plain module. If it saw a transformers model it would, for mixtures of experts,
+    # take the names of dense and shared-expert layers for old names of stacked experts and adapt those instead.
     holder = nn.ModuleDict({HOLDER: model.network})
     try:
         # What PEFT warns of (names, patterns, transposed layers) is checked afterwards, as an error.
@@ -142,7 +146,7 @@ def _inject_empty(model: TorchModel, config: LoraConfig) -> None:
 
 
 def _to_float32(layer: LoraLayer) -> None:
-    """PEFT makes factors in the base's dtype when it injects, and casts its input to whatever they are."""
+    # PEFT makes factors in the base's dtype when it injects, and casts its input to whatever they are.
     for factor in layer_factors(layer):
         factor.data = factor.data.float()
 
@@ -161,17 +165,18 @@ def _peft_config(config: LoraConfig) -> peft.LoraConfig:
 
 
 def _pattern(name: str) -> str:
-    """PEFT reads keys as regular expressions that may match the end of a name; this matches it whole."""
+    # PEFT reads keys as regular expressions that may match the end of a name. This one matches it whole.
     return "^" + re.escape(f"{HOLDER}.{name}")
 
 
 def _attached(model: TorchModel, config: LoraConfig) -> dict[str, LoraLayer]:
-    """PEFT's layers by site, checked: PEFT matches names by their ends, and must have hit exactly the targets."""
-    found = {name: module for name, module in model.network.named_modules() if isinstance(module, LoraLayer)}
-    if set(found) != set(config.target_modules):
-        different = sorted(set(found) ^ set(config.target_modules))
+    """Return PEFT's layers by site, after checking that they are exactly the targets."""
+    # PEFT matches names by their ends, so that it may hit modules that nobody named.
+    layers = {name: module for name, module in model.network.named_modules() if isinstance(module, LoraLayer)}
+    if set(layers) != set(config.target_modules):
+        different = sorted(set(layers) ^ set(config.target_modules))
         raise AdapterError(f"PEFT adapted other modules than were named: {', '.join(different[:3])}")
-    for name, layer in found.items():
+    for name, layer in layers.items():
         if layer.r[NAME] != config.rank(name) or layer.scaling[NAME] != config.scale(name):
             raise AdapterError(f"PEFT gave {name!r} rank {layer.r[NAME]} and scale {layer.scaling[NAME]}")
-    return {name: found[name] for name in config.target_modules}
+    return {name: layers[name] for name in config.target_modules}

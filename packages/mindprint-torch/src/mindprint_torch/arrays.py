@@ -1,4 +1,4 @@
-"""The functions that core's losses need, for torch tensors (`mindprint.losses.ArrayNamespace`), and NumPy's ids."""
+"""Torch tensors for core's losses (`mindprint.losses.ArrayNamespace`), and from NumPy's token ids."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mindprint.contract import Int32
 
 
 class TorchArrays:
-    """Everything differentiates, and computes in the dtype it is given (float32 in steps)."""
+    """The namespace of torch: every function differentiates, in the dtype of its input (float32 in steps)."""
 
     def log_sigmoid(self, x: Tensor) -> Tensor:
         return functional.logsigmoid(x)
@@ -36,5 +36,5 @@ TORCH = TorchArrays()
 
 
 def on_device(device: torch.device, values: Int32) -> Tensor:
-    """Token ids or positions on the device, int64 as torch indexes."""
+    """Return token ids or positions on the device, int64 as torch indexes."""
     return torch.from_numpy(values.astype(np.int64)).to(device)

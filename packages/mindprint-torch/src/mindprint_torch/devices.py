@@ -1,4 +1,4 @@
-"""Which devices this PyTorch can use here, and the library versions that decide its numbers."""
+"""The devices that PyTorch can use here, and the library versions that decide its numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ MPS_NOTE = (
 
 
 def backend_info() -> BackendInfo:
-    """Devices in order of preference: CUDA, CPU, and MPS only for who names it. Allocates nothing on any of them."""
+    """Return the devices in order of preference: CUDA, CPU, and MPS only for those who name it.
+
+    Nothing is allocated on any of them.
+    """
     mps = _mps()
     return BackendInfo(
         name="torch",

@@ -1,4 +1,4 @@
-"""A cheap digest of weights where they lie: one pass, on their own device."""
+"""A cheap digest of weights on the device that holds them, in one pass."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from mindprint_torch.model import TorchModel
+
 WORDS_AT_ONCE = 1 << 20
-"""64-bit words a pass multiplies at once, which bounds its temporary memory to 8 MiB."""
+"""64-bit words that are multiplied at once, which bounds temporary memory to 8 MiB."""
+
+
+def base_digest(model: TorchModel) -> str:
+    """Return the digest of the base's weights as they are in memory."""
+    return weights_digest(model.base)
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over each weight's name, shape, dtype and checksum.
+    """Return SHA-256 over each weight's name, shape, dtype and checksum.
 
-    The checksum is `sum((2 i + 1) * word_i)` modulo 2^64 over the weight's bytes as 64-bit words: its factors are odd,
-    hence invertible, so a change of any single word always changes it.
+    The checksum is `sum((2 i + 1) * word_i)` modulo 2^64 over the weight's bytes as 64-bit words. Its factors are odd,
+    hence invertible, so that a change of any single word always changes it.
     """
     factors = _factors(weights)
     checksums = [_checksum(weight, factors[weight.device]) for weight in weights.values()]
@@ -31,7 +38,7 @@ def _to_host(checksums: list[Tensor]) -> list[int]:
 
 
 def _factors(weights: Mapping[str, Tensor]) -> dict[torch.device, Tensor]:
-    """The odd numbers from 1 on each device, as many as one pass over its weights multiplies with."""
+    """Return the odd numbers from 1 on each device, as many as one pass over its weights multiplies with."""
     words: dict[torch.device, int] = {}
     for weight in weights.values():
         needed = min(weight.numel() * weight.element_size() // 8 + 1, WORDS_AT_ONCE)
@@ -42,13 +49,15 @@ def _factors(weights: Mapping[str, Tensor]) -> dict[torch.device, Tensor]:
 def _checksum(weight: Tensor, factors: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     for start, words in _words(weight):
+        # Factors restart in every chunk: (2 (start + i) + 1) w = (2 i + 1) w + 2 start w.
         total += (words * factors[: len(words)]).sum() + 2 * start * words.sum()
     return total
 
 
 def _words(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The weight's bytes as int64 words, with the index of each chunk's first word; the last word is zero-filled."""
+    """Yield the weight's bytes as int64 words, with the index of each chunk's first word; the last is zero-filled."""
     data = weight.detach().contiguous().view(-1).view(torch.uint8)
+    # A tensor within a mapped file need not start where a 64-bit word may.
     if data.data_ptr() % 8:
         data = data.clone()
     whole = len(data) // 8 * 8

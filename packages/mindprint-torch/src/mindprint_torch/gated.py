@@ -1,8 +1,8 @@
 """Gated feed-forward blocks with LoRA, `down(silu(gate(x)) * up(x))`, as one differentiable function.
 
 Of autograd's chain of such a block five arrays `[tokens, inner]` stay in memory for the backward pass, and each of its
-steps writes new ones. Here two stay, the products of gate and up; the rest is computed again from them, in place.
-That a block computes this and nothing else is measured when the adapter is injected.
+steps writes new ones. Here two stay, the products of gate and up. The rest is computed again from them, in place.
+Injecting an adapter measures that a block computes this and nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROBE_TOKENS = 4
 
 
 def fuse_gated(network: nn.Module) -> None:
-    """Have every gated block whose three layers have plain LoRA answer in one piece."""
+    """Make every gated block whose three layers have plain LoRA compute in one piece."""
     for block in _candidates(network):
         if _is_gated(block):
             block.forward = partial(_forward, block)
@@ -37,6 +37,7 @@ def _candidates(network: nn.Module) -> Iterator[Any]:
 
 @torch.no_grad()
 def _is_gated(block: Any) -> bool:
+    # Names alone do not say which activation a block has, or what else it computes: so both ways are compared.
     weight = block.gate_proj.base_layer.weight
     values = torch.linspace(-3, 3, PROBE_TOKENS * weight.shape[1], device=weight.device, dtype=weight.dtype)
     x = values.sin().view(1, PROBE_TOKENS, -1)
@@ -65,27 +66,32 @@ def _gated(block: Any, x: Tensor) -> Tensor:
         for tensor in (layer.base_layer.weight, layer.lora_A[NAME].weight, layer.lora_B[NAME].weight)
     ]
     scales = tuple(layer.scaling[NAME] for layer in layers)
-    answer: Tensor = GatedBlock.apply(x, scales, *tensors)  # type: ignore[no-untyped-call]
-    return answer
+    output: Tensor = GatedBlock.apply(x, scales, *tensors)  # type: ignore[no-untyped-call]
+    return output
 
 
 class GatedBlock(torch.autograd.Function):
-    """`down(silu(gate(x)) * up(x))` for `x` `[..., in]`; W, A and B of gate, up and down in turn, W frozen."""
+    """`down(silu(gate(x)) * up(x))` for `x` `[..., in]`, and W, A and B of gate, up and down in turn, W frozen."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scales: tuple[float, float, float], *tensors: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         gate_w, gate_a, gate_b, up_w, up_a, up_b, down_w, down_a, down_b = (part.to(x.dtype) for part in tensors)
+        # Gate and up read the same input: one product with both of their A's behind one another.
         low = rows @ torch.cat([gate_a, up_a]).T
         gate_low, up_low = low.split([len(gate_a), len(up_a)], dim=1)
         gate = (rows @ gate_w.T).addmm_(gate_low, gate_b.T, alpha=scales[0])
         up = (rows @ up_w.T).addmm_(up_low, up_b.T, alpha=scales[1])
         inner = functional.silu(gate).mul_(up)
         down_low = inner @ down_a.T
-        answer = (inner @ down_w.T).addmm_(down_low, down_b.T, alpha=scales[2])
+        # Filled through a view, not returned as one: a model may change it in place (see `LoraProduct`).
+        output = torch.empty_like(x, memory_format=torch.contiguous_format)
+        flat = output.view(rows.shape)
+        torch.mm(inner, down_w.T, out=flat)
+        flat.addmm_(down_low, down_b.T, alpha=scales[2])
         ctx.save_for_backward(rows, low, gate, up, down_low, *tensors)
         ctx.scales = scales
-        return answer.view(x.shape)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
@@ -93,11 +99,13 @@ class GatedBlock(torch.autograd.Function):
         gate_w, gate_a, gate_b, up_w, up_a, up_b, down_w, down_a, down_b = (part.to(rows.dtype) for part in tensors)
         gate_scale, up_scale, down_scale = ctx.scales
         gradient = outer[0].reshape(rows.shape)
+        # Each of the three layers differentiates as in `LoraProduct`; `by_` names a gradient by the thing after it.
         by_down_low = (gradient @ down_b).mul_(down_scale)
         by_inner = (gradient @ down_w).addmm_(by_down_low, down_a)
         activated = functional.silu(gate)
         by_down_a = by_down_low.T @ (activated * up)
         by_down_b = (down_low.T @ gradient).mul_(down_scale).T
+        # From here on arrays of the inner size are overwritten as soon as they have served: they are the largest.
         by_up = activated.mul_(by_inner)
         by_gate = torch.ops.aten.silu_backward(by_inner.mul_(up), gate)
         del by_inner

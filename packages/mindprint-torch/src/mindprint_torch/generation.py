@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -14,42 +15,92 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from mindprint.contract import Generation, Int32, Sampling
 from mindprint_torch.adapter import adapter_enabled
 from mindprint_torch.model import TorchModel
+from mindprint_torch.rope import forget_lengths
 
 Int64 = NDArray[np.int64]
 
 ROWS_AT_ONCE = 32
+
+PROBE = ((3, 4, 5, 6, 7), (5, 6, 7))
+"""Two prompts of unlike lengths."""
 
 
 def generate(
     model: TorchModel, prompts: Sequence[Int32], sampling: Sampling, *, adapter: bool
 ) -> tuple[Generation, ...]:
     """Continue each prompt (int32 `[P]`), in order."""
-    # Prompts of like length run together, which keeps padding short.
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, Generation] = {}
     with torch.no_grad(), adapter_enabled(model, enabled=adapter):
-        for start in range(0, len(order), ROWS_AT_ONCE):
-            rows = order[start : start + ROWS_AT_ONCE]
+        for rows in _row_groups(model, prompts, sampling):
             answers.update(zip(rows, _continue(model, [prompts[row] for row in rows], sampling), strict=True))
     return tuple(answers[index] for index in range(len(prompts)))
 
 
+def _row_groups(model: TorchModel, prompts: Sequence[Int32], sampling: Sampling) -> list[list[int]]:
+    """Return which prompts are continued together: those of like length, which keeps padding short."""
+
+    limit, together = model.head.rotary_limit, continues_rows(model, prompts)
+
+    def kind(row: int) -> tuple[int, int]:
+        """Return a key: prompts of unequal kinds would change one another's numbers."""
+        length = len(prompts[row])
+        if not together:
+            return 0, row
+        if limit is None:
+            return 0, 0
+        start, end = limit.kinds(np.array([length, length + sampling.max_new_tokens], np.int32)).tolist()
+        # A prompt that crosses the limit on its way does so at its own length, and so may only meet its equals.
+        return (start, 0) if start == end else (-1, length)
+
+    order = sorted(range(len(prompts)), key=lambda row: (kind(row), len(prompts[row])))
+    alike = [list(rows) for _, rows in groupby(order, kind)]
+    return [rows[start : start + ROWS_AT_ONCE] for rows in alike for start in range(0, len(rows), ROWS_AT_ONCE)]
+
+
+def continues_rows(model: TorchModel, prompts: Sequence[Int32]) -> bool:
+    """Return whether prompts can be continued together: measured, the first time that it matters."""
+    if len(prompts) < 2:
+        return True
+    if model.continues_rows is None:
+        # Recurrent layers may take the filling before a prompt for tokens: RWKV does, whatever the mask says.
+        probes = [np.array(tokens, np.int32) % model.head.vocabulary for tokens in PROBE]
+        together = _next_logits(model, probes)
+        alone = torch.cat([_next_logits(model, [probe]) for probe in probes])
+        tolerance = 1e-3 if alone.dtype == torch.float32 else 5e-2
+        model.continues_rows = bool((together - alone).abs().max() <= tolerance * alone.abs().max())
+    return model.continues_rows
+
+
+def _next_logits(model: TorchModel, prompts: list[Int32]) -> Tensor:
+    """Return the logits of each prompt's second new token, `[rows, vocabulary]`, so that the cache takes part."""
+    output = _run(model, prompts, 0, max_new_tokens=2, output_logits=True, return_dict_in_generate=True)
+    logits: Tensor = output.logits[1]
+    return logits
+
+
 def _continue(model: TorchModel, prompts: list[Int32], sampling: Sampling) -> list[Generation]:
     fill = sampling.stop_token_ids[0] if sampling.stop_token_ids else 0
+    draws = [Draw(sampling, prompts)] if sampling.temperature > 0 else []
+    stops = list(sampling.stop_token_ids) or None
+    output = _run(model, prompts, fill, draws, max_new_tokens=sampling.max_new_tokens, eos_token_id=stops)
+    width = max(len(prompt) for prompt in prompts)
+    return [_until_stop(row, sampling) for row in output[:, width:].cpu().numpy().astype(np.int32)]
+
+
+def _run(
+    model: TorchModel, prompts: list[Int32], fill: int, processors: Sequence[LogitsProcessor] = (), **settings: Any
+) -> Any:
+    """Let transformers continue the prompts, and nothing but `settings` decide how."""
+    if model.head.rotary_limit is not None:
+        forget_lengths(model.network)
     tokens, mask = left_padded(prompts, fill)
     network: Any = model.network
-    output = network.generate(
+    return network.generate(
         input_ids=torch.from_numpy(tokens).to(model.device),
         attention_mask=torch.from_numpy(mask).to(model.device),
-        generation_config=GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=False,
-            eos_token_id=list(sampling.stop_token_ids) or None,
-            pad_token_id=fill,
-        ),
-        logits_processor=LogitsProcessorList([Draw(sampling, prompts)] if sampling.temperature > 0 else []),
+        generation_config=GenerationConfig(do_sample=False, pad_token_id=fill, **settings),
+        logits_processor=LogitsProcessorList(processors),
     )
-    return [_until_stop(row, sampling) for row in output[:, tokens.shape[1] :].cpu().numpy().astype(np.int32)]
 
 
 def _until_stop(tokens: Int32, sampling: Sampling) -> Generation:
@@ -58,10 +109,10 @@ def _until_stop(tokens: Int32, sampling: Sampling) -> Generation:
 
 
 class Draw(LogitsProcessor):
-    """Leaves of each row's logits only the token drawn for it.
+    """Sampling as a processor of logits: of each row's logits only the drawn token's is left.
 
-    A row's random numbers come from the seed and its own prompt, so that they do not depend on its neighbours. Nucleus
-    sampling (Holtzman et al. 2020, arXiv 1904.09751): the fewest most likely tokens that together reach `top_p`.
+    A row's random numbers come from the seed and its own prompt, so that they do not depend on its neighbours.
+    transformers' own sampling draws from one generator for all rows.
     """
 
     def __init__(self, sampling: Sampling, prompts: Sequence[Int32]) -> None:
@@ -75,9 +126,14 @@ class Draw(LogitsProcessor):
 
 
 def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """The token that each uniform number in [0, 1) stands for, int64 `[rows, 1]`, for logits `[rows, vocabulary]`."""
+    """Return the token for each uniform number in [0, 1), int64 `[rows, 1]`, for logits `[rows, vocabulary]`.
+
+    Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751): the fewest most likely tokens that together reach
+    `top_p`.
+    """
     likely_first = torch.softmax(logits.float() / sampling.temperature, dim=-1).sort(descending=True, stable=True)
     probabilities, tokens = likely_first
+    # A token is kept if those before it do not reach `top_p` yet: the first is kept whatever `top_p` is.
     before = probabilities.cumsum(-1) - probabilities
     kept = probabilities * (before < sampling.top_p)
     reached = kept.cumsum(-1)
@@ -90,7 +146,7 @@ def _seeds(sampling: Sampling, prompt: Int32) -> np.random.SeedSequence:
 
 
 def left_padded(prompts: list[Int32], fill: int) -> tuple[Int64, Int64]:
-    """Prompts as rows that end together, and the mask that is 0 on the filling before them; both int64 `[rows, P]`."""
+    """Return prompts as rows that end together, and a mask that is 0 on the filling; both int64 `[rows, P]`."""
     width = max(len(prompt) for prompt in prompts)
     tokens, mask = np.full((len(prompts), width), fill, np.int64), np.zeros((len(prompts), width), np.int64)
     for row, prompt in enumerate(prompts):

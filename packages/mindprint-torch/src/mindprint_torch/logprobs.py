@@ -1,11 +1,12 @@
 """Log-probs of chosen tokens, without ever holding logits of more than a stated size.
 
-The output layer sees only the hidden states whose next token counts, a chunk at a time; log-softmax is in float32.
+The output layer sees only the hidden states whose next token counts, a chunk at a time. Log-softmax is in float32.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mindprint.contract import Float32, TokenBatch
-from mindprint.layouts import Layout, forked, sequences
+from mindprint.layouts import Layout, forked, sequences, sequences_apart
 from mindprint_torch.adapter import adapter_enabled
 from mindprint_torch.arrays import on_device
 from mindprint_torch.head import Head
@@ -22,38 +23,44 @@ from mindprint_torch.model import TorchModel
 from mindprint_torch.prompts import row_shape
 
 LOGITS_BYTES = 64 << 20
-"""The most that the float32 logits of one chunk may take. A chunk holds two such arrays at a time."""
+"""The most that the float32 logits of one chunk may take. A chunk holds up to three such arrays at a time."""
 
 ROWS_IN_CACHE = 16
 """Rows of logits that are normalised together on a CPU: few enough that they stay in its cache."""
 
 FUSED_VOCABULARY_CHUNK = 32768
-"""The width of the tiles that TRL's kernel computes; its trainers use the same."""
+"""The width of the tiles that TRL's kernel computes. TRL's trainers use the same."""
 
 
 def log_probs(model: TorchModel, batch: TokenBatch, *, adapter: bool) -> Float32:
-    """Log-probs under the mask, float32 `[rows, T]`, 0 elsewhere."""
+    """Return log-probs under the mask, float32 `[rows, T]`, 0 elsewhere."""
     with torch.no_grad(), adapter_enabled(model, enabled=adapter):
-        return placed_log_probs(model, chosen_layout(model, batch)).cpu().numpy()
+        return placed_log_probs(model, batch_layouts(model, batch)).cpu().numpy()
 
 
-def chosen_layout(model: TorchModel, batch: TokenBatch, *, share_prompts: bool = True) -> Layout:
-    """Prompts that the batch shares once, if that is allowed and possible at this length; else each row whole."""
+def batch_layouts(model: TorchModel, batch: TokenBatch, *, share_prompts: bool = True) -> tuple[Layout, ...]:
+    """Return how the batch is read: prompts once, if that is allowed and possible at this length, else whole rows.
+
+    There are several layouts only where the model's rotary embedding tells rows apart by their length.
+    """
     shares = share_prompts and batch.shared is not None
     if shares and int(batch.lengths.max()) <= model.longest_shared:
-        return forked(batch)
-    return sequences(batch)
+        return (forked(batch),)
+    limit = model.head.rotary_limit
+    return (sequences(batch),) if limit is None else sequences_apart(batch, limit)
 
 
-def placed_log_probs(model: TorchModel, layout: Layout) -> Tensor:
-    """The layout's answers at their places, float32 `layout.shape`, differentiable; 0 where nothing was asked."""
-    flat = torch.zeros(layout.shape[0] * layout.shape[1], dtype=torch.float32, device=model.device)
-    slots = on_device(model.device, layout.slots)
-    return flat.scatter(0, slots, layout_log_probs(model, layout)).view(layout.shape)
+def placed_log_probs(model: TorchModel, layouts: Sequence[Layout]) -> Tensor:
+    """Return log-probs at the places of their tokens, float32 `layout.shape`, differentiable; 0 elsewhere."""
+    rows, width = layouts[0].shape
+    flat = torch.zeros(rows * width, dtype=torch.float32, device=model.device)
+    for layout in layouts:
+        flat = flat.scatter(0, on_device(model.device, layout.slots), layout_log_probs(model, layout))
+    return flat.view(rows, width)
 
 
 def layout_log_probs(model: TorchModel, layout: Layout) -> Tensor:
-    """The layout's answers in the order of its questions, float32 `[n]`, differentiable."""
+    """Return the log-prob of each of the layout's targets, float32 `[n]`, differentiable."""
     if not len(layout.sources):
         return torch.zeros(0, device=model.device)
     shape = row_shape(layout, model.device, model.network.dtype)
@@ -63,28 +70,28 @@ def layout_log_probs(model: TorchModel, layout: Layout) -> Tensor:
 
 
 def head_log_probs(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    """`log softmax(head(hidden))[targets]`, float32 `[n]`, for hidden states `[n, hidden]` and targets `[n]`."""
+    """Return `log softmax(head(hidden))[targets]`, float32 `[n]`, for hidden states `[n, hidden]`, targets `[n]`."""
     if head.trainable:
         return _checkpointed(head, hidden, targets)
     if head.plain and fused_head_usable(hidden.device):
         return fused_log_probs(head.layer, hidden, targets)
-    answers: Tensor = _FrozenHead.apply(hidden, targets, head)  # type: ignore[no-untyped-call]
-    return answers
+    values: Tensor = _FrozenHead.apply(hidden, targets, head)  # type: ignore[no-untyped-call]
+    return values
 
 
 def fused_head_usable(device: torch.device) -> bool:
-    """Whether TRL's fused LM head runs as Triton kernels here."""
+    """Return whether TRL's fused LM head runs as Triton kernels here."""
     return device.type == "cuda" and _has_fused_head()
 
 
 def fused_log_probs(layer: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """As `head_log_probs` for an output layer alone, by TRL's fused head: `[n, vocabulary]` never exists."""
+    """Compute as `head_log_probs` for an output layer alone, by TRL's fused head: `[n, vocabulary]` never exists."""
     from trl.kernels import ChunkedLogProbFunction  # noqa: PLC0415  (imported only where it is used)
 
-    answers: tuple[Tensor, ...] = ChunkedLogProbFunction.apply(  # type: ignore[no-untyped-call]
+    outputs: tuple[Tensor, ...] = ChunkedLogProbFunction.apply(  # type: ignore[no-untyped-call]
         hidden, layer.weight, layer.bias, targets, 1.0, FUSED_VOCABULARY_CHUNK, None, 1.0, ("log_probs",)
     )
-    return answers[0]
+    return outputs[0]
 
 
 @cache
@@ -92,10 +99,18 @@ def _has_fused_head() -> bool:
     return importlib.util.find_spec("triton") is not None and importlib.util.find_spec("trl.kernels") is not None
 
 
+def log_softmax_at(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the log-softmax of float32 logits `[n, vocabulary]` at the targets `[n]`, `[n]`, differentiable."""
+    # Not `torch.log_softmax`: on a CPU it adds one exponential after another, and of 262,144 small ones many are lost
+    # next to the sum so far, which made log-probs too high by 2.8e-5 on average. `torch.sum` adds in a tree.
+    # Shifted by the target, not by the greatest: a log-prob near 0 is then not rounded to the spacing of large logits.
+    return -torch.logsumexp(logits - logits.gather(1, targets[:, None]), dim=1)
+
+
 class _FrozenHead(torch.autograd.Function):
     """Log-probs through a head that is not trained.
 
-    Each row has one answer, so its gradient by the hidden state is known up to one factor in the forward pass: it is
+    Each row has one log-prob, so its gradient by the hidden state is known up to one factor in the forward pass. It is
     computed there, while the chunk's logits exist, and the backward pass only multiplies. No logits are kept and none
     are computed twice.
     """
@@ -105,10 +120,10 @@ class _FrozenHead(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return torch.cat([_chunk_log_probs(head, *chunk) for chunk in _chunks(head, hidden, targets)])
         done = [_with_gradient(head, *chunk) for chunk in _chunks(head, hidden, targets)]
-        answers, gradients = zip(*done, strict=True)
+        values, gradients = zip(*done, strict=True)
         ctx.save_for_backward(torch.cat(gradients))
         ctx.dtype = hidden.dtype
-        return torch.cat(answers)
+        return torch.cat(values)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
@@ -117,63 +132,64 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def _with_gradient(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs `[n]` and their gradients by the hidden states, float32 `[n, hidden]`."""
+    """Return log-probs `[n]` and their gradients by the hidden states, float32 `[n, hidden]`."""
     if head.plain:
         return _plain_with_gradient(head, hidden, targets)
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
         logits = head(hidden)
-    all_log_probs = torch.log_softmax(logits.detach().float(), dim=-1)
-    answers = all_log_probs.gather(1, targets[:, None]).squeeze(1)
-    # The gradient by the logits, one-hot(target) - softmax, in place of the log-probs: the largest arrays here.
-    by_logits = all_log_probs.exp_().neg_()
-    by_logits.scatter_add_(1, targets[:, None], torch.ones_like(answers)[:, None])
+    # A copy, since autograd may need the logits themselves, as it does those that a cap has bent.
+    by_logits = logits.detach().to(torch.float32, copy=True)
+    values = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    _replace_by_gradient(by_logits, targets, values)
     scale = _gradient_scale(logits.dtype)
-    (gradient,) = torch.autograd.grad(logits, hidden, by_logits.mul_(scale).to(logits.dtype))
-    return answers, gradient.float().div_(scale)
+    (gradient,) = torch.autograd.grad(logits, hidden, by_logits.mul_(-scale).to(logits.dtype))
+    return values, gradient.float().div_(scale)
 
 
 def _plain_with_gradient(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_with_gradient` where the head is its output layer: no graph, and one array of float32 logits."""
+    """Compute as `_with_gradient` where the head is its output layer: no graph, and one array of float32 logits."""
     layer: Any = head.layer
     weight: Tensor = layer.weight
     logits = head(hidden).float()
-    answers = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    values = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     together = ROWS_IN_CACHE if hidden.device.type == "cpu" else len(targets)
     for start in range(0, len(targets), together):
         rows = slice(start, start + together)
-        _by_logits(logits[rows], targets[rows], answers[rows])
+        _replace_by_gradient(logits[rows], targets[rows], values[rows])
     scale = _gradient_scale(weight.dtype)
     by_logits = logits if scale == 1.0 else logits.mul_(scale)
-    return answers, (by_logits.to(weight.dtype) @ weight).float().div_(-scale)
+    return values, (by_logits.to(weight.dtype) @ weight).float().div_(-scale)
 
 
-def _by_logits(logits: Tensor, targets: Tensor, answers: Tensor) -> None:
-    """Write the log-probs of the targets, and softmax - one-hot(target) in place of the logits."""
+def _replace_by_gradient(logits: Tensor, targets: Tensor, values: Tensor) -> None:
+    """Write the log-probs of the targets into `values`, and softmax - one-hot(target) in place of the logits."""
+    # d log p(target) / d logits = one-hot(target) - softmax. In place, since these are the largest arrays of a step.
     places = targets[:, None]
     logits.sub_(logits.amax(dim=1, keepdim=True))
     chosen = logits.gather(1, places)
     logits.exp_()
     total = logits.sum(dim=1, keepdim=True)
-    answers.copy_((chosen - total.log()).squeeze(1))
+    values.copy_((chosen - total.log()).squeeze(1))
     logits.div_(total)
     logits.scatter_add_(1, places, torch.full_like(chosen, -1.0))
 
 
 def _gradient_scale(dtype: torch.dtype) -> float:
-    """float16 holds nothing below 6e-8: small probabilities of a large vocabulary pass through it scaled."""
+    """Return a factor under which small probabilities of a large vocabulary pass through the dtype."""
+    # float16 holds no magnitude below 6e-8, and a token of 262,144 has 4e-6 on average, most of them far less.
     return 256.0 if dtype == torch.float16 else 1.0
 
 
 def _checkpointed(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    """As `head_log_probs` where the head itself is trained: logits are computed again in the backward pass."""
+    """Compute as `head_log_probs` where the head is trained: logits are computed again in the backward pass."""
     return torch.cat(
         [checkpoint(_chunk_log_probs, head, *chunk, use_reentrant=False) for chunk in _chunks(head, hidden, targets)]
     )
 
 
 def _chunk_log_probs(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    return torch.log_softmax(head(hidden).float(), dim=-1).gather(1, targets[:, None]).squeeze(1)
+    return log_softmax_at(head(hidden).float(), targets)
 
 
 def _chunks(head: Head, hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -1,8 +1,8 @@
 """LoRA layers in one piece: the base product, the low-rank one added in place, and a backward pass for nothing else.
 
 PEFT's own layer computes the same in eight steps, most of which write an array of the output's size: the low-rank
-product, its scaled copy, the sum, and their gradients. Here the low-rank products go straight into the base's, and what
-is kept for the backward pass is the input and its product with A, `[tokens, r]`.
+product, its scaled copy, the sum, and their gradients. Here the low-rank products go straight into the base's. The
+input and its product with A, `[tokens, r]`, are all that is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 NAME = "default"
+"""PEFT's name for the one adapter that a model has."""
+
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
 """float16 stays with PEFT, which takes the low-rank products in float32: their gradients could overflow."""
 
 
-def fuse(layers: Iterable[lora.LoraLayer]) -> None:
-    """Have every layer that is a plain linear layer with plain LoRA answer in one piece.
+def fuse_lora(layers: Iterable[lora.LoraLayer]) -> None:
+    """Make every plain linear layer with plain LoRA compute in one piece.
 
-    Transposed layers, embeddings and other dtypes keep PEFT's own way.
+    Transposed layers, embeddings and other dtypes keep PEFT's own forward pass.
     """
     for layer in layers:
         if is_fusible(layer):
@@ -31,7 +33,7 @@ def fuse(layers: Iterable[lora.LoraLayer]) -> None:
 
 
 def is_fusible(layer: Any) -> TypeGuard[lora.Linear]:
-    """Whether this is PEFT's layer around a plain linear layer, with plain LoRA."""
+    """Return whether this is PEFT's layer around a plain linear layer, with plain LoRA."""
     if type(layer) is not lora.Linear:
         return False
     base = layer.get_base_layer()
@@ -42,17 +44,18 @@ def _forward(layer: lora.Linear, x: Tensor) -> Tensor:
     base: Any = layer.base_layer
     if layer.disable_adapters:
         return base(x)  # type: ignore[no-any-return]
+    # Dropout acts on the input of A alone, so that the base's product and A's no longer share it: PEFT's way then.
     if layer.lora_dropout[NAME].training:
         return type(layer).forward(layer, x)
     a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-    answer: Tensor = LoraProduct.apply(x, base.weight, base.bias, a, b, layer.scaling[NAME])  # type: ignore[no-untyped-call]
-    return answer
+    output: Tensor = LoraProduct.apply(x, base.weight, base.bias, a, b, layer.scaling[NAME])  # type: ignore[no-untyped-call]
+    return output
 
 
 class LoraProduct(torch.autograd.Function):
     """`x W^T + bias + scale (x A^T) B^T` for `x` `[..., in]`, a frozen `W` `[out, in]`, A `[r, in]` and B `[out, r]`.
 
-    All products are in the dtype of `x`; A, B and their gradients are float32.
+    All products are in the dtype of `x`. A, B and their gradients are float32.
     """
 
     @staticmethod
@@ -60,14 +63,23 @@ class LoraProduct(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         a, b = a.to(x.dtype), b.to(x.dtype)
         low = rows @ a.T
-        answer = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
-        answer.addmm_(low, b.T, alpha=scale)
+        # The output is allocated in its final shape and filled through a view. Were it returned as a view, autograd
+        # would refuse models that change it in place, as OLMo does with `clip_qkv` and Gemma 3n with its keys.
+        output = x.new_empty(*x.shape[:-1], weight.shape[0])
+        flat = output.view(-1, weight.shape[0])
+        if bias is None:
+            torch.mm(rows, weight.T, out=flat)
+        else:
+            torch.addmm(bias, rows, weight.T, out=flat)
+        flat.addmm_(low, b.T, alpha=scale)
         ctx.save_for_backward(rows, low, weight, a, b)
         ctx.scale = scale
-        return answer.view(*x.shape[:-1], -1)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        # With y = x W^T + s (x A^T) B^T and g = dL/dy: dL/dx = g W + s (g B) A, dL/dA = s (g B)^T x and
+        # dL/dB = s g^T (x A^T). `by_low` is s (g B), which two of them share.
         rows, low, weight, a, b = ctx.saved_tensors
         gradient = outer[0].reshape(-1, outer[0].shape[-1])
         by_low = (gradient @ b).mul_(ctx.scale)

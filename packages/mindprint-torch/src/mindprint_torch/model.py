@@ -1,4 +1,4 @@
-"""Loading a base through transformers, and the handle that core holds."""
+"""A base that transformers loads, and the handle that core holds."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from mindprint_torch.head import Head, embedding_layer, read_head
 from mindprint_torch.lora import NAME
 from mindprint_torch.optimizer import Optimizer
 from mindprint_torch.prompts import longest_shared
+from mindprint_torch.rope import read_rotary_limit
 from mindprint_torch.sites import list_sites
 
 TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
@@ -41,8 +42,9 @@ LOAD_FAILURES = (
     AttributeError,
     ImportError,
     SafetensorError,
+    SystemExit,
 )
-"""What transformers raises for folders that it cannot load."""
+"""The errors that transformers and its model classes raise for folders that they cannot load."""
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Adapter:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """A and B of each site in turn."""
+        """A and B of each site in turn, in the order of `layers`."""
         return [factor for layer in self.layers.values() for factor in layer_factors(layer)]
 
     @property
@@ -67,7 +69,7 @@ class Adapter:
 
 
 def layer_factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """The parameters A `[r, in]` and B `[out, r]` of one site."""
+    """Return the parameters A `[r, in]` and B `[out, r]` of one site."""
     if NAME in layer.lora_embedding_A:
         return layer.lora_embedding_A[NAME], layer.lora_embedding_B[NAME]
     a: Any = layer.lora_A[NAME]
@@ -77,9 +79,11 @@ def layer_factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class TorchModel:
-    """One loaded base and, once injected, its adapter. `base` are the base's own weights, by their names at loading.
+    """A loaded base and, once injected, its adapter.
 
-    `longest_shared` is the longest sequence whose prompt can be read once for both of its completions (`prompts.py`).
+    `base` are the base's weights, by their names at loading. `longest_shared` is the longest sequence whose prompt can
+    be read once for both of its completions (`prompts.py`). `continues_rows` says whether prompts of unlike lengths
+    can be continued together, and is None until that is measured (`generation.py`).
     """
 
     network: PreTrainedModel
@@ -90,17 +94,22 @@ class TorchModel:
     base: Mapping[str, Tensor]
     longest_shared: int
     adapter: Adapter | None = None
+    continues_rows: bool | None = None
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
-    """Load the folder `spec.path` frozen, in evaluation mode. Raises `ModelError` with one line if it cannot be."""
+    """Load the folder `spec.path` frozen, in evaluation mode.
+
+    Raises:
+        ModelError: With one line that names the folder, if it cannot be loaded or does not run.
+    """
     config = _read_config(spec)
     network, notes = _read_weights(spec, config)
     network.eval().requires_grad_(False)
     # The folder's own sampling defaults must not leak into ours.
     network.generation_config = GenerationConfig()
     with _naming(spec.path):
-        head = read_head(network)
+        head = read_head(network, read_rotary_limit(network))
     model = TorchModel(
         network=network,
         head=head,
@@ -174,14 +183,14 @@ def _read_weights(spec: ModelSpec, config: PreTrainedConfig) -> tuple[PreTrained
 
 
 def _attention(config: PreTrainedConfig) -> tuple[str | None, tuple[str, ...]]:
-    """The attention implementation to ask for; None lets transformers take SDPA where the architecture has it."""
+    """Return the attention implementation to ask for; None lets transformers take SDPA where a class has it."""
     if getattr(config.get_text_config(), "attn_logit_softcapping", None) is None:
         return None, ()
     return "eager", ("attention is computed eagerly: SDPA cannot cap its scores as this model's config asks",)
 
 
 def _check_complete(path: str, report: Mapping[str, Any]) -> None:
-    """transformers initialises what it misses at random, and goes on."""
+    # transformers fills missing weights with random numbers, warns, and continues: here that is an error.
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(f"{path}: {len(missing)} weights are missing from the files: {_listed(missing)}")
@@ -199,16 +208,16 @@ def _listed(names: list[str]) -> str:
 
 
 def _weights(network: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, tied ones once."""
-    found: dict[int, tuple[str, Tensor]] = {}
+    """Return parameters and persistent buffers by name, tied ones once."""
+    weights: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in network.state_dict(keep_vars=True).items():
-        found.setdefault(id(tensor), (name, tensor.detach()))
-    return dict(found.values())
+        weights.setdefault(id(tensor), (name, tensor.detach()))
+    return dict(weights.values())
 
 
 @contextmanager
 def _loading(path: str) -> Iterator[None]:
-    """Say what goes wrong in one line, and nothing else: no progress bars, no load report."""
+    """Turn every failure into one line, and keep transformers quiet: no progress bars, no load report."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -229,7 +238,7 @@ def _loading(path: str) -> Iterator[None]:
 
 @contextmanager
 def _naming(path: str) -> Iterator[None]:
-    """Name the folder in whatever goes wrong when the loaded model first runs."""
+    """Name the folder in every error of the loaded model's first run."""
     try:
         yield
     except ModelError as error:

@@ -15,7 +15,7 @@ from mindprint.loss_scale import next_loss_scale
 
 @dataclass(frozen=True)
 class Applied:
-    """What `Optimizer.step` did: the global gradient norm before clipping, and whether no update was applied."""
+    """The outcome of `Optimizer.step`: the global gradient norm before clipping, and whether the update was skipped."""
 
     grad_norm: float
     skipped: bool
@@ -24,7 +24,7 @@ class Applied:
 class Optimizer:
     """`torch.optim.AdamW` over the adapter's factors, all in float32, with one step count for all of them.
 
-    `loss_scale` is None unless losses are to be scaled before their backward pass (float16); core's rule changes it.
+    `loss_scale` is None unless losses are to be scaled before their backward pass (float16). Core's rule changes it.
     """
 
     def __init__(self, parameters: Sequence[Tensor], *, loss_scale: float | None = None) -> None:
@@ -34,6 +34,7 @@ class Optimizer:
         self._adamw = torch.optim.AdamW(self.parameters, lr=0.0, fused=_can_fuse(self.parameters))
 
     def scaled(self, loss: Tensor) -> Tensor:
+        """Return the loss to differentiate."""
         return loss if self.loss_scale is None else loss * self.loss_scale
 
     def step(self, update: Update) -> Applied:
@@ -41,6 +42,7 @@ class Optimizer:
         gradients = self._take_gradients()
         norm = get_total_norm(gradients, error_if_nonfinite=False)
         grad_norm = float(norm)
+        # Only scaled gradients are expected to overflow. Without a scale, core sees the norm and stops the run.
         skipped = self.loss_scale is not None and not torch.isfinite(norm).item()
         if not skipped:
             if update.max_grad_norm is not None:
@@ -52,12 +54,12 @@ class Optimizer:
         return Applied(grad_norm, skipped)
 
     def moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
-        """First and second moment of a parameter, in its shape. Only after the first update."""
+        """Return first and second moment of a parameter, in its shape. There are none before the first update."""
         state = self._adamw.state[parameter]
         return state["exp_avg"], state["exp_avg_sq"]
 
     def restore(self, moments: Sequence[tuple[Tensor, Tensor]], steps: int) -> None:
-        """Go on from moments, one pair a parameter in the order of `parameters`; with none, start anew."""
+        """Continue from moments, one pair a parameter in the order of `parameters`, or from scratch without any."""
         self._adamw.state.clear()
         self._adamw.zero_grad(set_to_none=True)
         self.steps = steps if moments else 0
@@ -69,8 +71,10 @@ class Optimizer:
             }
 
     def _take_gradients(self) -> list[Tensor]:
-        """All gradients, unscaled. A factor that took no part has gradient 0, as in a functional framework."""
+        """Return all gradients, unscaled."""
         for parameter in self.parameters:
+            # A factor that took no part has gradient 0, as in a functional framework: torch's AdamW would skip it, and
+            # its moments would not decay.
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -80,6 +84,7 @@ class Optimizer:
         return gradients
 
     def _apply(self, update: Update) -> None:
+        # Core's schedule and settings come with every update; torch keeps them in its groups.
         for group in self._adamw.param_groups:
             group["lr"] = update.learning_rate
             group["betas"] = update.optimizer.betas
@@ -89,6 +94,7 @@ class Optimizer:
         self.steps += 1
 
     def _step_device(self, parameter: Tensor) -> torch.device:
+        # torch keeps the step count on the CPU, except for its fused kernel.
         return parameter.device if self._adamw.defaults["fused"] else torch.device("cpu")
 
 

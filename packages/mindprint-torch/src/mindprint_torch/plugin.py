@@ -1,4 +1,4 @@
-"""The hooks, one line each. No framework is imported before a hook is called."""
+"""The hooks, one call each. No framework is imported before a hook is called, so that naming the plugin is cheap."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def mindprint_adapter_sites(model: TorchModel) -> Sequence[AdapterSite]:
 
 @hookimpl
 def mindprint_base_digest(model: TorchModel) -> str:
-    from mindprint_torch.digest import weights_digest
+    from mindprint_torch.digest import base_digest
 
-    return weights_digest(model.base)
+    return base_digest(model)
 
 
 @hookimpl

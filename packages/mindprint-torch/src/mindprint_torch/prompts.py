@@ -1,8 +1,9 @@
-"""Whether and how a model reads a prompt once for both of its completions: one row, a mask and positions of its own.
+"""Prompts that are read once for both of their completions, in one row with a mask and positions that we make.
 
-transformers' models take both, and hand a mask of four dimensions on as it is; but not all of them do. Some make their
+transformers' models take both, and hand a mask of four dimensions on as it is. But not all of them do: some make their
 own positions (ALiBi), some have no attention to mask (recurrent layers), some cut it to a window that a given mask
-replaces. So what can be shared is measured when the model is loaded, and bounded by the windows of its configuration.
+replaces. So loading a model measures whether it can share prompts. The windows of its configuration bound the length,
+and so does a rotary embedding that depends on the length of its input.
 """
 
 from __future__ import annotations
@@ -19,29 +20,31 @@ from mindprint_torch.arrays import on_device
 from mindprint_torch.head import Head, embedding_layer
 
 WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "window_size", "attention_chunk_size")
-"""What configurations call the number of tokens that a layer sees at most."""
+"""Configurations' names for the number of tokens that a layer sees at most."""
 
 UNLIMITED = sys.maxsize
 
 
 @torch.no_grad()
 def longest_shared(model: PreTrainedModel, head: Head) -> int:
-    """The longest sequence whose prompt this model can share between completions, in tokens; 0 if it cannot at all."""
+    """Return the longest sequence whose prompt this model can share between completions, in tokens; 0 if none."""
     batch = sharing_probe(embedding_layer(model).num_embeddings)
-    plain, shared = sequences(batch), forked(batch)
-    expected = _answers(head, plain)
+    whole, shared = sequences(batch), forked(batch)
+    expected = _asked_states(head, whole)
     try:
-        answered = _answers(head, shared)
+        states = _asked_states(head, shared)
     except Exception:  # noqa: BLE001  a class that cannot take a mask or positions may fail in any way
         return 0
     tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
-    if (answered - expected).abs().max() > tolerance * expected.abs().max():
+    if (states - expected).abs().max() > tolerance * expected.abs().max():
         return 0
-    return min(_windows(model.config), default=UNLIMITED)
+    # Above a rotary limit the two sequences of a row may be of different kinds. Positions decide, not the row's width.
+    limits = [] if head.rotary_limit is None else [head.rotary_limit.positions]
+    return min(_windows(model.config) + limits, default=UNLIMITED)
 
 
 def row_shape(layout: Layout, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the model's body needs beside the tokens to read a layout's rows as they are meant."""
+    """Return the arguments that the model's body needs, in addition to the tokens, to read a layout's rows."""
     if not isinstance(layout, Forked):
         return {}
     parts = on_device(device, layout.parts)
@@ -50,8 +53,8 @@ def row_shape(layout: Layout, device: torch.device, dtype: torch.dtype) -> dict[
     return {"position_ids": on_device(device, layout.positions), "attention_mask": mask}
 
 
-def _answers(head: Head, layout: Layout) -> Tensor:
-    """The hidden states that a layout asks, `[n, hidden]`."""
+def _asked_states(head: Head, layout: Layout) -> Tensor:
+    """Return the hidden states from which a layout's targets are predicted, `[n, hidden]`."""
     device = head.model.device
     shape = row_shape(layout, device, head.model.dtype)
     states = head.hidden_states(on_device(device, layout.tokens), **shape)
@@ -60,5 +63,5 @@ def _answers(head: Head, layout: Layout) -> Tensor:
 
 def _windows(config: PreTrainedConfig) -> list[int]:
     text: Any = config.get_text_config()
-    found = [getattr(text, name, None) for name in WINDOWS]
-    return [window for window in found if isinstance(window, int) and window > 0]
+    windows = [getattr(text, name, None) for name in WINDOWS]
+    return [window for window in windows if isinstance(window, int) and window > 0]

@@ -1,7 +1,7 @@
-"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): of each layer only what goes in is kept.
+"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): of each layer only its input is kept.
 
-transformers' own switch works in training mode alone, in which a model drops out what its configuration says; here the
-layers stay in evaluation mode, and only the adapter's dropout, if any, is drawn again as it was.
+transformers' own switch works in training mode alone, in which a model also applies the base's dropout. Here the layers
+stay in evaluation mode, and only the adapter's dropout, if any, is drawn again as it was.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 @contextmanager
 def recomputed(network: nn.Module, *, enabled: bool) -> Iterator[None]:
-    """Within this context, backward passes included, activations within a layer are computed again, not kept."""
+    """Compute the activations within a layer again in backward passes of this context, instead of keeping them."""
     layers = [layer for layer in network.modules() if enabled and isinstance(layer, GradientCheckpointingLayer)]
     for layer in layers:
+        # On the instance, as PEFT and `lora.py` do, so that removing the attribute restores the class's.
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         yield

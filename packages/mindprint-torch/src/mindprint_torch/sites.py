@@ -12,19 +12,20 @@ from mindprint.contract import AdapterSite
 from mindprint_torch.head import embedding_layer
 
 BYPASSED = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), "out_proj")
-"""Layers whose weight Mamba's fused kernels read directly: LoRA would do nothing there, and PEFT refuses them."""
+"""Layers whose weight Mamba's fused kernels read directly. LoRA would do nothing there, and PEFT refuses them."""
 
 
 def list_sites(network: PreTrainedModel) -> tuple[AdapterSite, ...]:
-    """Linear layers (GPT-2's transposed ones included) and the token embedding, in the model's order.
+    """Return the linear layers (GPT-2's transposed ones included) and the token embedding, in the model's order.
 
-    Experts that transformers keeps as one stacked parameter are not listed: this backend does not adapt them.
+    Experts that transformers keeps as one stacked parameter are not among them: this backend does not adapt them.
     """
     return tuple(_sites(network))
 
 
 def _sites(network: PreTrainedModel) -> Iterator[AdapterSite]:
     embedding, bypassed = embedding_layer(network), BYPASSED.get(network.config.model_type)
+    # The order of modules is the order of tensors in adapter files, and so the same on every machine.
     for name, module in network.named_modules():
         if module is embedding and isinstance(module, nn.Embedding):
             yield AdapterSite(name, "embedding", module.num_embeddings, module.embedding_dim)

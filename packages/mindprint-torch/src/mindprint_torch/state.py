@@ -12,21 +12,22 @@ from mindprint_torch.model import Adapter, TorchModel, layer_factors
 
 
 def save(model: TorchModel) -> TrainingState:
-    """Copies of the adapter, its moments and AdamW's step count."""
+    """Return copies of the adapter, its moments and AdamW's step count."""
     adapter = require_adapter(model)
     return TrainingState(
         adapter=AdapterState(adapter.config, read_factors(adapter)),
-        first_moments=_moments(adapter, 0),
-        second_moments=_moments(adapter, 1),
+        first_moments=_read_moments(adapter, 0),
+        second_moments=_read_moments(adapter, 1),
         optimizer_steps=adapter.optimizer.steps,
         loss_scale=adapter.optimizer.loss_scale,
     )
 
 
 def restore(model: TorchModel, state: TrainingState) -> None:
-    """Go on from `state`, whichever backend saved it; without moments the optimizer starts anew.
+    """Continue from `state`, whichever backend saved it. Without moments the optimizer starts from scratch.
 
-    Raises `AdapterError` if the state is of another adapter configuration than the injected one.
+    Raises:
+        AdapterError: If the state is of another adapter configuration than the injected one.
     """
     adapter = require_adapter(model)
     if state.adapter.config != adapter.config:
@@ -36,7 +37,7 @@ def restore(model: TorchModel, state: TrainingState) -> None:
     adapter.optimizer.loss_scale = _loss_scale(model, state)
 
 
-def _moments(adapter: Adapter, which: int) -> dict[str, LoraFactors]:
+def _read_moments(adapter: Adapter, which: int) -> dict[str, LoraFactors]:
     if not adapter.optimizer.steps:
         return {}
     return {
@@ -46,7 +47,7 @@ def _moments(adapter: Adapter, which: int) -> dict[str, LoraFactors]:
 
 
 def _moment_pairs(adapter: Adapter, state: TrainingState) -> list[tuple[Tensor, Tensor]]:
-    """First and second moment of A, then of B, of each site in turn: the order of the adapter's parameters."""
+    """Return first and second moment of A, then of B, of each site in turn: the order of the adapter's parameters."""
     if not state.first_moments:
         return []
     return [
@@ -57,5 +58,6 @@ def _moment_pairs(adapter: Adapter, state: TrainingState) -> list[tuple[Tensor, 
 
 
 def _loss_scale(model: TorchModel, state: TrainingState) -> float | None:
+    # The state may come from a run in another dtype, on another backend: only float16 here needs a scale.
     initial = initial_loss_scale(model.dtype)
     return initial if initial is None or state.loss_scale is None else state.loss_scale
