@@ -263,7 +263,7 @@ DEFECTS = (
     defect(
         "pairs reported in another order",
         "pairs_one_by_one_are_pairs_together",
-        ("zip(*reported, strict=True)", "zip(*reported[::-1], strict=True)"),
+        ("np.concatenate(reported, axis=1)", "np.concatenate(reported[::-1], axis=1)"),
     ),
     # State.
     defect(

@@ -127,7 +127,7 @@ def mindprint_sft_step(model: HelloModel, batches: Sequence[TokenBatch], update:
 def mindprint_dpo_step(
     model: HelloModel, batches: Sequence[PreferenceBatch], loss: PreferenceLoss, update: Update
 ) -> StepMetrics:
-    total, gradients, reported = 0.0, _zeros(model), []
+    total, gradients, reported = 0.0, _zeros(model), [np.zeros((2, 0))]
     for batch in batches:
         layout = preference_rows(batch)
         mask = np.zeros(layout.tokens.shape, np.bool_)
@@ -137,10 +137,10 @@ def mindprint_dpo_step(
         value, slopes = _preference(loss, batch, chosen, rejected, update)
         total += value
         pass_.add_gradients(gradients, mask * slopes[:, None])
-        reported.append((chosen, rejected))
+        reported.append(np.stack([chosen, rejected]))
     norm = _apply(model, gradients, update)
-    sides = [np.concatenate(side).astype(np.float32) for side in zip(*reported, strict=True)]
-    return StepMetrics(total, norm, chosen_log_probs=sides[0], rejected_log_probs=sides[1])
+    sums = np.concatenate(reported, axis=1).astype(np.float32)
+    return StepMetrics(total, norm, chosen_log_probs=sums[0], rejected_log_probs=sums[1])
 
 
 @hookimpl

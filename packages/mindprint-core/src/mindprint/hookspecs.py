@@ -162,7 +162,8 @@ def mindprint_sft_step(  # type: ignore[empty-body]
 
     Args:
         model: The handle, with an adapter.
-        batches: The micro-batches. Their numbers of rows and widths vary from step to step.
+        batches: The micro-batches. Their numbers of rows and widths vary from step to step. With none, as on a rank
+            that got none, loss and gradient are 0, and the update is applied.
         update: The step's settings and global normalizers.
 
     Returns:
@@ -181,7 +182,8 @@ def mindprint_dpo_step(  # type: ignore[empty-body]
 
     Args:
         model: The handle, with an adapter.
-        batches: The micro-batches. Their numbers of pairs and widths vary from step to step.
+        batches: The micro-batches. Their numbers of pairs and widths vary from step to step. With none, as on a rank
+            that got none, loss and gradient are 0, there are no log-probs, and the update is applied.
         loss: The loss. Differentiate `loss.total(...)` and define no loss in the backend.
         update: The step's settings and global normalizers.
 

@@ -106,6 +106,27 @@ class Sft:
         nothing = bench.sft_step(bench.ready(), empty)
         assert (nothing.loss, nothing.grad_norm) == (0.0, 0.0)
 
+    def test_a_step_without_micro_batches_is_an_update_without_gradient(self, bench: Bench) -> None:
+        """Where a rank got no micro-batch: loss and gradient 0, no log-probs, and AdamW's update all the same.
+
+        If it fails: the sum over no micro-batches is an error, or the update is left out, so that one rank's step count
+        and moments differ from the others'. Moments decay by beta1 and beta2.
+        """
+        for preference in (False, True):
+            model = bench.ready()
+            bench.sft_step(model, bench.token_batch())
+            before = reference.flat(bench.backend.save(model).first_moments)
+            metrics = bench.dpo_step(model) if preference else bench.sft_step(model)
+            assert (metrics.loss, metrics.grad_norm, metrics.skipped) == (0.0, 0.0, False)
+            if preference:
+                assert metrics.chosen_log_probs is not None
+                assert metrics.rejected_log_probs is not None
+                assert metrics.chosen_log_probs.size == metrics.rejected_log_probs.size == 0
+            state = bench.backend.save(model)
+            assert state.optimizer_steps == 2
+            for name, values in reference.flat(state.first_moments).items():
+                np.testing.assert_allclose(values, 0.9 * before[name], rtol=1e-5, atol=1e-12)
+
     def test_training_lowers_the_loss_and_leaves_the_base_alone(self, bench: Bench) -> None:
         """Twelve steps on one batch: the loss falls by a tenth and more, and without the adapter nothing changed.
 
