@@ -1,4 +1,4 @@
-"""DPO, MLX: Mindprint beside mlx-lm-lora's DPO.
+"""DPO, MLX: Mindprint next to mlx-lm-lora's DPO.
 
     python benchmarks/dpo_mlx.py [--alone] [--turns 5] [--shapes 147+73 32+200 ragged]
 

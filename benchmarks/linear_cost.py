@@ -1,4 +1,4 @@
-"""What a step costs by the length of its sequences: seconds a token up to `max_length`, as a plot in text.
+"""The cost of a step by the length of its sequences: seconds a token up to `max_length`, as a plot in text.
 
     python benchmarks/linear_cost.py [--backend torch] [--max-length 1024] [--rows 2] [--repeats 3]
 
@@ -34,14 +34,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work.write_model(Path(folder))
         step = stepper(arguments.backend, Path(folder), arguments.rows)
-        step(lengths[-1])
-        found = [[step(length) for length in lengths] for _ in range(arguments.repeats)]
-    seconds = [statistics.median(column) for column in zip(*found, strict=True)]
+        step(lengths[-1])  # the longest first, untimed: it fills caches and memory pools
+        rounds = [[step(length) for length in lengths] for _ in range(arguments.repeats)]
+    seconds = [statistics.median(column) for column in zip(*rounds, strict=True)]
     for length, second in zip(lengths, seconds, strict=True):
         bar = "#" * round(WIDTH * second / max(seconds))
         print(
             f"{length:6d} tokens a row {second:7.3f} s {1000 * second / length / arguments.rows:6.2f} ms/token  {bar}"
         )
+    # Attention is quadratic: how little a straight line leaves unexplained says how little that matters here.
     slope, start = np.polyfit(lengths, seconds, 1)
     rest = np.asarray(seconds) - (slope * np.asarray(lengths) + start)
     explained = 1 - rest.var() / np.var(seconds)
@@ -49,7 +50,7 @@ def main() -> None:
 
 
 def stepper(backend_name: str, folder: Path, rows: int) -> Callable[[int], float]:
-    """A function that takes an SFT step on rows of a length and says how long it took."""
+    """Return a function that takes an SFT step on rows of a length and returns its seconds."""
     backend, model = contestants.loaded(backend_name, folder)
 
     def step(length: int) -> float:

@@ -1,4 +1,4 @@
-"""What core adds to a backend's bare step: batches, guards, metrics, checkpoints.
+"""The time that core adds to a backend's bare step: batches, guards, metrics, checkpoints.
 
     python benchmarks/loop_overhead.py [--backend torch] [--model FOLDER] [--steps 100]
 
@@ -31,7 +31,7 @@ SAVES_OF_THE_UPDATE_GUARD = 2
 
 
 class Clock:
-    """Adds up how long each kind of work took, and how often it was done."""
+    """A sum of the time of each kind of work, and of how often it was done."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -54,6 +54,7 @@ class Clock:
 
         return call
 
+    # A hook wrapper around each hook: it sees the time of the backend alone.
     def _wrapped(self, kind: str) -> Generator[None, Any, Any]:
         started = perf_counter()
         try:
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of each stage of each topic")
     arguments = parser.parse_args()
     clock = Clock()
+    # Guards are functions of core's, not hooks: they are timed by replacing them in their module.
     for name in [name for name in vars(guards) if name.startswith("check_")]:
         setattr(guards, name, clock.timed("guard", getattr(guards, name)))
     steps, stages, count = 0.0, 0.0, 0
@@ -106,11 +108,12 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         mindprint.train(config, run=Path(folder) / "run", on_event=add, observers=[clock])
+    # The saves of the update guard are hooks: they are counted in, and the saves of checkpoints are not.
     bare = clock.seconds["step"]
     guarded = clock.seconds["guard"] + SAVES_OF_THE_UPDATE_GUARD * count * clock.mean("save")
     print(
         f"{arguments.backend}, {arguments.model}: {clock.calls['step']} steps in {count} stages, "
-        f"{1000 * clock.mean('step'):.1f} ms each in the backend; beside it, as a share of it"
+        f"{1000 * clock.mean('step'):.1f} ms each in the backend; in addition, as a share of it"
     )
     print(f"  core around a step (batches, checks of the step): {100 * (steps / bare - 1):5.2f} %")
     print(f"  core around a stage (reference, checkpoints, guards): {100 * (stages / bare - 1):5.2f} %")

@@ -1,4 +1,4 @@
-"""Whether memory stays where it was: resident memory of this process over a thousand steps of SFT, then of DPO.
+"""Resident memory of this process over a thousand steps of SFT, then of DPO: it must stay flat.
 
     python benchmarks/memory_flat.py [--backend torch] [--model FOLDER] [--steps 1000]
 
@@ -23,10 +23,11 @@ SETTLED = 50
 
 
 def resident_mib() -> float:
-    """Resident memory now; where /proc does not say, the most so far."""
+    """Return resident memory now, or the most so far where /proc is missing."""
     status = Path("/proc/self/statm")
     if status.exists():
         return int(status.read_text(encoding="ascii").split()[1]) * resource.getpagesize() / 2**20
+    # ru_maxrss never falls, so that it shows growth but not its end.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -46,6 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         mindprint.train(configuration(arguments, Path(folder)), run=Path(folder) / "run", on_event=note)
     for stage, memory in seen.items():
+        # Relative to the step by which pools and caches were filled: growth after it would be a leak.
         base = memory[SETTLED - 1]
         least, greatest = (100 * (bound(memory[SETTLED:]) / base - 1) for bound in (min, max))
         steps = [step for step in (1, SETTLED, 100, 200, 500, 1000, 2000) if step <= len(memory)]
@@ -56,13 +58,13 @@ def main() -> None:
 
 
 def configuration(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """One topic of the sample curriculum, so that a stage is as long as asked."""
+    """Return a configuration with one topic of the sample curriculum, so that a stage is as long as asked."""
     curriculum = Path(str(files("mindprint").joinpath("resources", "curriculum")))
     for name in ("sft.jsonl", "preferences.jsonl"):
         lines = (curriculum / name).read_text(encoding="utf-8").splitlines(keepends=True)
         topic = json.loads(lines[0])["topic"]
-        mine = [line for line in lines if json.loads(line)["topic"] == topic]
-        (folder / name).write_text("".join(mine), encoding="utf-8")
+        rows = [line for line in lines if json.loads(line)["topic"] == topic]
+        (folder / name).write_text("".join(rows), encoding="utf-8")
     steps = {"steps_per_topic": arguments.steps}
     return {
         "model": {"name": arguments.model},

@@ -1,9 +1,9 @@
-"""How fast an adapter is merged into a sharded base of 2 GB, beside copying its files, and in how much memory.
+"""The speed and memory of merging an adapter into a sharded base of 2 GB, compared with copying its files.
 
     python benchmarks/merge.py [--gigabytes 2] [--rounds 3]
 
 A random bfloat16 base in shards and an adapter of rank 8 on every linear layer. Copy and merge alternate, each flushed
-to the disk and each in a process of its own, whose greatest resident memory is what the kernel says it was.
+to the disk and each in a separate process, whose greatest resident memory the kernel reports.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LIMIT_MEMORY, LIMIT_SPEED = 600, 0.5
 
 
 def main() -> None:
-    """Print the figures of every round, their median, and what the design asks for."""
+    """Print the figures of every round, their median, and the bounds that the design asks for."""
     options = argparse.ArgumentParser()
     options.add_argument("--gigabytes", type=float, default=2.0)
     options.add_argument("--rounds", type=int, default=3)
@@ -52,13 +52,13 @@ def main() -> None:
         work(given.work[0], Path(given.work[1]), given.gigabytes)
         return
     with tempfile.TemporaryDirectory() as folder:
-        # In a process of its own, too: the kernel counts a parent's memory as its children's.
+        # In a separate process, too: the kernel counts a parent's memory as its children's.
         size = int(measured("base", folder, given.gigabytes)["bytes"])
         print(f"base: {size / 1e9:.2f} GB in {len(models.weight_files(Path(folder) / 'base'))} shards, bfloat16")
         rounds = [(measured("copy", folder), measured("merge", folder)) for _ in range(given.rounds)]
     for copy, merge in rounds:
-        both = ", ".join(f"{name} {one['seconds']:.2f} s ({one['cpu']:.2f} s of CPU)"
-                         for name, one in (("copy", copy), ("merge", merge)))  # fmt: skip
+        both = ", ".join(f"{name} {figures['seconds']:.2f} s ({figures['cpu']:.2f} s of CPU)"
+                         for name, figures in (("copy", copy), ("merge", merge)))  # fmt: skip
         print(f"{both}, peak {merge['megabytes']:.0f} MB")
     speed = statistics.median(copy["seconds"] / merge["seconds"] for copy, merge in rounds)
     memory = max(merge["megabytes"] for _, merge in rounds)
@@ -67,10 +67,11 @@ def main() -> None:
 
 
 def write_base(folder: Path, gigabytes: float) -> int:
-    """A random base in shards of a layer or two each, and an adapter; returns the base's bytes."""
+    """Write a random base in shards of a layer or two each, and an adapter; return the base's bytes."""
     base = folder / "base"
     base.mkdir()
     random = np.random.default_rng(0)
+    # Two bytes a number, for embedding and head as well.
     layer_bytes = 2 * sum(rows * columns for rows, columns in SHAPES.values())
     layers = max(1, round((gigabytes * 1e9 - 4 * VOCABULARY * HIDDEN) / layer_bytes))
     names, total = {}, 0
@@ -97,7 +98,9 @@ def shard(random: np.random.Generator, layer: int) -> dict[str, np.ndarray]:
 
 
 def save_bfloat16(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """safetensors for NumPy knows no bfloat16: the same bytes under its name (which the header's padding takes in)."""
+    """Save bits as bfloat16."""
+    # safetensors for NumPy has no bfloat16: the same bytes under another name, whose letters the header's padding
+    # takes.
     save_file(tensors, file)
     content = bytearray(file.read_bytes())
     length = int.from_bytes(content[:8], "little")
@@ -115,20 +118,22 @@ def write_random_adapter(folder: Path, random: np.random.Generator, layers: int)
     write_adapter(folder, AdapterState(LoraConfig(8, 16.0, tuple(sites)), factors), "base")
 
 
-def measured(what: str, folder: str, gigabytes: float = 0.0) -> dict[str, float]:
-    command = [sys.executable, __file__, "--work", what, folder, "--gigabytes", str(gigabytes)]
+def measured(task: str, folder: str, gigabytes: float = 0.0) -> dict[str, float]:
+    command = [sys.executable, __file__, "--work", task, folder, "--gigabytes", str(gigabytes)]
     return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
 
-def work(what: str, folder: Path, gigabytes: float) -> None:
-    """Copy or merge, then flush; prints seconds and the process's peak memory."""
-    if what == "base":
+def work(task: str, folder: Path, gigabytes: float) -> None:
+    """Copy or merge, then flush; print seconds and the process's peak memory."""
+    if task == "base":
         print(json.dumps({"bytes": write_base(folder, gigabytes)}))
         return
-    out = folder / what
+    out = folder / task
+    # Dirty pages of earlier work would be written at the expense of this one.
     os.sync()
     started, cpu = time.perf_counter(), time.process_time()
-    if what == "copy":
+    if task == "copy":
+        # Flushed file by file, as a merge flushes its shards.
         out.mkdir()
         for file in (folder / "base").iterdir():
             shutil.copyfile(file, out / file.name)

@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def numbers(folder: Path) -> Iterator[str]:
-    """Rows of the table of deviations, torch from MLX."""
+    """Yield the table of deviations of torch from MLX."""
     model = save_qwen2(folder / "qwen2")
     yield "| compared | tolerance | seen |"
     yield "|---|---|---|"
@@ -59,6 +59,7 @@ def numbers(folder: Path) -> Iterator[str]:
     for stage in ("sft", "dpo"):
         seen = resynchronised(model, stage)
         yield f"| {stage.upper()} loss, re-synchronised before each of {STEPS} steps | 1e-5 · (1 + loss) | {seen:.1e} |"
+    # One project for all runs, so that they differ in the backend or the number of threads alone.
     (folder / "data").mkdir()
     project = trajectory_project(model, folder / "data", STEPS)
     runs = {name: train(project, folder / name, name) for name in ("torch", "mlx")}
@@ -75,7 +76,7 @@ def numbers(folder: Path) -> Iterator[str]:
 
 
 def log_prob_deviation(model: Path) -> tuple[float, float]:
-    """Mean and greatest difference of log-probs, nats a token."""
+    """Return the mean and the greatest difference of log-probs, in nats a token."""
     batch = token_batch(1)
     first, second = (each.backend.log_probs(each.model, batch) for each in both(model))
     difference = np.abs(first - second)[batch.loss_mask]
@@ -83,46 +84,51 @@ def log_prob_deviation(model: Path) -> tuple[float, float]:
 
 
 def gradient_deviation(model: Path) -> float:
-    """Relative norm of the difference of gradients, the greatest of all adapter tensors: from AdamW's first moments."""
+    """Return the greatest relative norm of a difference of gradients, over all adapter tensors."""
+    # AdamW's first moments after one step are 0.1 times the gradients.
     batch = token_batch(1)
     states = []
     for each in both(model):
         each.backend.sft_step(each.model, [batch], Update(1e-3, tokens=batch.loss_tokens, max_grad_norm=None))
         states.append(each.save().first_moments)
     return max(
-        relative_difference(mine, theirs)
+        relative_difference(first, second)
         for site, factors in states[0].items()
-        for mine, theirs in zip(factors, states[1][site], strict=True)
+        for first, second in zip(factors, states[1][site], strict=True)
     )
 
 
 def resynchronised(model: Path, stage: str) -> float:
-    """Greatest deviation of a loss over 1 + loss, both having restored one state before each step."""
+    """Return the greatest deviation of a loss over 1 + loss, where both restore one state before each step."""
     first, second = both(model)
     greatest = 0.0
     for step in range(STEPS):
+        # Trajectories amplify rounding: from one state, only the difference of a single step is left.
         second.restore(first.save())
-        mine, theirs = (take_step(each, stage, step).loss for each in (first, second))
-        greatest = max(greatest, abs(mine - theirs) / (1 + abs(mine)))
+        first_loss, second_loss = (take_step(opened, stage, step).loss for opened in (first, second))
+        greatest = max(greatest, abs(first_loss - second_loss) / (1 + abs(first_loss)))
     return greatest
 
 
 def both(model: Path) -> tuple[Opened, Opened]:
+    """Open the model on torch and on MLX."""
     return open_model("torch", model), open_model("mlx", model)
 
 
 def train(project: dict[str, object], run: Path, backend: str) -> RunFolder:
+    """Train a project on a backend."""
     mindprint.train(project, run=run, backend={"type": backend})
     return RunFolder(run)
 
 
 def curve_deviation(first: RunFolder, second: RunFolder, stage: str) -> float:
-    mine, theirs = losses(first, stage), losses(second, stage)
-    return float(np.max(np.abs(mine - theirs) / (1 + np.abs(mine))))
+    """Return the greatest deviation of two runs' losses over 1 + loss."""
+    first_losses, second_losses = losses(first, stage), losses(second, stage)
+    return float(np.max(np.abs(first_losses - second_losses) / (1 + np.abs(first_losses))))
 
 
 class torch_threads:  # noqa: N801  (a context manager)
-    """Within this context torch computes with so many threads."""
+    """A context in which torch computes with a number of threads."""
 
     def __init__(self, threads: int) -> None:
         self._threads, self._before = threads, torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""SFT, MLX: Mindprint beside mlx-lm's SFT.
+"""SFT, MLX: Mindprint next to mlx-lm's SFT.
 
     python benchmarks/sft_mlx.py [--alone] [--turns 5] [--shapes 147+73 32+200 ragged]
 

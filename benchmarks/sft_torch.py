@@ -1,4 +1,4 @@
-"""SFT, PyTorch: Mindprint beside TRL's SFT trainer.
+"""SFT, PyTorch: Mindprint next to TRL's SFT trainer.
 
     python benchmarks/sft_torch.py [--alone] [--turns 5] [--shapes 147+73 32+200 ragged]
 

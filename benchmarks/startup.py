@@ -1,8 +1,8 @@
-"""How long the commands that compute nothing take to answer, and what they import.
+"""The time of commands that compute nothing, and the heavy libraries that they import.
 
     python benchmarks/startup.py
 
-Medians of seven starts each, beside that of an interpreter that does nothing; then `--help` with thirty dummy plugins
+Medians of seven starts each, next to that of an interpreter that does nothing. Then `--help` with thirty dummy plugins
 installed and with none, in turns.
 """
 
@@ -26,7 +26,7 @@ STARTS = 7
 
 
 def main() -> None:
-    """Print one line a command."""
+    """Print a line for each command."""
     print(f"heavy: {', '.join(HEAVY)}")
     print(f"{'interpreter':22s} {median([sys.executable, '-c', 'pass']):6.3f} s")
     for command in COMMANDS:
@@ -37,10 +37,11 @@ def main() -> None:
 
 
 def with_dummies(count: int) -> float:
-    """Seconds that `--help` takes longer with so many plugins installed; medians of starts in turns."""
+    """Return how many seconds longer `--help` takes with plugins installed, from medians of starts in turns."""
     with tempfile.TemporaryDirectory() as many, tempfile.TemporaryDirectory() as none:
         install_dummies(Path(many), count)
         times: dict[str, list[float]] = {many: [], none: []}
+        # In turns, so that a slow moment of the machine hits both.
         for _ in range(STARTS):
             for site, taken in times.items():
                 started = time.perf_counter()
@@ -60,6 +61,7 @@ def median(command: list[str]) -> float:
 
 
 def imported(command: str) -> str:
+    # In a fresh interpreter: this one has imported who knows what.
     code = (
         "import sys; from mindprint.cli import main\n"
         f"main([{command!r}])\n"

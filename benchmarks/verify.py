@@ -1,9 +1,9 @@
-"""What `verify` costs beside loading the model and scoring the probe once.
+"""The time of `verify`, compared with loading the model and scoring the probe once.
 
     python benchmarks/verify.py [--backend torch] [--rounds 5]
 
-A random model of 50M parameters in float32 and an adapter with its fingerprint; both are measured in turn, the ratio is
-that of their medians. Beside it: how fast weights are digested, whole and by samples.
+A random model of 50M parameters in float32 and an adapter with its fingerprint. Both are measured in turn, and the
+ratio is that of their medians. In addition: the speed of digesting weights, whole and by samples.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def make_base(folder: Path) -> ModelFolder:
-    """A random Qwen2 of 50M parameters with the tokenizer of the embedded model."""
+    """Save a random Qwen2 of 50M parameters with the tokenizer of the embedded model."""
     tiny = resolve_model(ModelConfig(name="builtin:tiny"), Path.cwd())
     config = Qwen2Config(
         vocab_size=16_384,
@@ -72,6 +72,7 @@ def make_base(folder: Path) -> ModelFolder:
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    # The tokenizer of the embedded model, since making one would be most of this script.
     for file in tiny.path.iterdir():
         if "token" in file.name or "template" in file.name:
             (folder / file.name).write_bytes(file.read_bytes())
@@ -79,7 +80,7 @@ def make_base(folder: Path) -> ModelFolder:
 
 
 def make_adapter(folder: Path, base: ModelFolder, placement: Placement) -> None:
-    """An adapter on every linear layer, with the fingerprint that a run writes."""
+    """Save an adapter on every linear layer, with the fingerprint that a run writes."""
     engine, tokenizer = Engine(base), load_tokenizer(base.path)
     engine.load(placement)
     sites = placement.backend.adapter_sites(engine.model)
@@ -99,7 +100,7 @@ def make_adapter(folder: Path, base: ModelFolder, placement: Placement) -> None:
 
 
 def measured(base: ModelFolder, adapter: Path, placement: Placement, rounds: int) -> tuple[float, float]:
-    """Median seconds of loading and scoring once, and of a whole verification, taken in turn."""
+    """Return the median seconds of loading and scoring once, and of a whole verification, taken in turn."""
     probe = synthetic_probe(load_tokenizer(base.path), model_config(base.path))
 
     def once() -> None:
@@ -111,6 +112,7 @@ def measured(base: ModelFolder, adapter: Path, placement: Placement, rounds: int
     def verify() -> None:
         assert verify_adapter(adapter, base, placement).ok
 
+    # Once untimed: the first run reads files from the disk.
     once()
     times = [(timed(once), timed(verify)) for _ in range(rounds)]
     first, second = zip(*times, strict=True)

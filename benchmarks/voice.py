@@ -1,12 +1,13 @@
-"""Can the voice score tell an author whom it has read in one work from others, in another work?
+"""The voice score as a judge: does it tell an author from others in a work that it was not fitted on?
 
     python benchmarks/voice.py FOLDER [--seeds 3]
 
-FOLDER holds a folder an author with two works each (`austen/emma.txt`, ...). The scorer is fitted on 20 passages of one
-work of an author, with 20 passages each of the other authors as background, and decides on passages of the author's
-*other* work and of other works of the others. Both directions, several seeds. Prints the area under the ROC curve by
-author and passage length, for the combined score, each measure in it, and the two classical measures beside it; then
-what text that nothing was fitted on scores between floor and ceiling; then the time that 1,000 answers take.
+FOLDER holds a folder for each author with two works each (`austen/emma.txt`, ...). The scorer is fitted on 20 passages
+of one work of an author, with 20 passages each of the other authors as background, and decides on passages of the
+author's
+*other* work and of other works of the others. Both directions, several seeds. Printed are the area under the ROC curve
+by author and passage length (for the combined score, each measure in it, and two classical measures), the scores
+between floor and ceiling of text that nothing was fitted on, and the time of 1,000 answers.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Trial:
 
 
 def main() -> int:
+    """Print every figure; the exit code says whether all bounds hold."""
     options = arguments()
     works = read(options.folder)
     print(f"{len(works)} authors, {REFERENCE} passages each, {TESTED} tested of each author, {options.seeds} seeds\n")
@@ -65,7 +67,7 @@ def arguments() -> argparse.Namespace:
 
 
 def read(folder: Path) -> dict[str, list[list[str]]]:
-    """The words of each author's first two works, as separated by spaces."""
+    """Return the words of each author's first two works."""
     authors = sorted(path for path in folder.iterdir() if path.is_dir())
     works = {a.name: [w.read_text(encoding="utf-8").split() for w in sorted(a.glob("*.txt"))[:2]] for a in authors}
     short = [name for name, texts in works.items() if len(texts) < 2]
@@ -94,23 +96,23 @@ def trials(works: dict[str, list[list[str]]], length: int, seed: int) -> Iterato
 
 
 def passages(words: list[str], length: int, count: int, rng: np.random.Generator) -> list[str]:
-    """Passages drawn without overlap."""
+    """Return passages drawn without overlap."""
     inner = words[EDGES:-EDGES]
     starts = rng.permutation(len(inner) // length)[:count] * length
     return [" ".join(inner[start : start + length]) for start in starts]
 
 
 def discrimination(works: dict[str, list[list[str]]], length: int, seeds: int) -> bool:
-    found: dict[str, dict[str, list[float]]] = {}
+    by_name: dict[str, dict[str, list[float]]] = {}
     for seed in range(seeds):
         for trial in trials(works, length, seed):
             for name, area in areas(trial, length).items():
-                found.setdefault(name, {}).setdefault(trial.author, []).append(area)
+                by_name.setdefault(name, {}).setdefault(trial.author, []).append(area)
     print(f"ROC AUC, {length:3d} words  " + "".join(f"{author[:10]:>11s}" for author in works) + "       mean")
-    for name, by_author in found.items():
+    for name, by_author in by_name.items():
         means = [float(np.mean(by_author[author])) for author in works]
         print(f"  {name:20s}" + "".join(f"{mean:11.3f}" for mean in means) + f"{np.mean(means):11.3f}")
-    combined = float(np.mean([np.mean(areas) for areas in found["combined"].values()]))
+    combined = float(np.mean([np.mean(areas) for areas in by_name["combined"].values()]))
     return verdict(
         f"combined at {length} words at least {AT_LEAST[length]}", f"{combined:.3f}", combined >= AT_LEAST[length]
     )
@@ -128,7 +130,7 @@ def areas(trial: Trial, length: int) -> dict[str, float]:
 
 
 def auc(positive: Float64, negative: Float64) -> float:
-    """The chance that a positive scores higher than a negative, ties counting half."""
+    """Return the chance that a positive scores higher than a negative; ties count half."""
     difference = positive[:, None] - negative
     return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
 
@@ -141,7 +143,7 @@ def fitted(reference: VoiceReference, length: int) -> VoiceScorer:
 
 
 def calibration(works: dict[str, list[list[str]]], length: int) -> bool:
-    """Ends from one half of the held-out passages (and from the fitted ones, left out in turn); scored, the other."""
+    """Print the scores of held-out passages whose other half, and the fitted ones left out in turn, set both ends."""
     print(
         f"scores, {length:3d} words      " + f"{'own, held out':>15s}{'others, held out':>18s}{'own, other work':>17s}"
     )
@@ -187,8 +189,8 @@ def speed(works: dict[str, list[list[str]]]) -> bool:
     return verdict("1,000 answers of 200 words in under 30 s, fit included", f"{seconds:.1f} s", seconds < 30)
 
 
-def verdict(what: str, figure: str, holds: bool) -> bool:
-    print(f"{'ok    ' if holds else 'FAILED'}  {what}: {figure}")
+def verdict(bound: str, figure: str, holds: bool) -> bool:
+    print(f"{'ok    ' if holds else 'FAILED'}  {bound}: {figure}")
     return bool(holds)
 
 

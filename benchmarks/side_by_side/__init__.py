@@ -1,1 +1,1 @@
-"""What the comparisons share: the work, the contestants, and taking turns."""
+"""Comparisons with other trainers: the work, the contestants, and taking turns."""

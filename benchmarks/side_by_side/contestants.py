@@ -1,4 +1,4 @@
-"""Who takes steps: each function trains on the work, and waits for its turn before every step.
+"""The contestants: each function trains on the work, and waits for its turn before every step.
 
 Peers run their own trainers as their users would, asked for the same numbers: float32, AdamW, no checkpointing.
 """
@@ -28,7 +28,7 @@ def ours(
     turn: Turn,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
-    """Our backends, through the hooks that a run calls; the reference is cached.
+    """Train on one of our backends, through the hooks that a run calls, with the reference cached.
 
     The stage `reference` computes the reference of the pairs instead of taking the step on them.
     """
@@ -73,7 +73,7 @@ def ours(
 
 
 def loaded(backend_name: str, folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> tuple[Any, Any]:
-    """One of our backends, and the model on it with a new adapter on every linear layer."""
+    """Return one of our backends, and the model on it with a new adapter on every linear layer."""
     from mindprint.adapter.initial import initial_adapter
     from mindprint.adapter.targets import resolve_targets
     from mindprint.contract import LoraConfig, ModelSpec
@@ -88,7 +88,7 @@ def loaded(backend_name: str, folder: Path, dtype: Literal["float32", "bfloat16"
 
 
 def trl(stage: str, precompute: bool, folder: Path, shape: str, turn: Turn) -> None:
-    """TRL's trainers on the same rows in the same order."""
+    """Train with TRL on the same rows in the same order."""
     import datasets
     import peft
     import torch
@@ -112,6 +112,7 @@ def trl(stage: str, precompute: bool, folder: Path, shape: str, turn: Turn) -> N
     }
     dataset = datasets.Dataset.from_dict({"prompt": [work.text(row.prompt) for row in data], **columns})
     trainer_class, config_class = (DPOTrainer, DPOConfig) if stage == "dpo" else (SFTTrainer, SFTConfig)
+    # TRL shuffles its rows. In order, everybody trains on the same ones at the same step.
     in_order = type(
         "InOrder", (trainer_class,), {"_get_train_sampler": lambda *_: torch.utils.data.SequentialSampler(dataset)}
     )
@@ -131,6 +132,7 @@ def trl(stage: str, precompute: bool, folder: Path, shape: str, turn: Turn) -> N
             peft_config=peft.LoraConfig(r=work.RANK, lora_alpha=work.ALPHA, target_modules=list(work.TARGETS)),
             callbacks=[TakeTurns()],
         )
+        # A trainer that reads other tokens would be compared on other work.
         read = trainer.train_dataset[0]
         expected = {
             "prompt_ids": data[0].prompt, "chosen_ids": data[0].chosen, "rejected_ids": data[0].rejected,
@@ -142,7 +144,7 @@ def trl(stage: str, precompute: bool, folder: Path, shape: str, turn: Turn) -> N
 
 
 def mlx_lm(folder: Path, shape: str, turn: Turn) -> None:
-    """mlx-lm's SFT, with its own padding to a multiple of 32."""
+    """Train with mlx-lm's SFT, which pads to a multiple of 32."""
     _take_fast_blas()
     from mlx_lm.tuner import trainer
 
@@ -151,6 +153,7 @@ def mlx_lm(folder: Path, shape: str, turn: Turn) -> None:
 
     def in_order(**options: Any) -> Iterator[Any]:
         for start in range(0, len(data), work.ROWS):
+            # The trainer asks for a batch of the whole dataset: it gets the rows of this step alone.
             options |= {"dataset": data[start : start + work.ROWS], "loop": False}
             with turn():
                 yield from trainer.iterate_batches(**options)
@@ -164,7 +167,7 @@ def mlx_lm(folder: Path, shape: str, turn: Turn) -> None:
 
 
 def mlx_lm_lora(folder: Path, shape: str, turn: Turn) -> None:
-    """mlx-lm-lora's DPO; its reference is a second model, run at every step."""
+    """Train with mlx-lm-lora's DPO, whose reference is a second model that runs at every step."""
     _take_fast_blas()
     import mlx.core as mx
     from mlx_lm_lora.trainer import dpo_trainer
@@ -184,7 +187,7 @@ def mlx_lm_lora(folder: Path, shape: str, turn: Turn) -> None:
         ]
         return own(**{**options, "dataset": rows})
 
-    # It asks for a limit that only Metal knows, and stops where there is none.
+    # The trainer asks for a limit that only Metal knows, and stops where there is none.
     facts = mx.device_info
     mx.device_info = lambda *device: {"max_recommended_working_set_size": 0, **facts(*device)}  # type: ignore[assignment]
     steps = Between(turn)
@@ -198,7 +201,7 @@ def mlx_lm_lora(folder: Path, shape: str, turn: Turn) -> None:
 
 
 class Between:
-    """Turns for a loop that only asks for its next batch: a step lasts from one question to the next."""
+    """The turns of a loop that only asks for its next batch: a step lasts from one question to the next."""
 
     def __init__(self, turn: Turn) -> None:
         self._turn = turn
@@ -213,7 +216,8 @@ class Between:
 
 
 def _take_fast_blas() -> None:
-    """Before MLX is imported, so that the peer multiplies with what we do: pip's MLX has the slow reference BLAS."""
+    """Load a fast BLAS before MLX is imported."""
+    # The peer then multiplies with the same library as we do: pip's MLX has the slow reference BLAS.
     import mindprint_mlx  # noqa: F401
 
 
@@ -242,7 +246,7 @@ def _adamw() -> Any:
 
 
 def batches(shape: str, stage: str) -> list[list[work.Row]]:
-    """The rows of each step."""
+    """Return the rows of each step."""
     size = work.ROWS if stage == "sft" else work.PAIRS
     data = work.rows(shape, size * work.STEPS)
     return [data[start : start + size] for start in range(0, len(data), size)]

@@ -1,7 +1,7 @@
 """Processes that take turns at steps, so that whatever else the machine does hits all alike.
 
 A turn is three steps, and the last counts: while a process waits, caches and mapped weights go cold, which a training
-loop never sees. A process ends its turn when it is ready for the next: what it does in between, such as fetching a
+loop never sees. A process ends its turn when it is ready for the next, so that work in between, such as fetching a
 batch, is in nobody's time.
 """
 
@@ -32,7 +32,7 @@ WARM_UP = 1
 
 @dataclass
 class Contestant:
-    """A process that waits for its turn, and what it said of each: seconds and processor seconds of the last step."""
+    """A process that waits for its turn, with its answers: seconds and processor seconds of each turn's last step."""
 
     name: str
     process: subprocess.Popen[str]
@@ -52,7 +52,7 @@ class Contestant:
         self.peak_mib, self.loaded_mib, self.blas = report["peak_mib"], report["loaded_mib"], report["blas"]
 
     def answer(self) -> dict[str, Any]:
-        """What it says next: that it is loaded, or what its step took."""
+        """Read its next answer: that it is loaded, or the time of its step."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -69,18 +69,22 @@ def compare(title: str, ours: str, *peers: str) -> None:
     parser.add_argument("--shapes", nargs="+", default=list(work.SHAPES), choices=list(work.SHAPES))
     parser.add_argument("--alone", action="store_true", help="all turns of one process, then all of the next")
     options = parser.parse_args()
+    # Alone, a group has one process: nothing waits while it runs.
     groups = [[name] for name in (ours, *peers)] if options.alone else [[ours, *peers]]
     with tempfile.TemporaryDirectory() as folder:
         work.write_model(Path(folder))
         for shape in options.shapes:
             print(f"{title}, {shape} tokens, {options.turns} turns{' of each alone' * options.alone}")
-            report([one for names in groups for one in run(names, Path(folder), shape, options.turns)], shape)
+            report(
+                [contestant for names in groups for contestant in run(names, Path(folder), shape, options.turns)], shape
+            )
 
 
 def run(names: list[str], folder: Path, shape: str, turns: int) -> list[Contestant]:
-    """All contestants' turns: first that of one, then that of the next, and so on."""
+    """Start the contestants and let them take their turns, one after the other."""
     started = [Contestant(name, _start(name, folder, shape)) for name in names]
     try:
+        # All are loaded before the first turn, so that no loading falls into anybody's step.
         for contestant in started:
             contestant.answer()
         for _ in range(WARM_UP + turns):
@@ -93,19 +97,20 @@ def run(names: list[str], folder: Path, shape: str, turns: int) -> list[Contesta
     return started
 
 
-def report(found: list[Contestant], shape: str) -> None:
-    """Medians of steps, and of the ratios of steps that stood side by side, with the least and the greatest of them."""
-    ours = found[0]
+def report(timed: list[Contestant], shape: str) -> None:
+    """Print medians of steps, and of the ratios of neighbouring steps, with the least and the greatest of them."""
+    ours = timed[0]
     stage = "dpo" if "dpo" in ours.name else "sft"
-    timed = contestants.batches(shape, stage)[STEPS_A_TURN - 1 :: STEPS_A_TURN]
-    flops = [work.useful_flops(batch, preference=stage == "dpo") for batch in timed]
+    batches = contestants.batches(shape, stage)[STEPS_A_TURN - 1 :: STEPS_A_TURN]
+    flops = [work.useful_flops(batch, preference=stage == "dpo") for batch in batches]
     rate = statistics.median(f / s / 1e9 for f, s in zip(flops[WARM_UP:], ours.seconds[WARM_UP:], strict=False))
-    for contestant in found:
+    for contestant in timed:
         seconds, processor = contestant.seconds[WARM_UP:], contestant.processor[WARM_UP:]
         line = f"  {contestant.name:24s} {statistics.median(seconds):7.3f} s  {statistics.median(processor):7.3f} cpu s"
         line += f"  peak {contestant.peak_mib:6.0f} MiB ({contestant.peak_mib - contestant.loaded_mib:+.0f} by steps)"
         if contestant is not ours:
-            ratios = [theirs / mine for mine, theirs in zip(ours.seconds[WARM_UP:], seconds, strict=True)]
+            # Of steps that were taken one after the other, so that a slow moment of the machine is in both.
+            ratios = [peers / own for own, peers in zip(ours.seconds[WARM_UP:], seconds, strict=True)]
             processors = statistics.median(processor) / statistics.median(ours.processor[WARM_UP:])
             line += f"  = {statistics.median(ratios):.2f} x ours ({min(ratios):.2f} to {max(ratios):.2f}"
             line += (
@@ -113,13 +118,13 @@ def report(found: list[Contestant], shape: str) -> None:
             )
         line += f"  [{contestant.blas}]" if "mlx" in contestant.name else ""
         print(line, flush=True)
-    if reference := [contestant for contestant in found if contestant.name.endswith("-reference")]:
-        end_to_end(ours, reference[0], [peer for peer in found[1:] if peer is not reference[0]])
+    if reference := [contestant for contestant in timed if contestant.name.endswith("-reference")]:
+        end_to_end(ours, reference[0], [peer for peer in timed[1:] if peer is not reference[0]])
     print(f"  useful work {rate:.1f} GFLOP/s; a product of two float32 matrices: {peak(ours.name):.1f}", flush=True)
 
 
 def end_to_end(ours: Contestant, reference: Contestant, peers: list[Contestant]) -> None:
-    """How much longer peers take for whole epochs, our pass for the reference included; start-up left out of both."""
+    """Print how much longer peers take for whole epochs, our reference pass included, without start-up."""
     medians = {c.name: statistics.median(c.seconds[WARM_UP:]) for c in (ours, reference, *peers)}
     for peer in peers:
         ratios = [n * medians[peer.name] / (n * medians[ours.name] + medians[reference.name]) for n in (1, 3)]
@@ -127,13 +132,14 @@ def end_to_end(ours: Contestant, reference: Contestant, peers: list[Contestant])
 
 
 def peak(name: str) -> float:
-    """GFLOP/s of a float32 matrix product in the contestant's framework, the best of many, now and here."""
+    """Return the GFLOP/s of a float32 matrix product in the contestant's framework, the best of many, now and here."""
     code = (
         "import torch; a = torch.randn(2048, 2048); f = lambda: a @ a"
         if "torch" in name
         else "import mindprint_mlx\nfrom mindprint_mlx.blas import prepare\nprepare()\nimport mlx.core as mx\n"
         "mx.set_default_device(mx.cpu); a = mx.random.normal((2048, 2048)); f = lambda: mx.eval(a @ a)"
     )
+    # The best of many: a product that something else interrupted is not this machine's speed.
     timing = "\nimport timeit; print(2 * 2048**3 / min(timeit.repeat(f, number=1, repeat=15)) / 1e9)"
     done = subprocess.run([sys.executable, "-c", code + timing], check=True, capture_output=True, text=True)
     return float(done.stdout)
@@ -160,6 +166,7 @@ class Turns:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Take one step, as a turn begins after the answer to the one before. Ends the process when nobody asks."""
+        # The peak at the first turn is that of loading: what steps add is the difference.
         self._loaded_mib = self._loaded_mib or _peak_mib()
         if self._steps % STEPS_A_TURN == 0:
             self.answer()
@@ -172,13 +179,13 @@ class Turns:
         self._steps += 1
 
     def answer(self) -> None:
-        """What the last step took; nothing, before the first one."""
+        """Answer with the time of the last step, and with nothing before the first one."""
         self._out.write(json.dumps(self._last) + "\n")
         self._out.flush()
 
 
 def _blas() -> str:
-    """The fast libraries for matrix products that this process has mapped, by file name."""
+    """Return the fast libraries for matrix products that this process has mapped, by file name."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []
     names = {Path(line.split()[-1]).name for line in lines}
@@ -190,7 +197,7 @@ def _peak_mib() -> float:
 
 
 if __name__ == "__main__":
-    # What trainers print must not stand between the answers.
+    # The output of trainers must not come between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     turns = Turns(answers)

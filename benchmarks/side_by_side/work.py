@@ -14,14 +14,14 @@ RANK, ALPHA, LEARNING_RATE, BETA = 8, 16.0, 5e-6, 0.1
 PAIRS, ROWS, STEPS = 4, 8, 18
 
 SHAPES = {"147+73": (147, 147, 73, 73), "32+200": (32, 32, 200, 200), "ragged": (12, 260, 8, 300)}
-"""Tokens of prompts and of completions, shortest and longest; lengths between them are spread evenly on a log scale."""
+"""Shortest and longest prompt and completion in tokens. Lengths between them are even on a log scale."""
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids; a completion ends in the end-of-sequence token. SFT has no `rejected`."""
+    """Token ids of a prompt and its completions, which end in the end-of-sequence token. SFT has no `rejected`."""
 
     prompt: list[int]
     chosen: list[int]
@@ -29,8 +29,9 @@ class Row:
 
 
 def rows(shape: str, count: int) -> list[Row]:
-    """The same rows for everybody."""
+    """Return the same rows for everybody."""
     low, high, shortest, longest = SHAPES[shape]
+    # A fixed seed: contestants are separate processes, and each makes the rows for itself.
     rng = np.random.default_rng(7)
 
     def ids(start: int, stop: int) -> list[int]:
@@ -44,7 +45,7 @@ def rows(shape: str, count: int) -> list[Row]:
 
 
 def text(ids: list[int]) -> str:
-    """What the tokenizer of `write_model` reads as exactly these ids; peers add the end of sequence themselves."""
+    """Return a text that the tokenizer of `write_model` turns into these ids. Peers add the end of sequence."""
     return " ".join(f"w{word}" for word in ids if word != EOS)
 
 
@@ -70,9 +71,10 @@ def write_model(folder: Path) -> None:
 
 
 def useful_flops(batch: list[Row], *, preference: bool) -> float:
-    """What a step cannot do without: base linears, attention and LM head, forward and gradients by activations.
+    """Return the operations that a step needs: base linears, attention and LM head, forward and backward.
 
-    Unpadded; a prompt counts once. The gradient by activations costs as much as the forward pass, of attention twice.
+    Rows are not padded, and a prompt counts once. The gradient by activations costs as much as the forward pass, of
+    attention twice.
     """
     head_dim = HIDDEN // HEADS
     layer = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * KEY_HEADS * head_dim + 3 * HIDDEN * INNER
@@ -80,7 +82,9 @@ def useful_flops(batch: list[Row], *, preference: bool) -> float:
     for row in batch:
         completions = (row.chosen, row.rejected) if preference else (row.chosen,)
         prompt, own = len(row.prompt), [len(completion) - 1 for completion in completions]
+        # Under a causal mask a token sees half of its own part on average, and all of the prompt.
         seen = prompt**2 / 2 + sum(length * prompt + length**2 / 2 for length in own)
+        # A multiplication and an addition each; forward, and by activations backward. Base weights have no gradient.
         total += 2 * 2 * LAYERS * layer * (prompt + sum(own))
         total += 3 * LAYERS * 4 * HIDDEN * seen
         total += 2 * 2 * HIDDEN * VOCABULARY * sum(map(len, completions))
