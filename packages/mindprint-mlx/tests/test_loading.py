@@ -99,7 +99,7 @@ def test_truncated_weights(tmp_path: Path) -> None:
 
 
 def test_an_index_that_names_a_missing_shard(tmp_path: Path) -> None:
-    write_model(tmp_path)
+    (write_model(tmp_path) / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
     with pytest.raises(ModelError, match=r"gone\.safetensors"):
         load(tmp_path)

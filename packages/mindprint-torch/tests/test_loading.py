@@ -86,7 +86,7 @@ def test_weights_that_belong_to_nothing_are_noted(backend: Backend, copy: Path) 
 
 def test_no_weights_at_all(backend: Backend, copy: Path) -> None:
     (copy / "model.safetensors").unlink()
-    assert "no file named model.safetensors" in refusal(backend, copy)
+    assert "has no weights (model.safetensors" in refusal(backend, copy)
 
 
 def test_truncated_weights(backend: Backend, copy: Path) -> None:
