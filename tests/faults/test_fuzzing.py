@@ -1,0 +1,309 @@
+"""Whatever is in a file, a command ends with exit 0, 1 or 2, in bounded time and memory, and touches nothing else.
+
+A minute in CI. `nox -s fuzz` runs longer. MINDPRINT_FUZZ is the number of tries of each test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from attacked import TRAIN, command, in_child, make_samples, prepared, untouched
+from edits import HOSTILE, TEMPLATES, file_edits, json_edits, rewrite
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+TRIES = int(os.environ.get("MINDPRINT_FUZZ", "30"))
+
+BUDGET = float("inf") if "MINDPRINT_FUZZ" in os.environ else 6.0
+"""Seconds that a test may take in CI; further tries are skipped."""
+
+pytestmark = pytest.mark.slow
+
+_begun: dict[str, float] = {}
+
+
+def spent() -> bool:
+    """Say whether the running test has used up its time."""
+    now = time.monotonic()
+    return now - _begun.setdefault(os.environ["PYTEST_CURRENT_TEST"], now) > BUDGET
+
+
+fuzzing = settings(
+    max_examples=TRIES,
+    deadline=None,
+    database=None,
+    derandomize="MINDPRINT_FUZZ" not in os.environ,
+    # Shrinking tries hundreds of times more, and a try of what hangs takes its whole limit.
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with a run, an adapter and a model, which the tries copy."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    folder = tmp_path_factory.mktemp("samples")
+    make_samples(folder)
+    # What a command imports is imported before the first fork, so that a try takes milliseconds.
+    for work in (prepared(folder / "voice"), command("verify", folder / "adapter", "--help")):
+        work()
+    return folder
+
+
+@contextmanager
+def attacked(samples: Path, name: str) -> Iterator[tuple[Path, Path]]:
+    """Give a folder of its own with a copy of one sample in it, next to a folder that must stay as it is."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        outside = folder / "outside"
+        outside.mkdir()
+        (outside / "precious").write_text("precious")
+        copy = folder / "inside" / name
+        shutil.copytree(samples / name, copy, symlinks=True)
+        with untouched(outside):
+            yield folder, copy
+
+
+def attack(
+    samples: Path, name: str, file: str, edit: Callable[[Path], None], work: Callable[[Path, Path], Callable[[], int]]
+) -> None:
+    """Edit one file of a copied sample, run a command on it, and check how it ends."""
+    if spent():
+        return
+    with attacked(samples, name) as (folder, copy):
+        plant(copy, folder / "outside")
+        edit(copy / file)
+        in_child(work(folder, copy), folder).check((str(folder), Path(file).name, *SETTINGS))
+
+
+SETTINGS = ("model.name", "topic", "data/", "dataset ", "builtin:tiny")
+"""Words by which a message names a place that is not a file: a setting, a topic, a name on the hub."""
+
+
+def plant(copy: Path, outside: Path) -> None:
+    """Put links where a careless program would write through them."""
+    for name in (".report.html.partial", ".report.md.partial", "report.html", ".config.yaml.partial"):
+        path = copy / name
+        if not path.exists():
+            path.symlink_to(outside / "precious")
+
+
+def files(folder: Path, *patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern))
+
+
+@given(data=st.data())
+@fuzzing
+def test_adapters(samples: Path, data: st.DataObject) -> None:
+    file = data.draw(st.sampled_from(["adapter_config.json", "adapter_config.json", "adapter_model.safetensors"]))
+    edit = data.draw(file_edits((samples / "adapter" / file).read_bytes()))
+    if file.endswith(".safetensors") and data.draw(st.booleans()):
+        edit = data.draw(header_edits((samples / "adapter" / file).read_bytes()))
+    words = data.draw(st.sampled_from(["convert", "merge", "verify"]))
+    attack(samples, "adapter", file, edit, lambda folder, copy: command(*adapter_command(words, folder, copy)))
+
+
+def adapter_command(name: str, folder: Path, adapter: Path) -> list[str | Path]:
+    match name:
+        case "convert":
+            return ["convert", adapter, folder / "inside" / "out", "--to", "mlx-lm"]
+        case "merge":
+            return ["merge", adapter, folder / "inside" / "out", "--no-verify"]
+        case _:
+            return ["verify", adapter, "--backend", "mlx"]
+
+
+@st.composite
+def header_edits(draw: st.DrawFn, content: bytes) -> Callable[[Path], None]:
+    """Draw an edit of a safetensors file's header, the rest left as it is."""
+    length = int.from_bytes(content[:8], "little")
+    header = draw(json_edits(json.loads(content[8 : 8 + length])))
+    said = draw(st.sampled_from([len(header), len(header), len(header), 0, 2**31, 2**63]))
+    new = said.to_bytes(8, "little") + header + content[8 + length :]
+    return lambda path: rewrite(path, new)
+
+
+@given(data=st.data())
+@fuzzing
+def test_fingerprints(samples: Path, data: st.DataObject) -> None:
+    edit = data.draw(file_edits((samples / "adapter" / "fingerprint.json").read_bytes()))
+    attack(samples, "adapter", "fingerprint.json", edit, lambda _, copy: command("verify", copy, "--backend", "mlx"))
+
+
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+
+
+@given(data=st.data())
+@fuzzing
+def test_model_folders(samples: Path, data: st.DataObject) -> None:
+    file = data.draw(st.sampled_from(MODEL_FILES))
+    content = (samples / "model" / file).read_bytes()
+    edit = data.draw(header_edits(content) if file.endswith("safetensors") else file_edits(content))
+    trained = data.draw(st.integers(0, 9)) == 0
+
+    def work(folder: Path, copy: Path) -> Callable[[], int]:
+        shutil.copytree(samples / "voice", folder / "inside" / "voice", ignore=shutil.ignore_patterns("run"))
+        if trained:
+            words = ["train", folder / "inside" / "voice", "--backend", "mlx", f"model.name={copy}", *TRAIN]
+            return command(*words)
+        return prepared(folder / "inside" / "voice", f"model.name={copy}")
+
+    attack(samples, "model", file, edit, work)
+
+
+@given(template=st.sampled_from(TEMPLATES))
+@settings(fuzzing, max_examples=max(TRIES, len(TEMPLATES)))
+def test_chat_templates(samples: Path, template: str) -> None:
+    def work(folder: Path, copy: Path) -> Callable[[], int]:
+        shutil.copytree(samples / "voice", folder / "inside" / "voice", ignore=shutil.ignore_patterns("run"))
+        return prepared(folder / "inside" / "voice", f"model.name={copy}")
+
+    attack(samples, "model", "chat_template.jinja", lambda path: rewrite(path, template.encode()), work)
+
+
+YAML = (
+    "k: &k0 [x, x]\n" + "".join(f"k{n}: &k{n} [*k{n - 1}, *k{n - 1}]\n" for n in range(1, 40)),
+    "".join(f"k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 9) if n else 'x'}]\n" for n in range(12)),
+    "a: &a {b: *a}\n",
+    "a: &a [*a]\n",
+    "x: " + "[" * 20_000,
+    "x: " + "{a: " * 20_000,
+    "".join(" " * n + f"k{n}:\n" for n in range(900)),
+    "? [a]\n: b\n",
+    "? {a: b}\n: c\n",
+    "1: 2\n",
+    "null: 1\n",
+    "data: !!binary 'x'\n",
+    "data: !!timestamp 2001-99-99\n",
+    "data: 2001-99-99\n",
+    "data: !!int 'x'\n",
+    "seed: !!int '" + "9" * 5000 + "'\n",
+    "seed: " + "9" * 5000 + "\n",
+    "seed: 1e999\n",
+    "seed: !!float 'x'\n",
+    "seed: !!python/object/apply:os.system ['touch ../outside/made']\n",
+    'data: {path: "a\\0b"}\n',
+    'data: {path: "\\ud800"}\n',
+    "data: {path: ~nosuchuser}\n",
+    "data: {sft: ~nosuchuser/x.jsonl}\n",
+    "model: {name: ~nosuchuser/x}\n",
+    'model: {name: "a\\0b"}\n',
+    'model: {name: "' + "a/" * 5000 + '"}\n',
+    "adapter: {start_from: ~nosuchuser}\n",
+    "a: &a {x: 1}\nb: {<<: *a}\n",
+    "<<: 1\n",
+    "%YAML 9.9\n---\na: 1\n",
+    "--- a\n--- b\n",
+    "\t\n",
+    "a: b: c\n",
+    "'\x00'",
+    "sft: {steps_per_topic: 1" + "0" * 400 + "}\n",
+    "data: {max_length: -5}\n",
+    "data: {max_length: 1" + "0" * 30 + "}\n",
+    "sft: {batch_size: 1" + "0" * 30 + "}\n",
+    "adapter: {r: 1" + "0" * 30 + "}\n",
+    "seed: -1\n",
+    "seed: 1" + "0" * 40 + "\n",
+    'units: [{id: a, topics: [{id: "\\ud800"}]}]\n',
+)  # fmt: skip
+"""Settings that no reader should trust."""
+
+
+@given(text=st.sampled_from(YAML), name=st.sampled_from(["mindprint.yaml", "data/curriculum.yaml"]))
+@settings(fuzzing, max_examples=max(TRIES, 2 * len(YAML)))
+def test_yaml_of_an_enemy(samples: Path, text: str, name: str) -> None:
+    attack(
+        samples, "voice", "mindprint.yaml", lambda path: write(path.parent / name, text), lambda _, copy: prepared(copy)
+    )
+
+
+def write(path: Path, text: str) -> None:
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+
+
+@given(data=st.data())
+@fuzzing
+def test_settings(samples: Path, data: st.DataObject) -> None:
+    """Each setting with each hostile value."""
+    whole = yaml.safe_load((samples / "voice" / "run" / "config.yaml").read_text())
+    whole["data"]["path"], whole["model"]["name"] = "data", "builtin:tiny"
+    text = data.draw(json_edits(json.loads(json.dumps(whole))))
+    attack(samples, "voice", "mindprint.yaml", lambda path: rewrite(path, text),
+           lambda _, copy: prepared(copy))  # fmt: skip
+
+
+@given(data=st.data())
+@fuzzing
+def test_rows(samples: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(["sft.jsonl", "preferences.jsonl", "heldout.jsonl"]))
+    edit = data.draw(file_edits((samples / "voice" / "data" / name).read_bytes()))
+    attack(samples, "voice", f"data/{name}", edit, lambda _, copy: prepared(copy))
+
+
+OTHER_ROWS = {
+    "rows.csv": b'prompt,completion\n"a ""b""",c\nd,e\n',
+    "rows.json": b'[{"prompt": "a", "completion": "b"}]',
+    "rows.ndjson": b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
+    "quiz.json": b'[{"question": "Why?", "reference_answers": ["So."], "key_concepts": ["so"]}]',
+}
+
+
+@given(data=st.data())
+@fuzzing
+def test_other_rows(samples: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(OTHER_ROWS)))
+    edit = data.draw(file_edits(OTHER_ROWS[name]))
+
+    def edited(path: Path) -> None:
+        path.write_bytes(OTHER_ROWS[name])
+        edit(path)
+
+    chosen = [] if name == "quiz.json" else ["dpo.enabled=false", f"data.sft=data/{name}"]
+    attack(samples, "voice", f"data/{name}", edited, lambda _, copy: prepared(copy, *chosen))
+
+
+RUN_FILES = (
+    "manifest.json", "split.json", "config.yaml", "costs.json", "metrics.jsonl", "evaluations.jsonl", "decisions.jsonl",
+    "answers.jsonl", "checkpoints/*/cursor.json", "checkpoints/*/adapter_config.json", "references/*.safetensors",
+)  # fmt: skip
+
+
+@given(data=st.data())
+@fuzzing
+def test_run_folders(samples: Path, data: st.DataObject) -> None:
+    run = samples / "voice" / "run"
+    file = data.draw(st.sampled_from(files(run, *RUN_FILES)))
+    edit = data.draw(file_edits((run / file).read_bytes()))
+    name = data.draw(st.sampled_from(["report", "report", "report", "eval", "resume"]))
+
+    def work(_: Path, copy: Path) -> Callable[[], int]:
+        copy = copy / "run"
+        if name == "resume":
+            shutil.rmtree(copy / "adapter")
+            return command("train", copy, "--resume")
+        return (
+            command("report", copy) if name == "report" else command("eval", "--compare", copy, samples / "voice/run")
+        )
+
+    attack(samples, "voice", f"run/{file}", edit, work)
+
+
+@given(value=st.sampled_from([value for value in HOSTILE if isinstance(value, str) and "\0" not in value]))
+@fuzzing
+def test_words_of_the_command_line(samples: Path, value: str) -> None:
+    word = value.encode("utf-8", "surrogatepass").decode("utf-8", "surrogateescape")
+    with attacked(samples, "adapter") as (folder, copy):
+        if spent():
+            return
+        for words in (["verify", copy, "--model", word], ["train", word], ["convert", copy, word], ["report", word]):
+            in_child(command(*words), folder).check((word[:20], str(folder), "mindprint", "\\"))
