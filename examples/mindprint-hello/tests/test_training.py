@@ -64,7 +64,7 @@ def test_the_commands_of_the_pages_run(page: str, tmp_path: Path) -> None:
     assert list(tmp_path.glob("*/runs/run-001/adapter/adapter_model.safetensors"))
 
 
-def test_its_scorer_stands_beside_the_score(tmp_path: Path) -> None:
+def test_its_scorer_is_shown_next_to_the_score(tmp_path: Path) -> None:
     """Named by the configuration, `eval` shows it on the score's own scale, where the person's text is 1."""
     mindprint(tmp_path, "hello", "base")
     mindprint(tmp_path, "init", "voice", "--model", "base")

@@ -2,7 +2,7 @@
 
     python packages/mindprint-core/tests/hook_api.py
 
-writes down a new version, or what was added to the present one. It never changes what is written down already.
+writes down a new version, or the additions to the present one. It never changes an entry that is written down.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def test_a_plugin_can_be_turned_off(install: Install, monkeypatch: pytest.Monkey
 
 
 def test_a_backend_that_cannot_say_what_it_can_do(install: Install) -> None:
-    """The framework is imported inside a hook, and is what is missing: named like any other failure."""
+    """The framework is missing and is imported inside a hook: the message is that of any other failure."""
     hooks = "".join(f"@hookimpl\ndef {hook}(): import no_such_framework\n" for hook in REQUIRED_HOOKS)
     install("acme", STATED + hooks)
     with pytest.raises(BackendError, match=r"acme-backend 3.1\): mindprint_backend_info raised ModuleNotFoundError"):
@@ -185,7 +185,10 @@ BROKEN = {
     "a hook API of text": (backend_code(apis="('1',)"), "does not state its hook API"),
     "another hook API": (backend_code(apis="(7,)"), "supports hook API 7"),
     "a rank of text": (backend_code(more="MINDPRINT_AUTO_RANK = 'high'"), "MINDPRINT_AUTO_RANK = 'high'"),
-    "a rank that is no number": (backend_code(more="MINDPRINT_AUTO_RANK = float('nan')"), "MINDPRINT_AUTO_RANK = nan"),
+    "a rank that is not a number": (
+        backend_code(more="MINDPRINT_AUTO_RANK = float('nan')"),
+        "MINDPRINT_AUTO_RANK = nan",
+    ),
     "hooks missing": ("MINDPRINT_HOOK_APIS = (1,)", "does not implement mindprint_backend_info"),
     "SystemExit in a hook": (backend_code(body="sys.exit(0)"), "mindprint_backend_info raised SystemExit: 0"),
     "BaseException in a hook": (backend_code(body="raise BaseException('odd')"), "raised BaseException: odd"),
@@ -244,7 +247,7 @@ def test_auto_leaves_out_a_broken_backend_whatever_it_raises_or_states(
 def test_auto_trains_in_spite_of_a_broken_backend_and_prints_its_reason(
     install: Install, toy: str, toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As line 27 of a list of faults had it: exit code 0, no output and no adapter."""
+    """A backend that nobody chose once ended training so: exit code 0, no output and no adapter."""
     monkeypatch.setenv("MINDPRINT_DISABLE_PLUGINS", "torch, mlx, hello")
     install("acme", backend_code(body="sys.exit(0)"))
     (tmp_path / "data").mkdir()

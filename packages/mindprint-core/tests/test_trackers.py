@@ -147,7 +147,7 @@ def watched(toy: str, toy_model: Path, folder: Path) -> list[Event]:
 
 
 @pytest.mark.parametrize("error", ["OSError('disk full')", "SystemExit('disk full')"])
-def test_one_that_raises_is_named_once_and_the_run_goes_on(
+def test_a_tracker_that_raises_is_named_once_and_the_run_continues(
     bad: Callable[[str], ModuleType], error: str, toy: str, toy_model: Path, tmp_path: Path
 ) -> None:
     """It sees nothing after what it raised at; the other tracker sees everything, and the run is complete."""
@@ -168,7 +168,7 @@ def test_one_that_raises_is_named_once_and_the_run_goes_on(
 def test_an_interrupt_in_one_is_the_users(
     bad: Callable[[str], ModuleType], toy: str, toy_model: Path, tmp_path: Path
 ) -> None:
-    """It passes; the checkpoint before that step stands."""
+    """It passes, and the checkpoint before that step is kept."""
     bad(BAD.format(error="KeyboardInterrupt"))
     with pytest.raises(KeyboardInterrupt):
         watched(toy, toy_model, tmp_path)
@@ -191,7 +191,7 @@ def test_an_interrupt_in_one_is_the_users(
         ("Tracker = 3", "cannot start: TypeError"),
     ],
 )
-def test_one_that_is_none_is_refused(bad: Callable[[str], ModuleType], code: str, words: str) -> None:
+def test_a_plugin_that_is_not_a_tracker_is_refused(bad: Callable[[str], ModuleType], code: str, words: str) -> None:
     """Before anything is trained, and with its distribution's name."""
     bad(code)
     with pytest.raises(PluginError, match=rf"(?s)tracker 'bad' \(bad-tracker 0.3\).*{words}"):

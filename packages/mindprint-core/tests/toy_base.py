@@ -1,4 +1,4 @@
-"""The toy backend of core's own tests: the tutorial's, from examples/mindprint-hello, under a name of its own."""
+"""The toy backend of core's tests: the one of examples/mindprint-hello under another name."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     python packages/mindprint-testing/tests/testing_api.py
 
-writes down what was added. It never changes what is written down already: the rules are those of docs/hook-api.md.
+writes down additions. It never changes an entry that is written down: the rules are those of docs/hook-api.md.
 """
 
 from __future__ import annotations
