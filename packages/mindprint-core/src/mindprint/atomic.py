@@ -27,7 +27,7 @@ _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Fill a folder under another name. It becomes `path` when the block ends well.
 
-    With `replace` it takes the place of what was there. Without, whatever appeared at `path` in the meantime stays.
+    With `replace` it takes the place of an older one. Without, whatever appeared at `path` in the meantime stays.
     Raises `RunError` in one line when the disk is full or not writable, or `path` is taken. Then nothing is left.
     """
     with _disk_errors(path):
@@ -47,12 +47,12 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file (UTF-8) whole, replacing what was there. Raises `RunError` as `new_folder` does."""
+    """Write a text file (UTF-8) whole, replacing an older one. Raises `RunError` as `new_folder` does."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole, replacing what was there. Raises `RunError` as `new_folder` does."""
+    """Write a file whole, replacing an older one. Raises `RunError` as `new_folder` does."""
     with _disk_errors(path):
         aside, handle = _make_file(path)
         try:

@@ -121,12 +121,12 @@ class PreferenceLoss:
 
     @property
     def reference_free(self) -> bool:
-        """Whether the loss takes no reference."""
+        """True if the loss takes no reference."""
         return PAIRWISE_LOSSES[self.name].reference_free
 
     @property
     def uses_mean_log_probs(self) -> bool:
-        """Whether the loss sees log-probs divided by the number of completion tokens."""
+        """True if the loss sees log-probs divided by the number of completion tokens."""
         return PAIRWISE_LOSSES[self.name].mean_log_probs
 
     def per_pair(self, xp: ArrayNamespace, pairs: PairLogProbs) -> Any:

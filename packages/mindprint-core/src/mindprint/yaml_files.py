@@ -44,7 +44,7 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str, source: str) -> tuple[dict[str, Any], Lines]:
     """Return settings as people write them, and the line of each key. Raises `ConfigError` with the line that is wrong.
 
-    Deep nesting is refused, and so are aliases that stand for far more than what was written.
+    Deep nesting is refused, and so are aliases that expand to far more than was written.
     """
     try:
         node, values = _load(text)
@@ -76,7 +76,7 @@ def _load(text: str) -> tuple[yaml.Node | None, Any]:
             return None, None
         if _expanded(node, {}, 0) > _MOST_NODES:
             raise yaml.constructor.ConstructorError(
-                None, None, "its aliases (*name) stand for too much: write the values out", node.start_mark
+                None, None, "its aliases (*name) expand to too much: write the values out", node.start_mark
             )
         return node, loader.construct_document(node)
     except RecursionError:
@@ -90,9 +90,9 @@ def _load(text: str) -> tuple[yaml.Node | None, Any]:
 
 
 def _expanded(node: yaml.Node, known: dict[int, int], depth: int) -> int:
-    """Count the values that a node stands for once every alias is written out. Raises `MarkedYAMLError`.
+    """Count the values of a node once every alias is written out. Raises `MarkedYAMLError`.
 
-    Each node is counted once and remembered, so that this takes as long as the text, whatever its aliases stand for.
+    Each node is counted once and remembered, so that this takes as long as the text, whatever its aliases expand to.
     """
     if depth > _DEEPEST:
         raise yaml.constructor.ConstructorError(None, None, "is nested too deeply", node.start_mark)

@@ -19,7 +19,7 @@ FEW_STOP = 0.5
 """Share of answers that end by themselves below which most are cut off."""
 
 SUNK_REWARD = -1.0
-"""Mean reward of the chosen answers over a stage's last steps below which DPO lowers what it should raise."""
+"""Mean reward of the chosen answers in a stage's last steps. Below it DPO lowers the answers that it should raise."""
 
 LAST = 10
 
@@ -76,7 +76,9 @@ def _broken_steps(record: RunRecord) -> Iterator[Advice]:
 
 def _collapse(record: RunRecord) -> Iterator[Advice]:
     for stage in STAGES:
-        collapses = [one for one in record.evaluations or () if one.stage == stage and one.collapse]
+        collapses = [
+            evaluation for evaluation in record.evaluations or () if evaluation.stage == stage and evaluation.collapse
+        ]
         if collapses:
             names = listed(list(dict.fromkeys(record.title(collapse.name) for collapse in collapses)))
             yield Advice(

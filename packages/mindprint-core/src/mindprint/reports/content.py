@@ -294,29 +294,35 @@ def _decisions(record: RunRecord) -> Iterator[Block]:
         yield Paragraph("There were no decisions: no gate, threshold or roll-back applied.")
         return
     rows = tuple(
-        (str(one.step), record.title(one.topic), (one.stage or "").upper() or NONE, str(one.attempt), one.decision,
-         _because(one))
-        for one in record.decisions
-    )  # fmt: skip
+        (
+            str(decision.step),
+            record.title(decision.topic),
+            (decision.stage or "").upper() or NONE,
+            str(decision.attempt),
+            decision.decision,
+            _because(decision),
+        )
+        for decision in record.decisions
+    )
     header = ("step", "topic", "stage", "attempt", "decision", "why")
     yield Table("Gates, retries, roll-backs and verdicts, in order", header, rows, frozenset({0, 3}))
 
 
-def _because(one: Decision) -> str:
-    words = [one.why] if one.why else []
-    if one.first_step is not None and one.last_step is not None:
-        words.append(f"steps {one.first_step} to {one.last_step} undone")
-    if one.change:
-        words.append("next: " + ", ".join(f"{name} × {factor:g}" for name, factor in one.change.items()))
+def _because(decision: Decision) -> str:
+    words = [decision.why] if decision.why else []
+    if decision.first_step is not None and decision.last_step is not None:
+        words.append(f"steps {decision.first_step} to {decision.last_step} undone")
+    if decision.change:
+        words.append("next: " + ", ".join(f"{name} × {factor:g}" for name, factor in decision.change.items()))
     return "; ".join(words)
 
 
 def _advice(record: RunRecord) -> Iterator[Block]:
-    found = advice(record)
-    if not found:
+    advices = advice(record)
+    if not advices:
         yield Paragraph("No problems were found.")
         return
-    rows = tuple((one.symptom, one.remedy) for one in found)
+    rows = tuple((item.symptom, item.remedy) for item in advices)
     yield Table("By symptom", ("symptom", "what to try"), rows)
 
 

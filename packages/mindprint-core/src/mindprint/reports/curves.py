@@ -42,7 +42,7 @@ def boundaries(record: RunRecord) -> tuple[float, ...]:
 def thinned(points: Sequence[Point], most: int) -> list[Point]:
     """Return about `most` points: the lowest and the highest of each bucket, in order, and both ends.
 
-    The extremes are kept because they are what a reader looks for in a loss curve: spikes must not vanish.
+    The extremes are kept because a reader looks for them in a loss curve: spikes must not vanish.
     """
     if len(points) <= most:
         return list(points)

@@ -1,4 +1,4 @@
-"""Whether two runs of one configuration on different backends are equivalent, and by how much they differ.
+"""The equivalence of two runs of one configuration on different backends, and their differences.
 
 `equivalent` means that every loss agrees within its tolerance (docs/numerics.md) and, where the voice could be scored,
 that the scores are within `VOICE_TOLERANCE` of the scale. Adapters, answers and costs are shown
@@ -60,7 +60,7 @@ class StageCurves:
 
 @dataclass(frozen=True)
 class AdapterDifference:
-    """How much two adapters differ.
+    """The difference of two adapters.
 
     `change` is the Frobenius norm of the difference of scale * B @ A over all sites, divided by that of the first.
     `greatest` is the greatest absolute difference of an element of any A or B.
