@@ -46,12 +46,12 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
     want = state()
     assert adapter_digest(read.state.adapter) == adapter_digest(want.adapter)
     assert read.state.adapter.config == want.adapter.config
-    for mine, theirs in (
+    for moments, expected in (
         (read.state.first_moments, want.first_moments),
         (read.state.second_moments, want.second_moments),
     ):
         for site in SITES:
-            assert all(np.array_equal(a, b) for a, b in zip(mine[site], theirs[site], strict=True))
+            assert all(np.array_equal(a, b) for a, b in zip(moments[site], expected[site], strict=True))
     assert (read.state.optimizer_steps, read.state.loss_scale) == (7, 0.125)
     assert (read.cursor.step, read.cursor.stage_index, read.cursor.stage_step) == (12, 1, 12)
 

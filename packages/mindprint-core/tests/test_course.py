@@ -67,7 +67,7 @@ def steps(run: Path) -> list[tuple[str, str, int | None, bool]]:
 
 
 def decisions(run: Path) -> list[tuple[str, str, str | None]]:
-    return [(one.topic, one.decision, one.stage) for one in RunFolder(run).decisions()]
+    return [(past.topic, past.decision, past.stage) for past in RunFolder(run).decisions()]
 
 
 def weights(run: Path) -> bytes:
@@ -97,7 +97,7 @@ def test_by_default_everything_is_trained_and_evaluated_at_the_end(project: Proj
     ]
     assert decisions(result.run) == [] and result.verdicts == ()
     records = RunFolder(result.run).evaluations()
-    assert [(one.level, one.name, one.stage, one.outcome) for one in records] == [
+    assert [(record.level, record.name, record.stage, record.outcome) for record in records] == [
         *(("topic", topic, None, "measured") for topic in TOPICS),
         ("final", "", None, "measured"),
     ]
@@ -106,7 +106,7 @@ def test_by_default_everything_is_trained_and_evaluated_at_the_end(project: Proj
     # Six short answers: nobody's voice, and said so.
     assert final.voice is None and "500 are needed" in final.unmeasured["voice"]
     assert 0 < (final.perplexity or 0) < (final.base_perplexity or 0)
-    assert [(one.topic, one.person) for one in answers(result.run)] == [
+    assert [(answer.topic, answer.person) for answer in answers(result.run)] == [
         (topic, f"{HELD_OUT} aye") for topic in TOPICS for _ in range(2)
     ]
     manifest = json.loads((result.run / "manifest.json").read_text())
@@ -120,12 +120,14 @@ def test_a_topic_that_fails_is_tried_again_and_named(project: Project, tmp_path:
         (topic, "sft", attempt, attempt is None) for topic in TOPICS for attempt in [None] * SFT + [2] * SFT
     ]
     assert decisions(result.run) == [(topic, kind, None) for topic in TOPICS for kind in ("retry", "fail")]
-    assert [one.change for one in RunFolder(result.run).decisions()] == [{"learning_rate": 0.5}, None] * 3
+    assert [past.change for past in RunFolder(result.run).decisions()] == [{"learning_rate": 0.5}, None] * 3
     lines = RunFolder(result.run).read_steps()
     assert [line["learning_rate"] for line in lines[: 2 * SFT]] == [1e-2] * SFT + [5e-3] * SFT
     # The second attempt begins where the first began: its first loss is the same.
     assert lines[0]["loss"] == lines[SFT]["loss"] and lines[1]["loss"] != lines[SFT + 1]["loss"]
-    assert [(one.level, one.name, one.outcome) for one in result.failed] == [("topic", t, "failed") for t in TOPICS]
+    assert [(verdict.level, verdict.name, verdict.outcome) for verdict in result.failed] == [
+        ("topic", t, "failed") for t in TOPICS
+    ]
     assert "perplexity_ratio" in result.failed[0].why and "at most 0.001 wanted" in result.failed[0].why
     assert [stage.steps for stage in result.stages] == [SFT] * 3
 
@@ -135,7 +137,9 @@ def test_a_failure_can_end_the_run(project: Project, tmp_path: Path) -> None:
     result = train(project, tmp_path / "run", **sections, curriculum={"stop_after": "chapter"})
     assert {topic for topic, *_ in steps(result.run)} == {"u1/c1/bees", "u1/c1/tides"}
     assert decisions(result.run) == [("u1/c1/tides", "stop", None)]
-    assert [(one.level, one.name, one.outcome) for one in result.failed] == [("chapter", "u1/c1", "failed")]
+    assert [(verdict.level, verdict.name, verdict.outcome) for verdict in result.failed] == [
+        ("chapter", "u1/c1", "failed")
+    ]
     assert (result.adapter / "adapter_model.safetensors").is_file()
 
 
@@ -143,7 +147,7 @@ def test_what_cannot_be_evaluated_is_neither_failed_nor_zero(project: Project, t
     evaluation = {"final": {"voice": 0.0}, "topic": {"voice": 0.0}}
     result = train(project, tmp_path / "run", evaluation=evaluation, curriculum={"retries": 3})
     assert [decision for _, decision, _ in decisions(result.run)] == ["not evaluated"] * 3
-    assert [one.outcome for one in result.verdicts] == ["not evaluated"] * 4
+    assert [verdict.outcome for verdict in result.verdicts] == ["not evaluated"] * 4
     assert result.not_evaluated == result.verdicts and result.failed == ()
     assert str(result.verdicts[-1]).startswith("the final evaluation could not be evaluated: voice: ")
     assert result.verdicts[0] == Verdict("topic", TOPICS[0], "not evaluated", result.verdicts[0].why)
@@ -193,7 +197,7 @@ def test_without_the_setting_a_collapse_is_a_warning(project: Project, tmp_path:
     heard: list[Event] = []
     silenced = Silenced(lambda: True)
     result = mindprint.train(project, run=tmp_path / "run", on_event=heard.append, observers=[silenced])
-    warnings = [one.message for one in heard if isinstance(one, Notice) and one.warning]
+    warnings = [event.message for event in heard if isinstance(event, Notice) and event.warning]
     assert any("100% of the answers are empty" in words and "roll_back" in words for words in warnings)
     assert result.failed == () and decisions(result.run) == []
     assert weights(result.run) == weights(train(project, tmp_path / "other").run)
@@ -202,11 +206,11 @@ def test_without_the_setting_a_collapse_is_a_warning(project: Project, tmp_path:
 def test_earlier_topics_are_measured_again_at_the_end_of_a_unit(project: Project, tmp_path: Path) -> None:
     result = train(project, tmp_path / "run", evaluation={"levels": ["topic", "unit"]})
     records = RunFolder(result.run).evaluations()
-    unit = next(one for one in records if one.level == "unit")
-    assert [one.topic for one in unit.earlier] == list(TOPICS[:-1])
-    then = {one.name: one.figures.perplexity for one in records if one.level == "topic"}
-    assert [one.perplexity_then for one in unit.earlier] == [then[topic] for topic in TOPICS[:-1]]
-    assert all(one.perplexity_now != one.perplexity_then for one in unit.earlier)
+    unit = next(record for record in records if record.level == "unit")
+    assert [topic.topic for topic in unit.earlier] == list(TOPICS[:-1])
+    then = {record.name: record.figures.perplexity for record in records if record.level == "topic"}
+    assert [topic.perplexity_then for topic in unit.earlier] == [then[topic] for topic in TOPICS[:-1]]
+    assert all(topic.perplexity_now != topic.perplexity_then for topic in unit.earlier)
 
 
 def test_only_the_topics_that_are_asked_for(project: Project, tmp_path: Path) -> None:
@@ -263,12 +267,12 @@ def test_quizzes_are_asked_and_one_without_rows_is_named(project: Project, tmp_p
         (folder / "quiz.json").write_text(json.dumps([question]))
     heard: list[Event] = []
     result = mindprint.train(project, run=tmp_path / "run", on_event=heard.append)
-    warnings = [one.message for one in heard if isinstance(one, Notice) and one.warning]
+    warnings = [event.message for event in heard if isinstance(event, Notice) and event.warning]
     assert any("the quiz of topic 'u9/stars' is not asked while training" in words for words in warnings)
     final = RunFolder(result.run).evaluations()[-1].figures
     assert (final.questions, final.concept_coverage) == (1, 0.0)
-    quizzed = [one for one in answers(result.run) if one.quiz]
-    assert [(one.topic, one.person, one.missing) for one in quizzed] == [(TOPICS[0], "Aye.", ("honey",))]
+    quizzed = [answer for answer in answers(result.run) if answer.quiz]
+    assert [(answer.topic, answer.person, answer.missing) for answer in quizzed] == [(TOPICS[0], "Aye.", ("honey",))]
 
 
 def test_a_report_that_cannot_be_written_is_a_warning(project: Project, tmp_path: Path) -> None:
@@ -281,5 +285,5 @@ def test_a_report_that_cannot_be_written_is_a_warning(project: Project, tmp_path
 
     result = mindprint.train(project, run=tmp_path / "run", on_event=take_its_place)
     assert (result.adapter / "adapter_model.safetensors").is_file()
-    warnings = [one.message for one in heard if isinstance(one, Notice) and one.warning]
+    warnings = [event.message for event in heard if isinstance(event, Notice) and event.warning]
     assert any(words.startswith("no report: ") and "mindprint report" in words for words in warnings)

@@ -76,7 +76,7 @@ def test_rows_of_like_length_meet_within_their_window() -> None:
     assert grouped.micro_batches(0) != grouped.micro_batches(6)
 
 
-def test_a_window_of_one_is_no_window() -> None:
+def test_a_window_of_one_does_nothing() -> None:
     plain = StageOrder(9, 2, 1, seed=3, topic="t", stage="sft", epochs=1)
     of_one = StageOrder(9, 2, 1, seed=3, topic="t", stage="sft", epochs=1, lengths=tuple(range(9)), length_window=1)
     assert [plain.micro_batches(step) for step in range(5)] == [of_one.micro_batches(step) for step in range(5)]

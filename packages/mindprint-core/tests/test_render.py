@@ -82,9 +82,6 @@ def assert_spans(example: SftExample, *parts: tuple[Sequence[int], bool]) -> Non
     assert (example.tokens.dtype.name, example.loss_mask.dtype.name) == ("int32", "bool")
 
 
-# --- SFT, chat -------------------------------------------------------------------------------------------------------
-
-
 def test_the_completion_is_trained_with_its_end_of_turn(tmp_path: Path) -> None:
     example = one(sft("Hi", "Yo"), tokenizer(tmp_path))
     assert (example.topic, example.origin) == ("tea", LINE)
@@ -127,7 +124,7 @@ def test_a_template_that_rewrites_history_gives_one_example_a_turn(tmp_path: Pat
     assert rendered.notes == ("the chat template rewrites earlier turns: 1 conversations became one example per turn",)
 
 
-def test_a_prompt_that_is_no_prefix_ends_where_the_whole_departs(tmp_path: Path) -> None:
+def test_a_prompt_that_is_not_a_prefix_ends_where_the_whole_departs(tmp_path: Path) -> None:
     """The generation prompt ends with `<t></t>`, the answer does not: `<` is where they part."""
     rendered = render_sft([sft("Hi", "Yo")], tokenizer(tmp_path, THINKING), DataConfig())
     assert_spans(rendered.examples[0], (user("Hi") + ANSWER_OPEN, False), (ended("Yo"), True))
@@ -163,9 +160,6 @@ def test_a_tokenizer_without_template_is_said_aloud(tmp_path: Path) -> None:
     assert "no chat template" in rendered.notes[0]
 
 
-# --- SFT, raw --------------------------------------------------------------------------------------------------------
-
-
 def test_raw_text_is_trained_whole_and_ended_once(tmp_path: Path) -> None:
     loaded = tokenizer(tmp_path)
     for text in ("Yo", "Yo<eos>"):
@@ -183,9 +177,6 @@ def test_raw_tokens_that_merge_across_the_boundary_belong_to_the_completion(tmp_
     rendered = render_sft([sft("a ca", "t")], tokenizer(tmp_path), DataConfig(format="raw"))
     assert_spans(rendered.examples[0], (b"a ", False), ([CAT, EOS], True))
     assert "an answer changes the prompt's own tokens" in rendered.notes[0]
-
-
-# --- truncation ------------------------------------------------------------------------------------------------------
 
 
 def test_the_end_is_cut_and_counted(tmp_path: Path) -> None:
@@ -218,9 +209,6 @@ def test_later_turns_that_do_not_fit_are_cut(tmp_path: Path) -> None:
     rendered = render_sft(rows, tokenizer(tmp_path), DataConfig(max_length=len(first) + 6))
     assert_spans(rendered.examples[0], (first, False), (ended("Yo"), True), (user("Why")[:2], False))
     assert (rendered.cut, rendered.left_out) == (1, 0)
-
-
-# --- pairs -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_pair_is_prompt_chosen_and_rejected(tmp_path: Path) -> None:
@@ -270,9 +258,6 @@ def test_a_pair_of_equals_is_kept_and_said(tmp_path: Path) -> None:
 def test_an_answer_that_renders_to_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"sft.jsonl: line 3: `chosen` renders to nothing"):
         one_pair(pair("Hi", "Yo", "Sir"), tokenizer(tmp_path, SILENT))
-
-
-# --- the rest --------------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_for_generation(tmp_path: Path) -> None:

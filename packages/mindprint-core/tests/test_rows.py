@@ -1,4 +1,4 @@
-"""What people write, read as rows; and one line, with file, line and mend, for everything that is no row."""
+"""Rows as people write them. Everything else is refused in one line, with file, line and how to fix it."""
 
 from __future__ import annotations
 
@@ -55,9 +55,6 @@ def write(folder: Path, name: str, *records: object) -> Path:
 
 def only_sft(folder: Path, **data: Any) -> ConfigFile:
     return make_config({"data": data, "dpo": {"enabled": False}}, folder)
-
-
-# --- the forms of a row ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -163,7 +160,7 @@ def test_topic_then_source_then_the_default() -> None:
         ({"text": "Yo"}, "`text` is plain text: write `prompt` and `completion`, or set data.format=raw"),
     ],
 )
-def test_what_is_no_sft_row(record: dict[str, Any], message: str) -> None:
+def test_a_wrong_sft_row_is_named(record: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=f"^sft.jsonl: line 3: .*{re.escape(message)}"):
         sft(record)
 
@@ -182,7 +179,7 @@ def test_what_is_no_sft_row(record: dict[str, Any], message: str) -> None:
         ({"prompt": said(HI), "chosen": said(HI, YO), "rejected": said(SIR)}, "`chosen` begins with a user message"),
     ],
 )
-def test_what_is_no_preference_row(record: dict[str, Any], message: str) -> None:
+def test_a_wrong_preference_row_is_named(record: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=f"^sft.jsonl: line 3: .*{re.escape(message)}"):
         pair(record)
 
@@ -192,9 +189,6 @@ def test_raw_takes_strings_alone() -> None:
         sft({"messages": said(HI, YO)}, "raw")
     with pytest.raises(DataError, match=r"line 3: messages need data.format=chat"):
         pair({"chosen": said(HI, YO), "rejected": said(HI, SIR)}, "raw")
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def test_default_files_of_a_folder(tmp_path: Path) -> None:
@@ -315,9 +309,6 @@ def test_parquet_rows_are_numbered(tmp_path: Path) -> None:
         read_rows(only_sft(tmp_path, sft="x.parquet"))
 
 
-# --- the hub ---------------------------------------------------------------------------------------------------------
-
-
 def test_hub_names_go_to_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -357,9 +348,6 @@ def test_json_lines_import_neither_datasets_nor_a_framework(tmp_path: Path) -> N
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# --- topics ----------------------------------------------------------------------------------------------------------
-
-
 def test_topics_need_rows_for_both_stages() -> None:
     row, other = sft({"prompt": "Hi", "completion": "Yo", "topic": "tea"}), pair({**PAIR, "topic": "rain"})
     same = pair({**PAIR, "topic": "tea"})
@@ -371,8 +359,6 @@ def test_topics_need_rows_for_both_stages() -> None:
         check_topics(Rows((row,), (same, other), ()), both)
     check_topics(Rows((row,), (), ()), make_config({"dpo": {"enabled": False}}).config)
 
-
-# --- the documentation -----------------------------------------------------------------------------------------------
 
 PAGE = Path(__file__).parents[3] / "docs" / "data-formats.md"
 BLOCKS = re.compile(r"<!-- rows: (sft|preferences) (chat|raw) -->\n```json\n(.*?)```", re.DOTALL)

@@ -50,7 +50,7 @@ def test_an_optimizer_that_updates_nothing(
 def test_a_step_that_was_compiled_with_the_first_adapter(
     backend_module: ModuleType, toy_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `mx.compile` can do: gradients of the first adapter for ever, while the optimizer goes on updating."""
+    """As `mx.compile` can do: gradients of the first adapter for ever, while the optimizer continues to update."""
     original: Callable[..., StepMetrics] = backend_module.mindprint_sft_step
     remembered: list[Any] = []
 
@@ -86,9 +86,6 @@ def test_whatever_a_backend_raises_is_a_finding(toy: str, tmp_path: Path) -> Non
     (finding,) = guarded("toy", lambda: check_training(placement, ModelFolder(tmp_path, "nothing")))
     assert (finding.subject, finding.ok) == ("toy", False)
     assert "has no tokenizer" in finding.detail
-
-
-# --- on a user's own model and configuration -------------------------------------------------------------------------
 
 
 @pytest.fixture

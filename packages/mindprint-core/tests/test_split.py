@@ -204,9 +204,6 @@ def test_facts_for_the_manifest() -> None:
     assert stated["digests"] != split(everywhere(PROMPTS[1:])).facts.stated()["digests"]
 
 
-# --- quizzes ---------------------------------------------------------------------------------------------------------
-
-
 def quiz(folder: Path, content: object, topic: str = "unit-01/tea") -> Path:
     path = folder / "data" / topic / "quiz.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +222,7 @@ def test_quizzes_of_topics(tmp_path: Path) -> None:
     quiz(tmp_path, [GOOD, {**GOOD, "topic": "cake"}])
     quiz(tmp_path, [{"question": "Who?", "reference_answers": ["She."]}], ".")
     found = read(tmp_path)
-    assert [(one.topic, one.key_concepts) for one in found.questions] == [
+    assert [(question.topic, question.key_concepts) for question in found.questions] == [
         ("main", ()),
         ("unit-01/tea", ("four|4",)),
         ("cake", ("four|4",)),
@@ -255,7 +252,7 @@ def test_what_is_unreadable_is_named_and_the_rest_is_read(content: object, messa
     found = read(tmp_path)
     (problem,) = found.unreadable
     assert message in problem and "data/bad/quiz.json: " in problem
-    assert [one.topic for one in found.questions][-1] == "unit-01/tea"
+    assert [question.topic for question in found.questions][-1] == "unit-01/tea"
 
 
 def test_a_question_without_references_is_held_out_and_named(tmp_path: Path) -> None:
@@ -278,4 +275,4 @@ def test_read_split_holds_quizzes_out(tmp_path: Path) -> None:
 def test_the_quiz_of_the_documentation(tmp_path: Path) -> None:
     page = (Path(__file__).parents[3] / "docs" / "data-formats.md").read_text(encoding="utf-8")
     quiz(tmp_path, page.partition("<!-- quiz -->\n```json\n")[2].partition("```")[0].encode())
-    assert [len(one.key_concepts) for one in read(tmp_path).questions] == [1, 2]
+    assert [len(question.key_concepts) for question in read(tmp_path).questions] == [1, 2]

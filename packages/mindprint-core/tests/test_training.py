@@ -1,4 +1,4 @@
-"""Whole runs on the toy backend: what they leave, how they stop and go on, and what stops them."""
+"""Whole runs on the toy backend: what they leave, how they stop and continue, and why they stop."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_dpo_starts_from_its_own_reference(project: Project, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("step", range(1, TOTAL))
-def test_stopped_after_any_step_it_goes_on_bit_for_bit(project: Project, tmp_path: Path, step: int) -> None:
+def test_stopped_after_any_step_it_continues_bit_for_bit(project: Project, tmp_path: Path, step: int) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     mindprint.train(project, run=whole)
     with pytest.raises(Interrupted, match=f"the checkpoint of step {step} is in"):
@@ -147,10 +147,10 @@ def test_stopped_after_any_step_it_goes_on_bit_for_bit(project: Project, tmp_pat
 
 
 @pytest.mark.parametrize("lines", [1, 5, 9])
-def test_killed_it_goes_on_from_its_last_checkpoint(
+def test_killed_it_continues_from_its_last_checkpoint(
     project: Project, toy_site: Path, tmp_path: Path, lines: int
 ) -> None:
-    """kill -9 when metrics.jsonl has so many lines; only steps since the last checkpoint are taken again."""
+    """kill -9 when metrics.jsonl has N lines. Only steps since the last checkpoint are taken again."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     mindprint.train(project, run=whole)
     kill_when(project, toy_site, killed, lines)
@@ -271,7 +271,7 @@ def test_the_reference_is_kept_and_belongs_to_its_key(project: Project, tmp_path
         mindprint.train(project, run=tmp_path / "run", resume=True)
 
 
-def test_a_lost_reference_is_computed_anew_from_the_stages_start(project: Project, tmp_path: Path) -> None:
+def test_a_lost_reference_is_computed_again_from_the_stages_start(project: Project, tmp_path: Path) -> None:
     mindprint.train(project, run=tmp_path / "whole")
     stopped(project, tmp_path / "run", SFT_STEPS + 2)
     (tmp_path / "run" / "references" / "0001.safetensors").unlink()
@@ -288,11 +288,11 @@ def test_observers_see_what_the_caller_sees(project: Project, tmp_path: Path) ->
         def mindprint_event(self, event: Event) -> None:
             self.events.append(event)
 
-    watcher, mine = Watcher(), list[Event]()
-    mindprint.train(project, run=tmp_path / "run", on_event=mine.append, observers=[watcher])
-    assert watcher.events == mine
-    assert isinstance(mine[-1], RunFinished)
-    assert [event.stage for event in mine if isinstance(event, StageStarted)] == ["sft", "dpo", "sft", "dpo"]
+    watcher, events = Watcher(), list[Event]()
+    mindprint.train(project, run=tmp_path / "run", on_event=events.append, observers=[watcher])
+    assert watcher.events == events
+    assert isinstance(events[-1], RunFinished)
+    assert [event.stage for event in events if isinstance(event, StageStarted)] == ["sft", "dpo", "sft", "dpo"]
 
 
 def test_gradient_checkpointing_is_asked_for_by_backend_section_and_may_change_on_resume(
@@ -339,9 +339,6 @@ def test_what_the_backend_cannot_load_leaves_nothing(
     with pytest.raises(ModelError, match="not with this backend"):
         mindprint.train(project, run=tmp_path / "runs" / "one")
     assert not (tmp_path / "runs").exists()
-
-
-# --- a backend that goes wrong in silence ----------------------------------------------------------------------------
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, hook: str, change: Callable[..., Any]) -> None:

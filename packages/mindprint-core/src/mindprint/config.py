@@ -206,10 +206,12 @@ class DpoConfig(StageConfig):
 
 
 class CheckpointConfig(Section):
-    """The times at which the run's state is written, in addition to the start of each stage."""
+    """The checkpoints that are written, in addition to one at the start of each stage."""
 
     every: Positive = Field(50, description="Optimizer steps between checkpoints.")
-    keep: Positive = Field(2, description="How many of them are kept.")
+    keep: Positive = Field(
+        2, description="How many of the newest are kept, with the starts of the stages and topics that they are in."
+    )
 
 
 class GenerationConfig(Section):

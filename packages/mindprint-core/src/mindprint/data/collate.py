@@ -43,6 +43,7 @@ def preference_batch(
 
 def shared_sequences(examples: Sequence[PreferenceExample], pad_id: int) -> TokenBatch:
     """Collate prompt + chosen of every pair, then prompt + rejected of every pair, as rows that share prompts."""
+    # Chosen first: `TokenBatch.shared` pairs row k with row rows / 2 + k.
     chosen = [_joined(example.prompt, example.chosen) for example in examples]
     rejected = [_joined(example.prompt, example.rejected) for example in examples]
     return replace(_pairs_of([*chosen, *rejected], pad_id), shared=_lengths([example.prompt for example in examples]))
@@ -66,6 +67,7 @@ def _joined(prompt: Int32, completion: Int32) -> tuple[Int32, Bool]:
 
 
 def _token_batch(tokens: Sequence[Int32], masks: Sequence[Bool], pad_id: int) -> TokenBatch:
+    # Padding stays False, so padded tokens never count, whatever their id.
     loss_mask = np.zeros((len(masks), max(map(len, masks), default=0)), dtype=np.bool_)
     for row, mask in zip(loss_mask, masks, strict=True):
         row[: len(mask)] = mask

@@ -67,6 +67,7 @@ def read_quizzes(file: ConfigFile) -> Quizzes:
     questions: list[Question] = []
     unanswered: list[_UnansweredError] = []
     unreadable: list[str] = []
+    # Sorted, because the order of a folder's entries depends on the file system.
     for path in sorted(folder.rglob(QUIZ_FILE)):
         topic = path.parent.relative_to(folder).as_posix()
         try:

@@ -95,6 +95,7 @@ def render_prompt(prompt: Text, tokenizer: Tokenizer, data_format: Literal["chat
     if data_format == "raw":
         if not isinstance(prompt, str):
             raise DataError("messages need data.format=chat; data.format is raw, which takes strings")
+        # A tokenizer that appends EOS would end the text before the model continues it.
         ids = tokenizer.encode(prompt)
         return np.array(ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids, dtype=np.int32)
     return np.array(tokenizer.render(as_messages(prompt, "user"), generation_prompt=True), dtype=np.int32)
@@ -103,6 +104,7 @@ def render_prompt(prompt: Text, tokenizer: Tokenizer, data_format: Literal["chat
 def common_prefix(first: Int32, second: Int32) -> int:
     """Count the tokens that two sequences have in common at their beginning."""
     length = min(len(first), len(second))
+    # `argmax` of booleans is the first True, at C speed: this runs for every row.
     differ = first[:length] != second[:length]
     return int(differ.argmax()) if differ.any() else length
 
@@ -132,6 +134,7 @@ class _Turn:
     upto: Int32
 
     def sequence(self, origin: Origin) -> _Sequence:
+        # Some tokenizers merge the prompt's end with the answer's start. Then training starts where they part.
         start = common_prefix(self.prompt, self.upto)
         if start >= len(self.upto):
             raise DataError(f"{origin}: the completion renders to nothing: the template leaves it out")
@@ -167,6 +170,7 @@ def _conversation(row: SftRow, turns: list[_Turn], tally: _Tally) -> list[_Seque
     tally.diverging += any(s.spans[0][0] < len(turn.prompt) for s, turn in zip(sequences, turns, strict=True))
     whole = turns[-1].upto
     if any(common_prefix(turn.upto, whole) < len(turn.upto) for turn in turns):
+        # An answer in rewritten history is not what the model writes, so each turn needs its own sequence.
         tally.split += 1
         return sequences
     return [_Sequence(whole, tuple(sequence.spans[0] for sequence in sequences))]
@@ -200,6 +204,7 @@ def _mask(sequence: _Sequence, length: int) -> Bool:
     mask = np.zeros(length, dtype=np.bool_)
     for start, end in sequence.spans:
         mask[start:end] = True
+    # Nothing predicts the first token.
     mask[:1] = False
     return mask
 
@@ -233,6 +238,7 @@ def _pair_example(
     row: PreferenceRow, prompt: Int32, chosen: Int32, rejected: Int32, max_length: int, tally: _Tally
 ) -> Iterator[PreferenceExample]:
     """Cut a pair after the common prefix of all three. As in TRL, it is left out where that fills `max_length`."""
+    # Both answers must continue the same tokens, or their log-probs could not be compared.
     start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
     _check_pair(row, start, chosen, rejected)
     tally.diverging += start < len(prompt)
@@ -266,6 +272,7 @@ def _render(
     try:
         return tokenizer.render_all(conversations, generation_prompt=generation_prompt)
     except DataError:
+        # One after the other, which is slow, but only on the way to an error.
         for messages, origin in zip(conversations, origins, strict=True):
             _render_one(messages, origin, tokenizer, generation_prompt=generation_prompt)
         raise

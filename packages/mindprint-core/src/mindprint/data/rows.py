@@ -225,6 +225,7 @@ def _given(record: Record, name: str) -> bool:
 
 
 def _form(record: Record, forms: Sequence[tuple[str, ...]], origin: Origin) -> tuple[str, ...]:
+    # The order of the forms decides where a row has the fields of two.
     for form in forms:
         if all(_given(record, name) for name in form):
             return form
@@ -308,6 +309,7 @@ def _message(value: object, name: str, origin: Origin) -> Message:
         raise DataError(f"{origin}: `{name}.content` must be text, found {kind_of(content)}")
     if role == "assistant" and not content.strip():
         raise DataError(f"{origin}: `{name}.content` is empty")
+    # Two fields are the usual case, and this runs for every message.
     if len(value) > 2:
         _refuse_unsupported(value, name, origin)
     return Message(role, _encodable(content, f"{name}.content", origin))
@@ -323,6 +325,7 @@ def _refuse_unsupported(message: Record, name: str, origin: Origin) -> None:
 def _ending_in_answer(messages: Messages, name: str, origin: Origin) -> Messages:
     if messages[-1].role != "assistant":
         raise DataError(f"{origin}: `{name}` must end with an assistant message, found {messages[-1].role}")
+    # An assistant's first message alone answers nothing.
     if name == "messages" and all(message.role != "assistant" for message in messages[1:]):
         raise DataError(f"{origin}: `messages` has nothing before the assistant's answer")
     return messages
@@ -516,6 +519,7 @@ def _array_hint(line: bytes) -> str:
 def _csv_records(path: Path) -> Iterator[tuple[Origin, Record]]:
     """Read CSV with a header line. Every cell is text (`007` and `NA` do not change), an empty cell a missing field."""
     shown = shown_path(path)
+    # A letter can be longer than the 128 KiB that the csv module allows, and the limit is global.
     before = csv.field_size_limit(2**31 - 1)
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
@@ -551,6 +555,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[Origin, Record]]:
 
     shown = shown_path(path)
     try:
+        # Streamed: a row is checked as it is read, and a mistake stops before the rest is loaded.
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         for number, record in enumerate(rows, 1):
             yield Origin(shown, number, "row"), record

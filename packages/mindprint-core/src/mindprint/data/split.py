@@ -4,7 +4,7 @@ A prompt is normalised (`near_duplicates.normalised`) and hashed; near-duplicate
 hash ranks first decides for all of it, by another part of its hash: below `data.heldout_fraction`, the group is held
 out. So a prompt stays where it is when rows are added, unless one that nearly equals it ranks before it; and the
 same prompt lies on the same side in every topic and every file. Pairs of `data.heldout` and questions of quizzes are
-held out by definition, and what is near to them is not trained. docs/data-formats.md states the rules.
+held out by definition, and rows near to them are not trained. docs/data-formats.md states the rules.
 """
 
 from __future__ import annotations
@@ -196,6 +196,7 @@ class _Table:
         ends = np.cumsum([0, *map(len, prompts)]).tolist()
         places = tuple(map(range, ends, ends[1:]))
         texts = (*chain(*prompts), *(spoken(row.prompt) for row in rows.heldout), *quizzes.held_out)
+        # All prompts of a conversation are joined to one group: its tokens cannot be split between the sides.
         within = np.array([(row[0], other) for row in places for other in row[1:]], dtype=np.int64).reshape(-1, 2)
         labels = joined(near_duplicate_groups(texts), within)
         return cls(
@@ -236,6 +237,7 @@ def _groups(table: _Table, fraction: float) -> _Groups:
     members: dict[int, set[bytes]] = {}
     for label, text in zip(table.labels.tolist(), table.texts[: table.explicit.start], strict=False):
         members.setdefault(label, set()).add(_digest(text))
+    # Text that a person holds out comes before any hash.
     fixed = frozenset(table.labels[table.explicit].tolist())
     drawn = frozenset(table.group(row) for row, (_, topic) in enumerate(table.owners) if not table.pairs.get(topic))
     several = {group: known for group, known in members.items() if len(known) > 1}
@@ -264,6 +266,7 @@ def _position(digest: bytes) -> float:
 
 
 def _sides(table: _Table, groups: _Groups, fraction: float) -> list[Side]:
+    # By the leader's hash alone, so that adding rows moves as few prompts as possible.
     held = {group for group in groups.drawn if groups.leaders[group] < fraction}
     found = [table.group(row) for row in range(len(table.rows))]
     return ["removed" if group in groups.fixed else "held_out" if group in held else "train" for group in found]
@@ -284,6 +287,7 @@ def _keep_something(table: _Table, groups: _Groups, sides: list[Side]) -> int:
                 f"topic {topic!r}: every prompt of its {_NAMES[kind]} appears in held-out rows or a quiz, exactly or "
                 "nearly: add rows with other prompts, or take those out of heldout.jsonl or quiz.json"
             )
+        # The highest is the first to be trained when the fraction is lowered: the order of groups stays consistent.
         highest = max(held, key=lambda group: (groups.leaders[group], group))
         sides[:] = ["train" if table.group(row) == highest else side for row, side in enumerate(sides)]
         kept += 1

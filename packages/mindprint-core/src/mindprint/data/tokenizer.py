@@ -68,6 +68,7 @@ class Tokenizer:
         self._refused: DataError | None = None
         self._backend = hf.backend_tokenizer
         self._configured_eos = _eos_in(folder)
+        # Files can ask for truncation and padding, which core decides itself.
         self._backend.no_truncation()
         self._backend.no_padding()
         template = _default_template(hf.chat_template)
@@ -139,9 +140,11 @@ class Tokenizer:
         Taken from the loaded tokenizer, without fields that are null or false: a file that another version of the
         library wrote again has the same digest.
         """
+        # From the loaded tokenizer: two files that load alike are the same tokenizer.
         parts = json.loads(self._backend.to_str())
         model = dict(parts["model"])
         if "merges" in model:
+            # Two versions of the library write merges as pairs or as strings.
             model["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         return _digest(
             {
@@ -214,6 +217,7 @@ class Tokenizer:
         except DataError:
             return set()
         _, found, after = text.rpartition(words)
+        # A template may write a line break or a word after an answer. Only a special token ends it.
         special = {token for token, added in self._hf.added_tokens_decoder.items() if added.special}
         ids = self._backend.encode(after.strip(), add_special_tokens=False).ids if found else []
         return set(ids[:1]) & special

@@ -42,6 +42,7 @@ class LoadTimer:
     def mindprint_load_model(self, spec: ModelSpec) -> Generator[None, LoadedModel, LoadedModel]:  # noqa: ARG002
         started = perf_counter()
         model = yield
+        # Later loads find the files in the page cache, and would say nothing about the first.
         if self.seconds is None:
             self.seconds = perf_counter() - started
         return model

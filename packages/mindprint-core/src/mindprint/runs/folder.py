@@ -117,6 +117,7 @@ class RunFolder:
         """Make the folder and hold the run for this process. Raises `RunError` if another one is writing to it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            # The kernel releases the lock when the process dies, however it dies: a run is never locked for good.
             handle = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise RunError(
@@ -199,11 +200,13 @@ class RunFolder:
 
         If its training has `ended`, the final evaluation is dropped too.
         """
+        # Decisions are kept or dropped by step, and a roll-back only counts with its decision.
         decisions = [decision for decision in self.decisions() if decision.step <= step]
         undone = [range(past.first_step, (past.last_step or 0) + 1) for past in decisions if past.first_step]
         kept = [line for line in self.read_steps() if line["step"] <= step]
         for line in kept:
             if not any(line["step"] in steps for steps in undone):
+                # The mark was written before a decision that is dropped now: the steps count again.
                 line.pop("rolled_back", None)
         evaluations = [
             record for record in self.evaluations() if record.step <= step and not (ended and _is_final(record))
@@ -399,6 +402,7 @@ def runs_folder(file: ConfigFile) -> Path:
 
 def new_run_path(parent: Path) -> Path:
     """Return the path of the next free `run-NNN` under `parent`."""
+    # Gaps that deleted runs left are not filled, so that the numbers keep the order of the starts.
     taken = [int(found[1]) for path in _entries(parent) if (found := _NUMBERED.fullmatch(path.name))]
     return parent / f"run-{max(taken, default=0) + 1:03d}"
 
@@ -415,6 +419,7 @@ def _entries(parent: Path) -> list[Path]:
 
 def portable(file: ConfigFile, run: Path) -> Config:
     """Return the configuration with its paths relative to the run, so that `RUN/config.yaml` can be loaded again."""
+    # Relative paths keep a project that is moved or copied as a whole usable.
     data = file.config.data
 
     def relative(entry: str) -> str:

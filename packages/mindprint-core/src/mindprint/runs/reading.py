@@ -109,17 +109,18 @@ class RunRecord:
     def undone(self, record: EvaluationRecord) -> bool:
         """Return whether the evaluated state was rolled back afterwards."""
         return any(
-            one.topic == record.name
-            and one.first_step is not None
-            and one.last_step is not None
-            and one.first_step <= record.step <= one.last_step
-            and (one.attempt, one.stage or record.stage) == (record.attempt, record.stage)
-            for one in self.decisions or ()
+            decision.topic == record.name
+            and decision.first_step is not None
+            and decision.last_step is not None
+            and decision.first_step <= record.step <= decision.last_step
+            and (decision.attempt, decision.stage or record.stage) == (record.attempt, record.stage)
+            for decision in self.decisions or ()
         )
 
     def outcome(self, topic: str) -> str:
         """Return `passed`, `failed`, `not evaluated` or `measured`, or `not trained` if the run never reached it."""
         decided = [past.decision for past in self.decisions or () if past.topic == topic]
+        # A retried topic has several. The last one is about the attempt that was kept.
         verdicts = [decision for decision in decided if decision in OUTCOMES]
         if verdicts:
             return OUTCOMES[verdicts[-1]]
@@ -216,5 +217,6 @@ def _text(file: Path) -> str:
 
 
 def _step(line: Mapping[str, Any]) -> Step:
+    # Most lines lack `rolled_back`, which is only written where it is true.
     marks = {"undone": bool(line.get("rolled_back")), "skipped": bool(line.get("skipped"))}
     return typed(Step, {"seconds": 0.0, **line, **marks, "attempt": line.get("attempt") or 1})

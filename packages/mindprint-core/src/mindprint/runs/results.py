@@ -61,6 +61,7 @@ class RunResult:
 
 def stage_results(folder: RunFolder) -> tuple[StageResult, ...]:
     """Return each stage's result from metrics.jsonl, also of a run that was resumed, without steps that were undone."""
+    # From the file and not from this process, which may have resumed in the middle of a stage.
     stages: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in folder.read_steps():
         if not line.get("rolled_back"):
@@ -81,6 +82,7 @@ def stage_results(folder: RunFolder) -> tuple[StageResult, ...]:
 
 def verdicts(folder: RunFolder) -> tuple[Verdict, ...]:
     """Return topics' verdicts from decisions.jsonl, and those of the other levels from evaluations.jsonl."""
+    # A topic's verdict is a decision, because retries and early ends depend on it.
     topics = [
         Verdict("topic", decision.topic, OUTCOMES[decision.decision], decision.why)
         for decision in folder.decisions()

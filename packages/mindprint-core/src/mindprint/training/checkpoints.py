@@ -36,6 +36,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 FORMAT = 2
 """Format 1 had no digest of cursor.json itself. It is still read."""
 
+# torch.optim.AdamW calls its moments so.
 _FIRST, _SECOND = "exp_avg.", "exp_avg_sq."
 
 
@@ -119,6 +120,7 @@ def write_checkpoint(
     with atomic.new_folder(folder) as aside:
         write_adapter(aside, state.adapter, base_model)
         _write_optimizer(aside / OPTIMIZER_FILE, state)
+        # Taken of the files and not of the values: a disk that loses bytes is found as well.
         files = {name: _file_digest(aside / name) for name in (CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE)}
         content = {"format": FORMAT, "cursor": asdict(cursor), "identity": dict(identity), "files": files}
         text = json.dumps({**content, "digest": _content_digest(content)}, indent=2) + "\n"
@@ -135,6 +137,7 @@ def read_checkpoint(folder: Path, identity: Mapping[str, str]) -> Checkpoint:
     content = _read_cursor(folder / CURSOR_FILE)
     for name, digest in content["files"].items():
         _check_file(folder / name, digest)
+    # Damage is looked for first, because a damaged file can look like another base or configuration.
     for part, digest in identity.items():
         if content["identity"].get(part) != digest:
             raise CheckpointError(
@@ -153,6 +156,7 @@ def list_checkpoints(parent: Path) -> list[Path]:
     """Return the checkpoint folders under `parent`, oldest first. Half-written ones do not count."""
     if not parent.is_dir():
         return []
+    # Temporary names begin with a dot, so that a folder which was killed half-way is never listed.
     return sorted(path for path in parent.iterdir() if path.is_dir() and path.name.isdigit())
 
 
@@ -168,6 +172,7 @@ def newest_checkpoint(parent: Path, identity: Mapping[str, str], *, sound: bool)
         try:
             return read_checkpoint(folder, identity), passed_over
         except DamagedCheckpointError as error:
+            # Falling back repeats work, and the damage may have a reason: the user decides.
             if not sound:
                 raise CheckpointError(f"{error} (`--resume latest` takes the newest sound checkpoint)") from error
             passed_over.append(str(error))
@@ -190,6 +195,7 @@ def prune_checkpoints(parent: Path, keep: int) -> None:
         except CheckpointError:
             continue  # nothing can continue from it
         needed |= {cursor.step - cursor.stage_step, cursor.topic_step}
+    # Only now, with every reason to keep one collected: a start can be older than all that are listed as newest.
     for folder in list_checkpoints(parent):
         if int(folder.name) not in needed:
             shutil.rmtree(folder, ignore_errors=True)
@@ -199,6 +205,7 @@ def _write_optimizer(file: Path, state: TrainingState) -> None:
     tensors = to_tensors(state.first_moments, _FIRST) | to_tensors(state.second_moments, _SECOND)
     metadata = {"optimizer_steps": str(state.optimizer_steps)}
     if state.loss_scale is not None:
+        # Metadata are text, and `repr` of a float is exact.
         metadata["loss_scale"] = repr(state.loss_scale)
     file.write_bytes(save(tensors, metadata=metadata))
 
@@ -209,6 +216,7 @@ def _read_optimizer(file: Path, start: TrainingState) -> TrainingState:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
     sites = start.adapter.config.target_modules
     moments: tuple[Mapping[str, LoraFactors], ...] = ({}, {})
+    # A stage's start has no moments yet.
     if tensors:
         moments = tuple(from_tensors(tensors, sites, prefix) for prefix in (_FIRST, _SECOND))
     scale = metadata.get("loss_scale")

@@ -65,6 +65,7 @@ class Course:
 
     def stage(self, position: Position) -> StagePlan:
         """Return the planned stage at a position, as it is taken there."""
+        # The factor applies once for each attempt after the first.
         rate = self._settings.retry_learning_rate ** (position.attempt - 1)
         return self._prepared.plans[position.index].for_attempt(position.step, position.attempt, rate)
 
@@ -81,6 +82,7 @@ class Course:
                 self._warn_of_collapse(f"{plan.topic} {plan.stage}", examined.collapse)
         gate = self._gate(plan, step, examined)
         continues = self._next_stage(plan) is not None and (gate is None or gate.decision == "train")
+        # Before a topic's last stage nothing is judged: the next stage may still reach the threshold.
         outcome: tuple[Outcome, tuple[str, ...]] = ("measured", ())
         if examined:
             if not continues:
@@ -98,6 +100,7 @@ class Course:
             return
         topics, step = self._trained(), self._last_step()
         examined = self._examiner.examine(topics, each=True)
+        # Each topic's line comes before the run's, so that a reader finds the parts of the whole above it.
         for topic, figures in examined.topics.items():
             self._write(EvaluationRecord("topic", topic, step, figures=figures))
         outcome = judged(self._evaluation.final, examined.figures)
@@ -133,6 +136,7 @@ class Course:
         why = "; ".join(collapse)
         first = plan.first_step + 1
         self._decide(Decision("roll back", step, plan.topic, why, plan.stage, plan.attempt, first, step))
+        # The lines stay in metrics.jsonl: a reader can see why a stage was undone.
         self._folder.mark_rolled_back(first, step)
         return self._restored(plan.first_step)
 
@@ -151,11 +155,13 @@ class Course:
     ) -> tuple[Position, TrainingState]:
         verdict, reasons = outcome
         why = "; ".join(reasons)
+        # A topic that could not be evaluated is not tried again: it would not be evaluated then either.
         if verdict == "failed" and plan.attempt <= self._settings.retries:
             return self._again(plan, position, why)
         if verdict != "measured":
             self._decide(Decision(VERDICTS[verdict], position.step, plan.topic, why, attempt=plan.attempt))
         ended = self._ended(plan, position.step, "topic" if verdict == "failed" else None)
+        # A gate that closes ends its topic, so the next stage is that of another topic.
         following = len(self._prepared.plans) if ended else self._index_after(plan.topic)
         return Position(following, position.step, 1, position.step), state
 
@@ -175,6 +181,7 @@ class Course:
             if self._evaluation.happens(part.level):
                 examined = self._examiner.examine(part.topics, each=True)
                 outcome = judged(self._evaluation.thresholds(part.level), examined.figures)
+                # Only units look back: it costs an evaluation of every earlier topic.
                 earlier = self._earlier(plan.topic, part.topics, examined) if part.level == "unit" else ()
                 self._record(part.level, part.name, step, examined, outcome, earlier=earlier)
                 failures += [(part.level, part.name)] if outcome[0] == "failed" else []
@@ -196,6 +203,7 @@ class Course:
 
     def _forgotten(self, topics: Sequence[str], examined: Examined) -> tuple[Forgetting, ...]:
         evaluations = self._folder.evaluations()
+        # The last record of a topic wins, which is that of the attempt that was kept.
         then = {past.name: past.figures for past in evaluations if past.level == "topic" and past.stage}
         none = Figures()
         return tuple(
@@ -211,6 +219,7 @@ class Course:
 
     def _trained(self) -> list[str]:
         """Return the topics with a step in metrics.jsonl, in order."""
+        # Not from the plan: a gate or an early end may have left topics out.
         taken = {line["topic"] for line in self._folder.read_steps()}
         return [topic for topic in dict.fromkeys(plan.topic for plan in self._prepared.plans) if topic in taken]
 

@@ -20,6 +20,7 @@ def check_step(metrics: StepMetrics, rows: Sequence[object]) -> None:
     """Raise `GuardError` if loss or gradient are not finite. `rows` says where the step's data came from."""
     if metrics.skipped or is_finite(metrics):
         return
+    # A few are enough to find the row, and a step can have hundreds.
     named = ", ".join(str(row) for row in rows[:8])
     raise GuardError(
         f"loss {metrics.loss} and gradient norm {metrics.grad_norm} are not finite; the batch was {named}. "
@@ -31,6 +32,7 @@ def check_first_update(before: AdapterState, after: AdapterState, metrics: StepM
     """Raise `GuardError` if the first update with a learning rate above 0 had no gradient or changed nothing."""
     if metrics.grad_norm == 0.0:
         raise GuardError("the first gradient is exactly zero: the loss does not depend on the adapter")
+    # AdamW's first step moves every element that has a gradient by about the learning rate.
     unchanged = all(
         np.array_equal(pair.a, after.tensors[site].a) and np.array_equal(pair.b, after.tensors[site].b)
         for site, pair in before.tensors.items()
@@ -53,6 +55,7 @@ def check_first_preference_step(
         (pairs.policy_chosen, pairs.reference_chosen, pairs.chosen_tokens),
         (pairs.policy_rejected, pairs.reference_rejected, pairs.rejected_tokens),
     ):
+        # Noise adds up over the tokens of an answer, so the bound is per token.
         excess = np.abs(policy - reference) / tokens
         if excess.max() > LOG_PROB_NOISE[dtype]:
             raise GuardError(
@@ -68,6 +71,7 @@ def check_preference_loss(
     """Raise `GuardError` if the backend's loss is not core's loss of the backend's own log-probs."""
     pairs = pair_log_probs(batches, metrics)
     expected = float(loss.total(NUMPY, pairs, pair_count=update.pairs, chosen_token_count=update.tokens))
+    # Negated, so that NaN fails as well.
     if not abs(metrics.loss - expected) <= LOSS_TOLERANCE * (1 + abs(expected)):
         raise GuardError(
             f"the backend's {loss.name} loss is {metrics.loss:.6f}, its own log-probs give {expected:.6f}: "

@@ -30,21 +30,26 @@ def run_stage(
     called at the stage's end, because the next stage saves its start.
     """
     plan = stage.plan
+    # Proven once a stage, because it costs two copies of the adapter.
     unproven = first_step == 0
     for step in range(first_step, plan.steps):
         before = engine.backend.save(engine.model).adapter if unproven else None
         started = perf_counter()
         outcome = stage.take_step(engine, step)
+        # Metrics are NumPy values, so the step has ended here, also on a backend that evaluates lazily.
         seconds = perf_counter() - started
         guards.check_step(outcome.metrics, outcome.origins)
+        # A warm-up begins with a rate of 0, and a skipped float16 step applies nothing: neither proves anything.
         if before is not None and plan.learning_rate(step) > 0 and not outcome.metrics.skipped:
             guards.check_first_update(before, engine.backend.save(engine.model).adapter, outcome.metrics)
             unproven = False
+        # The line is written before the checkpoint: on resume a line too many is dropped, one too few would be missing.
         on_step(_event(engine, stage, step, outcome, seconds))
         done = step + 1
         if done == plan.steps:
             break
         stopping = stop_requested()
+        # Counted over the run and not over the stage, so that short stages do not add up to long gaps.
         if stopping or (plan.first_step + done) % save_every == 0:
             save(done)
         if stopping:
@@ -83,6 +88,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     A second Ctrl-C or SIGTERM ends at once. SIGHUP never does: a terminal that closes sends it more than once, and
     service managers send it along with SIGTERM. A signal that is ignored, as `nohup` has it, stays ignored.
     """
+    # Python lets only the main thread set signal handlers.
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return

@@ -198,6 +198,7 @@ class SftObjective(Objective[SftExample, TokenBatch]):
         return sft_batch(examples, pad_id)
 
     def sample_prompt(self, example: SftExample) -> Int32:
+        # Everything before the first trained token. Plain text is trained from its start: its prompt is one token.
         return example.tokens[: max(1, int(example.loss_mask.argmax()))]
 
 
@@ -261,10 +262,12 @@ class DpoObjective(Objective[PreferenceExample, PreferenceBatch]):
         loss = self._loss(settings)
         if first:
             guards.check_first_preference_step(batches, metrics, loss, dtype)
+        # At every step: it costs no evaluation, because the step returns its log-probs.
         guards.check_preference_loss(batches, metrics, loss, update)
 
     def rewards(self, batches: Sequence[PreferenceBatch], metrics: StepMetrics, settings: StageConfig) -> Rewards:
         chosen, rejected = self._loss(settings).rewards(guards.pair_log_probs(batches, metrics))
+        # Strictly greater below: a tie counts as not preferred, as in TRL.
         margins = chosen - rejected
         return Rewards(float(chosen.mean()), float(rejected.mean()), float(margins.mean()), float((margins > 0).mean()))
 

@@ -54,6 +54,7 @@ def plan_run(config: Config, topics: Sequence[str], lengths: RowLengths) -> tupl
     for topic in topics:
         for stage, objective in OBJECTIVES.items():
             settings, rows = objective.settings(config), lengths.get(stage, {}).get(topic, ())
+            # A topic of one kind of rows has one stage. `check_topics` refuses it where both were asked for.
             if settings.enabled and rows:
                 first_step = plans[-1].first_step + plans[-1].steps if plans else 0
                 order = _stage_order(config, objective, topic, rows)
@@ -70,6 +71,7 @@ def total_steps(plans: Sequence[StagePlan]) -> int:
 def _stage_order(config: Config, objective: Objective[Any, Any], topic: str, lengths: Sequence[int]) -> StageOrder:
     settings = objective.settings(config)
     epochs, steps = settings.epochs_per_topic, settings.steps_per_topic
+    # Defaults of an objective and not of the configuration: there, one of the two would have to be unset.
     if epochs is None and steps is None:
         epochs, steps = objective.default_epochs, objective.default_steps
     return StageOrder(

@@ -74,6 +74,7 @@ def prepare(file: ConfigFile) -> Prepared:
     quizzes = _readable(read_quizzes(file))
     split = split_rows(rows, quizzes, config.data)
     tokenizer = load_tokenizer(model.path)
+    # Held-out rows are not rendered: nothing can train on them by mistake.
     rendered = {stage: objective.render(split.train, tokenizer, config.data) for stage, objective in OBJECTIVES.items()}
     _check_tokens([stage_rows.examples for stage_rows in rendered.values()], split, model, tokenizer, config)
     examples = {stage: _by_topic(stage_rows.examples) for stage, stage_rows in rendered.items()}
@@ -84,6 +85,7 @@ def prepare(file: ConfigFile) -> Prepared:
     identity = _identity(config, model, tokenizer, rendered, start)
     probe = _probe(file, model, tokenizer, split.held_out.pairs)
     rendering_notes = chain.from_iterable(stage_rows.notes for stage_rows in rendered.values())
+    # Stages share a tokenizer and say the same of it. It is told once.
     notes = dict.fromkeys([*file.notes, *tokenizer.notes, *rendering_notes, *_cuts(config, rendered.values())])
     told = (*(Notice(note) for note in notes), *_of_split(split, quizzes, named), *_publishes(probe))
     return Prepared(file, model, tokenizer, examples, plans, identity, probe, split, outline, told, start)
@@ -120,6 +122,7 @@ def initial_state(prepared: Prepared, sites: Sequence[AdapterSite]) -> TrainingS
 
 def write_facts(prepared: Prepared, placements: Sequence[Placement], folder: RunFolder) -> None:
     """Write config.yaml, split.json and manifest.json, before the run trains."""
+    # The manifest comes last: a folder without one does not count as a run.
     atomic.write_text(folder.config, dump_config(portable(prepared.config_file, folder.path)))
     facts = prepared.split.facts
     folder.write_split(facts.trained, facts.held_out)
@@ -230,6 +233,7 @@ def _identity(
 ) -> dict[str, str]:
     """Digest everything that a checkpoint depends on, part by part. A run continues only if all are the same."""
     dataset = hashlib.blake2b(digest_size=16)
+    # In the order of the stages: the digest of old checkpoints depends on it.
     for stage, objective in OBJECTIVES.items():
         objective.update_digest(dataset, rendered[stage].examples)
     training: dict[str, Any] = {

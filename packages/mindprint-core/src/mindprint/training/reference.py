@@ -46,6 +46,7 @@ class ReferenceCache:
 
         Raises `GuardError` if the file belongs to something else.
         """
+        # The backend is left out on purpose: a run may move to another one in the middle of a topic.
         key = reference_key(
             base=self._identity["base model"],
             adapter=adapter_digest(start.adapter),
@@ -53,6 +54,7 @@ class ReferenceCache:
             template=self._identity["chat template"],
             dtype=placement.dtype,
         )
+        # Each attempt starts from another adapter, so it has another reference.
         attempt = f"-{plan.attempt}" if plan.attempt > 1 else ""
         file = self._folder / f"{plan.index:04d}{attempt}.safetensors"
         if file.exists():

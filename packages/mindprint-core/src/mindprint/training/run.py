@@ -68,10 +68,12 @@ def train(
     if overrides:
         file = merged(file, overrides)
     mode: Resume | None = "last" if resume is True else (resume or None)
+    # Everything that can be wrong is found here, before a backend is imported or a folder is made.
     prepared = prepare(file)
     trackers = Trackers(load_trackers(file.config.trackers))
     placements = Placements(observers)
     resolved = tuple(placements.resolve(plan.backend) for plan in prepared.plans)
+    # From here on another process may not write to the run, and a failure removes a folder without a checkpoint.
     with open_run(runs_folder(file), run, mode) as folder:
         return _Run(prepared, resolved, folder, mode, on_event or (lambda _: None), observers, trackers).train()
 
@@ -117,7 +119,9 @@ class _Run:
                 self.course.finish()
             self._write_adapter(state.adapter)
         finally:
+            # A notebook keeps the process, which must not keep the model's memory.
             self.engine.release()
+        # Last, because the adapter is worth more than its reports.
         self._write_reports()
         self._emit(RunFinished(str(self.folder.path), str(self.folder.adapter), perf_counter() - started))
         return RunResult(self.folder.path, self.folder.adapter, stage_results(self.folder), verdicts(self.folder))
@@ -152,6 +156,7 @@ class _Run:
         if placement.backend.name != cursor.backend:
             self._notice(f"resuming on {placement.backend.name} what {cursor.backend} trained so far")
             return
+        # Another backend computes the same within tolerances. The same backend promises the same bits.
         now = placement.environment()
         changed = [f"{name} {cursor.environment.get(name)} → {value}" for name, value in now.items()
                    if cursor.environment.get(name) != value]  # fmt: skip
@@ -166,6 +171,7 @@ class _Run:
         position, done = (Position.of(start.cursor), start.cursor.stage_step) if start else (Position(), 0)
         ended = len(self.prepared.plans)
         if start and position.index == ended:
+            # Only the final evaluation or the adapter was missing: nothing is loaded to train.
             return start.state
         targets = self.prepared.config.adapter
         sites = self.engine.load_everywhere(
@@ -177,6 +183,7 @@ class _Run:
             while position.index < ended:
                 plan, placement = self.course.stage(position), self.placements[position.index]
                 if not done:
+                    # Every stage has a new optimizer, as separate trainers would, and a checkpoint to roll back to.
                     state = state.without_optimizer()
                     self._save_checkpoint(position, 0, state)
                     if stop_requested():
@@ -184,6 +191,7 @@ class _Run:
                 self._train_stage(plan, placement, position, state, done, stop_requested)
                 position, state = self.course.after(plan, position, self.engine.backend.save(self.engine.model))
                 done = 0
+            # Killed during the final evaluation, the run continues there and trains nothing again.
             self._save_checkpoint(position, 0, state.without_optimizer())
         return state
 
@@ -233,6 +241,7 @@ class _Run:
         every = self.prepared.config.checkpoints.every
         if not run_stage(self.engine, stage, done, on_step, save, every, stop_requested):
             raise self._interrupted()
+        # Once a stage and not once a step: the digest reads all of the base's weights.
         self.engine.check_base()
         first, last = (losses[0], losses[-1]) if losses else (None, None)
         self._emit(
@@ -243,6 +252,7 @@ class _Run:
 
     def _save_checkpoint(self, position: Position, stage_step: int, state: TrainingState) -> None:
         step = position.step + stage_step
+        # Past the last stage there is no placement. The last one wrote the state.
         placement = self.placements[min(position.index, len(self.placements) - 1)]
         cursor = Cursor(
             step, position.index, stage_step, placement.backend.name, placement.environment(), position.attempt,
@@ -280,6 +290,7 @@ class _Run:
     def _emit(self, event: Event) -> None:
         self._on_event(event)
         self._hooks.mindprint_event(event=event)
+        # A tracker cannot end the run. The caller's function and observers can: they are part of the program.
         for failure in self._trackers.tell(event):
             self._notice(failure, warning=True)
 

@@ -81,6 +81,7 @@ def check_training(placement: Placement, model: ModelFolder) -> Iterator[Finding
     engine = Engine(model)
     try:
         engine.load(placement)
+        # Before the injection: an adapter that cannot be switched off would otherwise pass.
         untouched = engine.backend.log_probs(engine.model, batch, adapter=False)
         before = _inject(engine)
         trace = _train(engine.backend, engine.model, batch)
@@ -123,6 +124,7 @@ def _train(backend: Backend, model: LoadedModel, batch: TokenBatch) -> _Trace:
     update = Update(LEARNING_RATE, batch.loss_tokens)
     metrics, evaluated, seconds = [], [], 0.0
     for step in range(STEPS):
+        # Training and evaluation are different code in every backend, and must compute the same loss.
         evaluated.append(sft_loss(backend.log_probs(model, batch), batch.loss_mask))
         started = perf_counter()
         metrics.append(backend.sft_step(model, [batch], replace(update, seed=step)))
@@ -179,6 +181,7 @@ def check_deeply(prepared: Prepared, placement: Placement) -> Iterator[Finding]:
         outcomes = _take_steps(engine, prepared, before)
         after = engine.backend.save(engine.model).adapter
         yield from _trained(before, after, outcomes, engine)
+        # Of the model that was trained, to compare with what its files give.
         trained = engine.backend.log_probs(engine.model, batch)
         yield _answers(engine, prepared)
         engine.release()
@@ -251,6 +254,7 @@ def _merged(
         apart = _greatest(engine.backend.log_probs(engine.model, batch, adapter=False) - trained)
     finally:
         engine.release()
+    # A merge rounds to the dtypes of the base's files, which may be narrower than that of the run.
     stored = {FLOAT_DTYPES[info.dtype] for info in tensors(out).values() if info.dtype in FLOAT_DTYPES}
     allowed = max(LOG_PROB_NOISE[dtype] for dtype in (*stored, placement.dtype))
     detail = f"log-probs within {apart:.1g} nats of those in training, rounding to the base's dtype allows {allowed:g}"
