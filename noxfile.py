@@ -34,6 +34,8 @@ UNCOMPILED = ("--no-compile",)
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """For the same tests: a second thread makes models this small slower."""
 TRACKERS = ("tensorboard", "wandb")
+NOTEBOOK = ("nbclient", "nbformat", "ipykernel", "matplotlib")
+"""To execute the notebook of examples/."""
 
 
 def install(session: nox.Session, packages: tuple[str, ...], *tools: str) -> None:

@@ -15,7 +15,9 @@ PROGRAM = "mindprint"
 
 _STEERING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
-_CELL = "padding:0.2em 0.8em;vertical-align:top;text-align:"
+_CELL = "padding:0.2em 0.8em;vertical-align:top;"
+_FIGURE = f"{_CELL}text-align:right;white-space:nowrap"
+_WORDS = f"{_CELL}text-align:left;white-space:pre-wrap"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> str:
@@ -35,11 +37,8 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Co
     """Write a table as HTML with every cell escaped. Line breaks in a cell are kept."""
 
     def row(tag: str, cells: Sequence[str]) -> str:
-        sides = ("right" if column in numbers else "left" for column in range(len(cells)))
-        written = (
-            f'<{tag} style="{_CELL}{side};white-space:pre-wrap">{escape(cell)}</{tag}>'
-            for side, cell in zip(sides, cells, strict=True)
-        )
+        styles = (_FIGURE if column in numbers else _WORDS for column in range(len(cells)))
+        written = (f'<{tag} style="{style}">{escape(cell)}</{tag}>' for style, cell in zip(styles, cells, strict=True))
         return f"<tr>{''.join(written)}</tr>"
 
     body = "".join(row("td", cells) for cells in rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -187,6 +188,10 @@ class NotebookBar(Bar):
 def _notebook_display() -> Callable[[str], None]:
     """Return a function that shows HTML in the current cell and replaces it at each further call."""
     ipython: Any = import_module("IPython.display")
+    with warnings.catch_warnings():
+        # Libraries that are loaded later import this. Without ipywidgets it warns, and nothing here needs them.
+        warnings.simplefilter("ignore")
+        import_module("tqdm.auto")
     handle = ipython.DisplayHandle()
     shown = False
 
