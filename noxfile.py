@@ -112,7 +112,8 @@ def mlx(session: nox.Session) -> None:
 @nox.session(python=PYTHON, default=False)
 def both(session: nox.Session) -> None:
     """The environment that the sessions below share: both backends, all of core's scorers, and the tools for tests."""
-    install(session, PACKAGES, "packages/mindprint-core[all,embeddings]", *TESTS, "hypothesis", "mypy", "types-PyYAML")
+    tools = (*TESTS, *NOTEBOOK, "hypothesis", "mypy", "types-PyYAML")
+    install(session, PACKAGES, "packages/mindprint-core[all,embeddings]", *tools)
 
 
 def run_in_both(session: nox.Session, command: str, *words: str, env: dict[str, str] | None = None) -> None:

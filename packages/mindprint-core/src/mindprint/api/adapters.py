@@ -32,7 +32,7 @@ class NotVerifiedError(GuardError):
     """A merge that computes something other than base and adapter do. It was removed.
 
     Attributes:
-        verification: What the verification found, or None where only the files were compared.
+        verification: The failed verification, or None where only the files were compared.
     """
 
     def __init__(self, out: Path, verification: VerifyResult | None, findings: tuple[Finding, ...]) -> None:
@@ -63,7 +63,7 @@ def verify(
         on_notice: Receives messages about loading as they come.
 
     Returns:
-        A `VerifyResult`. `result.ok` is True if it does what it did where it was trained.
+        A `VerifyResult`. `result.ok` is True if it computes the same as where it was trained.
 
     Raises:
         AdapterError: The adapter, or the one that a merged model came from, cannot be found or read.
@@ -183,7 +183,7 @@ def _verified(
     section: BackendConfig | None,
     notices: Notices,
 ) -> VerifyResult:
-    """Compare what a backend computes with the merge to what it computes with base and adapter."""
+    """Compute with the merged model, and compare with base model and adapter."""
     merged = models.resolve_model(ModelConfig(name=str(folder.resolve())), Path.cwd())
     placement = placement_for(located, section, None, base)
     report = verify_merged(merged, base, state, placement, read_fingerprint(located.adapter), notices)
@@ -255,7 +255,7 @@ def convert(
 
 
 def _write_converted(folder: Path, state: AdapterState, facts: BaseFacts, base_name: str, to: Format) -> Iterator[str]:
-    """Write the adapter, and yield what a person should know about it."""
+    """Write the adapter, and yield notes about it for a person."""
     if to == "mlx-lm":
         yield from mlx_lm_format.write_adapter(folder, state, facts, base_name)
         return

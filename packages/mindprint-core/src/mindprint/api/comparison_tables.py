@@ -41,7 +41,7 @@ class CompareResult(Result):
 
     @property
     def equivalent(self) -> bool:
-        """Whether losses and voice agree within their tolerances."""
+        """True if losses and voice agree within their tolerances."""
         return self.comparison.equivalent
 
     @property

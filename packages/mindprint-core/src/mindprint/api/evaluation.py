@@ -31,7 +31,7 @@ def evaluate(
     """Measure the voice on held-out text, with the base model and with the tuned model.
 
     Held out are the pairs of `data.heldout`, the rows that the split kept from training, and the questions of quizzes.
-    Nothing is measured on what was trained.
+    Nothing is measured on trained rows.
 
     Args:
         path: A project (its newest complete run), the folder of a run, or the folder of an adapter.

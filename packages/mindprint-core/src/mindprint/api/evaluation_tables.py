@@ -25,7 +25,7 @@ QUIZ_HEADER = ("topic", "questions", "base concepts", "tuned concepts")
 
 @dataclass(frozen=True)
 class EvaluateResult(Result):
-    """Figures on held-out text, returned by `mindprint.evaluate`. What was not measured is None.
+    """Figures on held-out text, returned by `mindprint.evaluate`. A part that was not measured is None.
 
     Attributes:
         source: The adapter, its base model, and where they computed.
@@ -71,7 +71,7 @@ class EvaluateResult(Result):
             yield Table(QUIZ_HEADER, rows, range(1, len(QUIZ_HEADER)))
 
     def cautions(self) -> Sequence[str]:
-        """Return what limits these figures: few pairs, no voice score, copied answers, what was not evaluated."""
+        """Return the limits of these figures: few pairs, no voice score, copied answers, skipped questions."""
         cautions = []
         if self.pairs and self.pairs.overall.few:
             count = self.pairs.overall.pairs

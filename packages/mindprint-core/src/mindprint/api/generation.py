@@ -117,5 +117,5 @@ def generate(
 
 
 def source_of(opened: OpenedAdapter) -> Source:
-    """Return where an opened adapter is, what it is on, and where it computes."""
+    """Return the place of an opened adapter, its base model, and where it computes."""
     return Source(str(opened.located.adapter.resolve()), opened.base.name, *opened.placement.key)

@@ -9,7 +9,7 @@ from mindprint.contract import Dtype
 from mindprint.events import Notice
 
 OnNotice = Callable[[Notice], None]
-"""Receives what a person should hear about the work, at the moment when it is known."""
+"""A function that receives messages for a person, as soon as they are known."""
 
 
 class Notices:

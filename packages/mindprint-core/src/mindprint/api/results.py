@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from importlib import import_module
@@ -29,7 +29,7 @@ class Table(NamedTuple):
 
 
 class Result:
-    """What every function of the API returns: something to print, to show in a notebook, or to keep as JSON."""
+    """Root of all results of the API: a value to print, to show in a notebook, or to keep as JSON."""
 
     def blocks(self) -> Iterator[Table | str]:
         """Yield the tables and paragraphs that are printed, in order."""
@@ -143,7 +143,7 @@ class AnsweredPrompt:
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter in memory: where it is, what it was put on, and where it computes.
+    """The origin of a result: the adapter, its base model, and where they computed.
 
     Attributes:
         adapter_folder: The adapter's folder, absolute.
@@ -160,7 +160,7 @@ class Source:
     dtype: str
 
 
-SIDES = {"base": "without the adapter", "adapter": "with the adapter"}
+SIDES: Mapping[Literal["base", "adapter"], str] = {"base": "without the adapter", "adapter": "with the adapter"}
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class GenerateResult(Result):
         return {**asdict(self.source), "prompts": [answered.to_dict() for answered in self.answers]}
 
     def _repr_html_(self) -> str:
-        asked = [name for name in SIDES if all(one.sides[name] is not None for one in self.answers)]  # type: ignore[index]
+        asked = [name for name in SIDES if all(answered.sides[name] is not None for answered in self.answers)]
         rows = [
             (answered.prompt, *(shown_answer(answer) for answer in answered.sides.values() if answer is not None))
             for answered in self.answers
@@ -210,7 +210,7 @@ class VerifyResult(Result):
     Attributes:
         report: Everything that was checked, with all figures.
         ok: Whether nothing failed.
-        findings: What is not as it was, failures and notes.
+        findings: The differences that were found, failures and notes.
         codes: The codes of the findings that fail.
         notices: Messages about loading, in order.
     """
@@ -220,12 +220,12 @@ class VerifyResult(Result):
 
     @property
     def ok(self) -> bool:
-        """Whether the adapter, or the merged model, does what it did where it was trained."""
+        """True if the adapter, or the merged model, computes the same as where it was trained."""
         return self.report.ok
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What is not as it was."""
+        """The differences that were found."""
         return self.report.findings
 
     @property
@@ -258,7 +258,9 @@ class VerifyResult(Result):
             recorded = report.effect.recorded
             then = "" if recorded is None else f", {recorded:.4g} where it was trained"
             yield f"the adapter moves the probe by {report.effect.found:.4g} nats a token{then}"
-        lines = [f"{'FAILED' if one.fails else 'note'}  {one.code}: {one.message}" for one in self.findings]
+        lines = [
+            f"{'FAILED' if finding.fails else 'note'}  {finding.code}: {finding.message}" for finding in self.findings
+        ]
         yield "\n".join([*lines, self.verdict])
 
     def _compared_rows(self) -> Iterator[tuple[str, ...]]:
@@ -280,7 +282,7 @@ class MergeResult(Result):
         folder: The merged model's folder.
         base: The base model's name.
         changed: The names of the weights that the adapter changed.
-        verification: What a backend computed with the result, or None where only the files were compared.
+        verification: The verification by a backend, or None where only the files were compared.
         notices: Messages about the work, in order.
     """
 
@@ -301,7 +303,7 @@ class MergeResult(Result):
         return str(first) if self.verification is None else f"{first}\n{self.verification}"
 
     def cautions(self) -> Sequence[str]:
-        """Return what was told as a warning."""
+        """Return the notices that are warnings."""
         return [notice.message for notice in self.notices if notice.warning]
 
     def to_dict(self) -> dict[str, Any]:
@@ -320,7 +322,7 @@ class ConvertResult(Result):
         source_format: The format that it was read from.
         target_format: The format that was written.
         modules: How many modules the adapter has.
-        notes: What the new format cannot hold or does not promise.
+        notes: Limits of the new format that concern this adapter.
     """
 
     folder: Path

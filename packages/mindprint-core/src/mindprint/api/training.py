@@ -102,7 +102,11 @@ def train(
     watching = [observer for observer in observers if isinstance(observer, Observer)]
     hooked = [observer for observer in observers if observer not in watching or _has_hooks(observer)]
     with _shown(progress) as show:
-        listeners: list[OnEvent] = [show, *([on_event] if on_event else []), *(one.on_event for one in watching)]
+        listeners: list[OnEvent] = [
+            show,
+            *([on_event] if on_event else []),
+            *(observer.on_event for observer in watching),
+        ]
 
         def tell_all(event: Event) -> None:
             for listener in listeners:

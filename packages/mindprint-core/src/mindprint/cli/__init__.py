@@ -48,7 +48,7 @@ LONGEST_CAUSE = 300
 
 
 class Commands(click.Group):
-    """Loads a command when it is invoked, and lists all of them without loading any."""
+    """A group that loads a command when it is invoked, and lists all of them without loading any."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return [*COMMANDS, *sorted(_third_party().keys() - COMMANDS)]
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    """Invoke a command; what it returns is its exit code, if that is a number."""
+    """Invoke a command. A number that it returns is the exit code."""
     try:
         with group.make_context(PROGRAM, arguments) as context:
             result = group.invoke(context)
@@ -145,7 +145,7 @@ def _internal(error: Exception) -> Failure:
 
 
 def _drain() -> None:
-    """Output that can no longer be written (a closed pipe, a full disk) must not fail again when Python exits."""
+    """Drop output that can no longer be written (a closed pipe, a full disk), so that Python can exit."""
     for stream in (sys.__stdout__, sys.__stderr__):
         if stream is None:
             continue

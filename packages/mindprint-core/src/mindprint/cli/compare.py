@@ -27,7 +27,7 @@ def command(*, config: tuple[str, ...], backends: str | None, runs: tuple[Path, 
     so, 1 if not.
     """
     if (backends is None) == (runs is None):
-        raise click.UsageError("give either --backends A,B to train, or --runs RUN RUN to take what is there")
+        raise click.UsageError("give either --backends A,B to train, or --runs RUN RUN to compare what is there")
     if runs is not None and config:
         raise click.UsageError("--runs takes no CONFIG: each run has its own")
     if runs is not None:

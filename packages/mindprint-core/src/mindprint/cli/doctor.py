@@ -28,7 +28,7 @@ LIBRARIES = ("numpy", "safetensors", "tokenizers", "transformers", "datasets", "
 
 @dataclass
 class Report:
-    """What the doctor found, in the order found."""
+    """A diagnosis: versions, backends, and findings in the order in which they were made."""
 
     platform: str
     versions: dict[str, str]
@@ -71,7 +71,7 @@ def _platform() -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Of what is ours and of what it stands on, from metadata."""
+    """Return the versions of Mindprint and of the libraries that it needs, from metadata."""
     found = {d.name: d.version for d in distributions() if d.name.startswith("mindprint-") or d.name in LIBRARIES}
     return dict(sorted(found.items(), key=lambda item: (not item[0].startswith("mindprint-"), item[0])))
 
@@ -110,7 +110,7 @@ def _trains(placement: Placement, model: str) -> Iterator[Finding]:
 
 
 def _check_config(path: Path, *, deep: bool) -> Iterator[Finding]:
-    """Everything about a project that can be wrong before a model is loaded; with `deep` also what comes after that."""
+    """Check a project's input and, with `deep`, also train its first steps."""
     prepared: list[Prepared] = []
     yield from guarded(str(path), partial(_prepares, path, prepared))
     for ready in prepared if deep else ():
@@ -134,9 +134,6 @@ def _counts(prepared: Prepared) -> str:
     sft, pairs = (sum(map(len, rows.values())) for rows in prepared.examples.values())
     topics = len({plan.topic for plan in prepared.plans})
     return f"{prepared.model.name}, {topics} topics, {sft} SFT rows, {pairs} preference pairs"
-
-
-# --- showing ---------------------------------------------------------------------------------------------------------
 
 
 def _as_json(report: Report) -> dict[str, Any]:

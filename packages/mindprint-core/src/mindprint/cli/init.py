@@ -23,7 +23,7 @@ RATES = {
     True: {"sft_rate": "2e-4", "dpo_rate": "2e-5", "dpo_steps": "15"},
     False: {"sft_rate": "3e-4", "dpo_rate": "5e-6", "dpo_steps": "100"},
 }
-"""What suits the embedded model of 3 million parameters, and what suits one of billions."""
+"""Settings that suit the embedded model of 3 million parameters (True), and one of billions (False)."""
 
 CONFIG = """\
 # What `mindprint train` does. Settings can be given on its command line too: sft.learning_rate=1e-4.
@@ -39,7 +39,7 @@ backend:
 
 data:
   path: data  # sft.jsonl, preferences.jsonl, heldout.jsonl, and curriculum.yaml for titles and order
-  max_length: {max_length}  # in tokens; what is longer is cut at its end, and counted
+  max_length: {max_length}  # in tokens: longer rows are cut at their end, and counted
 
 adapter:
   r: 8
@@ -66,7 +66,7 @@ evaluation:  # on held-out text, while it trains
 
 curriculum:
   dpo: always  # always, never, or a number: only where the voice after SFT is below it
-  retries: 1  # a failed topic, anew from where it began, at half the learning rate
+  retries: 1  # train a failed topic again from where it began, at half the learning rate
   roll_back: true  # undo a stage after which the answers have collapsed
 
 checkpoints:
@@ -88,7 +88,7 @@ A voice for `{model}`, trained with Mindprint.
 | pairs to prefer by | `data/preferences.jsonl`: `prompt`, `chosen` (the voice), `rejected` (not the voice) |
 | pairs to measure with | `data/heldout.jsonl`: the same, never trained on |
 | order and titles of units, chapters, topics | `data/curriculum.yaml`, if you want others than the rows' |
-| results | `runs/run-001/adapter/`: a PEFT adapter; beside it `metrics.jsonl`, checkpoints and the settings used |
+| results | `runs/run-001/adapter/`: a PEFT adapter, next to it `metrics.jsonl`, checkpoints and the settings used |
 
 `topic` in a row groups rows; training goes topic by topic, and every topic needs rows in both files. The texts that
 are here now are a sample: one old ferrywoman's voice. Replace them with your own.
@@ -126,7 +126,7 @@ def command(*, folder: Path, model: str, backend: str, as_json: bool) -> None:
 
 
 def config_text(model: str, backend: str = "auto") -> str:
-    """mindprint.yaml with the settings that suit `model`."""
+    """Return mindprint.yaml with the settings that suit `model`."""
     tiny = model == TINY
     return CONFIG.format(
         model=json.dumps(model, ensure_ascii=False) if model != TINY else TINY,
@@ -137,7 +137,7 @@ def config_text(model: str, backend: str = "auto") -> str:
 
 
 def _from(folder: Path, model: str) -> str:
-    """A model folder as the new configuration must name it; hub names and built-in models as they are."""
+    """Return a model folder relative to the new configuration, and any other name as it is."""
     return os.path.relpath(Path(model).resolve(), folder) if Path(model).expanduser().is_dir() else model
 
 
@@ -149,7 +149,7 @@ def _refuse_taken(folder: Path) -> None:
 
 
 def _write(target: Path, texts: dict[str, str]) -> None:
-    """Fill `target` whole or not at all. An empty folder stays the same folder: someone may stand in it."""
+    """Fill `target` whole or not at all. An empty folder stays the same folder, because a shell may be in it."""
     existed = target.is_dir()
     with atomic.new_folder(target / STAGED if existed else target) as aside:
         (aside / "data").mkdir()

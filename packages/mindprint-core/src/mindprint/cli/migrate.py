@@ -21,10 +21,10 @@ from mindprint.yaml_files import parse_yaml_value
 @click.argument("old", metavar="OLD.yaml", type=click.Path(path_type=Path))
 @json_option
 def command(*, old: Path, as_json: bool) -> None:
-    """Write mindprint.yaml beside OLD.yaml, and name what has no counterpart in it."""
+    """Write mindprint.yaml next to OLD.yaml, and name every setting without a counterpart."""
     target = old.parent / FILE_NAME
     if target.exists():
-        raise ConfigError(f"{target}: exists already; move it away to have it written anew")
+        raise ConfigError(f"{target}: exists already; move it away to have it written again")
     migration = migrate(_read(old))
     try:
         make_config(migration.values, old.parent)

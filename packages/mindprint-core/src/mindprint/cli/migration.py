@@ -1,6 +1,6 @@
 """From the `training_pipeline.yaml` of a single-repository pipeline to this configuration: a table and its reader.
 
-What has a counterpart is translated; everything else is named, never dropped in silence.
+A setting with a counterpart is translated. Every other one is named, never dropped in silence.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SHARED = {
     "max_length": "data.max_length",
     "max_seq_length": "data.max_length",
 }
-"""What the old file says in each stage and this one says once; the two stages must agree."""
+"""Settings that the old file has per stage and this one has once. The two stages must agree."""
 
 _DPO = {"beta": "dpo.beta", "loss_type": "dpo.loss", "loss": "dpo.loss", "label_smoothing": "dpo.label_smoothing"}
 

@@ -1,4 +1,4 @@
-"""`mindprint plugins`: what is installed, from metadata alone; with `--check`, what of it works here."""
+"""`mindprint plugins`: list the installed plugins from metadata alone, and with `--check` try each of them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def command(*, check: bool, as_json: bool) -> int:
 
 
 def device_lines(info: BackendInfo) -> list[str]:
-    """What a backend says of its devices, a line each."""
+    """Describe a backend's devices, one line each."""
     width = max((len(device.name) for device in info.devices), default=0)
     lines = []
     for device in info.devices:
@@ -57,7 +57,7 @@ def device_lines(info: BackendInfo) -> list[str]:
 
 
 def info_values(info: BackendInfo) -> dict[str, Any]:
-    """A backend's facts as JSON has them."""
+    """Return a backend's facts as JSON values."""
     devices = [{**asdict(device), "usable": device.usable} for device in info.devices]
     return {
         "devices": devices,
@@ -78,10 +78,10 @@ def _described(plugin: Plugin) -> dict[str, Any]:
 
 
 def _checked(plugin: Plugin) -> dict[str, Any]:
-    """What importing the plugin brings. Whatever a plugin raises is a finding about it, not an error of ours."""
+    """Import the plugin. Any exception is a finding about the plugin, not an error of ours."""
     try:
         return {"ok": True, "cause": None, **(_backend(plugin) if plugin.group == BACKENDS else _imported(plugin))}
-    except Exception as error:  # noqa: BLE001 (a broken plugin is what is looked for)
+    except Exception as error:  # noqa: BLE001 (broken plugins are to be found)
         name = "" if type(error).__module__.startswith("mindprint.") else f"{type(error).__name__}: "
         return {"ok": False, "cause": f"{name}{error}"}
 

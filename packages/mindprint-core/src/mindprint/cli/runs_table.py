@@ -1,4 +1,4 @@
-"""What `mindprint eval --compare` prints: runs in columns, their figures in rows."""
+"""The table of `mindprint eval --compare`: runs in columns, their figures in rows."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def show_compared(paths: Sequence[Path], *, as_json: bool) -> None:
     say(_table(paths, compared))
     for name, values in compared.settings.items():
         say(f"setting {name}: {' | '.join(values)}")
-    for one in compared.differences:
-        say(_told(one))
+    for difference in compared.differences:
+        say(_told(difference))
     for run in compared.runs:
         if run.unmeasured:
             notice(f"{run.run}: {NOT_EVALUATED}: {run.unmeasured}", warning=True)

@@ -22,7 +22,7 @@ LONGEST_PROMPT = 100
 
 
 class Resumable(click.Command):
-    """`--resume` takes a value only if the very next word is `latest`: `--resume my-voice` names a project."""
+    """A command whose `--resume` takes no value but `latest`: in `--resume my-voice`, the word names a project."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, _with_resume_value(args))
@@ -35,11 +35,11 @@ class Resumable(click.Command):
     "--resume",
     type=click.Choice(["last", "latest"]),
     metavar="[latest]",
-    help="Go on with the newest run (or --run) from its last checkpoint; with `latest` from the last sound one.",
+    help="Continue the newest run (or --run) from its last checkpoint; with `latest` from the last sound one.",
 )
 @click.option("--backend", help="auto, torch, mlx, or any installed backend: short for backend.type=NAME.")
 @click.option("--topic", "topics", multiple=True, help="Train only this topic, chapter or unit; may be given again.")
-@click.option("--max-topics", type=click.IntRange(min=1), help="Train only the first so many topics.")
+@click.option("--max-topics", type=click.IntRange(min=1), help="Train only the first N topics.")
 @json_option
 def command(
     *,
@@ -57,7 +57,8 @@ def command(
     a setting for this run: `backend.type=mlx`, `sft.learning_rate=1e-4`.
 
     A topic (chapter, unit, or the run) that misses a threshold of the configuration has failed: it is named, and the
-    exit code is 1; the adapter is written all the same. What could not be evaluated is named too, and is no failure.
+    exit code is 1. The adapter is written all the same. A threshold that could not be evaluated is named too, and is
+    not a failure.
     """
     path, overrides = project_and_overrides(config)
     if backend:
@@ -87,7 +88,7 @@ def _with_resume_value(arguments: Sequence[str]) -> list[str]:
 
 
 def project_and_overrides(words: Sequence[str]) -> tuple[Path, list[str]]:
-    """The first word is the project, unless it is a setting and no such file exists."""
+    """Split the words into project and settings. The first is the project, unless it is a setting and not a file."""
     if not words or ("=" in words[0] and not Path(words[0]).exists()):
         return Path(), list(words)
     paths = [word for word in words[1:] if "=" not in word]
@@ -99,7 +100,7 @@ def project_and_overrides(words: Sequence[str]) -> tuple[Path, list[str]]:
 def _named_run(
     path: Path, overrides: Sequence[str], run: Path | None, *, resumed: bool
 ) -> tuple[ConfigFile, Path | None]:
-    """The configuration, and the run's folder where one is named. A run's own folder stands for its configuration."""
+    """Return the configuration, and the run's folder where one is named. A run's folder names its configuration."""
     folder = RunFolder(path)
     if (path / FILE_NAME).exists() or not folder.holds_run:
         return load_config(path, overrides), run
@@ -109,7 +110,7 @@ def _named_run(
 
 
 def _project_or_run(result: TrainResult, path: Path, file: ConfigFile) -> str:
-    """The project's folder if `generate` would find this run in it, else the run's."""
+    """Return the project's folder if `generate` would find this run in it, else the run's."""
     newest = newest_run(file.folder / "runs")
     if path.is_dir() and newest is not None and newest.resolve() == result.run:
         return shlex.quote(str(path))
