@@ -239,7 +239,7 @@ def test_a_run_of_rows_is_resumed_with_the_same_rows_alone(config: dict[str, Any
         ([], "rows: is empty"),
         (ROWS[0], "found a mapping with 'prompt', 'completion'"),
         ([*ROWS[:3], "text"], r"rows\[3\]: must be a dict, found text"),
-        ([*ROWS, {"prompt": "a?", "chosen": "b"}], r"rows\[12\]: `rejected` is missing, beside `prompt` and `chosen`"),
+        ([*ROWS, {"prompt": "a?", "chosen": "b"}], r"rows\[12\]: `rejected` is missing, next to `prompt` and `chosen`"),
         ([*ROWS, {"prompt": "a?", "complection": "b"}], r"rows\[12\]: no field `completion`; is it 'complection'\?"),
         (ROWS[:6], r"rows: none is a preference pair .* set dpo.enabled=false"),
         (PAIRS, r"rows: none is to be imitated .* set sft.enabled=false"),
