@@ -51,12 +51,14 @@ def read_base_facts(folder: Path) -> BaseFacts:
     config = model_config(folder)
     text = config.get("text_config")
     parts = (config, text) if isinstance(text, dict) else (config,)
+    # Models of text and images keep the text part's sizes in `text_config`.
     layers = next((part[name] for part in parts for name in _LAYERS if isinstance(part.get(name), int)), None)
     return BaseFacts(config["model_type"], layers, _tied(config))
 
 
 def _tied(config: Mapping[str, Any]) -> bool | None:
     """Return the configuration's own statement, or the default of its class where it has none."""
+    # transformers leaves out what equals the class's default, so silence means the default and not False.
     stated = config.get("tie_word_embeddings")
     if stated is not None:
         return bool(stated)

@@ -33,6 +33,7 @@ def started_adapter(start: AdapterState, config: LoraConfig, folder: Path) -> Ad
                 f"{folder}: adapter.{name} is {_yaml(here)} and this adapter has {_yaml(there)}: "
                 f"set adapter.{name}={_yaml(there)}"
             )
+    # A start on other modules would leave some at zero in silence, or train some that nobody named.
     if other := sorted(set(config.target_modules) ^ set(start.tensors)):
         what = "has no tensors for" if other[0] in config.target_modules else "is also on"
         raise AdapterError(f"{folder}: {what} {other[0]}, adapter.target_modules says otherwise ({len(other)} differ)")
@@ -46,7 +47,10 @@ def _yaml(value: float) -> str:
 
 def _factors(site: AdapterSite, config: LoraConfig, seed: int) -> LoraFactors:
     rank = config.rank(site.name)
+    # kaiming_uniform_ (He et al. 2015, section 2.2) with a = sqrt(5), as in PEFT:
+    # sqrt(6 / ((1 + a²) · fan_in)) = 1 / sqrt(fan_in).
     bound = 1.0 / sqrt(site.in_features)
+    # Keyed by the site's name: adding a target does not change the start of the others.
     draws = uniform((rank, site.in_features), seed, "lora_A", site.name)
     a = ((2.0 * draws - 1.0) * bound).astype(np.float32)
     return LoraFactors(a, np.zeros((site.out_features, rank), np.float32))

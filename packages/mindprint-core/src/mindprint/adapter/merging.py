@@ -144,6 +144,7 @@ def _require_floats(changes: Iterable[str], tensors: Mapping[str, TensorInfo]) -
 def _require_space(out: Path, base: Path) -> None:
     needed = sum(file.stat().st_size for file in models.weight_files(base))
     free = shutil.disk_usage(out.resolve().parent).free
+    # A disk that fills up near the end of a large merge would cost the whole time that it took.
     if free < needed:
         raise RunError(f"{out}: needs {needed:,} bytes and {free:,} are free; free space, or choose another place")
 
@@ -170,6 +171,7 @@ class _Threads:
 
     def __exit__(self, failed: object, *_: object) -> None:
         for pool in (self._work, self._flush):
+            # After a failure the rest of the work is dropped, because its folder is removed anyway.
             pool.shutdown(cancel_futures=failed is not None)
         if failed is None:
             for flushed in self._flushed:
@@ -177,6 +179,7 @@ class _Threads:
 
     def do(self, task: Callable[..., None], *arguments: Any) -> None:
         self._waiting.append(self._work.submit(task, *arguments))
+        # A bounded queue: parts that wait hold copies of their factors, and a shard can have thousands.
         if len(self._waiting) > 4 * WORKERS:
             self._waiting.popleft().result()
 
@@ -196,9 +199,11 @@ def _write_shard(
     threads: _Threads,
 ) -> None:
     """Write a shard with its changed weights in place. The bytes between them, header included, are copied."""
+    # In the order of the file, so that the gaps between changed weights can be copied in one pass.
     changed = sorted((info.start, name) for name, info in tensors.items() if info.file == shard and name in changes)
     with shard.open("rb") as source, target.open("wb") as file:
         files = source.fileno(), file.fileno()
+        # Positions are absolute (pread, pwrite), so threads need no lock on the files.
         size, at = shard.stat().st_size, 0
         for start, name in changed:
             _copy(threads, files, at, start)
@@ -232,6 +237,7 @@ def _blocks(factors: LoraFactors) -> Iterator[tuple[int, LoraFactors]]:
     """Yield row blocks of a weight: the first element of each, and the factors of its rows."""
     rows, columns = len(factors.b), factors.a.shape[1]
     step = max(1, BLOCK_ELEMENTS // columns)
+    # Transposed factors are views, and BLAS is slow on those.
     inner = np.ascontiguousarray(factors.a)
     for row in range(0, rows, step):
         yield row * columns, LoraFactors(inner, np.ascontiguousarray(factors.b[row : row + step]))
@@ -247,7 +253,9 @@ def _merge_block(files: tuple[int, int], info: TensorInfo, first: int, factors: 
     if os.preadv(source, [content], start) < block.nbytes:
         raise ModelError(f"{info.file}: became shorter while it was read")
     rows, columns = block.shape
+    # The scale goes into B, which has fewer elements than the product.
     scaled: Float32 = factors.b * np.float32(scale)
+    # Products small enough for one thread and results small enough for the cache, whichever is less.
     step = max(1, min(CACHED_ELEMENTS, SERIAL_PRODUCTS // len(factors.a)) // columns)
     for row in range(0, rows, step):
         part = slice(row, row + step)

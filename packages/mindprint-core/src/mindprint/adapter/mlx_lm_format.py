@@ -127,6 +127,7 @@ def _sites(factors: Mapping[str, LoraFactors], base: BaseFacts | None) -> dict[s
     """Rename mlx-lm's modules to transformers' sites."""
     if base is None:
         for path in factors:
+            # Outside `model.layers` names differ between families, and a stack does not name its parts.
             if ".switch_mlp." in path or not path.startswith("model.layers."):
                 raise AdapterError(f"what {path} is depends on the base; name the base with --model")
         return dict(factors)
@@ -159,12 +160,15 @@ def _stacked(host: str, parts: Mapping[str, LoraFactors]) -> dict[str, LoraFacto
 
 def _fused(gate: LoraFactors | None, up: LoraFactors | None) -> LoraFactors:
     """Return one adapter that changes gate and up as two do: of their rank if they share A, else of both ranks."""
+    # mlx-lm may adapt gate or up alone: the other half of the stack then gets zeros, which change nothing.
     one = gate or up
     assert one is not None
     none = LoraFactors(one.a, np.zeros_like(one.b))
     gate, up = gate or none, up or none
     if np.array_equal(gate.a, up.a):
         return LoraFactors(gate.a, np.concatenate([gate.b, up.b], axis=1))
+    # Two factors of unlike A side by side: [[Bg, 0], [0, Bu]] · [Ag; Au] is Bg·Ag over Bu·Au.
+    # The rank is the sum of both.
     upper = np.concatenate([gate.b, np.zeros((*gate.b.shape[:2], up.b.shape[2]), np.float32)], axis=2)
     lower = np.concatenate([np.zeros((*up.b.shape[:2], gate.b.shape[2]), np.float32), up.b], axis=2)
     return LoraFactors(np.concatenate([gate.a, up.a], axis=1), np.concatenate([upper, lower], axis=1))
@@ -195,6 +199,7 @@ def _state(sites: Mapping[str, LoraFactors], rank: int, scale: float, dropout: f
 def _alpha(scale: float, rank: int) -> float:
     """Return the alpha that divided by the rank gives the scale again, to the last bit."""
     product = scale * rank
+    # (scale · rank) / rank may differ from the scale in its last bit: one of the neighbours divides exactly.
     near = (product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf))
     return next((alpha for alpha in near if alpha / rank == scale), product)
 
@@ -213,6 +218,7 @@ def write_adapter(folder: Path, adapter: AdapterState, base: BaseFacts, base_mod
     sites = _one_by_one(_without_tied_head(adapter, base), base.family.experts)
     scales = {site: adapter.config.scale(origin) for site, (origin, _) in sites.items()}
     rank = max(pair.a.shape[-2] for _, pair in sites.values())
+    # The most frequent scale leaves the most factors untouched. The others are multiplied, and so rounded once.
     scale = Counter(scales.values()).most_common(1)[0][0]
     modules: dict[str, LoraFactors] = {}
     for site, (_, pair) in sites.items():
@@ -274,6 +280,7 @@ def _one_by_one(sites: Mapping[str, LoraFactors], experts: Experts | None) -> di
 def _put_together(numbered: Mapping[int, str], sites: Mapping[str, LoraFactors]) -> tuple[str, LoraFactors]:
     pairs = [sites[numbered[number]] for number in sorted(numbered)]
     first = numbered[min(numbered)]
+    # mlx-lm stacks all experts into one tensor of one rank: a gap or another shape has no place in it.
     if sorted(numbered) != list(range(len(numbered))) or len({(p.a.shape, p.b.shape) for p in pairs}) > 1:
         raise AdapterError(f"{first}: mlx-lm has one adapter for all experts, and here they differ or some have none")
     return first, LoraFactors(np.stack([pair.a for pair in pairs]), np.stack([pair.b for pair in pairs]))
@@ -304,6 +311,7 @@ def _modules(site: str, pair: LoraFactors, base: BaseFacts) -> dict[str, LoraFac
     host = f"{layer}.{experts.mlx_lm}"
     if parameter != "gate_up_proj":
         return {f"{host}.{parameter}": pair}
+    # Both halves share A: transformers multiplies gate and up in one product, gate before up.
     gate, up = np.split(pair.b, 2, axis=1)
     return {f"{host}.gate_proj": LoraFactors(pair.a, gate), f"{host}.up_proj": LoraFactors(pair.a, up)}
 
@@ -312,6 +320,7 @@ def _tensors(modules: Mapping[str, LoraFactors]) -> dict[str, Float32]:
     flat = {}
     for path, pair in modules.items():
         for letter, values in zip("ab", pair, strict=True):
+            # mlx-lm computes x @ lora_a @ lora_b for a linear layer, so its factors are the transposes of PEFT's.
             flat[f"{path}.lora_{letter}"] = np.ascontiguousarray(values if values.ndim == 3 else values.T)
     return flat
 
@@ -328,6 +337,7 @@ def _keys(modules: Sequence[str], base: BaseFacts) -> tuple[int, list[str]]:
             outside.append(path)
         else:
             inside.setdefault(int(found[1]), set()).add(found[2])
+    # mlx-lm counts `num_layers` from the end and adapts the same keys in each: any other choice needs full names.
     alike = all(keys == inside[max(inside)] for keys in inside.values())
     if inside and alike and sorted(inside) == list(range(base.layers - len(inside), base.layers)):
         return len(inside), sorted(inside[base.layers - 1]) + outside

@@ -68,6 +68,7 @@ FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(("cohere", "gemma", "gemma2"), Family(mlx_lm_head=False)),
     **dict.fromkeys(("olmoe", "qwen2_moe", "qwen3_moe"), Family(experts=Experts())),
     "mixtral": _MIXTRAL,
+    # GPT-NeoX calls its head `embed_out` in files. transformers 5 calls the module `lm_head`.
     "gpt_neox": Family(
         mlx_lm=(
             ("gpt_neox.layers.", "model.h."),
@@ -76,6 +77,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         file=(("lm_head", "embed_out"),),
     ),
+    # The published GPT-2 files were saved from the model without its head, so their names lack `transformer.`.
     "gpt2": Family(mlx_lm=(("transformer.", "model."),), file=(("transformer.", ""),), mlx_lm_head=False),
 }  # fmt: skip
 """The families whose names were compared."""
@@ -125,6 +127,7 @@ def split_expert(site: str, experts: Experts) -> tuple[str, int, str] | None:
 def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
     """Return a name with the beginning, ending or inner part replaced that a family calls otherwise."""
     for old, new in renames:
+        # A leading dot marks an ending: the same part may appear in any layer.
         if old.startswith("."):
             if name.endswith(old):
                 return name.removesuffix(old) + new

@@ -106,6 +106,7 @@ def peft_config(config: LoraConfig, base_model: str, revision: str | None = None
         "rank_pattern": {_pattern(site): rank for site, rank in config.rank_pattern.items()},
         "alpha_pattern": {_pattern(site): _plain(alpha) for site, alpha in config.alpha_pattern.items()},
         "bias": "none",
+        # PEFT turns it on by itself for Conv1D, and warns if a file says so of other layers.
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -136,7 +137,7 @@ def read_adapter(folder: Path) -> tuple[AdapterState, str]:
     """Read a LoRA adapter of PEFT's: the adapter, and the base model it names (empty if it names none).
 
     Factors come in float32 whatever dtype they have in the file. Raises `AdapterError` naming the file and its fault:
-    wrong with it: not LoRA alone, tensors that no target names or that are missing, shapes that contradict `r`.
+    more than LoRA, tensors that no target names or that are missing, or shapes that contradict `r`.
     """
     settings = read_settings(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
@@ -204,11 +205,13 @@ def _places(tensors: Mapping[str, TensorInfo], settings: PeftSettings) -> dict[s
 def _site(host: str, settings: PeftSettings) -> str:
     """Return the site whose factors are under a module: the module, or its parameter that is adapted at this depth."""
     module = host
+    # PEFT wraps a module once for each adapted parameter: `base_layer` repeats, and the depth says which one is meant.
     while module.endswith(_NESTED):
         module = module.removesuffix(_NESTED)
     depth = (len(host) - len(module)) // len(_NESTED)
     parameters = settings.parameters(module)
     if parameters and depth < len(parameters):
+        # The wrapper that was put on last is outermost, so depth counts the parameters from the end.
         parameter = parameters[len(parameters) - 1 - depth]
         return module if parameter == "weight" else f"{module}.{parameter}"
     if depth or not settings.targets(module):
@@ -236,6 +239,7 @@ def _ordered(settings: PeftSettings, sites: Mapping[str, Any]) -> Sequence[str]:
 def _read_factors(site: str, infos: tuple[TensorInfo, TensorInfo], rank: int) -> LoraFactors:
     a, b = (info.shape for info in infos)
     whole = len(a) == len(b) == 2 and a[0] == b[1]
+    # A square A or B can hide a transpose from this test. Then the rank decides in the next one.
     if len(a) == len(b) == 2 and a[1] == b[0] == rank != a[0]:
         raise TransposedError(
             f"{site}: A is {list(a)} and B {list(b)}: they are transposed (mlx-lm's layout under PEFT's names); "

@@ -15,6 +15,7 @@ ALL_LINEAR = "all-linear"
 STACKED_PARAMETERS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 """The parameters of a stack of experts, in the order in which transformers declares them."""
 
+# Routers are left out of all-linear: training one shifts the load between experts, which the base was balanced for.
 _ROUTER = re.compile(r"(^|\.)(router(\..*)?|(mlp|block_sparse_moe|feed_forward|moe)\.gate|shared_expert_gate)$")
 _STACKED_EXPERTS = re.compile(r"\.experts(\.|$)")
 
@@ -40,6 +41,7 @@ def resolve_targets(sites: Sequence[AdapterSite], wanted: str | Sequence[str]) -
         _require_match(name, sites)
     named = [site for site in sites if any(_matches(site.name, name) for name in names)]
     for site in named:
+        # PEFT's file names embedding factors differently, and a reader has only the name to tell them by.
         if (site.kind == "embedding") != is_embedding(site.name):
             raise AdapterError(
                 f"adapter.target_modules: {site.name} cannot be adapted: its kind does not show in its name"

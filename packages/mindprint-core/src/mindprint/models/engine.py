@@ -135,6 +135,7 @@ class Engine:
 
     def start_stage(self, placement: Placement, state: TrainingState) -> None:
         """Have `state` in memory at `placement`, moving there if the model is elsewhere."""
+        # Stages on one placement share the model in memory. Only a move releases and loads.
         if self._placement is None or self._placement.key != placement.key:
             self.load(placement)
         if not self._injected:
@@ -158,6 +159,7 @@ def check_injection(adapter: AdapterState, facts: AdapterFacts) -> None:
     if set(facts.sites) != set(adapter.config.target_modules):
         wrong = sorted(set(facts.sites) ^ set(adapter.config.target_modules))
         raise GuardError(f"the backend adapted other modules than the configuration names: {', '.join(wrong[:5])}")
+    # A backend that left the base trainable would pass every other check and train it in silence.
     if facts.trainable_elements != adapter.elements:
         raise GuardError(
             f"the backend would train {facts.trainable_elements:,} elements, the configuration implies "
@@ -173,5 +175,6 @@ def check_base(before: str, after: str) -> None:
 
 def fits_in_float32(parameters: int) -> bool:
     """Return whether a model's weights in float32 are small compared with this machine's memory."""
+    # Half of the memory: the model is not alone, and reading it fills the file cache as well.
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 4 * parameters <= min(FLOAT32_BYTES, memory // 2)

@@ -148,6 +148,7 @@ def quantization(folder: Path) -> str | None:
     scheme = config.get("quantization_config") or config.get("quantization")
     if not scheme:
         return None
+    # mlx-lm writes its bits without a method, and copies them under both keys.
     if isinstance(scheme, dict) and "quant_method" not in scheme and "bits" in scheme:
         return f"mlx-{scheme['bits']}bit"
     return str(scheme.get("quant_method", "unknown")) if isinstance(scheme, dict) else str(scheme)
@@ -178,6 +179,7 @@ def base_digest(folder: Path) -> str:
 
 
 def _samples(info: TensorInfo) -> Iterator[bytes]:
+    # Start, middle and end: a merge or a cast changes all of them, and few bytes are read.
     middle = info.start + (info.end - info.start) // 2
     with info.file.open("rb") as file:
         for start in (info.start, middle, max(info.start, info.end - _SAMPLE)):

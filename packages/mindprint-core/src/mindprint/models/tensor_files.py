@@ -60,6 +60,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         found = {name: _info(entry, path, offset) for name, entry in entries.items() if name != "__metadata__"}
     except MALFORMED as error:
         raise TensorFileError("has a broken safetensors header") from error
+    # Tensors may be in any order in the file, so the greatest end decides.
     expected = max((info.end for info in found.values()), default=offset)
     if length < expected:
         raise TensorFileError(f"is truncated ({length} of {expected} bytes)")
@@ -79,6 +80,7 @@ def read_float32(info: TensorInfo) -> Float32:
 def to_float32(bits: NDArray[Any], dtype: str) -> Float32:
     """Return values of a float dtype of the format in float32, which is exact except for F64."""
     if dtype == "BF16":
+        # bfloat16 is the upper half of a float32.
         return (bits.astype(np.uint32) << 16).view(np.float32)
     return bits.astype(np.float32)
 
@@ -88,6 +90,7 @@ def from_float32(values: Float32, dtype: str) -> NDArray[Any]:
     if dtype != "BF16":
         return values.astype(FLOATS[dtype])
     bits = values.view(np.uint32)
+    # Round to nearest, ties to even: add half a unit less one, and one more if the kept part is odd. Then cut.
     rounded = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
     # The sum above would carry a NaN's payload into its sign; torch's own NaN is this one.
     rounded[np.isnan(values)] = NAN_BF16
@@ -122,6 +125,7 @@ def add_float32(bits: NDArray[Any], change: Float32, dtype: str) -> None:
 def _entries(file: BinaryIO) -> tuple[Mapping[str, Any], int]:
     start = file.read(8)
     length = int.from_bytes(start, "little")
+    # A clone without LFS leaves a small text file under the name of the weights.
     if start == b"version ":
         raise TensorFileError("is not a safetensors file but a Git LFS pointer: run `git lfs pull`")
     if len(start) < 8 or length > LARGEST_HEADER:

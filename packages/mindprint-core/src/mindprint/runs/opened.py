@@ -158,6 +158,7 @@ def find_base(located: Located, model: str | None = None) -> models.ModelFolder:
 
 def read_heldout(file: ConfigFile) -> Rows:
     """Read the pairs of `data.heldout`, without the rows that the stages train on."""
+    # With the stages off, rows are not demanded of their files.
     off = {name: getattr(file.config, name).model_copy(update={"enabled": False}) for name in ("sft", "dpo")}
     return read_rows(replace(file, config=file.config.model_copy(update=off)))
 
@@ -211,6 +212,7 @@ def placement_for(
     """Choose where to compute: as asked, or as the run did, in float32 unless that is too large for this machine."""
     if section is None:
         section = located.config.config.backend if located.config else BackendConfig()
+    # From the headers: the size has to be known before the model is loaded.
     elements = sum(math.prod(info.shape) for info in models.tensors(base.path).values())
     if dtype is not None:
         section = section.model_copy(update={"dtype": dtype})

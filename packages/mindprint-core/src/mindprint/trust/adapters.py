@@ -62,6 +62,7 @@ def strength_findings(adapter: AdapterState, base: models.ModelFolder) -> Iterat
     stored = {site: stored_tensors(site, weights.keys(), facts) for site in found}
     sites = [site for site, names in stored.items() if names]
     ratios = []
+    # A sample is enough: alpha taken for the scale makes every module too strong by the same factor.
     for site in sites[:: max(1, len(sites) // WEIGHED)]:
         norm = float(np.linalg.norm(read_float32(weights[stored[site][0]]).astype(np.float64)))
         ratios.append(found[site].norm / max(norm, 1e-300))
@@ -89,6 +90,7 @@ def _against_record(adapter: AdapterState, found: Changes, recorded: Changes) ->
     """Compare each module's change with the recorded one. The first finding that explains a module names it."""
     yield from _modules(found, recorded)
     other = [site for site in found if site in recorded and found[site].distance(recorded[site]) > SAME]
+    # From the most to the least specific. A module that one explains is not given to the next.
     for explain in (_idle, _scaled, _rounded, _swapped):
         finding = explain(found, recorded, other)
         if finding is not None:
@@ -133,6 +135,7 @@ def _scaled(found: Changes, recorded: Changes, sites: Sequence[str]) -> Finding 
 
 def strength_finding(factors: Mapping[str, float], total: int, verb: str, than: str) -> Finding:
     """Return a finding that modules are too strong or too weak, by how much, and whether all by the same."""
+    # The median: one module that went wrong in another way must not hide the common factor.
     values = list(factors.values())
     factor, low, high = float(np.median(values)), min(values), max(values)
     spread = "" if high - low <= 0.02 * abs(factor) else f" ({low:.4g} to {high:.4g})"

@@ -46,6 +46,7 @@ def _weights(found: WeightsDigest, recorded: WeightsDigest, base: models.ModelFo
     parts = sorted(found.parts.keys() | recorded.parts.keys())
     other = [part for part in parts if found.parts.get(part) != recorded.parts.get(part)]
     changed = tuple(part for part in other if _laid_out_alike(part, found, recorded))
+    # A fine-tuned base differs nearly everywhere, a damaged one in few places: the words should say which it is.
     if changed and len(changed) >= len(parts) / 2:
         yield Finding(
             "wrong_base", f"{base.name}: these weights are not those that the adapter was trained on", sites=changed
@@ -58,6 +59,7 @@ def _weights(found: WeightsDigest, recorded: WeightsDigest, base: models.ModelFo
     if others and found.dtype != recorded.dtype:
         message = f"the base is stored in {found.dtype}, where the adapter was trained in {recorded.dtype}"
         yield Doubt(Finding("wrong_base", message, sites=others))
+    # Other names or shapes may be the same weights in another tool's layout: only the probe can tell.
     elif others:
         message = f"{len(others)} of the base's {len(parts)} parts have tensors of other names or shapes"
         yield Doubt(Finding("wrong_base", f"{message} ({listed(others)})", sites=others))

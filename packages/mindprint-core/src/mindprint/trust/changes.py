@@ -35,12 +35,14 @@ class Change:
 
     def factor(self, recorded: Change) -> float:
         """Return the least-squares factor between the recorded traces and these."""
+        # Least squares: the f that makes ‖new − f · old‖ smallest is old·new / old·old.
         old, new = np.array(recorded.traces), np.array(self.traces)
         return float(old @ new / max(float(old @ old), 1e-300))
 
     def distance(self, recorded: Change, factor: float = 1.0) -> float:
         """Return the distance from `factor` times the recorded change, relative to the greater norm."""
         apart = float(np.linalg.norm(np.array(self.traces) - factor * np.array(recorded.traces)))
+        # Few traces can agree by chance. The norm has to agree as well.
         norms = abs(self.norm - abs(factor) * recorded.norm)
         return max(apart, norms) / max(self.norm, abs(factor) * recorded.norm, 1e-300)
 
@@ -55,6 +57,7 @@ def change(factors: LoraFactors, scale: float) -> Change:
     stacked = [part if part.ndim == 3 else part[None] for part in factors]
     squared, traces = 0.0, np.zeros(TRACES)
     for expert, (a, b) in enumerate(zip(*(part.astype(np.float64) for part in stacked), strict=True)):
+        # ‖B·A‖² = tr(AᵀBᵀB·A) = Σ (BᵀB) ∘ (A·Aᵀ): products of r × r instead of the whole weight.
         squared += float(((b.T @ b) * (a @ a.T)).sum())
         traces += [_trace(a, b, expert, number) for number in range(TRACES)]
     norm = abs(scale) * max(squared, 0.0) ** 0.5
@@ -67,6 +70,7 @@ def _rounded(value: float) -> float:
 
 
 def _trace(a: NDArray[np.float64], b: NDArray[np.float64], expert: int, number: int) -> float:
+    # uᵀ(B·A)v = (uᵀB)(A·v): two thin products. Its square has the mean ‖B·A‖² (cf. Hutchinson 1989).
     return float((_signs(len(b), "u", expert, number) @ b) @ (a @ _signs(a.shape[1], "v", expert, number)))
 
 
@@ -86,6 +90,7 @@ def exchanged(found: Mapping[str, Change], recorded: Mapping[str, Change], sites
         site: other
         for site in sites
         for other in recorded
+        # All idle modules look alike, so that an exchange between them means nothing.
         if other != site and recorded[other].norm > 0 and found[site].distance(recorded[other]) <= SAME
     }
 

@@ -61,12 +61,14 @@ def digest_weights(folder: Path, method: Method | None = None) -> WeightsDigest:
 def part_of(tensor: str) -> str:
     """Return the part that a tensor belongs to: its name up to the layer's number, or all but its last word."""
     words = tensor.split(".")
+    # Parts by layer keep a fingerprint short and still say where a base was changed.
     numbered = next((index for index, word in enumerate(words) if word.isdigit()), None)
     return ".".join(words[:-1] if numbered is None else words[: numbered + 1]) or tensor
 
 
 def _part_digest(names: list[str], found: Mapping[str, TensorInfo], digests: Mapping[str, bytes]) -> PartDigest:
     layout, values = hashlib.sha256(), hashlib.sha256()
+    # Names, dtypes and shapes go into one digest and bytes into another: a cast or a rename is told from other values.
     for name in names:
         layout.update(f"{name}\0{found[name].dtype}\0{found[name].shape}\0".encode())
         values.update(digests[name])
@@ -87,6 +89,7 @@ def _stretches(size: int, method: Method) -> Iterator[tuple[int, int]]:
     length = STRIDE if method == "whole" else BLOCK
     for start in range(0, size, STRIDE):
         yield start, min(length, size - start)
+    # The end too: what was cut off or appended shows there.
     if method == "sampled" and size > BLOCK:
         yield size - BLOCK, BLOCK
 
@@ -142,6 +145,7 @@ def computed_settings(folder: Path) -> dict[str, Any]:
     for name, value in model_config(folder).items():
         if value is None or name in _NOT_COMPUTED:
             continue
+        # transformers 4 wrote `rope_scaling` and `rope_theta`, transformers 5 writes `rope_parameters` for both.
         if name in ("rope_parameters", "rope_scaling"):
             settings |= _rope_settings(value)
         else:

@@ -201,6 +201,7 @@ def _lines(value: Any, depth: int = 3, indent: str = "") -> str:
     if depth and isinstance(value, Mapping) and value:
         entries = [f"{inner}{json.dumps(key)}: {_lines(item, depth - 1, inner)}" for key, item in value.items()]
         return "{\n" + ",\n".join(entries) + f"\n{indent}}}"
+    # Rows of numbers stay on one line each: a line for every number would make the file unreadable.
     if depth and isinstance(value, list | tuple) and value and isinstance(value[0], list | dict):
         return "[\n" + ",\n".join(inner + _lines(item, depth - 2, inner) for item in value) + f"\n{indent}]"
     return json.dumps(value)

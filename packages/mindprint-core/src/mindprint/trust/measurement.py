@@ -44,6 +44,7 @@ def _measurements(
     engine.start_stage(placement, TrainingState(adapter))
     parameters = engine.model.parameters
     yield measure(engine.backend, engine.model, probe)
+    # In bfloat16 noise is as large as many adapters' effect. A float32 measurement is the one that proves something.
     if placement.dtype == "float32" or not fits_in_float32(parameters):
         return
     try:
@@ -55,6 +56,7 @@ def _measurements(
 
 def measure(backend: Backend, model: LoadedModel, probe: Probe) -> Measurement:
     """Score the probe with the model in memory, whose adapter is injected."""
+    # Rounded as the file has them, so that comparing in memory and from the file is the same.
     base = np.round(score(backend, model, probe, adapter=False), DECIMALS)
     adapter = np.round(score(backend, model, probe, adapter=True), DECIMALS)
     noise = measure_noise(backend, model, probe, adapter, adapter=True)

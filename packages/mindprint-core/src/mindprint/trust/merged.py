@@ -111,6 +111,7 @@ def judge(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: floa
         return Merge("other" if sums.touched else "exact")
     if not sums.touched:
         return Merge("lost" if sums.expected else "swallowed", 0.0)
+    # The least-squares factor of the expected change d in the change x that is there: x·d / d·d.
     factor, size = sums.xd / sums.dd, math.sqrt(sums.dd)
     fate = "exact" if sums.excess <= 1 else _fate(sums, EPSILON[found.dtype], math.prod(found.shape))
     return Merge(fate, factor, sums.rest(1.0, sums.xd) / size)
@@ -119,7 +120,9 @@ def judge(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: floa
 def _fate(sums: _Sums, epsilon: float, elements: int) -> Fate:
     """Name the change of a weight that is not W + s·B·A, correctly rounded."""
     factor, size = sums.xd / sums.dd, math.sqrt(sums.dd)
+    # Roundings are independent and relative to the weight: their norm is about ε·‖W‖, and the change adds its own.
     rounding = LOOSE * epsilon * (math.sqrt(sums.ww) + size) / size
+    # The factor is a mean over all elements, so that its error falls with the square root of their number.
     uncertain = max(0.02, 4 * rounding / math.sqrt(elements))
     if sums.rest(1.0, sums.xd) <= rounding * size and abs(factor - 1) <= uncertain:
         return "rounded"
@@ -133,6 +136,7 @@ def _fate(sums: _Sums, epsilon: float, elements: int) -> Fate:
 def _summed(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: float) -> _Sums:
     sums = _Sums()
     a, b = factors
+    # Only a square weight can have the transpose of its change added without an error.
     square = a.shape[1] == b.shape[0]
     with np.errstate(all="ignore"):  # values that are not finite are a finding, not a warning
         for start, weight, merged in blocks(base, found):
@@ -140,6 +144,7 @@ def _summed(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: fl
             d = np.float32(scale) * (b[rows] @ a)
             x = merged - weight
             sums.finite &= bool(np.isfinite(merged).all())
+            # Compared as bytes: NaN is unequal to itself, and -0.0 equals 0.0.
             sums.touched |= bool(merged.tobytes() != rounded(weight, found.dtype).tobytes())
             sums.expected |= bool((rounded(weight + d, found.dtype) != rounded(weight, found.dtype)).any())
             bound = _bound(merged, weight, d, found.dtype)
@@ -153,6 +158,7 @@ def _summed(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: fl
 
 def _bound(merged: Float32, weight: Float32, d: Float32, dtype: str) -> NDArray[Any]:
     """Return the allowed error of each element: rounding to the dtype, and that of the sum in float32 before it."""
+    # A sum in float32 of s·B·A and W has at most about four roundings of 2^-24 before the last one.
     rounding, summing = np.float32(EPSILON[dtype]), np.float32(2.0**-22)
     bound = rounding * np.abs(merged) + summing * (np.abs(weight) + np.abs(d))
     return bound + np.float32(_STEP.get(dtype, 1e-38))
@@ -199,6 +205,7 @@ def _precision(fates: Mapping[str, Merge]) -> Iterator[Finding]:
     """Report rounding that is large compared with the merged change."""
     merges = [merge for merge in fates.values() if merge.fate in ("exact", "rounded")]
     noise = float(np.median([merge.noise for merge in merges])) if merges else 0.0
+    # Below a tenth of the change, rounding is not worth a word. Above, the merge is sound and the user should know.
     if noise > 0.1:
         message = f"rounding to the merged model's dtype moves a weight by {noise:.2g} times what the adapter does"
         yield Finding("precision", message, fails=False)

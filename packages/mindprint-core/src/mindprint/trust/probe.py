@@ -66,6 +66,7 @@ def synthetic_probe(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Probe:
     """Return the probe of a tokenizer, cut to the positions and embeddings of the model of `config` (config.json)."""
     vocabulary = min(tokenizer.vocab_size, _configured(config, "vocab_size") or tokenizer.vocab_size)
     positions = _configured(config, "max_position_embeddings", "n_positions", "n_ctx") or LONGEST
+    # Uniform ids are mostly rare tokens. A skew of 4 favours small ids, which are the frequent ones in a BPE.
     rows = [_drawn(LONGEST, vocabulary, "rare"), _drawn(MIDDLE, vocabulary, "frequent", skew=4.0)]
     rows += [_conversation(tokenizer, vocabulary, number) for number in range(2)]
     return Probe(tuple(row[:positions] for row in rows if len(row[:positions]) > 1 and row.max() < vocabulary))
@@ -85,6 +86,7 @@ def score(backend: Backend, model: LoadedModel, probe: Probe, *, adapter: bool) 
 
 def measure_noise(backend: Backend, model: LoadedModel, probe: Probe, alone: Float32, *, adapter: bool) -> Noise:
     """Return the distance of the rows in one padded batch from `alone`, the same rows each by itself."""
+    # Another batch shape makes kernels sum in another order: that is the noise of a sound computation.
     together = _scored(backend, model, probe.rows, adapter=adapter)
     apart = np.abs(together.astype(np.float64) - alone)
     return Noise(float(apart.mean()), float(apart.max()))
@@ -92,9 +94,11 @@ def measure_noise(backend: Backend, model: LoadedModel, probe: Probe, alone: Flo
 
 def tolerance(dtypes: Sequence[Dtype], *noises: Noise | None) -> Tolerance:
     """Return the allowed difference of two evaluations: the coarser dtype's bound, or the measured noise if wider."""
+    # The coarser of two computations decides how far they can agree.
     coarsest = max(dtypes, key=lambda dtype: PROBE_TOLERANCES[dtype])
     mean, greatest = PROBE_TOLERANCES[coarsest]
     measured = [NOISE_FACTOR * max(noise.mean / mean, noise.greatest / greatest) for noise in noises if noise]
+    # The greatest of the measured noises, at most MOST times the table: noise must not excuse everything.
     wider = min(max(measured, default=0.0), MOST)
     if wider <= 1:
         return Tolerance(mean, greatest, f"rounding of {coarsest}")

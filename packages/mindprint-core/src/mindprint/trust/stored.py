@@ -17,6 +17,7 @@ BLOCK_BYTES = 2**24
 def blocks(base: TensorInfo, found: TensorInfo) -> Iterator[tuple[int, Float32, Float32]]:
     """Yield row blocks of two tensors of one shape: first row, and values in both, `[rows, columns]`."""
     rows, columns = found.shape[0], math.prod(found.shape[1:])
+    # Blocks bound the memory, whatever the size of the model.
     step = max(1, BLOCK_ELEMENTS // max(columns, 1))
     for start in range(0, rows, step):
         stop = min(rows, start + step)
@@ -55,5 +56,6 @@ def _same_bytes(found: TensorInfo, base: TensorInfo) -> bool:
     with found.file.open("rb") as one, base.file.open("rb") as other:
         one.seek(found.start)
         other.seek(base.start)
+        # Bytes in one dtype: no conversion, and NaN compares as well.
         lengths = (min(BLOCK_BYTES, size - at) for at in range(0, size, BLOCK_BYTES))
         return all(one.read(length) == other.read(length) for length in lengths)

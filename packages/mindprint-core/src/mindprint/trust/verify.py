@@ -124,6 +124,7 @@ class _Judgement:
     def report(
         self, subject: Path, kind: Literal["adapter", "merged model"], base: models.ModelFolder, placement: Placement
     ) -> Report:
+        # Doubts that no probe has settled count as findings.
         self.settle(same=False)
         findings = tuple(sorted(self.findings, key=lambda finding: not finding.fails))
         name, device, dtype = placement.key
@@ -207,6 +208,7 @@ def _for_rounded_factors(judgement: _Judgement, allowed: Tolerance, before: Floa
 
 def _narrower(base: models.ModelFolder, fingerprint: Fingerprint) -> list[Dtype]:
     """Return the dtypes that the base is stored in, except the recorded one."""
+    # A base that was cast since has lost digits, whatever the dtype that computes with it.
     stored = {info.dtype for info in models.tensors(base.path).values()} - {fingerprint.base.weights.dtype}
     return [FLOAT_DTYPES[dtype] for dtype in stored if dtype in FLOAT_DTYPES]
 
@@ -262,6 +264,7 @@ def _probe_merge(
 def _judge_comparison(judgement: _Judgement, both: Comparison, before: Float32, after: Float32, now: Float32) -> None:
     """Report the probe's findings about the adapter's effect, unless files have explained it already."""
     judgement.comparisons.append(both)
+    # A small effect drowns in the tolerance: then a probe within it proves nothing about the adapter.
     effect, allowed = mean_effect(before, after), both.tolerance
     if effect < TELLING * allowed.mean:
         message = (
@@ -275,12 +278,14 @@ def _judge_comparison(judgement: _Judgement, both: Comparison, before: Float32, 
 def _unexplained(before: Float32, after: Float32, now: Float32, both: Comparison) -> Finding:
     """Return a finding on the effect where files show no fault and the probe does."""
     wanted, found = (values.astype(np.float64) - before for values in (after, now))
+    # Cosine and length of the effect that is there against the recorded one: a wrong strength keeps the direction.
     product, squared, norm = float(wanted @ found), float(wanted @ wanted), float(np.linalg.norm(found))
     factor = product / max(squared, 1e-300)
     alike = product / max(squared**0.5 * norm, 1e-300)
     how = f"log-probs differ by {both.mean:.2g} nats a token"
     if np.abs(found).mean() <= both.tolerance.mean:
         return Finding("no_effect", f"the files are right, and the backend computes the base alone: {how}")
+    # An effect bends with the strength, so that its direction may turn by a part of (f - 1)² (see CURVATURE).
     if factor > 1.2 or 1 - alike <= CURVATURE * (factor - 1) ** 2:
         message = f"the files are right, and the effect is about {factor:.2g} times as strong: {how}"
         return Finding("scale", message, factor=factor)
