@@ -29,26 +29,26 @@ from mindprint.reports.page import as_page
 TONES: tuple[Tone, Tone] = ("first", "third")
 
 
-def write_comparison(folder: Path, found: Comparison, tables: Sequence[Table], verdict: str) -> Path:
+def write_comparison(folder: Path, comparison: Comparison, tables: Sequence[Table], verdict: str) -> Path:
     """Write `comparison.html` into a folder, with the tables and the verdict that the command prints."""
     page = folder / "comparison.html"
-    atomic.write_text(page, as_page(_document(found, tables, verdict)))
+    atomic.write_text(page, as_page(_document(comparison, tables, verdict)))
     return page
 
 
-def _document(found: Comparison, tables: Sequence[Table], verdict: str) -> Document:
-    names = " and ".join(side.name for side in found.sides)
+def _document(comparison: Comparison, tables: Sequence[Table], verdict: str) -> Document:
+    names = " and ".join(side.name for side in comparison.sides)
     sections = (
         Section("Are they equivalent?", (Paragraph(f"{verdict[0].upper()}{verdict[1:]}."), *tables)),
-        Section("Learning curves", tuple(_curves(found))),
-        Section("Answers", tuple(_answers(found))),
+        Section("Learning curves", tuple(_curves(comparison))),
+        Section("Answers", tuple(_answers(comparison))),
     )
-    return Document(f"{names}, compared", f"{len(found.stages)} stages", sections)
+    return Document(f"{names}, compared", f"{len(comparison.stages)} stages", sections)
 
 
-def _curves(found: Comparison) -> Iterator[Block]:
+def _curves(comparison: Comparison) -> Iterator[Block]:
     for name in STAGES:
-        stages = [stage for stage in found.stages if stage.stage == name]
+        stages = [stage for stage in comparison.stages if stage.stage == name]
         if not stages:
             continue
         ends = (float(stages[0].first_step), float(stages[-1].first_step + len(stages[-1].losses[0]) - 1))
@@ -56,7 +56,7 @@ def _curves(found: Comparison) -> Iterator[Block]:
         share = MOST_POINTS / max(1, sum(len(stage.losses[0]) for stage in stages))
         losses = tuple(
             _line(stage, stage.losses[place], side.name, tone, share)
-            for place, (side, tone) in enumerate(zip(found.sides, TONES, strict=True))
+            for place, (side, tone) in enumerate(zip(comparison.sides, TONES, strict=True))
             for stage in stages
         )
         apart = tuple(_line(stage, _deviations(stage), "deviation", "second", share) for stage in stages)
@@ -86,12 +86,12 @@ def _deviations(stage: StageCurves) -> list[float]:
     return [deviation([one], [other]) for one, other in zip(*stage.losses, strict=True)]
 
 
-def _answers(found: Comparison) -> Iterator[Block]:
-    if found.answers is None:
+def _answers(comparison: Comparison) -> Iterator[Block]:
+    if comparison.answers is None:
         yield Paragraph("Not compared: a run kept none (no answers.jsonl).")
         return
-    same = sum(answer.identical for answer in found.answers)
-    yield Paragraph(f"{same} of {len(found.answers)} are the same, word for word. Those that differ come first.")
-    for answer in sorted(found.answers, key=lambda answer: answer.identical)[:MOST_ANSWERS]:
-        texts = tuple((side.name, text) for side, text in zip(found.sides, answer.texts, strict=True))
+    same = sum(answer.identical for answer in comparison.answers)
+    yield Paragraph(f"{same} of {len(comparison.answers)} are the same, word for word. Those that differ come first.")
+    for answer in sorted(comparison.answers, key=lambda answer: answer.identical)[:MOST_ANSWERS]:
+        texts = tuple((side.name, text) for side, text in zip(comparison.sides, answer.texts, strict=True))
         yield SideBySide(answer.prompt, "the same" if answer.identical else "not the same", texts)

@@ -223,11 +223,11 @@ def _has_dpo(record: RunRecord) -> bool:
 
 
 def _voice(record: RunRecord) -> Iterator[Block]:
-    found = [(topic, record.at_the_end(topic) or record.trained(topic)) for topic in record.topics]
-    if record.evaluations is None or not any(one for _, one in found):
+    latest = [(topic, record.at_the_end(topic) or record.trained(topic)) for topic in record.topics]
+    if record.evaluations is None or not any(one for _, one in latest):
         yield Paragraph(f"The voice of no topic was evaluated: {_no_evaluations(record)}")
         return
-    rows = [(record.title(topic), _dots(one)) for topic, one in found]
+    rows = [(record.title(topic), _dots(one)) for topic, one in latest]
     if record.final:
         rows.append(("all topics", _dots(record.final)))
     yield DotChart(

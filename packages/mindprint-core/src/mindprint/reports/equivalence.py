@@ -110,8 +110,8 @@ def compare(first: RunRecord, other: RunRecord) -> Comparison:
     names = _names(first, other)
     sides = _side(first, names[0]), _side(other, names[1])
     stages, uneven = _stages(first, other)
-    one, two = (side.voice for side in sides)
-    voice = None if one is None or two is None else two.value - one.value
+    first_voice, other_voice = (side.voice for side in sides)
+    voice = None if first_voice is None or other_voice is None else other_voice.value - first_voice.value
     return Comparison(
         sides, stages, _adapters(first, other), _answers(first, other), voice,
         (*_precision(sides), *uneven, *_losses(stages), *_voices(voice)),
@@ -120,8 +120,8 @@ def compare(first: RunRecord, other: RunRecord) -> Comparison:
 
 def require_same(first: RunRecord, other: RunRecord) -> None:
     """Raise `RunError` naming the inputs that differ: base, tokenizer, template, data, adapter or configuration."""
-    ours, theirs = (dict(record.manifest.get("identity", {})) for record in (first, other))
-    differing = [part for part in {**ours, **theirs} if ours.get(part) != theirs.get(part)]
+    ours, others = (dict(record.manifest.get("identity", {})) for record in (first, other))
+    differing = [part for part in {**ours, **others} if ours.get(part) != others.get(part)]
     if differing:
         raise RunError(
             f"{first.path} and {other.path} differ in {' and '.join(differing)}: only runs of the same base, data and "
@@ -158,22 +158,23 @@ def _side(record: RunRecord, name: str) -> Side:
 
 def _stages(first: RunRecord, other: RunRecord) -> tuple[tuple[StageCurves, ...], list[str]]:
     """Return the stages that both runs trained, in order, and a sentence for each that has other steps."""
-    ours, theirs = _by_stage(first.steps), _by_stage(other.steps)
-    found, uneven, free = [], [], False
+    ours, other_steps = _by_stage(first.steps), _by_stage(other.steps)
+    curves, uneven, free = [], [], False
     for key, steps in ours.items():
         topic, stage, attempt, undone = key
         free = free or stage == "dpo"
-        others = theirs.get(key, [])
+        others = other_steps.get(key, [])
         if len(steps) != len(others):
             uneven.append(f"{topic}, {stage}, attempt {attempt}: {len(steps)} steps against {len(others)}")
             continue
         losses = tuple(step.loss for step in steps), tuple(step.loss for step in others)
         tolerance = FREE_TOLERANCE if free else SFT_TOLERANCE
-        found.append(StageCurves(topic, stage, attempt, undone, steps[0].step, losses, deviation(*losses), tolerance))
+        curves.append(StageCurves(topic, stage, attempt, undone, steps[0].step, losses, deviation(*losses), tolerance))
     uneven += [
-        f"{key[0]}, {key[1]}, attempt {key[2]}: 0 steps against {len(theirs[key])}" for key in theirs.keys() - ours
+        f"{key[0]}, {key[1]}, attempt {key[2]}: 0 steps against {len(other_steps[key])}"
+        for key in other_steps.keys() - ours
     ]
-    return tuple(found), uneven
+    return tuple(curves), uneven
 
 
 def _by_stage(steps: Sequence[Step]) -> dict[Stretch, list[Step]]:
@@ -183,9 +184,9 @@ def _by_stage(steps: Sequence[Step]) -> dict[Stretch, list[Step]]:
 def deviation(first: Sequence[float], other: Sequence[float]) -> float:
     """Return the greatest |a - b| / (1 + |a|) of two curves of one length, infinite if either is not finite."""
     worst = 0.0
-    for one, two in zip(first, other, strict=True):
-        found = abs(one - two) / (1 + abs(one)) if math.isfinite(one) and math.isfinite(two) else math.inf
-        worst = max(worst, found)
+    for a, b in zip(first, other, strict=True):
+        apart = abs(a - b) / (1 + abs(a)) if math.isfinite(a) and math.isfinite(b) else math.inf
+        worst = max(worst, apart)
     return worst
 
 

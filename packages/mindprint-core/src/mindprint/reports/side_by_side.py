@@ -92,28 +92,28 @@ def _settings(records: Sequence[RunRecord]) -> dict[str, tuple[str, ...]]:
 
 
 def _difference(first: RunFigures, other: RunFigures) -> VoiceDifference:
-    one, two = (run.figures.voice if run.figures else None for run in (first, other))
-    if one is None or two is None:
-        lacking = [run.run for run, voice in ((first, one), (other, two)) if voice is None]
+    first_voice, other_voice = (run.figures.voice if run.figures else None for run in (first, other))
+    if first_voice is None or other_voice is None:
+        lacking = [run.run for run, voice in ((first, first_voice), (other, other_voice)) if voice is None]
         return VoiceDifference(other.run, None, None, f"no voice was evaluated in {' and '.join(lacking)}")
-    return VoiceDifference(other.run, two.value - one.value, apart(one, two))
+    return VoiceDifference(other.run, other_voice.value - first_voice.value, apart(first_voice, other_voice))
 
 
-def apart(one: Interval, other: Interval) -> bool:
+def apart(first: Interval, other: Interval) -> bool:
     """Return whether two intervals do not overlap."""
-    return one.high < other.low or other.high < one.low
+    return first.high < other.low or other.high < first.low
 
 
 def _cautions(records: Sequence[RunRecord]) -> list[str]:
     def differs(*keys: str) -> bool:
         return len({str(_at(record.manifest, keys)) for record in records}) > 1
 
-    found = []
+    cautions = []
     if differs("identity", "base model"):
-        found.append("the runs have different bases: each voice is measured from another base model")
+        cautions.append("the runs have different bases: each voice is measured from another base model")
     if differs("splits", "digests", "held_out"):
-        found.append("the runs hold out different prompts: their figures are of different text")
-    return found
+        cautions.append("the runs hold out different prompts: their figures are of different text")
+    return cautions
 
 
 def _at(values: object, keys: Sequence[str]) -> object:

@@ -126,11 +126,13 @@ def _dot_row(label: str, dots: Sequence[Dot], across: _Scale, marks: Sequence[fl
     height = 24
     drawing = [f'<path class="boundary" d="M{across(value):.1f} 0V{height}"/>' for value in marks]
     said = []
-    for place, (dot, found) in enumerate(known):
+    for place, (dot, interval) in enumerate(known):
         y = height * (place + 1) / (len(known) + 1)
-        drawing.append(f'<path class="line {dot.tone}" d="M{across(found.low):.1f} {y:.1f}H{across(found.high):.1f}"/>')
-        drawing.append(f'<path class="dot {dot.tone}" d="M{across(found.value):.1f} {y:.1f}h0"/>')
-        said.append(f"{dot.label} {found.value:.2f}, from {found.low:.2f} to {found.high:.2f}")
+        drawing.append(
+            f'<path class="line {dot.tone}" d="M{across(interval.low):.1f} {y:.1f}H{across(interval.high):.1f}"/>'
+        )
+        drawing.append(f'<path class="dot {dot.tone}" d="M{across(interval.value):.1f} {y:.1f}h0"/>')
+        said.append(f"{dot.label} {interval.value:.2f}, from {interval.low:.2f} to {interval.high:.2f}")
     return f'<div class="row"><span>{escape(label)}</span>{_svg(label, "; ".join(said), drawing, height)}</div>'
 
 

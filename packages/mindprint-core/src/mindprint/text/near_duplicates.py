@@ -165,13 +165,13 @@ def _buckets(grams: _Grams) -> Iterator[tuple[Ints, Ints]]:
 
 def _pairs_within(members: Ints, sizes: Ints) -> Ints:
     """Return all pairs of each bucket: int64 `[pairs, 2]`."""
-    found = [np.zeros((0, 2), dtype=np.int64)]
+    pairs = [np.zeros((0, 2), dtype=np.int64)]
     ends = np.cumsum(sizes)
     for size, group in groupby(sorted(zip(sizes.tolist(), ends.tolist(), strict=True)), key=lambda bucket: bucket[0]):
         rows = members[np.array([end for _, end in group])[:, None] - size + np.arange(size)]
         first, second = np.triu_indices(size, 1)
-        found.append(np.stack([rows[:, first], rows[:, second]], axis=-1).reshape(-1, 2))
-    return np.concatenate(found)
+        pairs.append(np.stack([rows[:, first], rows[:, second]], axis=-1).reshape(-1, 2))
+    return np.concatenate(pairs)
 
 
 def _joined_if_near(grams: _Grams, pairs: Ints, labels: Ints) -> Ints:

@@ -63,16 +63,16 @@ def count_matrix(documents: Sequence[UInt64], vocabulary: UInt64) -> Float32:
     """Return the count of each key of the sorted vocabulary in each document: float32 `[documents, vocabulary]`."""
     counts = np.zeros((len(documents), len(vocabulary)), dtype=np.float32)
     for row, document in enumerate(documents):
-        places, found = lookup(vocabulary, document)
-        counts[row] = np.bincount(places[found], minlength=len(vocabulary))
+        places, known = lookup(vocabulary, document)
+        counts[row] = np.bincount(places[known], minlength=len(vocabulary))
     return counts
 
 
 def lookup(vocabulary: UInt64, keys: UInt64) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Return the place of each key in the sorted vocabulary, and whether the vocabulary has it."""
     places = np.minimum(np.searchsorted(vocabulary, keys), max(len(vocabulary) - 1, 0))
-    found = vocabulary[places] == keys if len(vocabulary) else np.zeros(len(keys), dtype=np.bool_)
-    return places, found
+    known = vocabulary[places] == keys if len(vocabulary) else np.zeros(len(keys), dtype=np.bool_)
+    return places, known
 
 
 def _extended(hashed: UInt64, symbols: UInt64) -> UInt64:

@@ -1,1 +1,1 @@
-"""What makes a voice, measured."""
+"""The voice of a person, measured in text and in the answers of models."""

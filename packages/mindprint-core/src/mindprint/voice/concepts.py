@@ -34,10 +34,12 @@ def coverage(answer: str, concepts: Sequence[str]) -> Coverage:
     if not concepts or not all(words(way) for concept in concepts for way in concept.split("|")):
         raise ValueError("key concepts: give at least one, each with a word")
     spoken = {_stem(word) for word in words(answer)}
-    found = [any({_stem(word) for word in words(way)} <= spoken for way in concept.split("|")) for concept in concepts]
+    mentioned = [
+        any({_stem(word) for word in words(way)} <= spoken for way in concept.split("|")) for concept in concepts
+    ]
     return Coverage(
-        tuple(concept for concept, there in zip(concepts, found, strict=True) if there),
-        tuple(concept for concept, there in zip(concepts, found, strict=True) if not there),
+        tuple(concept for concept, there in zip(concepts, mentioned, strict=True) if there),
+        tuple(concept for concept, there in zip(concepts, mentioned, strict=True) if not there),
     )
 
 

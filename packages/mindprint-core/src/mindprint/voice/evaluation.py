@@ -195,7 +195,10 @@ class Evaluator:
         sampling = Sampling(self._config.generation.max_new_tokens, self._tokenizer.stop_token_ids)
         rendered = [render_prompt(prompt, self._tokenizer, self._config.data.format) for prompt in prompts]
         made = self._memory.backend.generate(self._memory.model, rendered, sampling, adapter=adapter)
-        return tuple(GeneratedAnswer(one, self._tokenizer.decode(one.tokens.tolist()).strip()) for one in made)
+        return tuple(
+            GeneratedAnswer(generation, self._tokenizer.decode(generation.tokens.tolist()).strip())
+            for generation in made
+        )
 
     @cached_property
     def _base_answers(self) -> tuple[GeneratedAnswer, ...]:

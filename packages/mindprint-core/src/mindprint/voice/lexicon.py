@@ -126,8 +126,8 @@ class Lexicon:
         return decide
 
     def _rate(self, text: str) -> float:
-        found = self.find(text)
-        balance = len(found.wanted) - len(found.unwanted) - len(found.confused)
+        finding = self.find(text)
+        balance = len(finding.wanted) - len(finding.unwanted) - len(finding.confused)
         return 100 * balance / max(len(words(text)), 1)
 
 

@@ -148,15 +148,15 @@ class VoiceScorer:
         """Return each measure's decision on each text, the mean over its passages: float64 `[measures, texts]`."""
         pieces = [_cut([text], self.passage_words) if word_count([text]) else [] for text in texts]
         flat = [piece for part in pieces for piece in part]
-        found = np.full((len(self.fitted), len(texts)), np.nan)
+        decisions = np.full((len(self.fitted), len(texts)), np.nan)
         if not flat:
-            return found
+            return decisions
         decided = np.stack([measure(flat) for measure in self.fitted])
         starts = np.cumsum([0, *(len(part) for part in pieces)])
         for index, (start, end) in enumerate(pairwise(starts)):
             if end > start:
-                found[:, index] = decided[:, start:end].mean(axis=1)
-        return found
+                decisions[:, index] = decided[:, start:end].mean(axis=1)
+        return decisions
 
     def calibrated(self, floor: Sequence[str] | None = None, ceiling: Sequence[str] | None = None) -> Scale | NotScored:
         """Return a scale between two ends: texts on which nothing was fitted, or the fitted ones, each left out (None).
