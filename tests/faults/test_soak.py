@@ -69,15 +69,16 @@ def test_nothing_of_another_process_is_lost(project: Path, tmp_path: Path) -> No
     rng = random.Random(16)
     finished: dict[Path, dict[str, str]] = {}
     counts = {"ended": 0, "killed": 0, "resumed": 0, "refused": 0}
-    first = start(["train", str(project)], None)
-    keep(first, finished, counts, tmp_path)
+    began = time.monotonic()
+    keep(start(["train", str(project)], None), finished, counts)
+    took = time.monotonic() - began
     runs = [path for path in finished if RunFolder(path).complete]
     waiting = [make_words(rng, project, tmp_path, number, runs) for number in range(TASKS)]
     running: list[Task] = []
     while waiting or running:
         while waiting and len(running) < PARALLEL:
-            # Half of them are killed, at any moment of what they take when nothing else runs.
-            killed_at = time.monotonic() + rng.uniform(0.5, 12) if rng.random() < 0.5 else None
+            # Half of them are killed, at any moment of what they take next to each other.
+            killed_at = time.monotonic() + rng.uniform(0.1, 0.6 * PARALLEL) * took if rng.random() < 0.5 else None
             running.append(start(waiting.pop(), killed_at))
         for task in list(running):
             if task.killed_at is not None and time.monotonic() > task.killed_at and task.process.poll() is None:
@@ -85,11 +86,11 @@ def test_nothing_of_another_process_is_lost(project: Path, tmp_path: Path) -> No
                 task.killed = True
             if task.process.poll() is not None:
                 running.remove(task)
-                keep(task, finished, counts, tmp_path)
+                keep(task, finished, counts)
         time.sleep(0.05)
     for run in sorted((project / "runs").iterdir()):
         if RunFolder(run).holds_run and not RunFolder(run).complete:
-            keep(start(["train", str(run), "--resume"], None), finished, counts, tmp_path)
+            keep(start(["train", str(run), "--resume"], None), finished, counts)
             counts["resumed"] += 1
     for folder, expected in finished.items():
         assert digests(folder) == expected, f"{folder} is not what its process wrote"
@@ -106,7 +107,7 @@ def make_words(rng: random.Random, project: Path, folder: Path, number: int, run
     return ["report", str(runs[0])]
 
 
-def keep(task: Task, finished: dict[Path, dict[str, str]], counts: dict[str, int], folder: Path) -> None:
+def keep(task: Task, finished: dict[Path, dict[str, str]], counts: dict[str, int]) -> None:
     """Wait for a command; remember what it made, or check that it had a reason to make nothing."""
     output, messages = task.process.communicate()
     if task.killed:

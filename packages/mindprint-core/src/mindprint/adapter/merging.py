@@ -26,7 +26,7 @@ from mindprint.adapter.base_facts import read_base_facts
 from mindprint.adapter.peft_format import adapter_digest
 from mindprint.adapter.weight_changes import WeightChange, weight_changes
 from mindprint.contract import AdapterState, Float32, LoraFactors
-from mindprint.errors import ModelError, RunError
+from mindprint.errors import AdapterError, ModelError, RunError
 from mindprint.input_files import read_json, typed
 from mindprint.models import folder as models
 from mindprint.models.tensor_files import FLOATS, TensorInfo, add_float32
@@ -82,7 +82,10 @@ def merged_folder(out: Path, base: models.ModelFolder, adapter: AdapterState, so
     refuse_taken(out)
     tensors = models.tensors(base.path)
     _refuse_quantized(base)
-    changes = weight_changes(adapter, tensors, read_base_facts(base.path))
+    try:
+        changes = weight_changes(adapter, tensors, read_base_facts(base.path))
+    except AdapterError as error:
+        raise AdapterError(f"{source}: {error}") from error
     _require_floats(changes, tensors)
     _require_space(out, base.path)
     record = MergeRecord(
