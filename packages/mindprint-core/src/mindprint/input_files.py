@@ -73,7 +73,7 @@ def read_object(
     Args:
         path: The file. A link is followed. A pipe, a device or a folder is refused.
         error: The class of error to raise, with one line that names the file.
-        missing: The line if there is no such file. The default is `PATH: no such file`.
+        missing: The line if the file does not exist. The default is `PATH: no such file`.
         remedy: What to do about a file that cannot be read, put behind the reason.
         constants: Those of `NON_FINITE` that are accepted as numbers.
     """

@@ -152,7 +152,7 @@ class PreferenceLoss:
             chosen_token_count: `Update.tokens`: tokens of the chosen completions of the whole step, without padding.
             weights: `[pairs]`, 1 for a pair and 0 for a row that only pads the batch to a static shape. Such a row adds
                 nothing to loss and gradient, for every loss, whatever finite log-probs and token counts, 0 included,
-                it has. None: there is no padding.
+                it has. None if nothing is padded.
         """
         if weights is not None:
             pairs = _without_padding(pairs, weights)

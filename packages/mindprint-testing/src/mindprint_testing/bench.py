@@ -83,7 +83,7 @@ class Bench:
     def token_batch(self, rows: int = 4, width: int = 12, seed: int = 1) -> TokenBatch:
         """Return ragged rows. The first third of each is prompt, and the padding is an id that also occurs in them."""
         lengths = np.random.default_rng([seed, 13]).integers(width // 2, width + 1, rows).astype(np.int32)
-        # One row fills the width, so that the batch is no wider than it must be, and the others are shorter.
+        # One row fills the width, so that the batch is as narrow as it can be, and the others are shorter.
         lengths[0] = width
         columns = np.arange(width)
         tokens = self.tokens(rows, width, seed=seed)

@@ -214,7 +214,7 @@ def _narrower(base: models.ModelFolder, fingerprint: Fingerprint) -> list[Dtype]
 
 
 def _judge_effect(judgement: _Judgement, here: _Scores) -> None:
-    """Report an adapter without a fingerprint whose effect is no more than noise."""
+    """Report an adapter without a fingerprint whose effect is within the noise."""
     assert here.base is not None
     assert here.adapter is not None
     assert here.noise is not None

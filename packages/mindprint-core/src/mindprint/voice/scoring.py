@@ -56,7 +56,7 @@ class VoiceReference:
 
 @dataclass(frozen=True)
 class NotScored:
-    """The reason why there is no score. It takes the place of a number, and never enters a mean."""
+    """The reason for a missing score. It takes the place of a number, and never enters a mean."""
 
     reason: str
     words: int = 0
