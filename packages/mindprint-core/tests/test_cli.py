@@ -366,7 +366,7 @@ def test_interrupt_and_resume(run: Run, voice: str) -> None:
     assert stopped.code == 130
     assert stopped.err.splitlines()[-1].startswith("mindprint: stopped; the checkpoint of step 3 is in ")
     assert run("generate", voice, "--prompt", "who?").error.startswith(
-        "voice/runs/run-001: is not complete; go on with"
+        "voice/runs/run-001: is not complete; continue with"
     )
     resumed = run("train", "voice/runs/run-001", "--resume", "--json")
     assert resumed.code == 0
