@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mindprint._version import __version__
 
+# The module of each public name, which `__getattr__` imports when the name is first used (PEP 562).
 _EXPORTS = {
     "AdapterState": "contract",
     "Answer": "runs.opened",
@@ -80,6 +81,7 @@ _EXPORTS = {
     "write_adapter": "adapter.peft_format",
 }
 
+# Written out, although the keys above are the same names: type checkers and linters read only a literal list.
 __all__ = [
     "AdapterState",
     "Answer",
@@ -146,6 +148,7 @@ __all__ = [
     "write_adapter",
 ]
 
+# Type checkers and editors do not run `__getattr__`. These imports give them the types, and are never executed.
 if TYPE_CHECKING:
     from mindprint.adapter.initial import initial_adapter
     from mindprint.adapter.peft_format import write_adapter
@@ -200,9 +203,12 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
+        # `hasattr` and `from mindprint import NAME` expect this error for a name that does not exist.
         raise AttributeError(f"module 'mindprint' has no attribute {name!r}")
+    # A module that is loaded already comes from `sys.modules`, so that later uses cost only a look-up.
     return getattr(import_module(f"mindprint.{_EXPORTS[name]}"), name)
 
 
 def __dir__() -> list[str]:
+    # No lazy name is in the module's namespace, so `dir()` and tab completion would not show any.
     return sorted(__all__)

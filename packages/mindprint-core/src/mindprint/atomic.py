@@ -59,6 +59,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
                 file.flush()
+                # The content is on the disk before the name is. A power cut between the two would otherwise leave a cut
+                # file.
                 os.fsync(file.fileno())
                 # While the lock is held: a temporary name without one may be removed by anyone.
                 aside.replace(path)
@@ -88,6 +90,8 @@ def _move_folder(new: Path, path: Path, *, replace: bool) -> None:
         if not replace:
             raise RunError(f"{path}: exists already, another process made it meanwhile; name a new folder") from error
         old = temporary_name(path)
+        # Two renames, because POSIX renames no folder over one that holds anything. Between them nothing is at `path`:
+        # a process that is killed there leaves neither folder in place.
         path.rename(old)
         new.rename(path)
         if old.is_dir() and not old.is_symlink():
@@ -128,6 +132,7 @@ def _locked_in_place(aside: Path, handle: int) -> bool:
     with suppress(OSError):
         fcntl.flock(handle, fcntl.LOCK_EX)
     try:
+        # Between the making of a name and its lock, another process could take it for abandoned and remove it.
         if os.path.samestat(aside.lstat(), os.fstat(handle)):
             return True
     except FileNotFoundError:

@@ -40,6 +40,7 @@ Level = Literal["topic", "chapter", "unit", "final"]
 class Section(BaseModel):
     """A part of the configuration: strict types, no unknown keys, no changes afterwards."""
 
+    # YAML has typed the values already. Strict types refuse `r: "8"` and `r: true` instead of guessing a number.
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
@@ -148,11 +149,13 @@ class StageConfig(Section):
     schedule: Schedule = Field("constant", description="Learning rate over a stage: `constant`, `linear` or `cosine`.")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps over which the learning rate rises from 0.")
     weight_decay: NonNegative = Field(0.0, description="AdamW's decoupled weight decay.")
+    # A list and not a tuple: YAML has no tuples, and strict types convert nothing.
     betas: list[Fraction] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's betas.")
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's epsilon.")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         1.0, description="Clip gradients to this global norm; null leaves them alone."
     )
+    # In a stage, null means the run's backend. `_backend` alone would make a section of defaults from it.
     backend: Annotated[BackendConfig | None, BeforeValidator(lambda v: None if v is None else _backend(v))] = Field(
         None, description="A backend for this stage alone."
     )
@@ -389,6 +392,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise ConfigError(f"{file}: no such configuration; `mindprint init FOLDER` makes one") from None
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
+    # Text that is not UTF-8, or a NUL character in the path.
     except ValueError as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
     values, lines = parse_yaml(text, str(file))
@@ -469,6 +473,7 @@ def _overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str
         except yaml.YAMLError as error:
             raise ConfigError(f"override {text!r}: the value is not valid YAML") from error
         path = _present_path(tuple(key.strip().split(".")))
+        # `changes` holds the overrides alone, because `_drop_replaced_lengths` must tell them from the file's values.
         result, changes = _with_value(result, path, parsed), _with_value(changes, path, parsed)
     return _drop_replaced_lengths(result, changes)
 
@@ -503,6 +508,8 @@ def _with_value(values: Mapping[str, Any], path: Sequence[str], value: object) -
     if not rest:
         return {**values, head: value}
     inner = values.get(head)
+    # A file with `backend: mlx` and an override `backend.device=cpu`: the short form must become a section here, or the
+    # override would replace it.
     if isinstance(inner, str) and head == "backend":
         inner = {"type": inner}
     return {**values, head: _with_value(inner if isinstance(inner, Mapping) else {}, rest, value)}
@@ -517,6 +524,7 @@ def _validate(values: Mapping[str, Any], source: str, lines: Mapping[tuple[str, 
 
 def _first_problem(error: ValidationError, source: str, lines: Mapping[tuple[str, ...], int]) -> str:
     problems = error.errors(include_url=False)
+    # One mistake at a time: an error in one place often causes the others.
     problem = problems[0]
     # A union (`str | list[str]`) reports its branches as parts of the location: keep the keys that a person wrote.
     path = tuple(
@@ -524,6 +532,7 @@ def _first_problem(error: ValidationError, source: str, lines: Mapping[tuple[str
         for part in problem["loc"]
         if not str(part).startswith(("list[", "constrained", "str", "literal[", "float"))
     )
+    # The longest part of the path that the file has. A setting that is missing has no line, but its section has one.
     line = next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), None)
     where = f"{source}: line {line}" if line else source
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -536,6 +545,7 @@ def _explained(problem: dict[str, Any], path: tuple[str, ...]) -> str:
         nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known here: {', '.join(known)}"
         return f"unknown key; {hint}"
+    # The message of pydantic begins with "Value error, ". The exception of our own validator has it without.
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     message = problem["msg"][0].lower() + problem["msg"][1:]
@@ -546,6 +556,7 @@ def _known_keys(path: Sequence[str]) -> list[str]:
     section: type[BaseModel] = Config
     for name in path:
         annotation = section.model_fields[name].annotation
+        # A section that can be null is a union, and the class is among its arguments.
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
     return list(section.model_fields)

@@ -22,6 +22,7 @@ Bool = NDArray[np.bool_]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 StageName = Literal["sft", "dpo"]
+# Derived from the type, so that a stage cannot be in one of the two and not in the other.
 STAGES: tuple[StageName, ...] = get_args(StageName)
 """The stages in the order in which a topic takes them."""
 SiteKind = Literal["linear", "embedding", "experts"]
@@ -182,6 +183,7 @@ class LoraConfig:
         return float(alpha) / (sqrt(rank) if self.use_rslora else rank)
 
 
+# A tuple and not a dataclass: checks, gradients and moments go through both factors in one loop.
 class LoraFactors(NamedTuple):
     """The two factors of a site: `a` `[r, in]` and `b` `[out, r]`, float32. The weight changes by `scale * b @ a`.
 
@@ -236,6 +238,8 @@ class TrainingState:
 
     def without_optimizer(self) -> TrainingState:
         """Return the same adapter as a stage starts with it: no moments, no steps."""
+        # Moments average the gradients of one loss. The next stage has another loss, so they would mislead its first
+        # steps.
         return TrainingState(self.adapter)
 
 
@@ -328,6 +332,7 @@ class Update:
     learning_rate: float
     tokens: int
     pairs: int = 0
+    # A shared default is safe, because the dataclass is frozen.
     optimizer: AdamW = AdamW()
     max_grad_norm: float | None = 1.0
     seed: int = 0
@@ -392,6 +397,7 @@ class Generation:
 class Fitted(Protocol):
     """A measure that knows a person's texts."""
 
+    # Positional only, so that an implementation can name its argument as it likes.
     def __call__(self, texts: Sequence[str], /) -> Float64:
         """Return a number for each text, float64 `[texts]`. Higher is more like the person."""
 

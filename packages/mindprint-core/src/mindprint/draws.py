@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 def random_bits(count: int, seed: int, *labels: str | int) -> NDArray[np.uint64]:
     """Return `count` uniform 64-bit words for one purpose, which `labels` name."""
+    # JSON keeps labels apart. Joined as plain text, ("ab", "c") and ("a", "bc") would share their draws. A key of
+    # Philox has 128 bits, and so has the digest.
     key = hashlib.blake2b(json.dumps([seed, *labels]).encode(), digest_size=16).digest()
     return np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count)
 

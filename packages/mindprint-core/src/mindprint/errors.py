@@ -11,6 +11,7 @@ from __future__ import annotations
 class MindprintError(Exception):
     """Root of all deliberate errors."""
 
+    # As argparse exits for wrong usage: somebody can correct the request and try again.
     exit_code = 2
 
 
@@ -79,10 +80,12 @@ class MissingLibraryError(MindprintError, ImportError):
 class GuardError(MindprintError, RuntimeError):
     """Training was stopped because continuing would corrupt the result in silence."""
 
+    # Not 2, because nothing was wrong with the request: it is the result that cannot be trusted.
     exit_code = 1
 
 
 class Interrupted(MindprintError):  # noqa: N818 (not a failure)
     """The user stopped the run. A checkpoint was written, and the message says how to continue."""
 
+    # 128 + 2, as a shell reports a program that SIGINT (signal 2) ended.
     exit_code = 130

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from mindprint.contract import StageName
 
+# For annotations alone. Trackers import this module, and need nothing of the code that runs.
 if TYPE_CHECKING:
     from mindprint.runs.records import Decision, EvaluationRecord
 

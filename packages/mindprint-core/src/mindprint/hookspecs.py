@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+# For annotations, which are never evaluated: plugins import this module at top level, so it must be quick to import.
 if TYPE_CHECKING:
     from mindprint.contract import (
         AdapterFacts,
@@ -70,6 +71,8 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
+# Each backend has a plugin manager to itself. `firstresult` gives its answer instead of a list with one answer. pluggy
+# reads only the signature of a specification, so no body needs to return anything.
 @hookspec(firstresult=True)
 def mindprint_backend_info() -> BackendInfo:  # type: ignore[empty-body]
     """Say which devices, dtypes and capabilities are usable here.

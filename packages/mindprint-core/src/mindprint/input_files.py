@@ -38,6 +38,7 @@ NON_FINITE = ("NaN", "Infinity", "-Infinity")
 INFINITIES = NON_FINITE[1:]
 """Those that transformers wrote into config.json, for the `time_step_limit` of Mamba 2."""
 
+# The bounds of 64 bits, 2^63 and 2^64, have 19 and 20 digits: a number of fewer digits is always inside them.
 _LONG_NUMBER = re.compile(r"\d{19}")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -50,6 +51,7 @@ def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
     # Without O_NONBLOCK, opening a pipe that nobody writes to waits for ever.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     with os.fdopen(handle, "rb") as file:
+        # Asked of the open file and not of the path, which could lead to another file by now.
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
@@ -106,8 +108,10 @@ def parse_json(text: str | bytes, constants: Collection[str] = NON_FINITE) -> An
             parse_constant=lambda name: _constant(name, constants),
             object_pairs_hook=_object,
         )
+        # Only a text with that many brackets can be nested so deeply. Nearly every text is spared the walk.
         if text.count("[") + text.count("{") > DEEPEST:
             _refuse_deep(value)
+        # The pattern also matches a whole pair. Encoding fails only for half of one.
         if _ESCAPED_SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -180,6 +184,7 @@ def typed(kind: type[Value], value: object) -> Value:
     return checked
 
 
+# An adapter compiles a schema when it is made, so each type gets one for the life of the process.
 _adapters: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
 
 

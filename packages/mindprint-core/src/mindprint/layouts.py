@@ -97,11 +97,13 @@ def sees(parts: Any, order: Any) -> Any:
         order: `[0, 1, ..., width - 1]`, of the same framework.
     """
     seeing, seen = parts[:, :, None], parts[:, None, :]
+    # By column and not by position: the second completion has the same positions as the first.
     return (order[:, None] >= order[None, :]) & ((seen == PROMPT) | (seen == seeing))
 
 
 def sequences(batch: TokenBatch) -> Layout:
     """Return a layout with each sequence as a row. Answers belong at the places of their tokens, `[rows, T]`."""
+    # At least one column, because models do not accept rows of width 0.
     width = max(int(batch.lengths.max(initial=1)), 1)
     rows, columns = np.nonzero(batch.loss_mask)
     return Layout(
@@ -135,6 +137,7 @@ def sequences_apart(batch: TokenBatch, limit: RotaryLimit) -> tuple[Layout, ...]
     kinds, layouts = limit.kinds(batch.lengths), []
     for kind in np.unique(kinds):
         rows = np.flatnonzero(kinds == kind)
+        # Without `shared`, because the rows of one kind need not hold both rows of a pair.
         layout = sequences(token_rows(replace(batch, shared=None), rows))
         row, column = np.divmod(layout.slots, layout.shape[1])
         shape = (batch.tokens.shape[0], batch.tokens.shape[1])
@@ -275,6 +278,7 @@ def groups_of_like_length(lengths: Int32, most_tokens: int, overhead: int) -> tu
             for start in range(end)
             if end - start == 1 or (end - start) * longest_first[start] <= most_tokens
         ]
+        # Of equal costs the earliest start wins, so that the groups follow from the lengths alone.
         least.append(min(options))
     groups, end = [], len(order)
     while end:

@@ -36,6 +36,7 @@ def limited(seconds: float, memory: int = MEMORY) -> Iterator[None]:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
+    # A process has one such timer. If it runs already, it belongs to a caller, whose limit a new one would cancel.
     if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
         yield
         return
@@ -59,6 +60,8 @@ def _memory_limit(memory: int) -> Iterator[None]:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    # The limit counts all that is mapped, so it starts from the present size: the first field of statm, in pages
+    # (proc(5)).
     mapped = int(_PAGES.read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
     wanted = mapped + memory
     if soft != resource.RLIM_INFINITY:

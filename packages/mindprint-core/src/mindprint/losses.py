@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+# Written out, because type checkers accept no Literal that is computed from `PAIRWISE_LOSSES`.
 PreferenceLossName = Literal[
     "sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "sigmoid_norm", "orpo", "simpo"
 ]
@@ -162,6 +163,7 @@ class PreferenceLoss:
             per_pair, policy_chosen = per_pair * weights, policy_chosen * weights
         # Divided by the step's counts and not by this batch's: then micro-batches of any sizes add up to one step.
         loss = xp.sum(per_pair) / pair_count
+        # Left out at a weight of 0, because 0 times an infinite log-prob would be NaN.
         if self.sft_weight:
             loss = loss - self.sft_weight * xp.sum(policy_chosen) / chosen_token_count
         return loss
@@ -237,6 +239,7 @@ def _sigmoid(xp: ArrayNamespace, loss: PreferenceLoss, chosen: Any, rejected: An
     smoothing = loss.label_smoothing
     if not smoothing:
         return -xp.log_sigmoid(logits)
+    # A flipped label turns the sign of the logits. This is the mean over flips of the share `smoothing`.
     return -(1 - smoothing) * xp.log_sigmoid(logits) - smoothing * xp.log_sigmoid(-logits)
 
 
@@ -253,12 +256,15 @@ def _ipo(_xp: ArrayNamespace, loss: PreferenceLoss, chosen: Any, rejected: Any) 
 
 def _robust(xp: ArrayNamespace, loss: PreferenceLoss, chosen: Any, rejected: Any) -> Any:
     """Robust DPO (arXiv 2403.00409, eq. 12): unbiased when a share `label_smoothing` of labels is flipped."""
+    # The division makes the mean over flipped labels equal to the loss of the true ones. The configuration bounds the
+    # share below 0.5, which keeps the divisor positive.
     logits, noise = loss.beta * (chosen - rejected), loss.label_smoothing
     return (-(1 - noise) * xp.log_sigmoid(logits) + noise * xp.log_sigmoid(-logits)) / (1 - 2 * noise)
 
 
 def _apo_zero(xp: ArrayNamespace, loss: PreferenceLoss, chosen: Any, rejected: Any) -> Any:
     """APO-zero (arXiv 2408.06266, eq. 7): chosen up, rejected down."""
+    # The 1 has no gradient. With it, reported losses are those that TRL reports.
     return 1 - xp.sigmoid(loss.beta * chosen) + xp.sigmoid(loss.beta * rejected)
 
 
@@ -276,6 +282,7 @@ def _orpo(xp: ArrayNamespace, loss: PreferenceLoss, chosen: Any, rejected: Any) 
 
 def _simpo(xp: ArrayNamespace, loss: PreferenceLoss, chosen: Any, rejected: Any) -> Any:
     """SimPO (arXiv 2405.14734, eq. 6): mean log-probs and a target margin gamma."""
+    # TRL writes the same as beta * (chosen - rejected - gamma / beta).
     return -xp.log_sigmoid(loss.beta * (chosen - rejected) - loss.gamma)
 
 
@@ -320,4 +327,5 @@ def sft_loss(log_probs: NDArray[np.floating[Any]], mask: NDArray[np.bool_]) -> f
         log_probs: Per-token log-probs, `[rows, T]`.
         mask: The tokens that count, `[rows, T]`.
     """
+    # Over all tokens of the step at once. A mean of each row's mean would weigh the tokens of short rows more.
     return float(-(log_probs * mask).sum() / mask.sum())

@@ -13,6 +13,8 @@ from typing import Any, TextIO
 
 PROGRAM = "mindprint"
 
+# Control characters but tab and line feed, line and paragraph separators, marks that turn the direction of writing, and
+# halves of surrogate pairs.
 _STEERING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _CELL = "padding:0.2em 0.8em;vertical-align:top;"
@@ -99,6 +101,7 @@ class LossyStream:
                 self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
+        # Libraries that print ask a stream for more, such as `isatty` or `encoding`.
         return getattr(self._stream, name)
 
 

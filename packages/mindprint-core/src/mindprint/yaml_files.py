@@ -14,6 +14,7 @@ from mindprint.input_files import MALFORMED
 LARGEST_FILE = 2**21
 """Bytes of YAML that are read: a curriculum of 20,000 topics has fewer."""
 
+# Without bounds, a few lines of aliases to aliases expand to billions of values ("billion laughs").
 _MOST_NODES = 200_000
 _DEEPEST = 50
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
@@ -25,6 +26,7 @@ class _Loader(yaml.SafeLoader):
     """YAML as people mean it: `3e-4` is a number, and a key given twice is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        # PyYAML keeps the last of two equal keys and says nothing.
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -34,6 +36,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# PyYAML follows YAML 1.1, in which a float with an exponent needs a point and a sign, so that `3e-4` would be text. The
+# call copies the table of resolvers first: PyYAML's own loaders stay as they are.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$|[-+]?\.\d+(?:[eE][-+]?\d+)?$"),
@@ -100,6 +104,7 @@ def _expanded(node: yaml.Node, known: dict[int, int], depth: int) -> int:
         if not known[id(node)]:
             raise yaml.constructor.ConstructorError(None, None, "an alias contains itself", node.start_mark)
         return known[id(node)]
+    # 0 marks a node whose count is not finished. Meeting it again means that an alias contains itself.
     known[id(node)] = 0
     size = 1
     if isinstance(node, yaml.ScalarNode):
