@@ -49,6 +49,7 @@ def configuration() -> str:
 
 def _nested(name: str, section: type[BaseModel]) -> Iterator[str]:
     """The sections within a section, each kind once."""
+    # The thresholds of four levels are of one class, and one table is enough for them.
     kinds: dict[type[BaseModel], list[str]] = {}
     for key, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -73,6 +74,7 @@ def _shown(value: object) -> str:
     if isinstance(value, BaseModel):
         return "`{}`"
     text = (
+        # Asked by identity below, because 1 and 0 equal True and False as keys.
         {None: "null", True: "true", False: "false"}.get(value)
         if value is None or value is True or value is False
         else None
@@ -152,6 +154,7 @@ def docstring_as_markdown(doc: str) -> str:
 
 def signature(name: str, function: Callable[..., object]) -> str:
     """A hook as it is written in Python."""
+    # Annotations are texts there (`from __future__ import annotations`), which `inspect` shows in quotes.
     return f"{name}{inspect.signature(function)}".replace("'", "")
 
 

@@ -29,6 +29,7 @@ MORE_PAGES = {
 """Files of the repository that become pages, and where on the site."""
 
 _FILE_OF_PAGE = {page: file for file, page in MORE_PAGES.items()}
+# Relative links alone: neither a scheme (`https:`) nor an anchor within the page.
 _LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>(?!\w+:|#)[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 
 

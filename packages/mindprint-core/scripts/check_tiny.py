@@ -23,6 +23,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+# The package `tiny` is not installed: it is for these scripts alone.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from make_curriculum import topic_ids
@@ -77,12 +78,14 @@ class Bench:
         mask = torch.zeros_like(tokens, dtype=torch.bool)
         for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
             mask[index, len(prompt) : len(row)] = True
+        # The logits of a place predict the next token, so the last token is not read.
         logits = self.model(tokens[:, :-1]).logits.float()
         taken = torch.log_softmax(logits, dim=-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
         return (taken * mask[:, 1:]).sum(-1), mask.sum(-1)
 
     def measured(self, rows: list[Row], side: str) -> tuple[torch.Tensor, torch.Tensor]:
         """`log_probs` of one side of all `rows`, without gradients."""
+        # No gradients are needed here, and they would keep every activation in memory.
         with torch.no_grad():
             parts = [
                 self.log_probs([(row["prompt"], row[side]) for row in rows[start : start + 32]])
@@ -97,6 +100,7 @@ class Bench:
         for start in range(0, len(texts), 32):
             prompts = [self.prompt(text) for text in texts[start : start + 32]]
             width = max(map(len, prompts))
+            # Padded on the left: every prompt then ends in the last column, from which all answers continue.
             tokens = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
             out = self.model.generate(
                 input_ids=tokens, attention_mask=tokens != pad, do_sample=False, max_new_tokens=limit
@@ -163,16 +167,19 @@ class Trainer:
 
 def sft(bench: Bench, rows: list[Row], recipe: Recipe, rng: Random) -> int:
     """SFT on one topic; the number of steps."""
+    # Rounded up, because the last batch of a pass may be smaller.
     steps = recipe.epochs * -(-len(rows) // recipe.sft_batch)
     trainer, stream = Trainer(bench, recipe.sft_rate, steps), batches(rows, recipe.sft_batch, rng)
     for _ in range(steps):
         total, tokens = bench.log_probs([(row["prompt"], row["completion"]) for row in next(stream)])
+        # Divided by the tokens of the batch, so that each token weighs the same whatever its row's length.
         trainer.step(-total.sum() / tokens.sum())
     return steps
 
 
 def dpo(bench: Bench, rows: list[Row], recipe: Recipe, rng: Random) -> int:
     """DPO on one topic against the adapter as SFT left it; the number of steps."""
+    # The reference is the model as SFT left it, so it is measured once, before the first update.
     reference = {
         row["prompt"]: margin
         for row, margin in zip(
@@ -186,6 +193,7 @@ def dpo(bench: Bench, rows: list[Row], recipe: Recipe, rng: Random) -> int:
         sides = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in batch]
         chosen, rejected = bench.log_probs(sides)[0].chunk(2)
         kept = torch.stack([reference[row["prompt"]] for row in batch])
+        # Rafailov et al. 2023 (arXiv 2305.18290), eq. 7.
         trainer.step(-torch.nn.functional.logsigmoid(recipe.beta * (chosen - rejected - kept)).mean())
     return recipe.dpo_steps
 
@@ -203,6 +211,7 @@ def report(name: str, bench: Bench, rows: list[Row], base: torch.Tensor | None) 
         f"chosen over rejected {(margin > 0).float().mean():.3f}"
     )
     if base is not None:
+        # A reward is the log-prob less that of the base, so the pair is right if its margin grew.
         line += f"; implicit reward accuracy {(margin > base).float().mean():.3f}"
     print(line, flush=True)
     return margin
@@ -239,6 +248,7 @@ def check_mlx(folder: Path, bench: Bench, text: str) -> None:
     theta = json.loads((folder / "config.json").read_text())["rope_parameters"]["rope_theta"]
     for name, extra in (("rope base given", {"rope_theta": theta}), ("as it loads by itself", {})):
         model, _ = load_model(folder, model_config=extra)
+        # The file holds float16, and PyTorch computes in float32 here.
         model.set_dtype(mx.float32)
         mlx_logits = np.array(model(mx.array([tokens]))[0])
         print(f"mlx, {name}: greatest difference of logits {np.abs(torch_logits - mlx_logits).max():.2e}")

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from random import Random
 
+# The package `tiny` is not installed: it is for these scripts alone.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny.facts import Fact
@@ -52,6 +53,7 @@ def draw_questions(facts: list[Fact], rows: int, used: set[str], rng: Random) ->
     """`rows` questions nobody has asked yet, spread evenly over `facts`."""
     drawn: list[tuple[Fact, str]] = []
     while len(drawn) < rows:
+        # Round by round, each fact once a round: then no fact has many more questions than another.
         for fact in rng.sample(facts, len(facts)):
             fresh = [question for question in fact.questions if question not in used]
             if fresh and len(drawn) < rows:
@@ -72,8 +74,10 @@ def preference(name: str, topic: Topic, fact: Fact, question: str, voice: Voice,
 
 def topic_rows(name: str, topic: Topic) -> tuple[list[Row], list[Row], list[Row]]:
     """SFT rows, preference pairs and held-out pairs of one topic, from its name and `SEED` alone."""
+    # Seeded by the topic's name too, so that a new topic does not change the rows of the others.
     rng = Random(f"{SEED} {name}")
     facts, held_out = split_facts(topic, rng)
+    # One set for all three parts, so that no question is in two of them.
     voice, used = Voice(topic, rng), set[str]()
     sft = [
         {"topic": name, "prompt": question, "completion": voice.answer(fact)}

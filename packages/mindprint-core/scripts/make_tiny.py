@@ -23,6 +23,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+# The package `tiny` is not installed: it is for these scripts alone.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny.corpus import Chat, corpus
@@ -112,9 +113,11 @@ def batches(rows: list[list[int]], rng: Random) -> list[list[list[int]]]:
     rng.shuffle(rows)
     cut = len(rows) // 10
     stream = [token for row in rows[:cut] for token in row]
+    # The last run is left out, because it may be shorter than the context.
     long = [stream[start : start + CONTEXT] for start in range(0, len(stream) - CONTEXT, CONTEXT)]
     batches: list[list[list[int]]] = []
     batch: list[list[int]] = []
+    # Sorted by length, so that the rows of a batch need little padding.
     for row in sorted(rows[cut:] + long, key=len):
         if (len(batch) + 1) * len(row) > TOKENS_PER_BATCH and batch:
             batches.append(batch)
@@ -128,9 +131,11 @@ def loss_of(model: Qwen2ForCausalLM, batch: list[list[int]], pad: int) -> torch.
     """Mean cross-entropy over every next token of `batch`."""
     width = max(map(len, batch))
     tokens = torch.tensor([row + [pad] * (width - len(row)) for row in batch])
+    # -100 is the label that PyTorch's cross-entropy ignores.
     labels = tokens[:, 1:].masked_fill(tokens[:, 1:] == pad, -100)
     hidden = model.model(input_ids=tokens[:, :-1]).last_hidden_state
     kept = labels != -100
+    # The head is the largest product of this model, so it is computed only where a token counts.
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[kept]).float(), labels[kept])
 
 
@@ -138,6 +143,7 @@ def half_gradients(model: Qwen2ForCausalLM, rows: list[list[int]], pad: int) -> 
     """Loss of `rows` in bfloat16 arithmetic, and its gradients, which are handed back and not accumulated."""
     with torch.autocast("cpu", torch.bfloat16):
         loss = loss_of(model, rows, pad)
+    # `backward` would add into `weight.grad`, which both threads share.
     return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
 
 
@@ -166,6 +172,7 @@ def optimizers(model: Qwen2ForCausalLM) -> list[tuple[torch.optim.Optimizer, flo
     """Muon for the matrices of the layers, AdamW for embeddings, biases, norms; each with its peak."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    # Muon orthogonalises updates of matrices (Jordan et al. 2024). Embeddings are tables of vectors, not such matrices.
     muon = torch.optim.Muon(matrices, lr=PEAK_MUON, weight_decay=0.05, ns_steps=5)
     return [
         (muon, PEAK_MUON),
@@ -202,6 +209,7 @@ def save(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, out: Path) -> None:
     """Write the folder aside and put it in place; the README that is there stays."""
     aside = out.with_name(f".{out.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
+    # Half the bytes in the package. Loaders widen the values again without loss.
     half = model.half()
     half.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id,

@@ -32,6 +32,7 @@ def write_model(folder: Path, seed: int = 0, hidden: int = 32) -> Path:
         "lm_head": (vocabulary, hidden),
     }
     random = np.random.default_rng(seed)
+    # A deviation of 1 / sqrt(inputs) keeps activations of the same size from layer to layer.
     weights = {f"{name}.weight": random.normal(0, shape[1] ** -0.5, shape) for name, shape in shapes.items()}
     save_file({name: values.astype(np.float32) for name, values in weights.items()}, folder / "model.safetensors")
     return folder
@@ -39,6 +40,7 @@ def write_model(folder: Path, seed: int = 0, hidden: int = 32) -> Path:
 
 def _write_tokenizer(folder: Path) -> int:
     """Write the tokenizer and return the size of its vocabulary."""
+    # Sorted, because the library promises no order, and ids must not change from call to call.
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -36,6 +36,7 @@ class FittedLength:
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
         lengths = np.array([_words_a_sentence(text, self.ends) for text in texts])
+        # Positive where a text is nearer to the person's mean: the contract wants higher to be more like the person.
         return np.abs(lengths - self.others) - np.abs(lengths - self.person)
 
 

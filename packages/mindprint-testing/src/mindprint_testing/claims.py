@@ -32,5 +32,6 @@ class Claims:
 
     def needs(self, capability: str) -> None:
         """Skip the test, naming the capability and the work behind it, unless the test class claims it."""
+        # Skipped and not passed, so that a report of the suite lists everything that was not tested.
         if capability not in self.capabilities:
             pytest.skip(f"not claimed: {capability} (needs {NEEDS[capability]})")

@@ -186,6 +186,7 @@ def _check_merged(bench: Bench, folder: Path, adapter: AdapterState, sites: dict
     for name, (a, b) in adapter.tensors.items():
         # In float64 and rounded once: the merged base is then as exact as float32 allows.
         change = adapter.config.scale(name) * (b.astype(np.float64) @ a)
+        # The contract has a linear weight as `[out, in]` and an embedding table as `[in, out]`.
         change = change.T if sites[name].kind == "embedding" else change
         weights[f"{name}.weight"] = (weights[f"{name}.weight"] + change).astype(np.float32)
     save_file(weights, merged / SINGLE_FILE, metadata={"format": "pt"})

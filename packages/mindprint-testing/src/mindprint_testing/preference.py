@@ -95,6 +95,7 @@ class Preference:
         """
         model, batch = bench.ready(), bench.preference_batch()
         _, chosen, rejected = reference.preference(bench.backend, model, batch, PreferenceLoss(), dpo_update(batch))
+        # float32, because the contract hands the reference over in it.
         own = replace(batch, reference_chosen=chosen.astype(np.float32), reference_rejected=rejected.astype(np.float32))
         assert bench.dpo_step(model, own).loss == pytest.approx(np.log(2), abs=SUMS)
 

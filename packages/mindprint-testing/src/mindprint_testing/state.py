@@ -84,6 +84,7 @@ class State:
         """
         one, other, batch = bench.ready(), bench.ready(seed=3), bench.token_batch()
         expected = bench.backend.log_probs(one, batch)
+        # The two must differ at first, or the comparison below would prove nothing.
         assert np.abs(bench.backend.log_probs(other, batch) - expected).max() > 1e-3
         bench.backend.restore(other, bench.backend.save(one))
         np.testing.assert_array_equal(bench.backend.log_probs(other, batch), expected)
@@ -119,10 +120,12 @@ class State:
         assert after.optimizer_steps == 51
         parts = (state.adapter.tensors, state.first_moments, state.second_moments, after.first_moments)
         values, first, second, moments = map(reference.flat, parts)
+        # AdamW's first moment m' = 0.9 m + 0.1 g, solved for the gradient g, which no hook returns.
         gradient = {name: (moments[name] - 0.9 * first[name]) / 0.1 for name in moments}
         expected, _, _ = reference.adamw(values, gradient, first, second, 1e-2, AdamW(), 51)
         change = {name: expected[name] - values[name] for name in values}
         moved = {name: new - values[name] for name, new in reference.flat(after.adapter.tensors).items()}
+        # Changes are compared and not values: next to the values, a wrong bias correction would be lost.
         assert reference.distance(moved, change) < 1e-2
 
     def test_a_state_of_another_configuration_is_refused(self, bench: Bench) -> None:

@@ -14,6 +14,7 @@ from mindprint.plugins.loading import find_plugin
 from mindprint_testing.bench import Bench
 from mindprint_testing.claims import Claims
 
+# Core's own modules are imported first, so that only the plugin's imports are counted.
 PROBE = """
 import json, sys
 import mindprint.plugins.backend
@@ -88,6 +89,7 @@ class Stating(Claims):
         command = [sys.executable, "-c", PROBE, module]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
         assert done.returncode == 0, done.stderr
+        # Distributions are written with hyphens, modules with underscores.
         named = {name.replace("-", "_") for name in bench.backend.info.libraries}
         assert named & set(json.loads(done.stdout)) == set()
 

@@ -59,6 +59,7 @@ class Sft:
             # Along one factor alone: a gradient that is wrong in one small factor would be lost in the sum of all.
             along = {name: values}
             slope = reference.slope(bench.backend, model, lambda: _evaluated(bench, model, batch), along, size=1e-2)
+            # The slope of a factor with almost no gradient is rounding alone: hence the absolute part.
             assert slope == pytest.approx(reference.norm(along) ** 2, rel=SLOPE, abs=1e-5), name
 
     def test_the_stated_norm_is_that_of_the_gradient(self, bench: Bench) -> None:
@@ -89,6 +90,7 @@ class Sft:
         assert apart.grad_norm == pytest.approx(together.grad_norm, rel=1e-4)
         states = [bench.backend.save(model) for model in (whole, divided)]
         assert [state.optimizer_steps for state in states] == [1, 1]
+        # After one step the first moment is the gradient times 1 - beta1. No hook returns the gradient itself.
         moments = [reference.flat(state.first_moments) for state in states]
         assert reference.distance(moments[1], moments[0]) < 1e-4
 
@@ -135,6 +137,7 @@ class Sft:
         """
         model, batch = bench.ready(), bench.token_batch()
         base = bench.backend.log_probs(model, batch, adapter=False)
+        # A rate far above that of real training, so that twelve steps show a clear fall.
         losses = [bench.sft_step(model, batch, learning_rate=3e-2).loss for _ in range(12)]
         assert losses[-1] < 0.9 * losses[0]
         np.testing.assert_array_equal(bench.backend.log_probs(model, batch, adapter=False), base)
@@ -146,6 +149,7 @@ class Sft:
         """
         model, batch = bench.ready(), bench.token_batch()
         for _ in range(4):
+            # Evaluated before the step, because the step reports the loss before its update.
             expected = _evaluated(bench, model, batch)
             assert bench.sft_step(model, batch).loss == pytest.approx(expected, abs=LOSS * (1 + expected))
 
@@ -196,6 +200,7 @@ class Sft:
         for seed in (0, 1):
             model = bench.ready()
             np.random.seed(seed)  # noqa: NPY002 (this test is about the global generator)
+            # The next draw of the generator. A step that drew anything from it would leave another one.
             expected = np.random.random()  # noqa: NPY002
             np.random.seed(seed)  # noqa: NPY002
             metrics.append(bench.sft_step(model, batch))

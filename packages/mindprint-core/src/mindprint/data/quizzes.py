@@ -82,6 +82,7 @@ def read_quizzes(file: ConfigFile) -> Quizzes:
                 unanswered.append(error)
             except DataError as error:
                 unreadable.append(str(error))
+    # Questions without answers are held out too. Somebody may add the answers, and the model must not have learnt them.
     held_out = (*(question.question for question in questions), *(error.question for error in unanswered))
     return Quizzes(tuple(questions), held_out, tuple(map(str, unanswered)), tuple(unreadable))
 
@@ -134,6 +135,7 @@ def _all(record: Record, name: str, origin: Origin, check: Callable[[object, str
 
 def _concept(value: object, name: str, origin: Origin) -> str:
     concept = checked_text(value, name, origin)
+    # A concept without a word would be found in no answer, or in every one.
     if not all(words(way) for way in concept.split("|")):
         raise DataError(f"{origin}: `{name}` has no word in it: {concept!r}")
     return concept

@@ -215,6 +215,7 @@ def _sft_parts(record: Record, origin: Origin) -> tuple[Text | None, Text]:
     if form == ("prompt", "completion"):
         return _text(record, "prompt", origin), _answer(record, "completion", origin)
     prompt = checked_text(record[form[0]], form[0], origin)
+    # Alpaca's form: `input` is the text that the instruction is about, and is often empty.
     if form[0] == "instruction" and record.get("input"):
         prompt += "\n\n" + checked_text(record["input"], "input", origin)
     return prompt, checked_text(record[form[1]], form[1], origin)
@@ -363,6 +364,7 @@ def _without_prompt(chosen: Text, rejected: Text, stated: Text | None, origin: O
 
 
 def _split(chosen: _P, rejected: _P, shared: int, origin: Origin) -> tuple[_P, _P, _P]:
+    # Without a common beginning there is nothing that could be the prompt.
     if not shared:
         raise DataError(f"{origin}: no `prompt`, and `chosen` and `rejected` do not begin alike")
     return chosen[:shared], chosen[shared:], rejected[shared:]
@@ -468,6 +470,7 @@ def _records(file: ConfigFile, source: str | Path, part: Part) -> Iterator[tuple
         return _file_records(path)
     if path.is_dir():
         raise DataError(f"{shown_path(path)}: data.{part} names a folder: name its files, or set data.path to it")
+    # `data/sft.jsonl` has the form of a hub name too. The ending shows that a file is meant, which is not there.
     hub = _HUB_NAME.fullmatch(str(source))
     if hub is None or Path(str(source)).suffix in _FILE_KINDS:
         raise DataError(f"{shown_path(path)}: no such file (data.{part})")
@@ -490,6 +493,7 @@ def _json_records(path: Path) -> Iterator[tuple[Origin, Record]]:
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
+                # Some editors begin a UTF-8 file with a byte order mark, which JSON does not allow.
                 content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if content.strip():
                     origin = Origin(shown, number)
@@ -525,6 +529,8 @@ def _csv_records(path: Path) -> Iterator[tuple[Origin, Record]]:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, strict=True)
             for record in reader:
+                # `line_num` counts the lines read so far. A record with line breaks in its cells began that many lines
+                # earlier.
                 within = sum(cell.count("\n") for cell in record.values() if isinstance(cell, str))
                 origin = Origin(shown, reader.line_num - within)
                 yield origin, _csv_record(record, origin)
@@ -545,6 +551,7 @@ def _undecodable_line(path: Path) -> int:
 
 
 def _csv_record(record: dict[str | Any, Any], origin: Origin) -> Record:
+    # DictReader collects the cells that have no column under None.
     if None in record:
         raise DataError(f"{origin}: has more cells than the header has columns: quote cells that hold a comma")
     return {name: cell for name, cell in record.items() if cell}
@@ -586,6 +593,7 @@ def shown_path(path: str | Path) -> str:
 
 
 def kind_of(value: object) -> str:
+    # By exact type, because a boolean is also an instance of int.
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
     return names.get(type(value), "an object")
 

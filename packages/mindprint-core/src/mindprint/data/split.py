@@ -145,6 +145,7 @@ def nearly_trained(rows: Sequence[PreferenceRow], train: Rows, data: DataConfig)
     """Return which held-out rows have the prompt of a training row, exactly or nearly: bool `[rows]`."""
     table = _Table.of(Rows(train.sft, train.preferences, tuple(rows)), Quizzes(), data)
     labels = table.labels
+    # All prompts of a row are in one group, so the first of them tells which.
     trained = {int(labels[places[0]]) for places in table.rows}
     return np.array([label in trained for label in labels[table.explicit].tolist()], dtype=np.bool_)
 
@@ -169,6 +170,7 @@ def prompts_of(row: SftRow, data: DataConfig) -> list[str]:
     if data.format == "raw":
         return [spoken(row.completion)]
     turns: Iterable[Messages] = (row.messages[:turn] for turn in trained_turns(row, data))
+    # A row that trains no turn needs a side as well: then its whole conversation decides.
     return list(dict.fromkeys(spoken(turn) for turn in turns)) or [spoken(row.messages)]
 
 
@@ -235,6 +237,7 @@ class _Groups:
 
 def _groups(table: _Table, fraction: float) -> _Groups:
     members: dict[int, set[bytes]] = {}
+    # The labels of explicit held-out text come last, and zip ends before them: only training prompts lead a group.
     for label, text in zip(table.labels.tolist(), table.texts[: table.explicit.start], strict=False):
         members.setdefault(label, set()).add(_digest(text))
     # Text that a person holds out comes before any hash.
@@ -299,6 +302,7 @@ _NAMES: Mapping[Kind, str] = {"sft": "SFT rows", "preferences": "preference pair
 
 def _on(rows: Rows, sides: Sequence[Side], side: Side) -> Rows:
     """Return the training rows on one side."""
+    # `sides` has the SFT rows first and the pairs behind them.
     sft = tuple(row for row, found in zip(rows.sft, sides, strict=False) if found == side)
     pairs = zip(rows.preferences, sides[len(rows.sft) :], strict=True)
     return Rows(sft, tuple(row for row, found in pairs if found == side), ())

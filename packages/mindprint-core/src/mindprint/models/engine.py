@@ -122,6 +122,7 @@ class Engine:
         sites = sites_at[placements[0]]
         targets = set(targets_of(sites))
         for placement, others in sites_at.items():
+            # Sites are compared whole, so that one of another shape is lacking as well.
             lacking = {site for site in sites if site.name in targets} - set(others)
             if lacking:
                 names = ", ".join(sorted(site.name for site in lacking)[:3])

@@ -87,6 +87,7 @@ def _refuse_special_files(folder: Path) -> None:
     """Raise `ModelError` for a pipe, a device or a huge file under the name of a file that a library will read."""
     for pattern in NEEDED_FILES:
         for path in folder.glob(pattern):
+            # A library that opens such a file would wait for ever on a pipe.
             if path.exists() and not path.is_file() and not path.is_dir():
                 raise ModelError(f"{path}: is not a regular file: copy the model's own file into the folder")
             if path.suffix in (".json", ".jinja", ".txt") and path.is_file() and path.stat().st_size > LARGEST_FILE:
@@ -117,7 +118,9 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     shards = read_object(folder / INDEX_FILE, ModelError).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ModelError(f"{folder / INDEX_FILE}: has no weight_map: download the model again")
+    # The index names a file once for each tensor in it.
     names = sorted(set(map(str, shards.values())))
+    # The index comes with a download. A name such as `../other` in it must not reach files elsewhere.
     if outside := [name for name in names if Path(name).name != name]:
         raise ModelError(f"{folder / INDEX_FILE}: {outside[0]!r} leads out of the folder: download the model again")
     if other := [name for name in names if not name.endswith(".safetensors")]:
@@ -154,6 +157,7 @@ def quantization(folder: Path) -> str | None:
     return str(scheme.get("quant_method", "unknown")) if isinstance(scheme, dict) else str(scheme)
 
 
+# All three can change when the same model is saved again, by another version or through another class.
 _VOLATILE = ("_name_or_path", "transformers_version", "architectures")
 _SAMPLE = 256
 
@@ -217,6 +221,7 @@ def _builtin(name: str) -> Path:
 
 
 def _looks_like_path(name: str) -> bool:
+    # Old names of the hub without an owner (`gpt2`) count as paths: they look like the name of a folder here.
     return name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/") or "\\" in name
 
 

@@ -33,6 +33,8 @@ def embedding_rows(folder: Path) -> int | None:
         for name, info in tensors(folder).items()
         if len(info.shape) == 2 and is_embedding(name.removesuffix(".weight"))
     }
+    # Where there is one table, its own size is believed: it is the table that computes. Among several, or with none
+    # that is known, only config.json can tell.
     if configured is not None and (configured in rows or len(rows) != 1):
         return int(configured)
     return rows.pop() if len(rows) == 1 else None

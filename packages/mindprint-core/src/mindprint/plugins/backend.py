@@ -125,6 +125,7 @@ class Backend:
         _require_embedded(model, prompts)
         arguments = {"prompts": prompts, "sampling": sampling, "adapter": adapter}
         answers = self._sequence(hook, Generation, model=model.handle, **arguments)
+        # A missing answer would move all later ones to other prompts.
         if len(answers) != len(prompts):
             raise ContractError(f"backend {self.name!r}: {hook} answered {len(answers)} of {len(prompts)} prompts")
         for answer in answers:
@@ -140,6 +141,7 @@ class Backend:
             shapes = (rank, np.shape(factors.a)[-1]), (np.shape(factors.b)[0], rank)
             self._check_factors(site, factors, shapes)
             for order, moments in (("first", state.first_moments), ("second", state.second_moments)):
+                # There are none before the first step of a stage.
                 if moments:
                     self._check_factors(f"{order} moment of {site}", moments[site], shapes)
         return state
@@ -214,6 +216,7 @@ class Backend:
         # Token ids are small next to activations, so copying all of them costs nothing that could be measured.
         copies = [values.copy() for _, _, values in given]
         yield
+        # Not in a `finally`: if the hook raises, its own error is the one to show.
         for (batch, name, values), copy in zip(given, copies, strict=True):
             if not np.array_equal(values, copy):
                 raise ContractError(
@@ -257,6 +260,7 @@ def _require_embedded(model: LoadedModel, arrays: Iterable[Int32]) -> None:
     for ids in arrays:
         outside = ids[(ids < 0) | (ids >= model.vocab_size)]
         if outside.size:
+            # The first one is enough: a wrong tokenizer makes thousands of them.
             raise DataError(f"token {int(outside[0])} is not one of the model's {model.vocab_size} tokens")
 
 

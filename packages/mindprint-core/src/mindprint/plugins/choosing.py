@@ -48,6 +48,7 @@ def choose_backend(load: Callable[[str], Backend] = load_backend, rank: Callable
     ranked: list[tuple[float, str]] = []
     for name in names:
         try:
+            # Negative, so that one ascending sort gives the highest rank first and equal ranks by name.
             ranked.append((-(rank or stated_rank)(name), name))
         except MindprintError as error:
             left_out.append(str(error))

@@ -72,6 +72,7 @@ def is_turned_off(group: str, name: str) -> bool:
 
 def is_disabled(point: EntryPoint) -> bool:
     """Return whether `DISABLE` names the entry point or its distribution."""
+    # Both sides in lower case, because distributions are written either way.
     ignored = {name.strip().lower() for name in os.environ.get(DISABLE, "").split(",")}
     names = {"*", point.name.lower()} | ({point.dist.name.lower()} if point.dist else set())
     return bool(ignored & names)
@@ -99,6 +100,7 @@ def install_commands(names: Sequence[str] = tuple(OUR_BACKENDS)) -> str:
 
 def _read_plugin(group: str, point: EntryPoint) -> Plugin:
     distribution = point.dist
+    # importlib.metadata has no distribution for an entry point that was made by hand.
     name = distribution.name if distribution else "unknown distribution"
     version = distribution.version if distribution else "?"
     return Plugin(group, point.name, point.value, name, version)

@@ -37,6 +37,7 @@ def backend_hooks(plugin: Plugin, module: object, observers: Iterable[object] = 
         manager.check_pending()
     except (pluggy.PluginValidationError, ValueError) as error:
         raise failure(plugin, f" {MISFIT}{error}") from error
+    # pluggy takes a hook without an implementation for a call that nobody answers, and returns None.
     missing = [hook for hook in hookspecs.REQUIRED_HOOKS if not getattr(manager.hook, hook).get_hookimpls()]
     if missing:
         raise failure(plugin, f" does not implement {', '.join(missing)}")
@@ -84,6 +85,7 @@ def observer_hooks(observers: Sequence[object], name: str | None = None) -> plug
 
 
 def _new_manager() -> pluggy.PluginManager:
+    # A new manager each time: in a shared one, hooks of two backends would answer the same call.
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     return manager

@@ -14,6 +14,7 @@ from mindprint.plugins.hooks import plugin_hooks
 from mindprint.plugins.loading import ALTERNATIVES, cause_of, failure, find_plugin, load_plugin
 
 
+# Compared by identity: the tracker that failed is removed from a list, and not another that equals it.
 @dataclass(frozen=True, eq=False)
 class Tracker:
     """A tracker made for one run. Its hooks are apart from all others, so that its failures can be told from theirs."""
@@ -35,6 +36,7 @@ class Trackers:
             A message for each tracker that was dropped.
         """
         failures = []
+        # Over a copy, because trackers that raise are removed on the way.
         for tracker in tuple(self._watching):
             try:
                 tracker.hooks.mindprint_event(event=event)
