@@ -239,7 +239,7 @@ def _summary(documented: object) -> str:
 
 
 def _documented(documented: object) -> str:
-    """Turn a docstring with Google's sections into Markdown: lists for what is named, a code block for examples."""
+    """Turn a docstring with Google's sections into Markdown: lists for the named entries, a code block for examples."""
     doc = inspect.getdoc(documented) or ""
     prose, *parts = re.split(r"^(Args|Returns|Raises|Attributes|Example):\n", doc, flags=re.MULTILINE)
     # reStructuredText announces a code block by two colons.

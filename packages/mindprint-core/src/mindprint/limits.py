@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 MEMORY = 2**29
-"""Bytes that limited code may add to what the process has."""
+"""Bytes that limited code may add to those of the process."""
 
 _PAGES = Path("/proc/self/statm")
 

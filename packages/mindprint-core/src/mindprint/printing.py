@@ -79,7 +79,7 @@ def short_path(path: Path) -> str:
 class LossyStream:
     """A text stream that drops what cannot be written: a closed terminal must not end the work that it shows.
 
-    What an encoding lacks is replaced. Everything else is the stream's own.
+    Characters that the encoding lacks are replaced. Everything else is passed to the stream.
     """
 
     def __init__(self, stream: TextIO | None) -> None:

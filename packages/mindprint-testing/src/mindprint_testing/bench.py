@@ -63,6 +63,7 @@ class Bench:
         self, sites: Sequence[AdapterSite], *, r: int = 3, alpha: float = 6.0, seed: int = 0, **config: Any
     ) -> AdapterState:
         """Return an adapter with random factors, B not zero. `config` holds other fields of `LoraConfig`."""
+        # The second number is different for each purpose, so that no two draws of one seed are alike.
         random = np.random.default_rng([seed, 11])
         lora = LoraConfig(r, alpha, tuple(site.name for site in sites), **config)
 
@@ -78,6 +79,7 @@ class Bench:
 
     def tokens(self, *shape: int, seed: int = 1) -> Int32:
         """Return random token ids, int32."""
+        # From 3, because ids 0 to 2 are often special tokens.
         return np.random.default_rng([seed, 12]).integers(3, self.vocab_size, shape).astype(np.int32)
 
     def token_batch(self, rows: int = 4, width: int = 12, seed: int = 1) -> TokenBatch:

@@ -128,6 +128,7 @@ def _prompts(bench: Bench) -> list[Int32]:
 def _next_log_probs(bench: Bench, model: LoadedModel, tokens: Int32, *, adapter: bool = True) -> np.ndarray:
     """Return the log-prob of every token of the vocabulary as the next one after `tokens`."""
     size, length = bench.vocab_size, len(tokens) + 1
+    # `mindprint_log_probs` gives the log-prob of given tokens only. So each token of the vocabulary ends a row.
     rows = np.concatenate([np.tile(tokens, (size, 1)), np.arange(size)[:, None]], axis=1).astype(np.int32)
     mask = np.zeros(rows.shape, np.bool_)
     mask[:, -1] = True

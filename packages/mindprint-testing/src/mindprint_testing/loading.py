@@ -127,6 +127,7 @@ class Loading:
         """
         released, kept, batch = bench.ready(), bench.ready(seed=1), bench.token_batch()
         before = bench.backend.log_probs(kept, batch)
+        # The hook itself, because `Backend.release` drops its answer.
         assert bench.backend._hook.mindprint_release(model=released.handle) is True
         np.testing.assert_array_equal(bench.backend.log_probs(kept, batch), before)
         assert bench.sft_step(kept, batch).grad_norm > 0

@@ -170,7 +170,7 @@ def _conversation(row: SftRow, turns: list[_Turn], tally: _Tally) -> list[_Seque
     tally.diverging += any(s.spans[0][0] < len(turn.prompt) for s, turn in zip(sequences, turns, strict=True))
     whole = turns[-1].upto
     if any(common_prefix(turn.upto, whole) < len(turn.upto) for turn in turns):
-        # An answer in rewritten history is not what the model writes, so each turn needs its own sequence.
+        # The model never writes an answer in its rewritten form, so each turn needs its own sequence.
         tally.split += 1
         return sequences
     return [_Sequence(whole, tuple(sequence.spans[0] for sequence in sequences))]
@@ -274,6 +274,7 @@ def _render(
     except DataError:
         # One after the other, which is slow, but only on the way to an error.
         for messages, origin in zip(conversations, origins, strict=True):
+            # Whichever conversation the template refuses raises here, with its row's origin.
             _render_one(messages, origin, tokenizer, generation_prompt=generation_prompt)
         raise
 
@@ -300,6 +301,7 @@ def _ended(completion: Text, tokenizer: Tokenizer) -> str:
 def _rendered(
     rows: Sequence[_Row], examples: list[Example], tally: _Tally, tokenizer: Tokenizer, data: DataConfig
 ) -> Rendered[Example]:
+    # A topic without rows would be a stage without steps, so it is an error and not a note.
     kept = {example.topic for example in examples}
     for topic, left_out in tally.left_out.items():
         if left_out and topic not in kept:

@@ -109,7 +109,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """Return the safetensors files that a base consists of: the one rule for digests, merges, checks and loading.
 
     It is transformers' rule: `model.safetensors` if there is one, otherwise the files that the index names. Other
-    files of a similar name are not part of the base. Raises `ModelError` saying what is missing, or outside `folder`.
+    files of a similar name are not part of the base. Raises `ModelError` naming a file that is missing or outside.
     """
     if (folder / SINGLE_FILE).is_file():
         return (folder / SINGLE_FILE,)

@@ -86,7 +86,7 @@ def load_plugin(plugin: Plugin) -> object:
         BackendError, ScorerError or PluginError: The import raised anything but KeyboardInterrupt.
     """
     try:
-        # Made from the listed metadata: a second look at what is installed could find another distribution.
+        # Made from the listed metadata: a second look at the environment could find another distribution.
         return EntryPoint(plugin.name, plugin.module, plugin.group).load()
     except KeyboardInterrupt:
         raise
