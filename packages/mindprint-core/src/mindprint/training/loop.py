@@ -86,7 +86,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C, SIGTERM or SIGHUP into a request that the loop sees after its step.
 
     A second Ctrl-C or SIGTERM ends at once. SIGHUP never does: a terminal that closes sends it more than once, and
-    service managers send it along with SIGTERM. A signal that is ignored, as `nohup` has it, stays ignored.
+    service managers send it along with SIGTERM. SIGHUP stays ignored where it is, as `nohup` has it.
     """
     # Python lets only the main thread set signal handlers.
     if threading.current_thread() is not threading.main_thread():
@@ -102,7 +102,8 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     heard = [
         number
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) != signal.SIG_IGN
+        # A shell starts background jobs with SIGINT ignored, and whoever sends it to one still means it.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
     ]
     previous = {number: signal.signal(number, remember) for number in heard}
     try:
