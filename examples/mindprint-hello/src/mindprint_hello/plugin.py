@@ -115,12 +115,10 @@ def mindprint_inject_adapter(model: HelloModel, adapter: AdapterState) -> Adapte
 
 @hookimpl
 def mindprint_sft_step(model: HelloModel, batches: Sequence[TokenBatch], update: Update) -> StepMetrics:
-    # A step may have no loss tokens. Divided by 0, its loss would be NaN instead of 0.
     loss, gradients, tokens = 0.0, _zeros(model), max(update.tokens, 1)
     for batch in batches:
         pass_ = _Pass(model, batch.tokens, adapter=True)
         loss -= float(pass_.picked[batch.loss_mask].sum()) / tokens
-        # The loss is -sum(log p) / tokens: its derivative by each log-prob under the mask is -1 / tokens.
         pass_.add_gradients(gradients, batch.loss_mask / -tokens)
     return StepMetrics(loss, _apply(model, gradients, update))
 
@@ -133,8 +131,7 @@ def mindprint_dpo_step(
     for batch in batches:
         layout = preference_rows(batch)
         mask = np.zeros(layout.tokens.shape, np.bool_)
-        # Each sequence is a row, so the token that a source predicts is the next one.
-        mask.flat[layout.sources + 1] = True
+        mask.flat[layout.sources + 1] = True  # a source predicts the token behind it
         pass_ = _Pass(model, layout.tokens, adapter=True)
         chosen, rejected = np.split((pass_.picked * mask).sum(axis=1), 2)
         value, slopes = _preference(loss, batch, chosen, rejected, update)
@@ -169,7 +166,6 @@ def mindprint_restore(model: HelloModel, state: TrainingState) -> bool:
         raise AdapterError("the state is of another adapter configuration than the injected adapter")
     model.adapter = state.adapter
     model.first, model.second = dict(state.first_moments), dict(state.second_moments)
-    # Without moments, AdamW's bias correction starts from step 1 again.
     model.steps = state.optimizer_steps if state.first_moments else 0
     return True
 
@@ -185,8 +181,7 @@ class _Pass:
         self.z = np.tanh(self.x @ self._weight(UP).T)
         self.h = self.x + self.z @ self._weight(DOWN).T
         logits = self.h @ self._weight(HEAD).T
-        # Log-softmax is the same for logits less a constant. Less their greatest, `exp` cannot overflow.
-        shifted = logits - logits.max(axis=-1, keepdims=True)
+        shifted = logits - logits.max(axis=-1, keepdims=True)  # the same softmax, without overflow
         self.log_probs: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
         """Of the next token, `[rows, T, vocabulary]`."""
         self.picked: Array = np.zeros(tokens.shape)
@@ -200,8 +195,7 @@ class _Pass:
         index = np.indices(self.tokens[:, 1:].shape)
         by_logits[index[0], index[1], self.tokens[:, 1:]] += slopes[:, 1:]
         by_hidden = by_logits @ self._weight(HEAD)
-        # The derivative of tanh(u) is 1 - tanh(u)^2.
-        by_inner = (by_hidden @ self._weight(DOWN)) * (1 - self.z**2)
+        by_inner = (by_hidden @ self._weight(DOWN)) * (1 - self.z**2)  # tanh'(u) = 1 - tanh(u)^2
         self._add(gradients, HEAD, self.h, by_logits)
         self._add(gradients, DOWN, self.z, by_hidden)
         self._add(gradients, UP, self.x, by_inner)
@@ -219,14 +213,12 @@ class _Pass:
             adapter = _adapter(self.model)
             a, b = adapter.tensors[site]
             by_weight = adapter.config.scale(site) * np.einsum("rto,rti->oi", by_output, inputs)
-            # The weight is W + scale * B @ A. So the gradient of A is scale * B^T @ dW, and that of B is scale * dW @
-            # A^T.
+            # The weight is W + scale * B @ A: the gradient of A is scale * B^T @ dW, that of B scale * dW @ A^T.
             gradients[site][0] += b.T @ by_weight
             gradients[site][1] += by_weight @ a.T
 
 
 def _generate(model: HelloModel, prompt: Int32, sampling: Sampling, *, adapter: bool) -> Generation:
-    # Keyed by the prompt in addition to the seed: then an answer does not depend on the prompts next to it.
     tokens, random = prompt.tolist(), np.random.default_rng([sampling.seed, *prompt.tolist()])
     for _ in range(sampling.max_new_tokens):
         last = _Pass(model, np.array([tokens], np.int32), adapter=adapter).log_probs[0, -1]
@@ -282,9 +274,7 @@ def _adamw(
     (one, two), decay = settings.betas, settings.weight_decay
     mean = one * first.astype(np.float64) + (1 - one) * gradient
     square = two * second.astype(np.float64) + (1 - two) * gradient**2
-    # Bias-corrected moments: Kingma & Ba 2015 (arXiv 1412.6980), algorithm 1.
     change = (mean / (1 - one**step)) / (np.sqrt(square / (1 - two**step)) + settings.eps)
-    # The decay is decoupled from the gradient: Loshchilov & Hutter 2019 (arXiv 1711.05101).
     moved = value.astype(np.float64) * (1 - rate * decay) - rate * change
     return moved.astype(np.float32), mean.astype(np.float32), square.astype(np.float32)
 
@@ -303,7 +293,6 @@ def _preference(
         values = loss.per_pair(NUMPY, pairs) / update.pairs
         return np.asarray(values - loss.sft_weight * chosen / update.tokens, np.float64)
 
-    # The formula's error falls with h^2, and the rounding error grows with 1 / h. This is between the two.
     h = 1e-4
     by_chosen = (per_pair(chosen + h, rejected) - per_pair(chosen - h, rejected)) / (2 * h)
     by_rejected = (per_pair(chosen, rejected + h) - per_pair(chosen, rejected - h)) / (2 * h)
