@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-# All sizes differ, so that a transposed array cannot pass by its shape.
+# Vocabulary, hidden and inner size differ, so that a transposed table or MLP weight cannot pass by its shape.
 VOCABULARY = 61
 HIDDEN, INNER, LAYERS = 32, 48, 2
 # Fewer key heads than heads, so that a model without grouped-query attention computes something else.
