@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Importing the API must stay fast, so each name is loaded from its module on first use.
 _EXPORTS = {
     "AnsweredPrompt": "results",
     "CompareResult": "comparison_tables",
@@ -47,6 +48,7 @@ __all__ = [
     "verify",
 ]
 
+# Type checkers and editors do not follow `__getattr__`. They read these imports, which never run.
 if TYPE_CHECKING:
     from mindprint.api.adapters import NotVerifiedError, convert, merge, verify
     from mindprint.api.comparison import compare

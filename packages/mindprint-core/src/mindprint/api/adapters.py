@@ -77,6 +77,7 @@ def verify(
         verified: it does what it did where it was trained
     """
     section = BackendConfig(type=backend or "auto", device=device or "auto", dtype=dtype or "auto")
+    # Without a request the run's own choice is used, so "auto" must not replace it.
     chosen = None if backend is None and device is None else section
     notices = Notices(on_notice)
     folder = Path(path)
@@ -91,6 +92,7 @@ def verify(
 
 def is_merged(folder: Path) -> bool:
     """Return whether a folder is a model's rather than an adapter's, a run's or a project's."""
+    # The folder of an adapter may hold a copy of the base's config.json, so the adapter's own file decides.
     return (folder / "config.json").is_file() and not (folder / "adapter_config.json").exists()
 
 
@@ -103,6 +105,7 @@ def _verify_merge(
     notices: Notices,
 ) -> Report:
     record = read_record(path)
+    # The record holds a path relative to the merged model, so that both can be moved together.
     source = adapter or (path / record.adapter if record else None)
     if source is None:
         raise AdapterError(f"{path} is a merged model: name the adapter that it came from with --adapter")
@@ -110,6 +113,7 @@ def _verify_merge(
         raise AdapterError(f"{path}: the adapter that it came from is no longer at {source}; name it with --adapter")
     located = locate_adapter(source)
     base, state = read_located(located, model)
+    # Another adapter at the recorded path would make a sound merge look broken.
     if adapter is None and record is not None and peft_format.adapter_digest(state) != record.adapter_digest:
         raise AdapterError(f"{source}: is no longer the adapter that was merged into {path}; name that with --adapter")
     merged = models.resolve_model(ModelConfig(name=str(path.resolve())), Path.cwd())
@@ -156,15 +160,18 @@ def merge(
         True
     """
     target = Path(out)
+    # Refused first: reading and merging a large base would otherwise be wasted.
     refuse_taken(target)
     notices = Notices(on_notice)
     located = locate_adapter(adapter)
     base, state = read_located(located, model)
     _refuse_own_weights(located.adapter, base)
+    # A merge without a backend is still useful on a machine that only stores models.
     computes = verify and bool(installed(BACKENDS))
     if verify and not computes:
         notices("no backend is installed: the files are compared, nothing is computed", warning=True)
     verification = None
+    # The folder gets its name only when the block ends well, so a failed verification leaves nothing.
     with merged_folder(target, base, state, located.adapter) as merged:
         if computes:
             section = backend_section(backend, device)
@@ -187,6 +194,7 @@ def _verified(
     merged = models.resolve_model(ModelConfig(name=str(folder.resolve())), Path.cwd())
     placement = placement_for(located, section, None, base)
     report = verify_merged(merged, base, state, placement, read_fingerprint(located.adapter), notices)
+    # The merge was verified under a temporary name. The report has to name the final one.
     verification = VerifyResult(replace(report, subject=str(out)))
     if not verification.ok:
         raise NotVerifiedError(out, verification, verification.findings)
@@ -245,7 +253,9 @@ def convert(
     base = find_base(located, model)
     facts = read_base_facts(base.path)
     state, _ = read_any_adapter(located.adapter, base.path)
+    # An adapter that cannot be written in whole leaves no folder behind.
     with atomic.new_folder(target) as aside:
+        # The name that the adapter states is kept, so that hub names do not become local paths.
         base_name = named_base(located.adapter) or base.name
         notes = (*_write_converted(aside, state, facts, base_name, to), *_uncompared(facts))
     notices = Notices(on_notice)
@@ -260,6 +270,7 @@ def _write_converted(folder: Path, state: AdapterState, facts: BaseFacts, base_n
         yield from mlx_lm_format.write_adapter(folder, state, facts, base_name)
         return
     parameters = [site for site in state.tensors if is_stack(site) or is_router(site)]
+    # PEFT adapts stacked experts and routers as parameters, and has no dropout for these.
     if state.config.dropout and parameters:
         yield f"dropout {state.config.dropout:g} is left out: PEFT has none on {parameters[0]}"
         state = AdapterState(replace(state.config, dropout=0.0), state.tensors)

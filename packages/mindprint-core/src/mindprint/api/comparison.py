@@ -54,6 +54,7 @@ def compare(
         >>> result.equivalent
         True
     """
+    # Exactly one of the two ways has to be complete. A configuration belongs to `backends` only.
     if (backends is None) == (runs is None) or (config is None) != (backends is None):
         raise ConfigError("compare: give a configuration and backends=[A, B] to train, or runs=[RUN, RUN]")
     if runs is not None:
@@ -73,6 +74,7 @@ def check_backends(backends: Sequence[str]) -> tuple[str, str]:
     names = [canonical_name(name.strip()) for name in backends if name.strip()]
     if len(names) != 2 or names[0] == names[1]:
         raise BackendError(f"--backends {','.join(backends)!r}: name two different backends, such as torch,mlx")
+    # A missing backend has to fail here, and not after the first one has trained for hours.
     for name in names:
         find_plugin(BACKENDS, name)
     return names[0], names[1]
@@ -84,6 +86,7 @@ def _train_both(file: ConfigFile, backends: tuple[str, str], notices: Notices) -
     folder = _new_folder(file.folder / "runs")
     for name in backends:
         notices(f"training on {name}: {folder / name}")
+        # A stage's own backend setting would win over the common one, so it is cleared.
         everywhere = {"backend": {"type": name}, "sft": {"backend": None}, "dpo": {"backend": None}}
         train_measured(merged(file, everywhere), folder / name)
     return folder / backends[0], folder / backends[1]
@@ -91,5 +94,6 @@ def _train_both(file: ConfigFile, backends: tuple[str, str], notices: Notices) -
 
 def _new_folder(parent: Path) -> Path:
     entries = parent.iterdir() if parent.is_dir() else ()
+    # Gaps are not filled, so that a higher number is always a later comparison.
     taken = [int(match[1]) for path in entries if (match := re.fullmatch(r"compare-(\d+)", path.name))]
     return parent / f"compare-{max(taken, default=0) + 1:03d}"

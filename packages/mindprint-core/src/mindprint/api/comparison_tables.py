@@ -54,6 +54,7 @@ class CompareResult(Result):
             f"losses agree within {SFT_TOLERANCE:.0e} (SFT) and {FREE_TOLERANCE:.0e} (from the first preference "
             "step on)"
         )
+        # No score is not agreement, so the verdict limits itself to the losses.
         if comparison.voice_difference is None:
             why = next(side.voice_missing for side in comparison.sides if side.voice is None)
             return (

@@ -60,9 +60,11 @@ def evaluate(
     """
     notices = Notices(on_notice)
     located = locate_adapter(path)
+    # Rows from memory are not kept in the run, so the split can only be read again with them.
     if rows is not None and located.config is not None:
         located = Located(located.adapter, with_rows(located.config, rows))
     scored = read_scored(located, None if heldout is None else Path(heldout))
+    # Checked before the base is loaded, which can take minutes.
     if scored.empty:
         why = scored.why_none or "no held-out rows that are not trained on: add heldout.jsonl to the data folder"
         raise DataError(f"{path}: {why}, or name a file with --heldout")
@@ -70,6 +72,7 @@ def evaluate(
         notices(note, warning=True)
     with open_adapter(path, backend_section(backend, device), model=model, notice=notices) as opened:
         held_out = held_out_ids(scored.held_out, opened.tokenizer, scored.file.config.data)
+        # All ids are checked before the first is computed, because a GPU fails late and without a name.
         check_token_ids(held_out, opened.base, opened.tokenizer)
         evaluation = evaluate_heldout(
             opened,

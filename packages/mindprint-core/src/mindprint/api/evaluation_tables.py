@@ -83,6 +83,7 @@ class EvaluateResult(Result):
             overall = self.voice.overall
             if isinstance(overall.tuned, NotScored):
                 cautions.append(f"the voice could not be scored: {overall.tuned.reason}")
+            # Copying that could not be measured has no flags, hence the default.
             cautions += [f"tuned model: {flag}" for flag in getattr(overall.copying, "flagged", ())]
         return [*cautions, *(f"not evaluated: {problem}" for problem in self.not_evaluated)]
 
@@ -91,6 +92,7 @@ class EvaluateResult(Result):
         parts = {"texts": self.texts, "voice": self.voice, "quiz": self.quiz}
         return {
             **asdict(self.source),
+            # Scripts read the figures of pairs at the top level, so the keys are there without pairs too.
             **(asdict(self.pairs) if self.pairs else {"overall": None, "topics": {}}),
             **{name: asdict(part) if part else None for name, part in parts.items()},
             "figures": {

@@ -99,15 +99,18 @@ def generate(
         without the adapter:
         ...
     """
+    # A text is a sequence of texts too: without the check each letter would become a prompt.
     asked = [prompts] if isinstance(prompts, str) else list(prompts)
     if not asked or not all(prompt.strip() for prompt in asked):
         raise DataError("prompts: a prompt is empty" if asked else "prompts: there is none")
     notices = Notices(on_notice)
     given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     with runs_opened.open_adapter(path, backend_section(backend, device), model=model, notice=notices) as opened:
+        # 0 is a valid temperature, so only None means "not given".
         changed = {name: value for name, value in given.items() if value is not None}
         settings = opened.config.generation.model_copy(update=changed)
         sides: list[Sequence[Answer | None]] = [
+            # Both models get the same seed, so that the answers differ by the adapter and not by the draw.
             [None] * len(asked) if only == skipped else opened.answer(asked, settings, seed=seed, adapter=adapter)
             for adapter, skipped in ((False, "adapter"), (True, "base"))
         ]

@@ -11,7 +11,9 @@ from mindprint.events import StepDone
 from mindprint.reports.curves import thinned
 
 WIDTH, HEIGHT, MARGIN = 640, 180, 44
+# A notebook stores the picture in its file, so it is thinned more than the report's.
 MOST_POINTS = 800
+# An inline picture cannot use the style sheet of the report, so the colours are literal.
 COLOURS = {"sft": "#2a6fb0", "dpo": "#b0552a"}
 
 
@@ -22,15 +24,18 @@ def loss_curve_svg(steps: Sequence[StepDone]) -> str:
         return ""
     first, last = drawn[0].step, drawn[-1].step
     highest = max(step.loss for step in drawn)
+    # Losses start at zero, so that a small fall does not look like a great one. A negative loss extends the scale.
     lowest = min(0.0, *(step.loss for step in drawn))
 
     def x_of(step: float) -> float:
         return MARGIN + (WIDTH - 2 * MARGIN) * (step - first) / max(1, last - first)
 
     def y_of(loss: float) -> float:
+        # A flat curve at zero would divide by zero.
         return HEIGHT - MARGIN / 2 - (HEIGHT - MARGIN) * (loss - lowest) / ((highest - lowest) or 1.0)
 
     def strokes() -> Iterator[str]:
+        # Stages are separate strokes. A line between two topics would look like a jump of the loss.
         for (_, stage, _), stretch in groupby(drawn, key=lambda step: (step.topic, step.stage, step.attempt)):
             points = thinned([(float(step.step), step.loss) for step in stretch], MOST_POINTS)
             # A stage of one step is a dot: a stroke of no length, with round ends.
@@ -45,6 +50,7 @@ def loss_curve_svg(steps: Sequence[StepDone]) -> str:
         for step in (first, last):
             yield _label(x_of(step), HEIGHT - 4, f"{step}", "middle")
         stages = dict.fromkeys(step.stage for step in drawn)
+        # The labels are set from the right edge inwards, so the last stage comes first.
         for place, stage in enumerate(reversed(stages)):
             yield _label(WIDTH - MARGIN - 60 * place, 14, stage.upper(), "end", COLOURS[stage])
 

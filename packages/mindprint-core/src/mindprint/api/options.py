@@ -21,6 +21,7 @@ class Notices:
 
     def __call__(self, message: str, *, warning: bool = False) -> None:
         notice = Notice(message, warning)
+        # Kept before it is handed over: a listener that raises must not lose it.
         self._heard.append(notice)
         if self._on_notice is not None:
             self._on_notice(notice)
@@ -33,6 +34,7 @@ class Notices:
 
 def backend_section(backend: str | None, device: str | None, dtype: Dtype | None = None) -> BackendConfig | None:
     """Return the backend section that a caller asks for, or None to leave the choice to the run."""
+    # A dtype alone is ignored: it would silently replace the run's backend by "auto".
     if backend is None and device is None:
         return None
     return BackendConfig(type=backend or "auto", device=device or "auto", dtype=dtype or "auto")

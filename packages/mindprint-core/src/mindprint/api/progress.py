@@ -62,6 +62,7 @@ def show_progress(console: Console | None = None) -> Iterator[OnEvent]:
 
 def is_interactive() -> bool:
     """Return whether a person is likely to watch: standard error is a terminal, or this is a notebook."""
+    # Checked at each call, because the standard error may be redirected between two runs.
     console = Console(stderr=True)
     return console.is_jupyter or console.is_terminal
 
@@ -86,6 +87,7 @@ class Lines:
             case StageStarted():
                 self._stage_steps = event.steps
                 self._line(f"{event.topic} {event.stage}: {_steps(event)} on {event.backend}")
+            # A log file of a long run would otherwise get a line for every step.
             case StepDone() if self._clock() - self._last >= SECONDS_BETWEEN_LINES:
                 self._line(f"{event.topic} {event.stage}: {self._position(event)}, loss {event.loss:.4f}")
             case StageFinished():
@@ -93,6 +95,7 @@ class Lines:
             case Evaluated():
                 self._line(_evaluated(event.record))
             case Decided():
+                # A skipped or repeated stage changes the number of steps that are planned.
                 self._total = event.total_steps
                 self._line(_decided(event.decision))
 
@@ -110,6 +113,7 @@ class Bar:
     def __init__(self, console: Console, *, auto_refresh: bool = True) -> None:
         self._console = console
         self._bar = Progress(
+            # Topic names come from the user's data. Brackets in them must not be read as rich's markup.
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -120,6 +124,7 @@ class Bar:
             expand=True,
             auto_refresh=auto_refresh,
         )
+        # The bar is hidden until the number of steps is known: before, it could only guess.
         self._task = self._bar.add_task("loading the model", total=None, loss="", visible=False)
 
     def __enter__(self) -> Self:
@@ -133,6 +138,7 @@ class Bar:
         match event:
             case RunStarted():
                 self._print(f"{PROGRAM}: {_started(event)}")
+                # The bar of a resumed run starts at the step from which it continues.
                 self._bar.update(self._task, total=event.total_steps, completed=event.resumed_from or 0, visible=True)
             case Notice():
                 self._print(_noticed(event), "yellow" if event.warning else "")
@@ -161,13 +167,16 @@ class NotebookBar(Bar):
         super().__init__(Console(file=io.StringIO(), force_jupyter=False), auto_refresh=False)
         self._display = display or _notebook_display()
         self._clock = clock
+        # The first event is shown at once.
         self._shown_at = -SECONDS_BETWEEN_PICTURES
+        # Old lines are dropped, because the whole picture is sent each time.
         self._lines: deque[Text] = deque(maxlen=NOTEBOOK_LINES)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # The last picture may have been skipped for its time, and must show the end.
         self._show()
 
     def __call__(self, event: Event) -> None:
@@ -180,6 +189,7 @@ class NotebookBar(Bar):
 
     def _show(self) -> None:
         self._shown_at = self._clock()
+        # Each picture has its own console, so that its record holds this picture only.
         console = Console(file=io.StringIO(), record=True, width=NOTEBOOK_WIDTH, force_jupyter=False)
         console.print(Group(*self._lines, self._bar.get_renderable()), soft_wrap=False)
         self._display(console.export_html(inline_styles=True, code_format=NOTEBOOK_PICTURE))
@@ -264,5 +274,6 @@ SAID: Mapping[DecisionKind, str] = {
 
 
 def _short(topic: str) -> str:
+    # The last part of the path tells topics apart. The units before it are often the same.
     name = topic.rstrip("/").rpartition("/")[2]
     return name if len(name) <= TOPIC_WIDTH else name[: TOPIC_WIDTH - 1] + "…"

@@ -75,7 +75,9 @@ class TrainResult(Result, RunResult):
     def steps(self) -> list[StepDone]:
         """The loss curve: every step from metrics.jsonl except those that were rolled back."""
         names = {field.name for field in fields(StepDone)}
+        # Steps that were undone are not part of the adapter's history.
         lines = (line for line in RunFolder(self.run).read_steps() if not line.get("rolled_back"))
+        # A line may have fields that the event lacks, and those are ignored.
         return [StepDone(**{name: value for name, value in line.items() if name in names}) for line in lines]
 
     def to_pandas(self) -> Any:
@@ -85,6 +87,7 @@ class TrainResult(Result, RunResult):
             MissingLibraryError: pandas is not installed.
         """
         try:
+            # pandas is optional and slow to import, so it is only loaded here.
             pandas = import_module("pandas")
         except ImportError as error:
             raise MissingLibraryError("to_pandas() needs pandas: pip install pandas") from error
@@ -236,6 +239,7 @@ class VerifyResult(Result):
     @property
     def verdict(self) -> str:
         """The outcome in one line."""
+        # Without a fingerprint nothing was compared with the training, so it must not be called verified.
         if self.ok and not any(finding.code == "no_fingerprint" for finding in self.findings):
             return "verified: it does what it did where it was trained"
         if self.ok:
@@ -299,6 +303,7 @@ class MergeResult(Result):
             yield from self.verification.blocks()
 
     def __str__(self) -> str:
+        # The verification belongs to the first line, so no empty line separates them.
         first = next(iter(self.blocks()))
         return str(first) if self.verification is None else f"{first}\n{self.verification}"
 

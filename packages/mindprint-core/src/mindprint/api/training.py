@@ -44,6 +44,7 @@ def load_config(config: Configuration, overrides: Sequence[str] = (), **changes:
         >>> file.config.sft.learning_rate
         0.0001
     """
+    # A checked configuration is taken as it is: its file may have changed since.
     if isinstance(config, ConfigFile):
         file = config
     elif isinstance(config, Mapping):
@@ -97,9 +98,11 @@ def train(
     file = load_config(config, **overrides)
     if rows is not None:
         file = with_rows(file, rows)
+    # A mismatch has to be found before the run's lock is taken and the base is loaded.
     if resume:
         _refuse_other_rows(file, run)
     watching = [observer for observer in observers if isinstance(observer, Observer)]
+    # An object can be both an observer of events and a plugin with hooks, and then gets both.
     hooked = [observer for observer in observers if observer not in watching or _has_hooks(observer)]
     with _shown(progress) as show:
         listeners: list[OnEvent] = [
@@ -119,6 +122,7 @@ def train(
 def with_rows(file: ConfigFile, rows: Records) -> ConfigFile:
     """Return the configuration with rows from memory, and with their digest in it."""
     records = check_records(rows)
+    # The digest goes into the run's configuration, so that a resumed run can recognise its rows.
     data = file.config.data.model_copy(update={"rows_digest": records_digest(records)})
     return replace(file, config=file.config.model_copy(update={"data": data}), records=records)
 

@@ -41,9 +41,11 @@ DEBUG = "MINDPRINT_DEBUG"
 WRONG_INPUT = 2
 INTERNAL = 70
 """A mistake in Mindprint itself, as sysexits.h numbers it: no input should lead to it."""
+# Shells report a process that a signal ended as 128 plus its number: 2 is SIGINT, 13 is SIGPIPE.
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
+# Some libraries put whole tensors or files into their messages.
 LONGEST_CAUSE = 300
 
 
@@ -51,6 +53,7 @@ class Commands(click.Group):
     """A group that loads a command when it is invoked, and lists all of them without loading any."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        # A plugin cannot replace a command of core, because core's name wins here and in `get_command`.
         return [*COMMANDS, *sorted(_third_party().keys() - COMMANDS)]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:  # noqa: ARG002
@@ -61,6 +64,7 @@ class Commands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         plugins = {name: f"from {origin}" for name, origin in _third_party().items()}
+        # Plugins are described by their origin: their own help would need an import of each.
         rows = [(name, COMMANDS.get(name) or plugins[name]) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
@@ -80,11 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with lossy_streams(), json_only(enabled="--json" in arguments) as failed:
         try:
             code = _run(arguments)
+            # A full disk or a closed pipe shows only when the buffer is written, and has to become an exit code.
             sys.stdout.flush()
         except Exception as error:
+            # The error leaves as it is, so that Python prints its traceback.
             if os.environ.get(DEBUG) == "1":
                 raise
             failure = _failure(error) or _internal(error)
+            # Python flushes again at exit, and would print a second error there.
             _drain()
             failed(failure)
             return failure.exit_code
@@ -108,14 +115,17 @@ def _failure(error: Exception) -> Failure | None:
     """Return the user's message for an expected error, and None for one that is a mistake of ours."""
     kind = type(error).__name__
     if isinstance(error, MindprintError):
+        # The class states its exit code, so that new errors need no change here.
         return Failure(kind, str(error), error.exit_code)
     if isinstance(error, click.ClickException):
         return Failure(kind, error.format_message(), WRONG_INPUT)
     if isinstance(error, click.Abort):
         return Failure("Interrupted", "interrupted", INTERRUPTED)
     if isinstance(error, BrokenPipeError):
+        # The reader of a pipe left on purpose, as `head` does. That deserves no message.
         return Failure(kind, "", BROKEN_PIPE)
     reason = _system_reason(error)
+    # A refusal of the system is mostly about the user's files. Everything else is a mistake of ours.
     return None if reason is None else Failure(kind, reason, WRONG_INPUT)
 
 
@@ -133,6 +143,7 @@ def _internal(error: Exception) -> Failure:
     """Return the message for a mistake of ours, with the traceback in a file that can go along with a report."""
     try:
         handle, log = tempfile.mkstemp(prefix="mindprint-", suffix=".log")
+        # A message may hold surrogates from undecodable file names, which UTF-8 refuses to write.
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"mindprint {__version__}, Python {sys.version}, {sys.platform}\n")
             file.writelines(traceback.format_exception(error))
@@ -153,6 +164,7 @@ def _drain() -> None:
             stream.flush()
         except (OSError, ValueError):
             with suppress(OSError, ValueError):
+                # The text that is still in the buffer goes to the null device when Python exits.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -160,6 +172,7 @@ def _third_party() -> dict[str, str]:
     """Return the commands of other distributions with their origins, from metadata alone."""
     origins: dict[str, str] = {}
     for plugin in installed(THIRD_PARTY):
+        # The list takes the first where two distributions share a name. Loading it then reports the conflict.
         origins.setdefault(plugin.name, plugin.origin)
     return origins
 

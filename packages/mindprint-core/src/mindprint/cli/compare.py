@@ -34,6 +34,7 @@ def command(*, config: tuple[str, ...], backends: str | None, runs: tuple[Path, 
         result = compare(runs=runs)
     else:
         names = (backends or "").split(",")
+        # Wrong names are reported before the configuration is read.
         check_backends(names)
         path, overrides = project_and_overrides(config)
         result = compare(load_config(path, overrides), backends=names, on_notice=tell_notice)

@@ -73,6 +73,7 @@ def _platform() -> str:
 def _versions() -> dict[str, str]:
     """Return the versions of Mindprint and of the libraries that it needs, from metadata."""
     found = {d.name: d.version for d in distributions() if d.name.startswith("mindprint-") or d.name in LIBRARIES}
+    # Mindprint's own packages lead: a report of a problem is asked for their versions first.
     return dict(sorted(found.items(), key=lambda item: (not item[0].startswith("mindprint-"), item[0])))
 
 
@@ -86,6 +87,7 @@ def _installed(report: Report) -> list[str]:
 
 def _check_backend(report: Report, name: str, model: str) -> None:
     loaded: list[Backend] = []
+    # A backend that does not load becomes a finding, and the others are still checked.
     report.findings.extend(guarded(name, partial(_loads, loaded, name)))
     for backend in loaded:
         report.backends[name] = backend
@@ -102,6 +104,7 @@ def _loads(loaded: list[Backend], name: str) -> Iterator[Finding]:
 
 def _placements(backend: Backend) -> list[Placement]:
     usable = (device for device in backend.info.devices if device.usable)
+    # Only usable devices are tried: a build for CUDA on a machine without a GPU is not a fault.
     return [Placement(backend, device.name, device.default_dtype) for device in usable]
 
 
@@ -113,6 +116,7 @@ def _check_config(path: Path, *, deep: bool) -> Iterator[Finding]:
     """Check a project's input and, with `deep`, also train its first steps."""
     prepared: list[Prepared] = []
     yield from guarded(str(path), partial(_prepares, path, prepared))
+    # The list is empty if the preparation failed. That finding is already in the report.
     for ready in prepared if deep else ():
         placement = Placements().resolve(ready.plans[0].backend)
         where = f"{path} on {placement.backend.name}, {placement.device}, {placement.dtype}"
@@ -125,6 +129,7 @@ def _prepares(path: Path, into: list[Prepared]) -> Iterator[Finding]:
     for note in prepared.notes:
         yield Finding("note", ok=True, detail=note.message)
     placements = Placements()
+    # Stages mostly share one backend section. Each is resolved once.
     for section in dict.fromkeys(plan.backend for plan in prepared.plans):
         yield Finding("backend", ok=True, detail=str(placements.resolve(section)))
     into.append(prepared)

@@ -60,6 +60,7 @@ def command(
     )
     show(result, as_json=as_json)
     unevaluated = [f"not evaluated: {problem}" for problem in result.not_evaluated]
+    # In JSON the figures themselves tell the other cautions.
     for caution in unevaluated if as_json else result.cautions():
         notice(caution, warning=True)
     return DataError.exit_code if unevaluated else 0

@@ -59,6 +59,7 @@ def command(
         backend=backend, device=device, model=model, on_notice=tell_notice,
     )  # fmt: skip
     console = Console()
+    # Side by side needs two answers and room for both. Pipes and narrow terminals get plain text.
     if not as_json and only is None and console.is_terminal and console.width >= WIDE:
         for answered in result.answers:
             console.print(side_by_side(answered))
@@ -72,6 +73,7 @@ def read_prompts(prompts: Sequence[str]) -> list[str]:
     """Return the prompts as text, with `-` read from standard input. Raise `DataError` for an empty one."""
     if prompts.count("-") > 1:
         raise click.UsageError("--prompt - reads standard input, which can be read once")
+    # The final line break of a pipe or a here-document is not part of the prompt.
     texts = [sys.stdin.read().strip() if prompt == "-" else prompt for prompt in prompts]
     if not all(text.strip() for text in texts):
         raise DataError("--prompt: is empty")

@@ -108,6 +108,7 @@ are here now are a sample: one old ferrywoman's voice. Replace them with your ow
 def command(*, folder: Path, model: str, backend: str, as_json: bool) -> None:
     """Make FOLDER with a configuration, sample data, and a README of what goes where."""
     target = folder.resolve()
+    # Refused before anything is written: existing files are never overwritten.
     _refuse_taken(folder)
     path = shlex.quote(str(folder))
     prompt = _first_prompt()
@@ -129,6 +130,7 @@ def config_text(model: str, backend: str = "auto") -> str:
     """Return mindprint.yaml with the settings that suit `model`."""
     tiny = model == TINY
     return CONFIG.format(
+        # JSON strings are valid YAML, and quote names that YAML would read as something else.
         model=json.dumps(model, ensure_ascii=False) if model != TINY else TINY,
         backend=json.dumps(backend) if backend != "auto" else backend,
         max_length=256 if tiny else 1024,
@@ -138,6 +140,7 @@ def config_text(model: str, backend: str = "auto") -> str:
 
 def _from(folder: Path, model: str) -> str:
     """Return a model folder relative to the new configuration, and any other name as it is."""
+    # Paths in a configuration start from its own folder, not from where the command ran.
     return os.path.relpath(Path(model).resolve(), folder) if Path(model).expanduser().is_dir() else model
 
 
@@ -151,6 +154,7 @@ def _refuse_taken(folder: Path) -> None:
 def _write(target: Path, texts: dict[str, str]) -> None:
     """Fill `target` whole or not at all. An empty folder stays the same folder, because a shell may be in it."""
     existed = target.is_dir()
+    # The files are made aside and moved when all are there, so that an error leaves no half project.
     with atomic.new_folder(target / STAGED if existed else target) as aside:
         (aside / "data").mkdir()
         for name in SAMPLE_FILES:

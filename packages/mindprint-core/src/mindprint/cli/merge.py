@@ -38,6 +38,7 @@ def command(
             adapter, out, verify=not no_verify, model=model, backend=backend, device=device, on_notice=tell_notice
         )
     except NotVerifiedError as error:
+        # In JSON the error alone is printed, because two documents on one stream could not be parsed.
         if error.verification is not None and not as_json:
             say(str(error.verification))
         raise

@@ -27,9 +27,11 @@ def command(*, old: Path, as_json: bool) -> None:
         raise ConfigError(f"{target}: exists already; move it away to have it written again")
     migration = migrate(_read(old))
     try:
+        # The result is checked before it is written, so that no file is left that cannot be loaded.
         make_config(migration.values, old.parent)
     except ConfigError as error:
         raise ConfigError(f"{old}: translates to settings that are refused: {error}") from error
+    # Unsorted, the sections keep the order in which they were translated.
     atomic.write_text(target, yaml.safe_dump(migration.values, sort_keys=False, allow_unicode=True))
     if as_json:
         emit({"config": str(target), "without_counterpart": list(migration.without_counterpart)})

@@ -11,6 +11,7 @@ from typing import Any
 
 from mindprint.errors import ConfigError
 
+# The old pipelines used the names of several trainers, hence several keys for the same setting.
 _STAGE = {
     "enabled": "enabled",
     "learning_rate": "learning_rate",

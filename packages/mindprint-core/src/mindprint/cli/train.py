@@ -18,6 +18,7 @@ from mindprint.printing import short_path
 from mindprint.runs.folder import Resume, RunFolder, newest_run
 from mindprint.runs.opened import sample_prompt
 
+# A longer prompt would wrap in the terminal, and could not be copied as one line.
 LONGEST_PROMPT = 100
 
 
@@ -64,6 +65,7 @@ def command(
     if backend:
         overrides.append(f"backend.type={backend}")
     if topics:
+        # JSON is valid YAML, so names with commas or colons survive the parsing of the setting.
         overrides.append(f"curriculum.topics={json.dumps(topics)}")
     if max_topics:
         overrides.append(f"curriculum.max_topics={max_topics}")
@@ -80,6 +82,7 @@ def command(
 def _with_resume_value(arguments: Sequence[str]) -> list[str]:
     result: list[str] = []
     for argument in arguments:
+        # click cannot know whether the word after `--resume` is its value or a project. Only `latest` is a value.
         if argument == "latest" and result and result[-1] == "--resume=last":
             result[-1] = "--resume=latest"
         else:
@@ -89,6 +92,7 @@ def _with_resume_value(arguments: Sequence[str]) -> list[str]:
 
 def project_and_overrides(words: Sequence[str]) -> tuple[Path, list[str]]:
     """Split the words into project and settings. The first is the project, unless it is a setting and not a file."""
+    # A folder may have an equals sign in its name, so an existing path wins over a setting.
     if not words or ("=" in words[0] and not Path(words[0]).exists()):
         return Path(), list(words)
     paths = [word for word in words[1:] if "=" not in word]
@@ -102,8 +106,10 @@ def _named_run(
 ) -> tuple[ConfigFile, Path | None]:
     """Return the configuration, and the run's folder where one is named. A run's folder names its configuration."""
     folder = RunFolder(path)
+    # A project that also holds a manifest is still a project: its configuration file decides.
     if (path / FILE_NAME).exists() or not folder.holds_run:
         return load_config(path, overrides), run
+    # Without --resume a run's folder lends its settings only, and the new run gets a new folder.
     if run is None and resumed:
         run = path
     return load_config(folder.config, overrides), run
@@ -120,6 +126,7 @@ def _project_or_run(result: TrainResult, path: Path, file: ConfigFile) -> str:
 def _prompt(file: ConfigFile) -> str:
     with suppress(MindprintError):
         prompt = sample_prompt(file)
+        # A prompt with control characters could change the terminal when the suggested line is shown.
         if prompt and len(prompt) <= LONGEST_PROMPT and prompt.isprintable():
             return shlex.quote(prompt)
     return '"…"'

@@ -29,6 +29,7 @@ def write_reports(run: RunFolder | Path) -> tuple[Path, Path]:
     folder = run.path if isinstance(run, RunFolder) else run
     document = contents(read_run(folder))
     markdown, page = folder / "report.md", folder / "report.html"
+    # Each file replaces the old one whole, so that a reader never sees half a report.
     atomic.write_text(markdown, as_markdown(document))
     atomic.write_text(page, as_page(document))
     return markdown, page

@@ -21,6 +21,7 @@ FEW_STOP = 0.5
 SUNK_REWARD = -1.0
 """Mean reward of the chosen answers in a stage's last steps. Below it DPO lowers the answers that it should raise."""
 
+# One step's reward is noisy, so the mean over the last ten is judged instead.
 LAST = 10
 
 
@@ -35,6 +36,7 @@ class Advice:
 def advice(record: RunRecord) -> tuple[Advice, ...]:
     """Return all advice on a run, the worst problem first."""
     figures = record.final.figures if record.final else Figures()
+    # The order is that of severity: what makes the other figures meaningless comes first.
     return (
         *_broken_steps(record),
         *_collapse(record),
@@ -51,10 +53,12 @@ def advice(record: RunRecord) -> tuple[Advice, ...]:
 
 def forgotten(record: RunRecord) -> tuple[Forgetting, ...]:
     """Return earlier topics whose voice, when last measured, was below its interval right after training."""
+    # A later evaluation of the same topic replaces the earlier one, because a dict keeps the last value of a key.
     latest = {earlier.topic: earlier for evaluation in record.evaluations or () for earlier in evaluation.earlier}
     return tuple(
         topic
         for topic in latest.values()
+        # Intervals that overlap could differ by chance, so only a gap between them counts as forgetting.
         if topic.voice_then and topic.voice_now and topic.voice_now.high < topic.voice_then.low
     )
 
@@ -67,6 +71,7 @@ def _broken_steps(record: RunRecord) -> Iterator[Advice]:
             "compute in float32 (backend.dtype=float32), or lower the stage's learning_rate and max_grad_norm",
         )
     skipped = sum(step.skipped for step in record.steps)
+    # Loss scaling skips a few steps by design while it looks for its scale. Only more than 5 % is a problem.
     if skipped > max(2, len(record.steps) // 20):
         yield Advice(
             f"{plural(skipped, 'step')} of {len(record.steps)} were skipped because float16 overflowed",
@@ -80,6 +85,7 @@ def _collapse(record: RunRecord) -> Iterator[Advice]:
             evaluation for evaluation in record.evaluations or () if evaluation.stage == stage and evaluation.collapse
         ]
         if collapses:
+            # Retries make one topic collapse several times. Its name is needed once.
             names = listed(list(dict.fromkeys(record.title(collapse.name) for collapse in collapses)))
             yield Advice(
                 f"the answers collapsed in {stage.upper()} of {names}: {'; '.join(collapses[0].collapse)}",
@@ -108,6 +114,7 @@ def _not_evaluated(record: RunRecord) -> Iterator[Advice]:
         )
         return
     for topic in record.topics:
+        # The final evaluation is preferred, because it measures the adapter that is used.
         found = record.at_the_end(topic) or record.trained(topic)
         if found is None or found.figures.voice is not None:
             continue
@@ -135,6 +142,7 @@ def _copying(record: RunRecord, figures: Figures) -> Iterator[Advice]:
     flagged = [("all topics together", flag) for flag in figures.flagged]
     flagged += [(record.title(topic), flag) for topic, flag in topic_flags(record)]
     for where, flag in flagged:
+        # The flags are sentences. The phrases below are the ones that `voice.copying` writes.
         if "recites" in flag:
             yield Advice(
                 f"{where}: {flag}; a high voice proves nothing in this case",
@@ -148,12 +156,14 @@ def _voice(figures: Figures) -> Iterator[Advice]:
     voice, base = figures.voice, figures.base_voice
     if voice is None:
         return
+    # The person repeats phrases too, so copying counts only above the person's own rate.
     copied = figures.copy_rate is not None and figures.copy_rate > (figures.person_copy_rate or 0.0) + ALLOWED
     if voice.high < LOW_VOICE and copied:
         yield Advice(
             f"the voice is low, {interval(voice)}, though {percent(figures.copy_rate)} of the words are copied",
             "it learned texts rather than a voice: fewer epochs, or more text",
         )
+    # On the run's scale the base model is 0 by definition, hence the default.
     elif voice.low <= (base.high if base else 0.0):
         yield Advice(
             f"the voice, {interval(voice)}, is not above the base model's by more than chance",
@@ -188,6 +198,7 @@ def _forgotten(record: RunRecord) -> Iterator[Advice]:
 def _answers(figures: Figures) -> Iterator[Advice]:
     if figures.stopped is not None and figures.stopped < FEW_STOP:
         yield Advice(
+            # An answer that does not end is often the fault of cut rows: their end token was removed with their tail.
             f"only {percent(figures.stopped)} of the answers end by themselves",
             "raise generation.max_new_tokens; if they still do not end, check that no row was cut at "
             "data.max_length, which takes away the end that it should learn",
@@ -202,11 +213,13 @@ def _answers(figures: Figures) -> Iterator[Advice]:
 
 
 def _preferences(record: RunRecord, figures: Figures) -> Iterator[Advice]:
+    # Chance is one half: a pair is either ranked right or wrong.
     if figures.reward_accuracy is not None and figures.reward_accuracy < 0.5:
         yield Advice(
             f"reward accuracy on held-out pairs is only {percent(figures.reward_accuracy)}",
             "check that chosen and rejected are not swapped in the data; if not, raise dpo.learning_rate or its steps",
         )
+    # Steps that were rolled back left no trace in the adapter, so they say nothing about its state.
     last = [step for step in record.steps if step.stage == "dpo" and not step.undone][-LAST:]
     chosen = finite(step.reward_chosen for step in last)
     if chosen and sum(chosen) / len(chosen) < SUNK_REWARD:

@@ -51,8 +51,11 @@ def _curves(comparison: Comparison) -> Iterator[Block]:
         stages = [stage for stage in comparison.stages if stage.stage == name]
         if not stages:
             continue
+        # The axis spans the whole stage, also where the first or last losses are not finite and thus not drawn.
         ends = (float(stages[0].first_step), float(stages[-1].first_step + len(stages[-1].losses[0]) - 1))
+        # A border lies between two steps, so that it never hides a point.
         borders = tuple(stage.first_step - 0.5 for stage in stages[1:])
+        # All topics share one chart. Its points are divided by steps, so that long topics keep their shape.
         share = MOST_POINTS / max(1, sum(len(stage.losses[0]) for stage in stages))
         losses = tuple(
             _line(stage, stage.losses[place], side.name, tone, share)
@@ -61,6 +64,7 @@ def _curves(comparison: Comparison) -> Iterator[Block]:
         )
         apart = tuple(_line(stage, _deviations(stage), "deviation", "second", share) for stage in stages)
         worst = max(stage.greatest for stage in stages)
+        # SVG scales need at least one finite value. A stage without any has no chart.
         if any(line.points for line in losses):
             both = "The losses of both runs. Where you see only one line, they are the same."
             yield _chart(f"{name.upper()} loss", both, losses, ends, borders)
@@ -92,6 +96,7 @@ def _answers(comparison: Comparison) -> Iterator[Block]:
         return
     same = sum(answer.identical for answer in comparison.answers)
     yield Paragraph(f"{same} of {len(comparison.answers)} are the same, word for word. Those that differ come first.")
+    # Sorting by a bool puts False first and is stable, so differing answers lead and keep their order.
     for answer in sorted(comparison.answers, key=lambda answer: answer.identical)[:MOST_ANSWERS]:
         texts = tuple((side.name, text) for side, text in zip(comparison.sides, answer.texts, strict=True))
         yield SideBySide(answer.prompt, "the same" if answer.identical else "not the same", texts)

@@ -138,8 +138,10 @@ def _not_proven(record: RunRecord) -> Iterator[str]:
         figures = final.figures
         if figures.voice and figures.voice.low <= (figures.base_voice.high if figures.base_voice else 0.0):
             yield "That the voice changed at all: its interval reaches that of the base model."
+        # Every figure that is missing is named, so that silence is never mistaken for a good result.
         for name, reason in figures.unmeasured.items():
             yield f"{name.replace('_', ' ').capitalize()}: {reason}."
+        # Zero pairs give no accuracy, so there is nothing to read as a hint.
         if 0 < figures.pairs < FEW_PAIRS:
             yield f"Reward accuracy: only {plural(figures.pairs, 'held-out pair')}, so read them as hints."
     unclear = [record.title(topic) for topic in record.topics if record.outcome(topic) == "not evaluated"]
@@ -152,12 +154,14 @@ def _learning(record: RunRecord) -> Iterator[Block]:
     if not record.steps:
         yield Paragraph("No step was taken.")
         return
+    # All stages are on the same x axis, so the borders and the span are those of the whole run.
     borders = boundaries(record)
     for stage in STAGES:
         label = f"{stage.upper()} loss"
         steps = [step for step in record.steps if step.stage == stage]
         lines = curves(record, stage, lambda step: step.loss, label, "first")
         if lines:
+            # The description is also all that the Markdown report shows of the chart.
             yield LineChart(label, _loss_described(steps, label), STEP, lines, _span(record), borders)
         elif steps:
             yield Paragraph(f"{label}: none of {len(steps)} steps had a finite loss.")
@@ -181,8 +185,10 @@ def _span(record: RunRecord) -> tuple[float, float]:
 
 
 def _stage_table(record: RunRecord) -> Table:
+    # A stage that the manifest does not plan has no backend on record, and gets a dash.
     backends = {(stage.topic, stage.stage): stage.backend for stage in record.stages}
     rows = []
+    # Neighbouring steps are grouped, not all equal ones: a retry or a roll-back starts a new row.
     for (topic, stage, attempt, undone), group in groupby(record.steps, key=lambda step: step.stretch):
         steps = list(group)
         rows.append(
@@ -224,6 +230,7 @@ def _has_dpo(record: RunRecord) -> bool:
 
 def _voice(record: RunRecord) -> Iterator[Block]:
     latest = [(topic, record.at_the_end(topic) or record.trained(topic)) for topic in record.topics]
+    # A missing file and a file without topic evaluations have different causes, so the reason is looked up.
     if record.evaluations is None or not any(one for _, one in latest):
         yield Paragraph(f"The voice of no topic was evaluated: {_no_evaluations(record)}")
         return
@@ -341,6 +348,7 @@ def _settings(record: RunRecord) -> Iterator[Block]:
 
 
 def _changed(config: Config) -> Iterator[tuple[str, str]]:
+    # Both sides are flattened to text in the same way, so comparing strings compares the settings.
     defaults = dict(flattened(Config().model_dump(mode="json")))
     for name, value in flattened(config.model_dump(mode="json")):
         if defaults.get(name) != value:
@@ -350,6 +358,7 @@ def _changed(config: Config) -> Iterator[tuple[str, str]]:
 def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield nested settings as `section.name` and the value as text."""
     for name, value in values.items():
+        # An empty section has no settings inside. It is kept as a value, so that it does not vanish from the table.
         if isinstance(value, Mapping) and value:
             yield from flattened(value, f"{prefix}{name}.")
         else:

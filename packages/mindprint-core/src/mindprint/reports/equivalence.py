@@ -106,11 +106,13 @@ def compare(first: RunRecord, other: RunRecord) -> Comparison:
     for record in (first, other):
         if not record.complete:
             raise RunError(f"{record.path}: is not complete; continue it with: mindprint train {record.path} --resume")
+    # Losses of different inputs differ for good reason, so they are refused before anything is compared.
     require_same(first, other)
     names = _names(first, other)
     sides = _side(first, names[0]), _side(other, names[1])
     stages, uneven = _stages(first, other)
     first_voice, other_voice = (side.voice for side in sides)
+    # A missing score is neither equal nor different. It is left out of the verdict, and the result names the reason.
     voice = None if first_voice is None or other_voice is None else other_voice.value - first_voice.value
     return Comparison(
         sides, stages, _adapters(first, other), _answers(first, other), voice,
@@ -120,6 +122,7 @@ def compare(first: RunRecord, other: RunRecord) -> Comparison:
 
 def require_same(first: RunRecord, other: RunRecord) -> None:
     """Raise `RunError` naming the inputs that differ: base, tokenizer, template, data, adapter or configuration."""
+    # The digests in the manifest are compared and not the paths: copies of the same data are the same input.
     ours, others = (dict(record.manifest.get("identity", {})) for record in (first, other))
     differing = [part for part in {**ours, **others} if ours.get(part) != others.get(part)]
     if differing:
@@ -132,6 +135,7 @@ def require_same(first: RunRecord, other: RunRecord) -> None:
 def _names(first: RunRecord, other: RunRecord) -> tuple[str, str]:
     """Return the backends' names, or the runs' paths where both used the same backend."""
     backends = _backend(first), _backend(other)
+    # Two columns with the same name could not be told apart.
     return backends if backends[0] != backends[1] else (str(first.path), str(other.path))
 
 
@@ -150,6 +154,7 @@ def _side(record: RunRecord, name: str) -> Side:
         backend=_backend(record),
         dtype=" and ".join(dict.fromkeys(stage.dtype for stage in record.stages)),
         costs=read_costs(record.path),
+        # The first steps include warm-up and compilation. The median ignores such outliers, and the mean does not.
         step_seconds={stage: median(found) for stage, found in seconds.items()},
         voice=figures.voice if figures else None,
         voice_missing="" if figures and figures.voice else why_missing(figures, "voice"),
@@ -162,6 +167,8 @@ def _stages(first: RunRecord, other: RunRecord) -> tuple[tuple[StageCurves, ...]
     curves, uneven, free = [], [], False
     for key, steps in ours.items():
         topic, stage, attempt, undone = key
+        # From the first DPO step on the trajectories run free and amplify rounding (see `tolerances`).
+        # All stages after it get the wider tolerance, SFT of later topics included.
         free = free or stage == "dpo"
         others = other_steps.get(key, [])
         if len(steps) != len(others):
@@ -183,8 +190,10 @@ def _by_stage(steps: Sequence[Step]) -> dict[Stretch, list[Step]]:
 
 def deviation(first: Sequence[float], other: Sequence[float]) -> float:
     """Return the greatest |a - b| / (1 + |a|) of two curves of one length, infinite if either is not finite."""
+    # The 1 in the denominator makes the measure absolute near zero, where a relative one would explode.
     worst = 0.0
     for a, b in zip(first, other, strict=True):
+        # NaN compares as False with everything, and would pass as agreement if it were not mapped to infinity.
         apart = abs(a - b) / (1 + abs(a)) if math.isfinite(a) and math.isfinite(b) else math.inf
         worst = max(worst, apart)
     return worst
@@ -199,6 +208,7 @@ def _losses(stages: Sequence[StageCurves]) -> list[str]:
 
 
 def _precision(sides: Sequence[Side]) -> list[str]:
+    # Reduced precision rounds by more than the tolerances allow, so agreement there would be luck.
     reduced = dict.fromkeys(side.dtype for side in sides if side.dtype != "float32")
     return [f"computed in {' and '.join(reduced)}: the tolerances hold for backend.dtype=float32"] if reduced else []
 
@@ -219,6 +229,8 @@ def adapter_difference(first: AdapterState, other: AdapterState) -> AdapterDiffe
     squares = norms = greatest = 0.0
     for site, factors in first.tensors.items():
         others = other.tensors[site]
+        # The products are compared and not A and B alone: different factors can have the same product.
+        # float64 keeps the rounding of this sum below the differences that it measures.
         change, changed = (
             state.config.scale(site) * (pair.b.astype(np.float64) @ pair.a.astype(np.float64))
             for state, pair in ((first, factors), (other, others))
@@ -226,6 +238,7 @@ def adapter_difference(first: AdapterState, other: AdapterState) -> AdapterDiffe
         squares += float(np.square(change - changed).sum())
         norms += float(np.square(change).sum())
         greatest = max(greatest, *(float(np.abs(a - b).max()) for a, b in zip(factors, others, strict=True)))
+    # An untrained first adapter has a norm of zero. Any difference from it is infinitely large, none is zero.
     relative = math.sqrt(squares / norms) if norms else (math.inf if squares else 0.0)
     return AdapterDifference(relative, greatest)
 
@@ -233,6 +246,7 @@ def adapter_difference(first: AdapterState, other: AdapterState) -> AdapterDiffe
 def _answers(first: RunRecord, other: RunRecord) -> tuple[Answers, ...] | None:
     if not first.answers or not other.answers:
         return None
+    # The same prompt may be in two topics, so the topic is part of the key.
     other_answers = {(answer.topic, answer.prompt): answer.tuned for answer in other.answers}
     return tuple(
         Answers(answer.prompt, (answer.tuned, other_answers[answer.topic, answer.prompt]))

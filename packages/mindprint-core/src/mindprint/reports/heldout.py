@@ -50,6 +50,7 @@ def _spread(answers: Sequence[AnswerRecord]) -> list[AnswerRecord]:
     for place, answer in enumerate(answers):
         places.append((turn[answer.topic], place))
         turn[answer.topic] += 1
+    # The inner sort picks by turn, the outer one restores the order in which the answers were written.
     return [answers[place] for place in sorted(place for _, place in sorted(places)[:MOST_ANSWERS])]
 
 
@@ -63,6 +64,7 @@ def _side_by_side(record: RunRecord, answer: AnswerRecord) -> SideBySide:
 def _clipped(text: str) -> str:
     more = len(text) - MOST_CHARACTERS
     shown = text if more <= 0 else f"{text[:MOST_CHARACTERS]} […, {more} more characters]"
+    # An empty quote would look like a fault of the report.
     return shown if shown.strip() else "(empty)"
 
 
@@ -107,6 +109,7 @@ def copying(record: RunRecord) -> Iterator[Block]:
     if not measured:
         yield Paragraph(f"Copying {MISSING}: {_why(record, 'copy_rate')}.")
         return
+    # The last row is the one over all topics, where a final evaluation exists.
     overall = measured[-1][1]
     if overall.longest_copy_text:
         yield Paragraph(

@@ -26,6 +26,7 @@ def as_markdown(document: Document) -> str:
 
 def escaped(text: str) -> str:
     """Return text on one line, escaped so that Markdown shows it as it is."""
+    # Line breaks are removed first: a table row or a heading ends at the first one.
     return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", " ".join(text.split()))
 
 
@@ -69,6 +70,7 @@ def _(block: SideBySide) -> str:
 def _sides(block: SideBySide) -> Iterator[str]:
     yield f"### {escaped(block.prompt)}\n\n{escaped(block.topic)}\n"
     for label, text in block.texts:
+        # Every line gets its mark, because an empty line without one would end the quote.
         quoted = "\n".join(f"> {escaped(line)}" for line in text.splitlines())
         yield f"{label}:\n\n{quoted}\n"
     if block.note:

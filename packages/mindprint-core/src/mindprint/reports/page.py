@@ -32,6 +32,7 @@ def as_page(document: Document) -> str:
     style = files("mindprint.reports").joinpath("page.css").read_text(encoding="utf-8")
     parts = "".join(f'<a href="#{_anchor(section)}">{escape(section.title)}</a>' for section in document.sections)
     sections = "".join(_section(section) for section in document.sections)
+    # The policy in the head forbids scripts and requests, so model output cannot act even if escaping had a hole.
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -92,6 +93,7 @@ def _(block: Table) -> str:
 
 
 def _cell(table: Table, place: int, text: str) -> str:
+    # Only a cell that is an outcome as a whole is coloured, and not every text that contains the word.
     shown = f'<b class="{_OUTCOMES[text]}">{escape(text)}</b>' if text in _OUTCOMES else escape(text)
     return f'<th scope="row">{shown}</th>' if place == 0 else f"<td{_aligned(table, place)}>{shown}</td>"
 

@@ -23,7 +23,9 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
         return [low]
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
+    # The factor 10 always fits, because the power was rounded down, so `next` never runs out.
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    # The small slack keeps a tick that floating point puts just outside of the range.
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(place * step, 10) for place in range(first, last + 1)]
 
@@ -73,6 +75,7 @@ class _Scale:
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
         self.low, self.high = low, high
         self._start = start
+        # A range without extent would divide by zero. Its only value then lies at the start.
         self._factor = (end - start) / ((high - low) or 1.0)
 
     def __call__(self, value: float) -> float:
@@ -81,6 +84,7 @@ class _Scale:
 
 def _room(low: float, high: float) -> tuple[float, float]:
     """Return the range with 5 % more at both ends."""
+    # A flat curve gets room in proportion to its height, and a flat curve at zero gets a fixed one.
     space = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
     return low - space, high + space
 
@@ -106,6 +110,7 @@ def _boundaries(places: Sequence[float], across: _Scale) -> Iterator[str]:
 def _stroke(line: Line, across: _Scale, up: _Scale) -> str:
     points = [(across(x), up(y)) for x, y in line.points]
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    # A path of one point draws nothing. A line to itself draws a dot, through its round ends.
     alone = f"L{points[0][0]:.1f} {points[0][1]:.1f}" if len(points) == 1 else ""
     return f'<path class="line {line.tone}" d="M{path}{alone}"/>'
 

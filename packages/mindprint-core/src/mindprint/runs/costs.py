@@ -59,6 +59,7 @@ def read_costs(run: Path) -> Costs | None:
         check_format(run / COSTS_FILE, content.get("format", 1), COSTS_FORMAT)
         return typed(Costs, content)
     except FileNotFoundError:
+        # Runs that `mindprint train` made have no costs file, which is not an error.
         return None
     except RunError:
         raise
@@ -77,5 +78,6 @@ def peak_bytes() -> int:
         for line in lines:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    # macOS counts in bytes, Linux in kibibytes.
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024

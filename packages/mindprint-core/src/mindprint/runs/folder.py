@@ -118,13 +118,16 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             # The kernel releases the lock when the process dies, however it dies: a run is never locked for good.
+            # A link that was planted under the lock's name must not make this process create a file elsewhere.
             handle = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise RunError(
                 f"{self.path}: cannot be written: {error.strerror}; choose another place with --run"
             ) from error
         try:
+            # Waiting could take hours, because a run holds its lock for as long as it trains.
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The folder may have been removed after the file was opened. A lock on a removed file excludes nobody.
             self._check_in_place(handle)
             yield
         except BlockingIOError:
@@ -225,6 +228,7 @@ def _append(file: Path, line: Mapping[str, Any]) -> None:
         # A link that somebody planted in the folder must not lead the lines elsewhere.
         handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         with os.fdopen(handle, "a", encoding="utf-8") as opened:
+            # The line is handed over whole, so a crash can cut off the last line only.
             opened.write(json.dumps(line) + "\n")
     except OSError as error:
         raise RunError(f"{file}: cannot be written: {error.strerror}") from error
@@ -242,6 +246,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
         try:
             lines.append(parse_json(line))
         except ValueError:
+            # A crash cuts off the last line. A resumed run does its step again.
             break
     return lines
 
@@ -301,6 +306,7 @@ def open_run(runs: Path, run: str | os.PathLike[str] | None, resume: Resume | No
         folder = RunFolder(path or target or parent)
         own = folder.path.lstat() if path is not None else None
         with folder.locked():
+            # Interrupts count too: a run that was stopped before its first checkpoint has nothing to resume.
             try:
                 yield folder
             except BaseException:
@@ -352,6 +358,7 @@ def _make_parents(folder: Path) -> Iterator[Path]:
 
 def _make_numbered(parent: Path) -> Path:
     """Make the next free `run-NNN`, exclusively: two runs that start at once get two numbers."""
+    # Another process may take the number between the look and the `mkdir`, so a taken one is tried again.
     while True:
         path = new_run_path(parent)
         try:
@@ -424,6 +431,7 @@ def portable(file: ConfigFile, run: Path) -> Config:
 
     def relative(entry: str) -> str:
         target = file.resolve(entry)
+        # A hub name or a file that is gone cannot be made relative. It is kept as the user wrote it.
         return os.path.relpath(target, run) if target.exists() else entry
 
     def relative_all(entries: str | list[str] | None) -> str | list[str] | None:

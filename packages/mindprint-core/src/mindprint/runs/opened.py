@@ -85,6 +85,7 @@ class OpenedAdapter:
             settings.max_new_tokens, self.tokenizer.stop_token_ids, settings.temperature, settings.top_p, seed
         )
         rendered = [render_prompt(prompt, self.tokenizer, self.config.data.format) for prompt in prompts]
+        # Ids beyond the embedding may fail late and unclearly in a framework, so they are refused here.
         check_token_ids(((f"prompt {n}", ids) for n, ids in enumerate(rendered, 1)), self.base, self.tokenizer)
         made = self.backend.generate(self.model, rendered, sampling, adapter=adapter)
         return tuple(Answer(self.tokenizer.decode(one.tokens.tolist()).strip(), one.stop_reason) for one in made)
@@ -114,12 +115,14 @@ def open_adapter(
         engine.inject(adapter)
         yield OpenedAdapter(located, base, tokenizer, placement, engine.model, adapter)
     finally:
+        # Also after a failed load: the backend may hold half a model by then.
         engine.release()
 
 
 def locate_adapter(path: str | PathLike[str]) -> Located:
     """Find the adapter that `path` means. Raises a `MindprintError` that says what would be one."""
     folder = Path(path)
+    # An adapter's own folder comes first. It may lie within a run, whose configuration it then uses.
     if (folder / ADAPTER_CONFIG_FILE).is_file():
         return Located(folder, _surrounding_config(folder))
     if (folder / FILE_NAME).is_file():
@@ -183,6 +186,7 @@ def _of_run(run: RunFolder) -> Located:
 
 def _newest_complete(project: Path) -> RunFolder:
     runs = project / "runs"
+    # The adapter folder alone is not enough: a run that was copied in part has no manifest to read.
     complete = [run for path in _entries(runs) if (run := RunFolder(path)).complete and run.holds_run]
     if complete:
         return max(complete, key=RunFolder.start_order)
@@ -199,6 +203,7 @@ def _entries(folder: Path) -> list[Path]:
 def _surrounding_config(adapter: Path) -> ConfigFile | None:
     """Return the configuration of the run that an adapter is in: as its result, or as one of its checkpoints."""
     absolute = adapter.resolve()
+    # A result lies in RUN/adapter and a checkpoint in RUN/checkpoints/N, so two levels are enough.
     for folder in absolute.parents[:2]:
         run = RunFolder(folder)
         if run.holds_run and run.config.is_file():
@@ -217,5 +222,6 @@ def placement_for(
     if dtype is not None:
         section = section.model_copy(update={"dtype": dtype})
     elif fits_in_float32(elements):
+        # float32 shows differences that reduced precision would hide.
         section = section.model_copy(update={"dtype": "float32"})
     return Placements().resolve(section)

@@ -91,6 +91,7 @@ class RunRecord:
     @cached_property
     def topics(self) -> tuple[str, ...]:
         """Return every topic of the run, in order of training."""
+        # The plan gives the order. A manifest without a plan leaves only the steps to tell the topics.
         return tuple(dict.fromkeys([*(stage.topic for stage in self.stages), *(step.topic for step in self.steps)]))
 
     @property
@@ -135,6 +136,7 @@ class RunRecord:
         return self.titles.get(name) or name
 
     def _last(self, wanted: Callable[[EvaluationRecord], bool]) -> EvaluationRecord | None:
+        # A retried topic is evaluated again. Its last evaluation is about the state that was kept.
         return next((record for record in reversed(self.evaluations or ()) if wanted(record)), None)
 
 
@@ -187,6 +189,7 @@ def _planned(file: Path, manifest: Mapping[str, Any]) -> tuple[PlannedStage, ...
 
 def _config(folder: RunFolder, broken: list[str]) -> Config | None:
     try:
+        # A report is still useful without the settings, so the problem is listed and does not end the reading.
         return load_config(folder.config).config
     except MindprintError as error:
         broken.append(str(error))
@@ -211,6 +214,7 @@ def _read(file: Path, parse: Callable[[Mapping[str, Any]], Record], broken: list
 
 def _text(file: Path) -> str:
     try:
+        # A bad byte must spoil its own line only, not the reading of the whole file.
         return read_bytes(file).decode(errors="replace")
     except OSError as error:
         raise RunError(f"{file}: cannot be read: {error.strerror}; restore it, or move it away") from error

@@ -184,6 +184,7 @@ class AnswerRecord:
 def evaluation_from(line: Mapping[str, Any]) -> EvaluationRecord:
     """Return an `EvaluationRecord` from its line as parsed. Raises `ValueError` if it is not one."""
     figures = _with_present_names(line.get("figures"), OLD_FIGURES)
+    # The reasons are keyed by the figures' names, so they need the same renaming.
     if isinstance(figures, dict) and "unmeasured" in figures:
         figures["unmeasured"] = _with_present_names(figures["unmeasured"], OLD_FIGURES)
     return typed(EvaluationRecord, {**line, "figures": figures})
