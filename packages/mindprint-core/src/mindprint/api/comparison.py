@@ -82,7 +82,7 @@ def check_backends(backends: Sequence[str]) -> tuple[str, str]:
 
 def _train_both(file: ConfigFile, backends: tuple[str, str], notices: Notices) -> tuple[Path, Path]:
     """Train one run after the other under `runs/compare-NNN/`, every stage of a run on the one backend."""
-    prepare(file)  # names what is wrong with the data before anything is trained
+    prepare(file)  # names faults of the data before anything is trained
     folder = _new_folder(file.folder / "runs")
     for name in backends:
         notices(f"training on {name}: {folder / name}")

@@ -59,7 +59,7 @@ class Failure:
         prefix = f"{PROGRAM}: " if self.exit_code == 130 else f"{PROGRAM}: error: "
         line = " ".join(self.message.splitlines())
         if len(line) > LONGEST_LINE:
-            # What is wrong comes first and the remedy last; what is long is a value that somebody wrote in between.
+            # The problem comes first and the remedy last. The long part is a value that somebody wrote in between.
             line = f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 4 :]}"
         return prefix + line
 

@@ -25,7 +25,7 @@ FIGURES: dict[str, Callable[[Figures], str]] = {
     "length": lambda one: number(one.length),
     "reward accuracy": lambda one: percent(one.reward_accuracy),
     "perplexity": lambda one: number(one.perplexity, 1),
-    # Without questions there is no share. A missing value would read as a failed measurement.
+    # Without questions a share is undefined. A missing value would read as a failed measurement.
     "key concepts": lambda one: percent(one.concept_coverage) if one.questions else "no quizzes",
 }
 
