@@ -78,8 +78,10 @@ class Watch:
         return (yield)
 
     @hookimpl(wrapper=True)
-    def mindprint_log_probs(self, batch: TokenBatch) -> Any:
-        if not self.steps:  # what comes after the steps is the fingerprint's probe, whose rows are not pairs
+    def mindprint_log_probs(self, batch: TokenBatch, adapter: bool) -> Any:
+        # The fingerprint's probe is read as well, and its rows are not pairs: by the base model before the steps, and
+        # with the adapter after them.
+        if adapter and not self.steps:
             self.references.add(batch.shared is not None)
         return (yield)
 
