@@ -41,6 +41,7 @@ class Examiner:
             split.train,
             config,
             extra=extra,
+            # A run evaluates itself many times, so the configuration can keep each evaluation short.
             most_per_topic=config.evaluation.prompts_per_topic,
             why_empty=split.nothing_held_out,
         )

@@ -31,6 +31,7 @@ from mindprint.yaml_files import parse_yaml
 CURRICULUM_FILE = "curriculum.yaml"
 
 
+# A misspelt key is an error: if it were ignored, the topics under it would be missing without a word.
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     id: str = Field(min_length=1)
@@ -79,6 +80,7 @@ class Outline:
         levels: tuple[tuple[Level, str | None], ...] = (("chapter", chapter_of(topic)), ("unit", unit_of(topic)))
         parts = []
         for level, name in levels:
+            # The slash keeps `unit-1` from taking the topics of `unit-10`.
             members = tuple(member for member in self.topics if name is not None and member.startswith(f"{name}/"))
             if members and members[-1] == topic:
                 parts.append(Part(level, str(name), members))
@@ -94,6 +96,7 @@ class Outline:
             for name in wanted:
                 if not any(_within(topic, name) for topic in self.topics):
                     raise DataError(f"topic {name!r} is in no row{_nearest(name, self.topics)}")
+            # Topics keep the order of the outline, whatever the order of `wanted`: the curriculum decides it.
             kept = tuple(topic for topic in self.topics if any(_within(topic, name) for name in wanted))
         return Outline(kept[:limit], self.titles, self.title)
 
@@ -106,6 +109,7 @@ class Outline:
 def chapter_of(topic: str) -> str | None:
     """Return the chapter's id, `unit/chapter`, of a topic whose id has three parts or more, else None."""
     head, _, _ = topic.rpartition("/")
+    # A head without a slash is a unit, and its topic is in no chapter.
     return head if "/" in head else None
 
 
@@ -151,6 +155,7 @@ def _path(file: ConfigFile) -> Path | None:
         return named
     if data.path is None:
         return None
+    # A file that the configuration names must exist. The one next to the data is optional.
     default = file.resolve(data.path) / CURRICULUM_FILE
     return default if default.is_file() else None
 
@@ -174,6 +179,7 @@ def _parsed(path: Path) -> _File:
 def _flattened(content: _File, path: Path) -> tuple[dict[str, None], dict[str, str]]:
     """Return topic ids in order, and titles by id."""
     titles: dict[str, str] = {}
+    # The keys of a dict are an ordered set: they keep the order of the file and find a repeated topic at once.
     ordered: dict[str, None] = {}
 
     def add(prefix: str, entries: Sequence[_Entry | str]) -> None:
@@ -201,6 +207,7 @@ def _add_title(titles: dict[str, str], prefix: str, entry: _Entry) -> str:
 
 
 def _within(topic: str, name: str) -> bool:
+    # An id may be written with a slash at its end, as a folder's name is.
     return topic == name or topic.startswith(f"{name.rstrip('/')}/")
 
 

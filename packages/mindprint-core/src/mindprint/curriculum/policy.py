@@ -35,10 +35,12 @@ def judged(thresholds: Thresholds, figures: Figures) -> tuple[Outcome, tuple[str
             unknown.append(f"{name}: {figures.unmeasured.get(figure, 'was not measured')}")
         elif value < limit if at_least else value > limit:
             missed.append(f"{name} {value:.2f}, {'at least' if at_least else 'at most'} {limit:g} wanted")
+    # A missed threshold decides the outcome, whatever was not measured.
     if missed:
         return "failed", (*missed, *unknown)
     if unknown:
         return "not evaluated", tuple(unknown)
+    # Without a threshold there is nothing to pass, so the outcome claims no more than a measurement.
     return ("passed" if thresholds.any_set else "measured"), ()
 
 
@@ -59,6 +61,8 @@ def _perplexity_ratio(figures: Figures) -> float | None:
     """Return the perplexity divided by the base model's, or None if either is missing or both are infinite."""
     if figures.perplexity is None or not figures.base_perplexity:
         return None
+    # Both perplexities are infinite if they are beyond a float. Their ratio is NaN, which would miss no threshold,
+    # because every comparison with NaN is false.
     ratio = figures.perplexity / figures.base_perplexity
     return None if math.isnan(ratio) else ratio
 
@@ -73,6 +77,7 @@ def collapsed(figures: Figures, tuned: Sequence[Generation], base: Sequence[Gene
     signs = []
     # A base model that never learned to answer, or to stop, behaves in the same way. Then it was not training.
     empty, base_empty = (_share(len(answer.tokens) == 0 for answer in answers) for answers in (tuned, base))
+    # An answer of whitespace or special tokens has tokens and no text. Only `figures.empty` counts it as empty.
     empty = max(empty, figures.empty or 0)
     if empty > MOSTLY >= base_empty:
         signs.append(f"{empty:.0%} of the answers are empty")
@@ -80,8 +85,11 @@ def collapsed(figures: Figures, tuned: Sequence[Generation], base: Sequence[Gene
     if repeated > MOSTLY >= base_repeated:
         signs.append(f"{repeated:.0%} of the answers are one repeated token")
     stopped, base_stopped = (_share(answer.stop_reason == "stop" for answer in answers) for answers in (tuned, base))
+    # Many answers are cut at the limit of tokens without being wrong. Only a base model that did stop shows that
+    # training lost the end of an answer.
     if base_stopped >= STOPS and stopped <= NEVER_STOPS:
         signs.append(f"the answers no longer stop by themselves ({stopped:.0%}; base model {base_stopped:.0%})")
+    # 0 is the base model's voice. The whole interval must be below it, or chance would look like damage.
     if figures.voice is not None and figures.voice.high < 0:
         signs.append(f"the voice is below the base model's: {figures.voice.value:.2f}")
     return tuple(signs)
@@ -103,6 +111,7 @@ def dpo_runs(settings: CurriculumConfig, figures: Figures | None) -> tuple[bool,
 
 def _is_one_token(answer: Generation) -> bool:
     tokens = answer.tokens.tolist()
+    # A short answer can repeat a token and be right.
     return len(tokens) >= LONG_ENOUGH and max(tokens.count(token) for token in set(tokens)) >= REPEATED * len(tokens)
 
 

@@ -49,6 +49,7 @@ Hashes = NDArray[np.uint64]
 
 def normalised(text: str) -> str:
     """Return text in NFKC without case, punctuation and runs of whitespace. Text that is all punctuation keeps it."""
+    # Case folding can leave text that is not in NFKC, so it is normalised again.
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(folded.translate(_WITHOUT_PUNCTUATION).split()) or " ".join(folded.split())
 
@@ -56,6 +57,7 @@ def normalised(text: str) -> str:
 def near_duplicate_groups(texts: Sequence[str]) -> Ints:
     """Return the group of each text, as the index of the group's first text: int64 `[texts]`."""
     plain = [normalised(text) for text in texts]
+    # Read backwards, so that the first appearance of a text is the one that the dict keeps.
     first = {text: index for index, text in reversed(list(enumerate(plain)))}
     places = {text: place for place, text in enumerate(dict.fromkeys(plain))}
     labels = _grouped(_Grams.of(list(places)))
@@ -108,11 +110,13 @@ class _Grams:
         """Return for each gram of `texts`, in order, which of `texts` has it, and its place in `flat`."""
         lengths = self.sizes[texts]
         owner = np.repeat(np.arange(len(texts)), lengths)
+        # The position in the whole, less the position at which the text starts, counts from 0 in each text.
         within = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return owner, self.starts[texts[owner]] + within
 
     def sketch(self) -> tuple[Hashes, Ints]:
         """Return at most `SKETCH` grams per text, and each text's start: the smallest hashes are a random choice."""
+        # Each set is sorted, so its first grams are those with the smallest hashes.
         kept = np.minimum(self.sizes, SKETCH)
         starts = np.cumsum(kept) - kept
         return self.flat[np.repeat(self.starts[:-1] - starts, kept) + np.arange(kept.sum())], starts
@@ -120,6 +124,7 @@ class _Grams:
 
 def _gram_set(text: str) -> Hashes:
     """Return 64-bit hashes of the 4-grams of a text with a space on either side, or of the whole if it is shorter."""
+    # Padding gives each text a gram: for an empty set `reduceat` in `_buckets` would read the next text's first gram.
     codes = np.frombuffer(f" {text} ".ljust(GRAM).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
     grams = codes[: len(codes) - GRAM + 1].copy()
     for offset in range(1, GRAM):
@@ -152,11 +157,15 @@ def _grouped(grams: _Grams) -> Ints:
 def _buckets(grams: _Grams) -> Iterator[tuple[Ints, Ints]]:
     """Yield for each band the texts that share their part of the signature, bucket by bucket, and the bucket sizes."""
     sketch, starts = grams.sketch()
+    # A fixed seed finds the same groups in the same data, so a split can be repeated.
     rng = np.random.default_rng(0)
     for _ in range(BANDS):
+        # Texts with different numbers are never near-duplicates, so the numbers are part of the bucket's key.
         keys = _mixed(grams.numbers.astype(np.uint64))
         for _ in range(ROWS):
             factor, offset = rng.integers(0, 2**64, 2, dtype=np.uint64)
+            # Multiplication by an odd number is invertible modulo 2^64, so this is a permutation of all hashes. The
+            # least permuted hash is one value of the MinHash signature (Broder 1997).
             keys = _mixed(keys + np.minimum.reduceat(sketch * (factor | np.uint64(1)) + offset, starts))
         _, bucket, counts = np.unique(keys, return_inverse=True, return_counts=True)
         order = np.argsort(bucket, kind="stable")
@@ -167,6 +176,7 @@ def _pairs_within(members: Ints, sizes: Ints) -> Ints:
     """Return all pairs of each bucket: int64 `[pairs, 2]`."""
     pairs = [np.zeros((0, 2), dtype=np.int64)]
     ends = np.cumsum(sizes)
+    # Buckets of one size are handled together: NumPy is called once for each size and not for each bucket.
     for size, group in groupby(sorted(zip(sizes.tolist(), ends.tolist(), strict=True)), key=lambda bucket: bucket[0]):
         rows = members[np.array([end for _, end in group])[:, None] - size + np.arange(size)]
         first, second = np.triu_indices(size, 1)
@@ -176,6 +186,7 @@ def _pairs_within(members: Ints, sizes: Ints) -> Ints:
 
 def _joined_if_near(grams: _Grams, pairs: Ints, labels: Ints) -> Ints:
     """Compare the pairs that are in different groups exactly, and join the groups of near-duplicates."""
+    # Groups are transitive, so a pair that earlier portions put in one group need not be compared any more.
     while len(pairs := pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]):
         now, pairs = pairs[:CHECKED_AT_ONCE], pairs[CHECKED_AT_ONCE:]
         labels = joined(labels, now[_near(grams, now)])
@@ -196,8 +207,10 @@ def _contains(grams: _Grams, texts: Ints, gram: Hashes) -> Bool:
     """Return whether each gram is in its text's set, by a bisection of all of them at once."""
     low, high = grams.starts[texts], grams.starts[texts + 1]
     end = high
+    # A bisection of n grams ends within as many steps as n has bits. The largest set decides for all.
     for _ in range(int(grams.sizes.max()).bit_length()):
         middle = (low + high) // 2
+        # A bisection that has ended can point past the last gram. Its index is clipped, and its value does not count.
         below = (middle < high) & (grams.flat[np.minimum(middle, len(grams.flat) - 1)] < gram)
         low, high = np.where(below, middle + 1, low), np.where(below, high, middle)
     there: Bool = (low < end) & (grams.flat[np.minimum(low, len(grams.flat) - 1)] == gram)
@@ -217,6 +230,8 @@ def _by_products(grams: _Grams, texts: Ints, labels: Ints) -> Ints:
     texts = texts[np.argsort(grams.sizes[texts], kind="stable")]
     sizes, numbers = grams.sizes[texts], grams.numbers[texts]
     kinds, column = np.unique(grams.flat, return_inverse=True)
+    # Grams that share a column can make a product too large and never too small. So no pair is missed, and those
+    # that are kept need the exact comparison.
     exact = len(kinds) <= COLUMNS
     for start in range(0, len(texts), BLOCK):
         rows = slice(start, start + BLOCK)
@@ -230,6 +245,7 @@ def _by_products(grams: _Grams, texts: Ints, labels: Ints) -> Ints:
             near &= numbers[rows, None] == numbers[None, those]
             near &= labels[texts[rows], None] != labels[None, texts[those]]
             pairs = np.argwhere(near) + np.array([start, other])
+            # The product is symmetric: below its diagonal each pair appears once, and no text is paired with itself.
             pairs = texts[pairs[pairs[:, 0] > pairs[:, 1]]]
             labels = joined(labels, pairs) if exact else _joined_if_near(grams, pairs, labels)
     return labels
@@ -238,6 +254,7 @@ def _by_products(grams: _Grams, texts: Ints, labels: Ints) -> Ints:
 def _matrix(grams: _Grams, column: Ints, texts: Ints) -> Float32:
     """Return the number of a text's grams in each column: float32 `[texts, COLUMNS]`. Products are whole numbers."""
     owner, places = grams.places(texts)
+    # If no column is shared, a product is at most `COLUMNS`. float32 holds whole numbers up to 2^24 exactly.
     cells = owner * COLUMNS + column[places] % COLUMNS
     return np.bincount(cells, minlength=len(texts) * COLUMNS).reshape(-1, COLUMNS).astype(np.float32)
 
@@ -247,7 +264,9 @@ def joined(labels: Ints, pairs: Ints) -> Ints:
     labels = labels.copy()
     while len(pairs := pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]):
         ends = np.sort(labels[pairs], axis=1)
+        # A label can be in several pairs. `minimum.at` keeps the least value, an assignment would keep the last.
         np.minimum.at(labels, ends[:, 1], ends[:, 0])
+        # Each label points to a smaller one of its group. Following the pointers ends at the group's first text.
         while (labels[labels] != labels).any():
             labels = labels[labels]
     return labels

@@ -23,6 +23,7 @@ _SHIFT = np.uint64(29)
 
 def characters(text: str) -> UInt64:
     """Return a symbol per character of the plain text, with a space before and after: uint64 `[characters + 2]`."""
+    # UTF-32 has one 32-bit number per character, so NumPy reads the text without a loop.
     return np.frombuffer(f" {plain(text)} ".encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
 
 
@@ -36,6 +37,7 @@ def grams(symbols: UInt64, lowest: int, highest: int) -> list[UInt64]:
     keys: list[UInt64] = []
     hashed = np.zeros(len(symbols), dtype=np.uint64)
     for n in range(1, highest + 1):
+        # Each order extends the n-grams of the order below, except the last, which has no symbol after it.
         hashed = _extended(hashed[: max(len(symbols) - n + 1, 0)], symbols[n - 1 :])
         if n >= lowest:
             keys.append(hashed)
@@ -52,9 +54,12 @@ def document_frequencies(documents: Sequence[UInt64], at_least: int, most: int) 
 
     Of more than `most` keys the most common are kept.
     """
+    # A key that a document has twice counts once: the frequency is of documents.
     keys, counts = np.unique(np.concatenate([np.unique(document) for document in documents]), return_counts=True)
     kept = np.flatnonzero(counts >= at_least)
     if len(kept) > most:
+        # The stable sort takes equally common keys in their own order, so the choice is the same on each platform.
+        # `lookup` bisects the vocabulary, hence the second sort.
         kept = np.sort(kept[np.argsort(-counts[kept], kind="stable")[:most]])
     return keys[kept], counts[kept]
 
@@ -70,6 +75,7 @@ def count_matrix(documents: Sequence[UInt64], vocabulary: UInt64) -> Float32:
 
 def lookup(vocabulary: UInt64, keys: UInt64) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Return the place of each key in the sorted vocabulary, and whether the vocabulary has it."""
+    # A key beyond the last one has no place. It gets the last place, and the comparison then rejects it.
     places = np.minimum(np.searchsorted(vocabulary, keys), max(len(vocabulary) - 1, 0))
     known = vocabulary[places] == keys if len(vocabulary) else np.zeros(len(keys), dtype=np.bool_)
     return places, known
@@ -83,4 +89,5 @@ def _extended(hashed: UInt64, symbols: UInt64) -> UInt64:
 
 
 def _symbol(token: str) -> int:
+    # Python's `hash` of a string differs from process to process.
     return int.from_bytes(blake2b(token.encode(), digest_size=8).digest(), "little")

@@ -25,19 +25,24 @@ _ALIKE = str.maketrans(
         "\u2026": "...",
         "\u2010": "-",
         "\u2011": "-",
+        # The soft hyphen and the zero-width space are invisible, and would split a word in two.
         "\u00ad": None,
         "\u200b": None,
         "_": None,
         "*": None,
     }
 )
+# Plain-text editions write a dash as two hyphens. The spaces around it differ from edition to edition too.
 _DASHES = re.compile(r"\s*(?:--+|[\u2012-\u2015])\s*")
+# `[^\W\d_]` is any letter of Unicode: `\w` without digits and the underscore. An apostrophe or a hyphen between
+# letters does not end a word. In a token a hyphen does, because it is counted as punctuation there.
 _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*|\d+")
 _TOKEN = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+|[^\w\s]")
 
 
 def plain(text: str) -> str:
     """Return text in NFC with straight quotes, one kind of dash, no emphasis marks and single spaces."""
+    # NFC comes first: a combining accent is not a letter to the patterns above, so it would end a word.
     text = unicodedata.normalize("NFC", text).translate(_ALIKE)
     return " ".join(_DASHES.sub(" -- ", text).split())
 
@@ -60,6 +65,7 @@ def word_count(texts: Sequence[str]) -> int:
 def passages(text: str, length: int) -> Iterator[str]:
     """Yield pieces of about `length` words. A rest shorter than half of that is part of the piece before it."""
     pieces = text.split()
+    # Adding 0.5 rounds halves up. Python's `round` would round them to the even number.
     count = max(1, int(len(pieces) / length + 0.5))
     for index in range(count):
         yield " ".join(pieces[index * length : (index + 1) * length if index + 1 < count else None])

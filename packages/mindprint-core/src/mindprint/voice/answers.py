@@ -24,7 +24,10 @@ def training_voice(rows: Rows) -> VoiceReference:
     completions = [text for row in rows.sft for text in _assistant_turns(row.completion)]
     chosen = [text for row in rows.preferences for text in _assistant_turns(row.chosen)]
     rejected = [text for row in rows.preferences for text in _assistant_turns(row.rejected)]
+    # A dict keeps the order of the rows. The order of a set of strings differs from process to process, and with it
+    # which passages are fitted.
     own = dict.fromkeys((*completions, *chosen))
+    # A rejected answer that is also the person's own would be an example of both sides.
     return VoiceReference(tuple(own), tuple(text for text in dict.fromkeys(rejected) if text not in own))
 
 

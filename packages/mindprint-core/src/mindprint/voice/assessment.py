@@ -86,6 +86,7 @@ def assess(
     """
     judge = fit_judge(reference, answers.base, answers.person, extra=extra, seed=seed)
     places = range(len(answers.topics))
+    # Topics share the scale of all prompts: a single topic has too little text to find the ends of a scale.
     by_topic = {topic: [i for i in places if answers.topics[i] == topic] for topic in dict.fromkeys(answers.topics)}
     return Assessment(
         judge.score_answers(answers.tuned, places),
@@ -111,6 +112,7 @@ def fit_judge(
     halves = 1 if reference.background or not base else 2
     scorers: list[VoiceScorer] = []
     for half in range(halves):
+        # Prompt i is in half i % 2, so a slice in steps of 2 is the other half.
         background = reference.background or tuple(base[1 - half :: 2])
         scorer = fit_scorer(replace(reference, background=background), extra=extra, seed=seed)
         if isinstance(scorer, NotScored):
@@ -119,6 +121,7 @@ def fit_judge(
     if not base:
         return Judge(reference, *sides, (), NotScored("there are no prompts"))
     places = range(len(base))
+    # A scale takes no fit from its scorer, only the kinds of measures and the seed. So either scorer can hold it.
     floor, ceiling = ((_decisions(scorers, texts, places), texts) for texts in sides)
     return Judge(reference, *sides, tuple(scorers), scorers[-1].scale(floor, ceiling))
 

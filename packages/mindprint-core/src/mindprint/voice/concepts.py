@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mindprint.text.words import words
 
+# `es` is before `s`, because `_stem` removes the first ending that fits.
 ENDINGS = ("'s", "ing", "ed", "es", "s", "e")
 """English endings that are ignored if three letters or more come before them."""
 
@@ -31,6 +32,7 @@ def coverage(answer: str, concepts: Sequence[str]) -> Coverage:
     (`turning` for `turns`, `harbours` for `harbour`). An answer can mention a concept and still be wrong about it.
     Raises `ValueError` for no concepts, or for one without a word.
     """
+    # A concept without a word would be mentioned by any answer: the empty set is a subset of every set.
     if not concepts or not all(words(way) for concept in concepts for way in concept.split("|")):
         raise ValueError("key concepts: give at least one, each with a word")
     spoken = {_stem(word) for word in words(answer)}
@@ -44,5 +46,6 @@ def coverage(answer: str, concepts: Sequence[str]) -> Coverage:
 
 
 def _stem(word: str) -> str:
+    # Without the limit of three letters `sing` would lose its `ing`, and `red` would become `r`.
     ending = next((end for end in ENDINGS if word.endswith(end) and len(word) - len(end) >= 3), "")
     return word.removesuffix(ending)

@@ -111,8 +111,10 @@ class TrainingText:
 
     def __init__(self, texts: Sequence[Sequence[str]]) -> None:
         self._next: list[dict[str, int]] = [{}]
+        # The root has no suffix. Its link of -1 ends the walks along the links when a word is added.
         self._link, self._length, self._text = [-1], [0], [-1]
         for index, text in enumerate(texts):
+            # Each text starts at the root, so that no run of words crosses from one text to the next.
             last = 0
             for word in text:
                 last = self._extended(last, word, index)
@@ -136,6 +138,8 @@ class TrainingText:
         if known is not None:
             return known if self._length[known] == self._length[last] + 1 else self._split(last, word, known)
         state = self._added({}, 0, self._length[last] + 1, index)
+        # The suffixes that lack this word are followed by it only here, so all of them lead to the new state. The first
+        # that has the word decides the new state's link.
         while last >= 0 and word not in self._next[last]:
             self._next[last][word] = state
             last = self._link[last]
@@ -148,6 +152,8 @@ class TrainingText:
     def _split(self, last: int, word: str, target: int) -> int:
         """Copy `target` for the runs that are one word longer than `last`'s, and return the copy."""
         length = self._length[last] + 1
+        # The shorter runs of `target` now end in one place more than its longer runs. A state has one set of places, so
+        # the shorter runs need another.
         copy = self._added(dict(self._next[target]), self._link[target], length, self._text[target])
         self._link[target] = copy
         while last >= 0 and self._next[last].get(word) == target:
@@ -182,6 +188,7 @@ def _overlaps(training: TrainingText, answers: Sequence[Sequence[str]]) -> _Over
             end = next(place for place, (length, _) in enumerate(ends) if length == most)
             longest = Overlap(most, " ".join(answer[end + 1 - most : end + 1]), index, ends[end][1])
         copied += _covered(length for length, _ in ends)
+        # A greeting can be most of a short answer by chance, so the overlap must have `N` words as well.
         recited += most >= max(N, RECITED * len(answer))
     return _Overlaps(longest, copied / sum(len(answer) for answer in answers), recited / len(answers))
 
@@ -232,11 +239,13 @@ def _bleu(
         if not own:
             break
         clipped = sum(min(count, _of_others(greatest[gram], index)) for gram, count in own.items())
+        # The geometric mean is 0 if one precision is. No smoothing is applied.
         if not clipped:
             return 0.0
         logs.append(math.log(clipped / own.total()))
     length = len(answers[index])
     others = (len(answer) for other, answer in enumerate(answers) if other != index)
+    # Of two lengths that are equally near the shorter is taken, so that the order of the answers does not matter.
     nearest = min(others, key=lambda other: (abs(other - length), other))
     return math.exp(sum(logs) / len(logs) + min(0.0, 1 - nearest / length))
 
@@ -257,6 +266,7 @@ def _two_greatest(counts: Sequence[Counter[Gram]]) -> dict[Gram, Greatest]:
 
 
 def _ngrams(words: Sequence[str], n: int) -> Iterator[Gram]:
+    # The slices get shorter by a word each, and the last n-gram is where the shortest ends.
     return zip(*(words[start:] for start in range(n)), strict=False)
 
 

@@ -61,7 +61,9 @@ class Embeddings:
 
     def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:
         """Compute the centres of both sides. Raises `ScorerError` if the model cannot be loaded."""
+        # The mean of unit vectors is short where texts differ widely. At length 1 both centres have the same weight.
         centres = [self._unit(self._embedded(side).mean(axis=0, keepdims=True))[0] for side in (own, background)]
+        # The product is linear: one product with the difference is the difference of the two cosines.
         towards = centres[0] - centres[1]
 
         def decide(texts: Sequence[str]) -> Float64:
@@ -79,11 +81,13 @@ class Embeddings:
 
     @staticmethod
     def _unit(vectors: Float64) -> Float64:
+        # A vector of zeros must stay one: dividing by its length would give NaN.
         unit: Float64 = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return unit
 
     @cached_property
     def _encoder(self) -> Encoder:
+        # The measure is fitted once for each fold and once on all texts, so the model is kept after its first use.
         try:
             library: Any = import_module("sentence_transformers")
         except ImportError as error:

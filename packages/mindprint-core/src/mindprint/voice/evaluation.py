@@ -162,6 +162,7 @@ class Evaluator:
         # Prompts and questions are generated in one call, so that a backend can batch them together.
         asked = [*(self._prompts[place].prompt for place in prompts), *(self._questions[q].question for q in questions)]
         tuned = self._answer(asked, adapter=True)
+        # Answers are kept by the place of their prompt, because the base model's answers and the judge use it too.
         prompt_answers = dict(zip(prompts, tuned[: len(prompts)], strict=True))
         question_answers = dict(zip(questions, tuned[len(prompts) :], strict=True))
         pairs, texts = self._read_pairs(topics), self._read_texts(topics)
@@ -170,6 +171,8 @@ class Evaluator:
 
         def figures_of(named: Sequence[str], topic: str | None) -> Figures:
             chosen = {place: answer for place, answer in prompt_answers.items() if self._prompts[place].topic in named}
+            # The voice needs the count of prompts, and texts give a perplexity only where pairs gave none. So the order
+            # of these calls matters.
             figures = _with_answers(Figures(), list(chosen.values()))
             figures = _with_voice(figures, _part(voice, topic), self._why_no_answers(named, answers=answers))
             figures = _with_pairs(figures, _part(pairs, topic))
@@ -203,16 +206,20 @@ class Evaluator:
     @cached_property
     def _base_answers(self) -> tuple[GeneratedAnswer, ...]:
         """Return the base model's answers to all prompts, then to all questions."""
+        # The base model never changes, so it answers everything once, whichever topics are evaluated first.
         asked = [*(prompt.prompt for prompt in self._prompts), *(question.question for question in self._questions)]
         return self._answer(asked, adapter=False)
 
     @cached_property
     def _judge(self) -> Judge:
+        # All prompts calibrate the scale, also those of other topics. So all evaluations of a run have one scale.
         base = [answer.text for answer in self._base_answers[: len(self._prompts)]]
         person = [prompt.person for prompt in self._prompts]
         return fit_judge(self._reference, base, person, extra=self._extra, seed=self._config.seed)
 
     def _score_voice(self, topics: Sequence[str], answers: Mapping[int, GeneratedAnswer]) -> Assessment | None:
+        # If every prompt was dropped as trained, the assessment is made nevertheless. Its scores then say why there is
+        # no number.
         if not answers and (self._prompts or not self._dropped):
             return None
 
@@ -301,6 +308,7 @@ class Evaluator:
 PartT_co = TypeVar("PartT_co", covariant=True)
 
 
+# `Assessment`, `ByTopic` and `QuizEvaluation` have these two properties in common, and no base class.
 class _Divided(Protocol[PartT_co]):
     @property
     def overall(self) -> PartT_co: ...
@@ -388,6 +396,7 @@ def _with_quiz(figures: Figures, quiz: ConceptCoverage | None, why_none: str | N
     figures = replace(figures, questions=quiz.questions)
     if isinstance(quiz.tuned, NotScored):
         return _unmeasured(figures, quiz.tuned.reason, "concept_coverage")
+    # The base model's coverage is only shown for comparison, so it needs no reason where it is missing.
     base = None if isinstance(quiz.base, NotScored) else quiz.base
     return replace(figures, concept_coverage=quiz.tuned, base_concept_coverage=base)
 

@@ -46,6 +46,7 @@ def read_scored(located: Located, heldout: Path | None = None) -> Scored:
     quizzes = read_quizzes(located.config)
     split = split_rows(read_rows(located.config), quizzes, located.config.config.data)
     held_out, notes = _candidates(located.config, split, heldout)
+    # A split of today's data can differ from the run's. Only the run's own record tells which prompts were trained.
     known, dropped = _untrained(located.config, held_out)
     file = _with_heldout(located.config, heldout)
     return Scored(file, known, split.train, quizzes.problems, (*notes, *_left_out(dropped)), split.nothing_held_out())
@@ -54,6 +55,8 @@ def read_scored(located: Located, heldout: Path | None = None) -> Scored:
 def _with_heldout(file: ConfigFile, heldout: Path | None) -> ConfigFile:
     if heldout is None:
         return file
+    # Paths of a configuration are relative to its folder. This path is from the command line, and so relative to the
+    # working directory.
     data = file.config.data.model_copy(update={"heldout": [str(heldout.resolve())]})
     changed = file.config.model_copy(update={"data": data})
     return ConfigFile(changed, file.folder, str(heldout), records=file.records)
@@ -64,6 +67,7 @@ def _candidates(file: ConfigFile, split: Split, heldout: Path | None) -> tuple[H
     if heldout is None:
         return split.held_out, ()
     pairs = read_heldout(_with_heldout(file, heldout)).heldout
+    # The file need not come from this data, so the split never kept its rows apart from the training rows.
     near = nearly_trained(pairs, split.train, file.config.data)
     kept = tuple(row for row, trained in zip(pairs, near, strict=True) if not trained)
     count = len(pairs) - len(kept)
@@ -76,6 +80,7 @@ def _untrained(file: ConfigFile, held_out: HeldOut) -> tuple[HeldOut, int]:
     trained = RunFolder(file.folder).trained_prompts()
 
     def new(prompts: Sequence[Text]) -> bool:
+        # A conversation has several prompts. If one of them was trained, the row is not new.
         return trained.isdisjoint(prompt_hash(prompt) for prompt in prompts)
 
     kept = replace(

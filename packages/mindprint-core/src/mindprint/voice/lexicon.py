@@ -19,6 +19,7 @@ from mindprint.errors import ConfigError
 from mindprint.hookspecs import hookimpl
 from mindprint.text.words import plain, words
 
+# Contractions are listed whole, because `words` does not split a word at an apostrophe.
 NEGATIONS = frozenset(
     [
         "not",
@@ -53,6 +54,7 @@ REACH = 4
 LINKS = frozenset(["is", "are", "was", "were", "be", "means", "mean", "equals", "called"])
 """Words by which a clause says that one thing is another."""
 
+# `plain` writes every dash as two hyphens. `but` begins a clause too: a negation before it does not reach beyond it.
 _CLAUSE = re.compile(r"[.!?;:,()\"]|--|\bbut\b", re.IGNORECASE)
 
 
@@ -68,6 +70,7 @@ class LexiconConfig(Section):
     def _words(cls, phrases: list[str]) -> list[str]:
         if empty := [phrase for phrase in phrases if not words(phrase)]:
             raise ValueError(f"{empty[0]!r} has no word")
+        # Clauses are searched one by one, so a phrase with such a sign in it would never be found.
         if cut := [phrase for phrase in phrases if _CLAUSE.search(plain(phrase))]:
             raise ValueError(f"{cut[0]!r} spans clauses: give each part as a phrase")
         return phrases
@@ -128,6 +131,7 @@ class Lexicon:
     def _rate(self, text: str) -> float:
         finding = self.find(text)
         balance = len(finding.wanted) - len(finding.unwanted) - len(finding.confused)
+        # An answer without a word has nothing to count. Dividing by 1 gives it 0.
         return 100 * balance / max(len(words(text)), 1)
 
 
@@ -147,6 +151,7 @@ def mindprint_scorers(settings: Mapping[str, object]) -> Sequence[Measure]:
 def _used(phrase: Sequence[str], clause: Sequence[str]) -> Iterator[int]:
     """Yield the places of a phrase in a clause that have no negation before them."""
     for start in _places(phrase, clause):
+        # The words of the phrase itself are not searched, so that `never you` does not negate itself.
         if NEGATIONS.isdisjoint(clause[max(0, start - REACH) : start]):
             yield start
 
@@ -163,6 +168,8 @@ def _confused(first: Sequence[str], second: Sequence[str], clause: Sequence[str]
             for end in _places(predicate, clause):
                 between = clause[start + len(subject) : end]
                 denied = not NEGATIONS.isdisjoint([*clause[max(0, start - REACH) : start], *between])
+                # The slice is empty if the phrases overlap or come in the other order. Phrases that are far apart are
+                # more likely to be about different things.
                 if 0 < len(between) <= REACH and not LINKS.isdisjoint(between) and not denied:
                     return True
     return False

@@ -65,6 +65,7 @@ class Tfidf:
 
     def __call__(self, counts: Float32, /) -> Float32:
         rows, there = np.zeros_like(counts), counts > 0
+        # The logarithm of 0 is -inf, so absent n-grams are left at 0.
         rows[there] = 1 + np.log(counts[there])
         return unit_rows(rows * self.idf)
 
@@ -88,6 +89,8 @@ class ZScores:
         """Return the scores for the counts of the fitted texts. `root` takes Hellinger's roots first."""
         rows = hellinger(counts) if root else relative(counts)
         deviation = rows.std(axis=0)
+        # A feature that never varies among the fitted texts has a deviation of 0. Divided by 1 it scores 0 on them
+        # instead of NaN.
         return cls(rows.mean(axis=0), np.where(deviation > 0, deviation, 1).astype(np.float32), root)
 
     def __call__(self, counts: Float32, /) -> Float32:
@@ -133,6 +136,7 @@ class RidgeMeasure:
     def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:
         """Fit on the person's texts against the background's."""
         documents = self.ngrams.of([*own, *background])
+        # An n-gram of one passage only can be learned by heart, and tells nothing about any other passage.
         vocabulary, frequencies = document_frequencies(documents, 2, VOCABULARY)
         counts = count_matrix(documents, vocabulary)
         rows = _features(self.features, counts, frequencies)
@@ -171,16 +175,22 @@ def ridge(rows: Float32, labels: Float64, penalty: float = RIDGE) -> Ridge:
     `y_i − α_i / (M⁻¹)_ii` (Cawley & Talbot 2007, eq. 8), so no second fit is needed.
     """
     share = np.where(labels > 0, 0.5 / (labels > 0).sum(), 0.5 / (labels < 0).sum())
+    # The rows are float32 to save memory. The system is small, and its inverse needs the digits of float64.
     kernel = (rows @ rows.T).astype(np.float64)
     # The mean of |x_i − x̄|², from inner products alone.
     spread = float(np.mean(np.diag(kernel) - 2 * kernel @ share + share @ kernel @ share))
     size = len(labels)
+    # The system is [[0, 1ᵀ], [1, K + D]] · [bias, α] = [0, y]. Its first row says that the α sum to 0.
     system = np.ones((size + 1, size + 1))
     system[0, 0] = 0
+    # The weight of a row is size · share, which is 1 on average. It divides the penalty, so that errors on the smaller
+    # class cost more. Rows that are all equal have no spread, and without any penalty the system would be singular.
     system[1:, 1:] = kernel + np.diag(penalty * max(spread, 1e-12) / (size * share))
+    # The decisions without a row need the diagonal of the inverse, so `solve` would not be enough.
     inverse = np.linalg.inv(system)
     bias, *others = inverse @ np.concatenate([[0.0], labels])
     alphas = np.array(others)
+    # The weights w = Σ α_i x_i make a decision one product, and the fitted rows need not be kept.
     return Ridge((alphas @ rows).astype(np.float32), float(bias), labels - alphas / np.diag(inverse)[1:])
 
 
@@ -192,6 +202,7 @@ def _features(kind: str, counts: Float32, frequencies: NDArray[np.int64]) -> Row
 
 def _parts(texts: Sequence[str], size: int = 200) -> Sequence[Sequence[str]]:
     """Split texts into small parts: the counts of a thousand answers at once would take gigabytes."""
+    # One empty part for no texts, because NumPy cannot concatenate an empty list.
     return [texts[start : start + size] for start in range(0, len(texts), size)] or [[]]
 
 
@@ -230,9 +241,11 @@ class CharacterModel:
         for n, level in enumerate(self.orders):
             contexts, keys = _with_contexts(symbols, n, order)
             place, known = lookup(level.contexts, contexts)
+            # `lookup` returns a place for unknown keys too. The product with `known` makes their counts 0.
             total, kinds = level.totals[place] * known, level.kinds[place] * known
             place, seen = lookup(level.keys, keys)
             count = level.counts[place] * seen
+            # A context that was never seen says nothing, so the probability of the order below stays.
             p = np.where(known, (count + kinds * p) / np.maximum(total + kinds, 1), p)
         return float(np.log(p).mean())
 
@@ -244,10 +257,12 @@ def _padded(text: str, order: int) -> UInt64:
 
 def _with_contexts(symbols: UInt64, n: int, order: int) -> tuple[UInt64, UInt64]:
     """Return for each character after the padding the key of the `n` before it, and the key of those with it."""
+    # Each order starts at its own context's first character, so that every order has one entry per character.
     length = len(symbols) - order
     keys = grams(symbols[order - n :], n + 1, n + 1)[0]
     if n == 0:
         return np.zeros(length, dtype=np.uint64), keys
+    # The last n-gram would be the context of a character after the end of the text.
     return grams(symbols[order - n :], n, n)[0][:length], keys
 
 
@@ -255,6 +270,8 @@ def _order(texts: Sequence[UInt64], n: int, order: int) -> _Order:
     parts = [_with_contexts(symbols, n, order) for symbols in texts]
     contexts, keys = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
     unique, first, counts = np.unique(keys, return_index=True, return_counts=True)
+    # Each different key is one kind of symbol after its context. So the keys of a context count its kinds, and their
+    # counts add up to its total.
     heads, inverse = np.unique(contexts[first], return_inverse=True)
     totals = np.bincount(inverse, weights=counts).astype(np.int64)
     return _Order(unique, counts, heads, totals, np.bincount(inverse))
@@ -262,7 +279,7 @@ def _order(texts: Sequence[UInt64], n: int, order: int) -> _Order:
 
 @dataclass(frozen=True)
 class Surprise:
-    """How much less a text surprises a model of the person than one of the background, in nats per character."""
+    """The surprise of a text under a model of the background less that under the person's, in nats per character."""
 
     name: str = "surprise"
 
@@ -324,6 +341,7 @@ class CosineDelta:
 @cache
 def measures() -> tuple[Measure, ...]:
     """Return the measures of a voice score."""
+    # Cached, because `scoring` recognises the built-in measures by identity.
     return (
         RidgeMeasure("characters", _NGrams("characters", 1, 5), "tfidf"),
         RidgeMeasure("words", _NGrams("words", 1, 2), "hellinger"),

@@ -52,7 +52,7 @@ class PairFigures:
 
     @property
     def few(self) -> bool:
-        """Whether there are too few pairs to take the accuracies for more than hints."""
+        """Return whether there are too few pairs to take the accuracies for more than hints."""
         return self.pairs < FEW_PAIRS
 
 
@@ -100,6 +100,7 @@ def measure_texts(base: Float64, tuned: Float64, examples: Sequence[SftExample])
     tokens = np.array([int(example.loss_mask.sum()) for example in examples])
 
     def text_figures(rows: Bool) -> TextFigures:
+        # One perplexity over all tokens: a mean over texts would give a short text the weight of a long one.
         count = int(tokens[rows].sum())
         base_perplexity, tuned_perplexity = (perplexity(float(sums[rows].sum()), count) for sums in (base, tuned))
         return TextFigures(int(rows.sum()), count, base_perplexity, tuned_perplexity)
@@ -111,12 +112,14 @@ def pair_figures(base: CompletionSums, tuned: CompletionSums, tokens: Completion
     """Return the figures of the pairs that the mask `rows`, `[pairs]`, selects."""
     base, tuned = base.select(rows), tuned.select(rows)
     counts = CompletionTokens(tokens.chosen[rows], tokens.rejected[rows])
+    # The factor beta is positive. It would scale a margin and could not change its sign.
     margins = (tuned.chosen - base.chosen) - (tuned.rejected - base.rejected)
     return PairFigures(
         pairs=int(rows.sum()),
         tokens=int(counts.chosen.sum()),
         base=_model_figures(base, counts),
         tuned=_model_figures(tuned, counts),
+        # A tie is a miss, so an adapter that changes nothing has an accuracy of 0 and not of 1.
         reward_accuracy=float((margins > 0).mean()),
         reward_margin=float(margins.mean()),
     )
@@ -126,6 +129,7 @@ def perplexity(log_prob: float, tokens: int) -> float:
     """Return exp(−Σ log p / tokens), infinite where that is beyond a float."""
     try:
         return math.exp(-log_prob / tokens)
+    # `math.exp` raises beyond e^709. A model that training broke must still get its figures.
     except OverflowError:
         return math.inf
 

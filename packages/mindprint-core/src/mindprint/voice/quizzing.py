@@ -72,6 +72,7 @@ def _mean_coverage(answers: Sequence[QuizAnswer]) -> ConceptCoverage:
 
 
 def _mean_share(texts: Sequence[str], shares: Sequence[float | None]) -> float | NotScored:
+    # A question without key concepts has no share. Counting it as 0 would lower the mean of both models.
     known = [share for share in shares if share is not None]
     if not known:
         return NotScored("no question has key concepts")

@@ -64,7 +64,7 @@ class NotScored:
 
 @dataclass(frozen=True)
 class VoiceScore:
-    """How much of the person's voice is in some texts.
+    """The score of some texts: how much of the person's voice is in them.
 
     `value` is 0 at the floor and 1 at the ceiling. `low` and `high` are its 95 % bootstrap interval over texts, where
     floor and ceiling are drawn again too. `words` and `texts` were scored. `empty` of the texts have no word and count
@@ -98,6 +98,7 @@ def fit_scorer(
         count = word_count(texts)
         if count < MIN_FITTED_WORDS:
             return NotScored(f"{count:,} words {whose}: {MIN_FITTED_WORDS} are needed to fit a voice", count)
+    # Frequencies vary more in a short text. So texts to fit and texts to score are cut to the same length.
     length = passage_words or _passage_length(reference)
     own, background = (_spread(_cut(texts, length)) for texts in (reference.own, reference.background))
     for whose, pieces in (("the person's training text", own), ("the background", background)):
@@ -151,10 +152,12 @@ class VoiceScorer:
         decisions = np.full((len(self.fitted), len(texts)), np.nan)
         if not flat:
             return decisions
+        # Each measure sees all passages in one call, so that an embedding model can work in batches.
         decided = np.stack([measure(flat) for measure in self.fitted])
         starts = np.cumsum([0, *(len(part) for part in pieces)])
         for index, (start, end) in enumerate(pairwise(starts)):
             if end > start:
+                # A long text has more passages and the same weight, because the bootstrap draws texts.
                 decisions[:, index] = decided[:, start:end].mean(axis=1)
         return decisions
 
@@ -178,6 +181,7 @@ class VoiceScorer:
             count = MIN_SCORED_WORDS if texts is None else word_count(texts)
             if count < MIN_SCORED_WORDS:
                 return NotScored(f"{whose} has {count} words: {MIN_SCORED_WORDS} are needed", count)
+        # All measures are NaN for the same texts, those without a word, so the first measure shows which.
         scale = Scale(self, *(found[:, ~np.isnan(found[0])] for found, _ in (floor, ceiling)))
         low, high = scale.drawn_ends()
         # The ceiling must be above the floor in 97.5 % of the draws: else a score would divide by chance.
@@ -218,6 +222,7 @@ class Scale:
         if count < MIN_SCORED_WORDS:
             return NotScored(f"{count} words in {len(texts)} answers: {MIN_SCORED_WORDS} are needed", count)
         floor, ceiling = self.floor.mean(axis=1, keepdims=True), self.ceiling.mean(axis=1, keepdims=True)
+        # Without empty answers the mean would reward a model that is silent wherever its voice fails.
         found = np.where(empty, floor, found)
         shares = (found - floor).mean(axis=1) / _away_from_zero((ceiling - floor)[:, 0])
         draws = self._drawn_values(found, empty)
@@ -233,6 +238,7 @@ class Scale:
 
     def drawn_ends(self) -> tuple[Float64, Float64]:
         """Return bootstrap means of floor and ceiling, `[RESAMPLES]` each, with the same draws at every call."""
+        # The ends have a random stream for themselves, so all scores on a scale use the same drawn ends.
         rng = np.random.default_rng([self.scorer.seed, 0])
         floor, ceiling = (_resampled(self.scorer.combined(end), rng) for end in (self.floor, self.ceiling))
         return floor.mean(axis=1), ceiling.mean(axis=1)
@@ -246,6 +252,7 @@ class Scale:
         rng = np.random.default_rng([self.scorer.seed, 1])
         above = self.scorer.combined(found)[:, None]
         picks = rng.integers(0, len(above), (RESAMPLES, len(above)))
+        # An empty text is at the floor of its draw, so that it counts as 0 in each draw and not only on average.
         drawn = np.where(empty[picks], floor[:, None], above[picks, 0]).mean(axis=1)
         values: Float64 = (drawn - floor) / _away_from_zero(ceiling - floor)
         return values
@@ -253,10 +260,14 @@ class Scale:
 
 def _standardised(measure: Measure, own: Sequence[str], background: Sequence[str]) -> Standardised:
     fitted = measure.fit(own, background)
+    # A fit is too sure of the passages that it has seen, so each is decided by a fit without it. A ridge classifier
+    # has those decisions already. Any other measure is fitted again for each fold.
     decided = fitted.learned.left_out if isinstance(fitted, FittedRidge) else _by_folds(measure, own, background)
     person, others = decided[: len(own)], decided[len(own) :]
     centre = float(others.mean())
+    # A measure that gives all passages one number has no spread. Divided by 1 it stays at 0.
     spread = float(np.sqrt((person.var() + others.var()) / 2)) or 1.0
+    # By identity and not by name: a plugin's measure may have the name of a built-in one.
     built_in = any(measure is known for known in measures())
     return Standardised(
         measure.name, built_in, fitted, centre, spread, (person - centre) / spread, (others - centre) / spread
