@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mindprint.adapter.merging import refuse_taken
 from mindprint.contract import Float32, LoraFactors
+from mindprint.errors import RunError
 from mindprint.models.tensor_files import TensorInfo, from_float32
 from mindprint.trust.merged import judge
 
@@ -69,3 +71,8 @@ def test_a_change_below_the_rounding_is_swallowed(tmp_path: Path) -> None:
     tiny = LoraFactors(FACTORS.a, FACTORS.b * np.float32(1e-6))
     base = stored(tmp_path, WEIGHT.astype(np.float16).astype(np.float32), "F16")
     assert judge(base, base, tiny, SCALE).fate == "swallowed"
+
+
+def test_a_path_with_a_nul_is_refused_as_a_run_error() -> None:
+    with pytest.raises(RunError, match="is not a path: embedded null byte"):
+        refuse_taken(Path("out\0put"))

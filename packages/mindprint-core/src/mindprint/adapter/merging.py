@@ -121,6 +121,8 @@ def read_record(folder: Path) -> MergeRecord | None:
 
 def refuse_taken(out: Path) -> None:
     """Raise `RunError` if something is there already, a link that leads nowhere included."""
+    if "\0" in str(out):
+        raise RunError(f"{str(out)!r}: is not a path: embedded null byte; name a new folder")
     if out.exists() or out.is_symlink():
         raise RunError(f"{out}: exists already; name a new folder")
     if not out.resolve().parent.is_dir():
