@@ -370,7 +370,7 @@ def test_interrupt_and_resume(run: Run, voice: str) -> None:
     )
     resumed = run("train", "voice/runs/run-001", "--resume", "--json")
     assert resumed.code == 0
-    assert ", going on after step 3" in resumed.err
+    assert ", continuing after step 3" in resumed.err
     names = ("topic", "stage", "steps", "first_loss", "last_loss")
     assert [[s[name] for name in names] for s in resumed.json["stages"]] == [
         [s[name] for name in names] for s in whole["stages"]
@@ -623,3 +623,9 @@ def test_a_failed_topic_is_named_and_the_exit_code_says_so(run: Run, voice: str)
     assert (Path(voice) / "runs" / "run-001" / "adapter" / "adapter_model.safetensors").is_file()
     assert "--topic" in run("train", "--help").out
     assert "'rain' is in no row" in run("train", voice, "--topic", "rain").error
+
+
+def test_a_missing_choice_is_named_with_the_choices_on_one_line(run: Run, voice: str) -> None:
+    error = run("convert", voice, "out").error
+    assert "Missing option '--to'. Choose from: peft, mlx-lm" in error
+    assert "\t" not in error

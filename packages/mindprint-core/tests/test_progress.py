@@ -62,7 +62,7 @@ def test_lines_of_a_resumed_run() -> None:
     lines(RunStarted("runs/run-001", 60, resumed_from=20))
     lines(StageStarted("sea/tides", "sft", "toy", 30, first_step=20))
     assert written == [
-        "mindprint: run runs/run-001: 60 steps, going on after step 20",
+        "mindprint: run runs/run-001: 60 steps, continuing after step 20",
         "mindprint: sea/tides sft: step 21 to 30 on toy",
     ]
 

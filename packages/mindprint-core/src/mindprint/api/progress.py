@@ -214,7 +214,7 @@ def _notebook_display() -> Callable[[str], None]:
 
 
 def _started(event: RunStarted) -> str:
-    resumed = f", going on after step {event.resumed_from}" if event.resumed_from is not None else ""
+    resumed = f", continuing after step {event.resumed_from}" if event.resumed_from is not None else ""
     return f"run {event.run}: {event.total_steps} steps{resumed}"
 
 

@@ -118,7 +118,8 @@ def _failure(error: Exception) -> Failure | None:
         # The class states its exit code, so that new errors need no change here.
         return Failure(kind, str(error), error.exit_code)
     if isinstance(error, click.ClickException):
-        return Failure(kind, error.format_message(), WRONG_INPUT)
+        # click puts each choice on a separate line, after a tab: a message is one line
+        return Failure(kind, error.format_message().replace("\n\t", " "), WRONG_INPUT)
     if isinstance(error, click.Abort):
         return Failure("Interrupted", "interrupted", INTERRUPTED)
     if isinstance(error, BrokenPipeError):
