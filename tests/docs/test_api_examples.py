@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_commands import shorten
+from sample_rows import cut_sample_rows
 
 import mindprint
 from mindprint.cli import main
@@ -19,7 +19,7 @@ FUNCTIONS = ("load_config", "train", "open_adapter", "generate", "evaluate", "ve
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["init", "my-voice", "--backend", "torch"]) == 0
-    shorten(tmp_path / "my-voice" / "mindprint.yaml")
+    cut_sample_rows(tmp_path / "my-voice" / "data")
     said: list[str] = []
     names: dict[str, Any] = {"mindprint": mindprint}
     for name in FUNCTIONS:

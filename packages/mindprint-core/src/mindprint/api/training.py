@@ -89,9 +89,9 @@ def train(
         Interrupted: The user stopped the run. A checkpoint was written, and the message says how to continue.
 
     Example:
-        >>> result = mindprint.train("my-voice")
+        >>> result = mindprint.train("my-voice", sft={"steps_per_topic": 2}, dpo={"steps_per_topic": 2})
         >>> [(stage.stage, stage.steps) for stage in result.stages if stage.topic == result.stages[0].topic]
-        [('sft', 1), ('dpo', 1)]
+        [('sft', 2), ('dpo', 2)]
         >>> [step.loss for step in result.steps][0] > 0
         True
     """
