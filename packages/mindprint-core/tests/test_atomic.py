@@ -58,3 +58,21 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
     with pytest.raises(RunError, match="No space left on device"), atomic.new_folder(tmp_path / "out") as aside:
         (aside / "a").touch()
     assert names(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_replaced_is_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old.txt").touch()
+    rename = Path.rename
+
+    def failing(path: Path, to: Path) -> Path:
+        if (path / "new.txt").exists() and not to.exists():
+            raise OSError(5, "Input/output error")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(RunError, match="Input/output error"), atomic.new_folder(target) as aside:
+        (aside / "new.txt").touch()
+    assert names(target) == ["old.txt"]
+    assert names(tmp_path) == ["out"]

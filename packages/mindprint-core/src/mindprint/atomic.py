@@ -93,11 +93,16 @@ def _move_folder(new: Path, path: Path, *, replace: bool) -> None:
         # Two renames, because POSIX renames no folder over one that holds anything. Between them nothing is at `path`:
         # a process that is killed there leaves neither folder in place.
         path.rename(old)
-        new.rename(path)
+        try:
+            new.rename(path)
+        except BaseException:
+            # Under its temporary name the next write here would take it for abandoned and remove it.
+            old.rename(path)
+            raise
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old, ignore_errors=True)
         else:
-            old.unlink()
+            old.unlink(missing_ok=True)
 
 
 def temporary_name(path: Path) -> Path:
