@@ -76,3 +76,20 @@ def test_a_folder_that_cannot_be_replaced_is_still_there(tmp_path: Path, monkeyp
         (aside / "new.txt").touch()
     assert names(target) == ["old.txt"]
     assert names(tmp_path) == ["out"]
+
+
+def test_a_folder_removed_before_it_is_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+    removed: list[Path] = []
+
+    def late(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_DIRECTORY and not removed:
+            removed.append(path)
+            path.rmdir()
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", late)
+    with atomic.new_folder(tmp_path / "out") as aside:
+        (aside / "a.txt").touch()
+    assert removed
+    assert names(tmp_path) == ["out"]

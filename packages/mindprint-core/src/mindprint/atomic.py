@@ -116,7 +116,10 @@ def _make_folder(path: Path) -> tuple[Path, int]:
     while True:
         aside = temporary_name(path)
         aside.mkdir()
-        handle = os.open(aside, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            handle = os.open(aside, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue  # another process took it for abandoned before it could be opened
         if _locked_in_place(aside, handle):
             return aside, handle
 
