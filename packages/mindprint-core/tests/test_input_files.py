@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mindprint.errors import AdapterError, ModelError, first_line
-from mindprint.input_files import DEEPEST, INFINITIES, LARGEST_FILE, parse_json, read_object
+from mindprint.input_files import DEEPEST, INFINITIES, LARGEST_FILE, parse_json, read_bytes, read_object
 
 WRONG = {
     "truncated": (b'{"a": ', "Expecting value: line 1 column 7"),
@@ -107,3 +107,14 @@ def test_deep_nesting_does_not_depend_on_how_deep_the_caller_is() -> None:
 )
 def test_the_first_line_of_an_error_says_something(error: Exception, line: str) -> None:
     assert first_line(error) == line
+
+
+def test_a_folder_in_place_of_a_file_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    before = os.open(tmp_path, os.O_RDONLY)
+    os.close(before)
+    with pytest.raises(IsADirectoryError):
+        read_bytes(tmp_path)
+    after = os.open(tmp_path, os.O_RDONLY)
+    os.close(after)
+    # The system gives the lowest number that is free.
+    assert after == before

@@ -50,7 +50,12 @@ def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
     """
     # Without O_NONBLOCK, opening a pipe that nobody writes to waits for ever.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with os.fdopen(handle, "rb") as file:
+    try:
+        file = os.fdopen(handle, "rb")
+    except OSError:
+        os.close(handle)  # a folder opens as a descriptor, but not as a file, and Python leaves it open then
+        raise
+    with file:
         # Asked of the open file and not of the path, which could lead to another file by now.
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
