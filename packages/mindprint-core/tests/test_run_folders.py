@@ -199,3 +199,8 @@ def test_a_format_that_is_too_new_is_named(tmp_path: Path) -> None:
     (run / "costs.json").write_text(json.dumps({"format": 2, "load": 1.0}))
     with pytest.raises(RunError, match=rf"costs.json: {too_new}"):
         read_costs(run)
+
+
+def test_an_output_that_would_block_is_not_taken_for_another_process(tmp_path: Path) -> None:
+    with pytest.raises(BlockingIOError), RunFolder(tmp_path / "run").locked():
+        raise BlockingIOError(11, "write could not complete without blocking")

@@ -126,12 +126,13 @@ class RunFolder:
             ) from error
         try:
             # Waiting could take hours, because a run holds its lock for as long as it trains.
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{self.path}: another process is training this run") from None
             # The folder may have been removed after the file was opened. A lock on a removed file excludes nobody.
             self._check_in_place(handle)
             yield
-        except BlockingIOError:
-            raise RunError(f"{self.path}: another process is training this run") from None
         finally:
             os.close(handle)
 
