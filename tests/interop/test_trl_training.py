@@ -12,9 +12,8 @@ rounding. `pytest -s` prints what was seen, beside TRL's deviation from itself w
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,20 +22,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-import mindprint
-from mindprint.adapter.initial import initial_adapter
 from mindprint.adapter.peft_format import from_tensors, read_adapter, write_adapter
-from mindprint.adapter.targets import resolve_targets
-from mindprint.config import AdapterConfig, ConfigFile, DpoConfig, make_config
-from mindprint.contract import AdapterState, LoraConfig, LoraFactors, ModelSpec
-from mindprint.data.order import StageOrder
+from mindprint.config import make_config
+from mindprint.contract import LoraFactors
 from mindprint.losses import NUMPY, PairLogProbs, PreferenceLoss
-from mindprint.plugins.backend import load_backend
 from mindprint.runs.folder import RunFolder
-from mindprint.training.plan import StagePlan
-from mindprint.training.prepare import Prepared, prepare
+from mindprint.training.prepare import prepare
 from parity_cases import WORDS, relative_difference
-from random_models import CHAT_TEMPLATE
+from trl_curves import (
+    Curve,
+    core_initial_adapter,
+    our_curve,
+    train_ours,
+    trl_curve,
+    trl_dpo,
+    trl_sft,
+    write,
+)
 
 pytest.importorskip("trl")
 pytestmark = [
@@ -62,41 +64,6 @@ ASSISTANT_MARKED = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """`CHAT_TEMPLATE` with the marks that TRL's `assistant_only_loss` needs around what each assistant turn adds."""
-
-
-# --- curves, ours and TRL's ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One stage's training, step by step: each `[steps]`. `rewards` are chosen, rejected, margin, accuracy."""
-
-    loss: np.ndarray
-    learning_rate: np.ndarray
-    grad_norm: np.ndarray
-    rewards: dict[str, np.ndarray]
-
-
-REWARDS = {"chosen": "chosen", "rejected": "rejected", "margin": "margins", "accuracy": "accuracies"}
-"""Ours to TRL's: `reward_margin` of metrics.jsonl is `rewards/margins` of TRL's log."""
-
-
-def our_curve(run: RunFolder, stage: str) -> Curve:
-    lines = [line for line in run.read_steps() if line["stage"] == stage]
-    return _curve(lines, {name: f"reward_{name}" for name in REWARDS})
-
-
-def trl_curve(trainer: Any) -> Curve:
-    lines = [line for line in trainer.state.log_history if "loss" in line]
-    return _curve(lines, {name: f"rewards/{theirs}" for name, theirs in REWARDS.items()})
-
-
-def _curve(lines: Sequence[dict[str, Any]], rewards: dict[str, str]) -> Curve:
-    def column(name: str) -> np.ndarray:
-        return np.array([line[name] for line in lines])
-
-    kept = {name: column(key) for name, key in rewards.items() if key in lines[0]}
-    return Curve(column("loss"), column("learning_rate"), column("grad_norm"), kept)
 
 
 Deviations = dict[str, str]
@@ -178,161 +145,7 @@ def project(qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     }
 
 
-def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def stage_of(prepared: Prepared, stage: str) -> StagePlan:
-    (plan,) = (plan for plan in prepared.plans if plan.stage == stage)
-    return plan
-
-
-def train_ours(config: dict[str, Any], run: Path, backend: str) -> RunFolder:
-    mindprint.train(config, run=run, backend=backend)
-    return RunFolder(run)
-
-
 # --- TRL's side ------------------------------------------------------------------------------------------------------
-
-
-class CoreOrder:
-    """A sampler that walks core's order. `DataLoader` cuts it into micro-batches, the trainer into steps."""
-
-    def __init__(self, order: StageOrder) -> None:
-        self.order, self.epoch = order, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.order.rows
-
-    def __iter__(self) -> Iterator[int]:
-        first = self.epoch * self.order.steps_per_epoch
-        for step in range(first, first + self.order.steps_per_epoch):
-            for rows in self.order.micro_batches(step):
-                yield from rows
-
-
-def in_core_order(trainer: type, order: StageOrder) -> Any:
-    """The trainer's class with one method replaced: which sampler it draws rows from."""
-    return type(f"Ordered{trainer.__name__}", (trainer,), {"_get_train_sampler": lambda *_: CoreOrder(order)})
-
-
-def arguments(plan: StagePlan, max_length: int, folder: Path) -> dict[str, Any]:
-    """The trainer's arguments that say what `plan` says; TRL would use bfloat16 and checkpointing if not asked."""
-    chosen = plan.settings
-    return {
-        "output_dir": str(folder),
-        "max_steps": plan.steps,
-        "per_device_train_batch_size": chosen.batch_size,
-        "gradient_accumulation_steps": chosen.gradient_accumulation,
-        "learning_rate": chosen.learning_rate,
-        "lr_scheduler_type": chosen.schedule,
-        "warmup_steps": chosen.warmup_steps,
-        "optim": "adamw_torch",
-        "weight_decay": chosen.weight_decay,
-        "adam_beta1": chosen.betas[0],
-        "adam_beta2": chosen.betas[1],
-        "adam_epsilon": chosen.eps,
-        "max_grad_norm": chosen.max_grad_norm,
-        "max_length": max_length,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-
-
-def trl_model(qwen2: Path, adapter: Path) -> Any:
-    """The base in float32 with an adapter from its file, trainable."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(qwen2, dtype=torch.float32)
-    return PeftModel.from_pretrained(base, adapter, is_trainable=True)
-
-
-def trl_tokenizer(qwen2: Path, template: str) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(qwen2)
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def trl_dataset(records: Sequence[dict[str, Any]]) -> Any:
-    """Rows for TRL: a string is one message of the role that its field implies, as ours are."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
-    return datasets.Dataset.from_list(
-        [
-            {
-                name: [{"role": roles[name], "content": value}] if isinstance(value, str) else value
-                for name, value in record.items()
-            }
-            for record in records
-        ]
-    )
-
-
-def finished(trainer: Any) -> Any:
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return trainer
-
-
-def trl_sft(prepared: Prepared, qwen2: Path, adapter: Path, folder: Path, rows: Path, **changes: Any) -> Any:
-    """TRL's trainer after its training, its rows checked to be ours: ids, and labels but for what its shift drops."""
-    from trl import SFTConfig, SFTTrainer
-
-    plan = stage_of(prepared, "sft")
-    template = ASSISTANT_MARKED if changes.get("assistant_only_loss") else CHAT_TEMPLATE
-    trainer = in_core_order(SFTTrainer, plan.order)(
-        trl_model(qwen2, adapter),
-        SFTConfig(**arguments(plan, prepared.config.data.max_length, folder), **changes),
-        train_dataset=trl_dataset(read(rows)),
-        processing_class=trl_tokenizer(qwen2, template),
-    )
-    for example, row in zip(prepared.examples_of(plan), trainer.train_dataset, strict=True):
-        assert example.tokens.tolist() == row["input_ids"]
-        assert example.loss_mask[1:].tolist() == [label != -100 for label in row["labels"]][1:]
-    return finished(trainer)
-
-
-def trl_dpo(prepared: Prepared, qwen2: Path, adapter: Path, folder: Path, rows: Path) -> Any:
-    """TRL's trainer after its training; no reference model is given, so it makes its own of the adapter."""
-    from trl import DPOConfig, DPOTrainer
-
-    plan = stage_of(prepared, "dpo")
-    assert isinstance(plan.settings, DpoConfig)
-    loss = plan.settings.preference_loss()
-    weighted = {"loss_type": [loss.name, "sft"], "loss_weights": [1.0, loss.sft_weight]} if loss.sft_weight else {}
-    constants = {"loss_type": [loss.name], "beta": loss.beta, "label_smoothing": loss.label_smoothing, **weighted}
-    trainer = in_core_order(DPOTrainer, plan.order)(
-        trl_model(qwen2, adapter),
-        args=DPOConfig(**arguments(plan, prepared.config.data.max_length, folder), **constants),
-        train_dataset=trl_dataset(read(rows)),
-        processing_class=trl_tokenizer(qwen2, CHAT_TEMPLATE),
-    )
-    for example, row in zip(prepared.examples_of(plan), trainer.train_dataset, strict=True):
-        assert example.prompt.tolist() == row["prompt_ids"]
-        assert example.chosen.tolist() == row["chosen_ids"][: len(example.chosen)]
-        assert example.rejected.tolist() == row["rejected_ids"][: len(example.rejected)]
-    return finished(trainer)
 
 
 def adapter_in(trainer: Any, sites: tuple[str, ...], name: str = "default") -> dict[str, LoraFactors]:
@@ -349,14 +162,6 @@ def first_adapter(project: dict[str, Any], qwen2: Path, tmp_path_factory: pytest
     folder = tmp_path_factory.mktemp("adapter")
     write_adapter(folder, core_initial_adapter(make_config(project), qwen2), str(qwen2))
     return folder
-
-
-def core_initial_adapter(file: ConfigFile, qwen2: Path) -> AdapterState:
-    backend = load_backend("torch")
-    sites = backend.adapter_sites(backend.load_model(ModelSpec(str(qwen2), "cpu", "float32")))
-    wanted: AdapterConfig = file.config.adapter
-    lora = LoraConfig(wanted.r, wanted.alpha, resolve_targets(sites, wanted.target_modules))
-    return initial_adapter(sites, lora, file.config.seed)
 
 
 # --- SFT, and DPO from what it trained -------------------------------------------------------------------------------
@@ -473,7 +278,7 @@ def trl_conversations(
 ) -> Curve:
     prepared = prepare(make_config(conversations))
     rows, folder = Path(conversations["data"]["sft"]), tmp_path_factory.mktemp("trl")
-    return trl_curve(trl_sft(prepared, qwen2, first_adapter, folder, rows, assistant_only_loss=True))
+    return trl_curve(trl_sft(prepared, qwen2, first_adapter, folder, rows, ASSISTANT_MARKED, assistant_only_loss=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
