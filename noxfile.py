@@ -12,6 +12,10 @@ from pathlib import Path
 
 import nox
 
+# A session's environment is installed without bytecode (UNCOMPILED). Where containers forbid Python to write any, every
+# process would compile PyTorch, transformers and PEFT again: 12 of the 22 processor seconds that importing them takes.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 nox.needs_version = ">=2024.4"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
