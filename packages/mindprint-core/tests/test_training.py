@@ -365,6 +365,10 @@ def not_finite(metrics: StepMetrics, **_: Any) -> StepMetrics:
     return replace(metrics, loss=float("nan"))
 
 
+def larger_loss(metrics: StepMetrics, **_: Any) -> StepMetrics:
+    return replace(metrics, loss=1.3 * metrics.loss)
+
+
 def no_gradient(metrics: StepMetrics, **_: Any) -> StepMetrics:
     return replace(metrics, grad_norm=0.0)
 
@@ -392,6 +396,7 @@ def more_than_the_adapter(facts: Any, **_: Any) -> Any:
     [
         ("mindprint_sft_step", not_finite, "loss nan .* not finite; the batch was .*sft.jsonl: line"),
         ("mindprint_sft_step", no_gradient, "gradient is exactly zero"),
+        ("mindprint_sft_step", larger_loss, "^backend 'toy': mindprint_sft_step returned a loss of .* own log-probs"),
         ("mindprint_sft_step", trained_base, "base model's weights changed"),
         ("mindprint_dpo_step", turned_sign, "it trains another objective"),
         ("mindprint_dpo_step", wrong_reference, "the reference is not the adapter this stage starts from"),

@@ -91,6 +91,27 @@ DEFECTS = (
             "    model.steps += 1\n    model.weights[DOWN] = np.float32(1.01) * model.weights[DOWN]\n",
         ),
     ),
+    defect(
+        "a vocabulary larger than the table",
+        "facts_of_a_load",
+        ("elements, len(weights[HEAD]))", "elements, 10**6)"),
+    ),
+    defect(
+        "a negative number of parameters",
+        "facts_of_a_load",
+        ("spec.dtype, elements,", "spec.dtype, -elements,"),
+    ),
+    defect(
+        "a site listed twice",
+        "sites_are_the_folders_modules",
+        ("for name in SITES]", "for name in (*SITES, UP)]"),
+    ),
+    defect(
+        "sites are names",
+        "sites_are_the_folders_modules",
+        ('[AdapterSite(name, "linear", *model.weights[name].shape[::-1]) for', "[name for"),
+    ),
+    defect("no answer to a question", "the_digest_is_of_the_base_alone", ("    return digest.hexdigest()\n", "")),
     # Adapters.
     defect("alpha is taken for the scale", MERGED, ("adapter.config.scale(site) * (b", "adapter.config.alpha * (b")),
     defect(
@@ -124,6 +145,19 @@ DEFECTS = (
         "hooks_that_need_an_adapter_say_so",
         ('raise AdapterError("the model has no adapter: inject one first")', 'raise KeyError("adapter")'),
     ),
+    defect(
+        "a negative number of trained elements",
+        "facts_of_an_injection",
+        (
+            "AdapterFacts(tuple(adapter.tensors), adapter.elements)",
+            "AdapterFacts(tuple(adapter.tensors), -adapter.elements)",
+        ),
+    ),
+    defect(
+        "sites as one text",
+        "facts_of_an_injection",
+        ("AdapterFacts(tuple(adapter.tensors),", 'AdapterFacts(", ".join(adapter.tensors),'),
+    ),
     # Log-probs.
     defect(
         "no softmax",
@@ -155,7 +189,50 @@ DEFECTS = (
         "log_probs_outside_the_mask_are_zero",
         ("np.where(batch.loss_mask, ", "np.where(True, "),
     ),
+    defect(
+        "log-probs with another sign",
+        "a_fresh_adapter_changes_nothing",
+        ("return np.where(batch.loss_mask, _Pass", "return -np.where(batch.loss_mask, _Pass"),
+    ),
+    defect(
+        "NaN for a token",
+        "padding_and_neighbours_change_nothing",
+        ("adapter=adapter).picked, 0)", "adapter=adapter).picked * [*[1] * (batch.tokens.shape[1] - 1), np.nan], 0)"),
+    ),
+    defect(
+        "log-probs of another shape",
+        "a_fresh_adapter_changes_nothing",
+        ("adapter=adapter).picked, 0).astype(np.float32)", "adapter=adapter).picked, 0).astype(np.float32)[:, 1:]"),
+    ),
     # SFT.
+    defect(
+        "a loss 1.3 times as large",
+        "the_sft_loss_is_cores",
+        ("StepMetrics(loss, _apply", "StepMetrics(1.3 * loss, _apply"),
+    ),
+    defect(
+        "a loss as text",
+        "the_sft_loss_is_cores",
+        ("StepMetrics(loss, _apply", "StepMetrics(str(loss), _apply"),
+    ),
+    defect(
+        "metrics as a dict",
+        "the_sft_loss_is_cores",
+        (
+            "return StepMetrics(loss, _apply(model, gradients, update))",
+            'return {"loss": loss, "grad_norm": _apply(model, gradients, update)}',
+        ),
+    ),
+    defect(
+        "a gradient norm below 0",
+        "the_stated_norm_is_that_of_the_gradient",
+        ("StepMetrics(loss, _apply(model, gradients, update))", "StepMetrics(loss, -_apply(model, gradients, update))"),
+    ),
+    defect(
+        "every step is skipped in float32",
+        "training_lowers_the_loss_and_leaves_the_base_alone",
+        ("StepMetrics(loss, _apply(model, gradients, update))", "StepMetrics(loss, 1.0, skipped=True)"),
+    ),
     defect(
         "prompt tokens count", "the_sft_loss_is_cores", ("pass_.picked[batch.loss_mask].sum()", "pass_.picked.sum()")
     ),
@@ -265,7 +342,62 @@ DEFECTS = (
         "pairs_one_by_one_are_pairs_together",
         ("np.concatenate(reported, axis=1)", "np.concatenate(reported[::-1], axis=1)"),
     ),
+    defect(
+        "log-probs of one pair too few",
+        "preference_losses_are_cores",
+        ("np.concatenate(reported, axis=1).astype", "np.concatenate(reported, axis=1)[:, 1:].astype"),
+    ),
+    defect(
+        "no log-probs of pairs",
+        "preference_losses_are_cores",
+        ("StepMetrics(total, norm, chosen_log_probs=sums[0], rejected_log_probs=sums[1])", "StepMetrics(total, norm)"),
+    ),
     # State.
+    defect(
+        "a site that save forgets",
+        "the_values_given_are_those_saved",
+        (
+            "return TrainingState(_adapter(model), dict",
+            (
+                "kept = {site: pair for site, pair in _adapter(model).tensors.items() if site != UP}\n"
+                "    return TrainingState(AdapterState(_adapter(model).config, kept), dict"
+            ),
+        ),
+    ),
+    defect(
+        "moments of one order only",
+        "moments_are_named_and_shaped_as_the_factors",
+        ("dict(model.first), dict(model.second), model.steps)", "dict(model.first), {}, model.steps)"),
+    ),
+    defect(
+        "moments under other names",
+        "moments_are_named_and_shaped_as_the_factors",
+        (
+            "dict(model.first), dict(model.second), model.steps)",
+            "{f'base.{s}': p for s, p in model.first.items()}, dict(model.second), model.steps)",
+        ),
+    ),
+    defect(
+        "a negative step count",
+        "before_the_first_step_there_are_no_moments",
+        ("dict(model.second), model.steps)", "dict(model.second), model.steps - 1)"),
+    ),
+    defect(
+        "a restored adapter that is scaled",
+        "restoring_takes_over_the_adapter_that_computes",
+        (
+            "    model.adapter = state.adapter\n",
+            (
+                "    halved = {site: LoraFactors(a, b / 2) for site, (a, b) in state.adapter.tensors.items()}\n"
+                "    model.adapter = AdapterState(state.adapter.config, halved)\n"
+            ),
+        ),
+    ),
+    defect(
+        "an empty state",
+        "the_values_given_are_those_saved",
+        ("return TrainingState(_adapter(model), dict(model.first), dict(model.second), model.steps)", "return None"),
+    ),
     defect(
         "moments are not restored",
         "resume_is_bit_for_bit",
@@ -297,6 +429,37 @@ DEFECTS = (
         ("    model.adapter = state.adapter\n", ""),
     ),
     # Generation.
+    defect(
+        "a token that the model does not have",
+        "greedy_takes_the_likeliest_token",
+        (
+            "        tokens.append(token)\n",
+            "        tokens.append(999999 if len(tokens) == len(prompt) + 5 else token)\n",
+        ),
+    ),
+    defect(
+        "an unknown stop reason",
+        "a_stop_token_ends_an_answer_and_is_not_part_of_it",
+        ('np.array(tokens[len(prompt) :], np.int32), "stop")', 'np.array(tokens[len(prompt) :], np.int32), "eos")'),
+    ),
+    defect(
+        "tokens as a list",
+        "greedy_takes_the_likeliest_token",
+        (
+            'Generation(np.array(tokens[len(prompt) :], np.int32), "length")',
+            'Generation(tokens[len(prompt) :], "length")',
+        ),
+    ),
+    defect(
+        "more tokens than asked for",
+        "greedy_takes_the_likeliest_token",
+        ("range(sampling.max_new_tokens)", "range(sampling.max_new_tokens + 1)"),
+    ),
+    defect(
+        "an answer is missing",
+        "a_prompt_alone_and_among_others",
+        ("for prompt in prompts]", "for prompt in prompts[1:]]"),
+    ),
     defect(
         "the second likeliest token",
         "greedy_takes_the_likeliest_token",

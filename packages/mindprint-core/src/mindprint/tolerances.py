@@ -13,6 +13,15 @@ from mindprint.contract import Dtype
 LOG_PROB_NOISE: Mapping[Dtype, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 """Nats a token by which two evaluations of the same model may differ (batch shape, kernels), by the base's dtype."""
 
+LOG_PROB_EXCESS = 1e-2
+"""Nats a token by which a log-prob may be above 0. float32's log-softmax rounds by 1e-3 for logits near 10,000."""
+
+SFT_EVALUATION_TOLERANCE: Mapping[Dtype, float] = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
+"""Relative to 1 + loss: how far a step's SFT loss may be from that of the log-probs of its rows, by the base's dtype.
+
+Both are of the same weights and rows, on one backend, but training and evaluation are different code there.
+"""
+
 LOSS_TOLERANCE = 1e-4
 """Relative to 1 + loss: how far a backend's float32 loss may be from core's, computed from its log-probs."""
 

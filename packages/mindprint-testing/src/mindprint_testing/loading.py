@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from mindprint.errors import ModelError
 from mindprint.models.folder import SINGLE_FILE, tensors
+from mindprint.models.token_ids import embedding_rows
 from mindprint_testing.bench import Bench
 
 SIZES = {"F32": 4, "BF16": 2, "F16": 2}
@@ -23,8 +24,9 @@ class Loading:
     def test_facts_of_a_load(self, bench: Bench) -> None:
         """Device, dtype, parameters and vocabulary are those of the folder.
 
-        If it fails: the run's manifest records another model than the one that was trained. Look at the `LoadedModel`
-        that `mindprint_load_model` returns.
+        If it fails: the run's manifest records another model than the one that was trained, or token ids are compared
+        with another number than the embedding table has rows. Look at the `LoadedModel` that `mindprint_load_model`
+        returns.
         """
         model = bench.load()
         config = json.loads((bench.folder / "config.json").read_text(encoding="utf-8"))
@@ -32,6 +34,7 @@ class Loading:
         assert (model.device, model.dtype) == (bench.device, "float32")
         # The table may be padded beyond the configured vocabulary.
         assert model.vocab_size >= config["vocab_size"]
+        assert model.vocab_size == embedding_rows(bench.folder)
         assert model.parameters == stored
 
     def test_sites_are_the_folders_modules(self, bench: Bench) -> None:

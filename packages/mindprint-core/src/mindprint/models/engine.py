@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 
 from mindprint.config import BackendConfig
-from mindprint.contract import AdapterFacts, AdapterSite, AdapterState, Dtype, LoadedModel, ModelSpec, TrainingState
-from mindprint.errors import BackendError, GuardError
+from mindprint.contract import (
+    AdapterFacts,
+    AdapterSite,
+    AdapterState,
+    Dtype,
+    LoadedModel,
+    LoraConfig,
+    ModelSpec,
+    StageName,
+    TrainingState,
+)
+from mindprint.errors import BackendError, ContractError, GuardError
 from mindprint.models.folder import ModelFolder, quantization
+from mindprint.models.token_ids import embedding_rows
+from mindprint.plugins.answers import quoted
 from mindprint.plugins.backend import Backend, load_backend
 from mindprint.plugins.choosing import choose_backend
 
@@ -80,8 +94,10 @@ class Engine:
         self._notice = notice
         self._placement: Placement | None = None
         self._model: LoadedModel | None = None
-        self._injected = False
+        self._injected: LoraConfig | None = None
         self._base_digest = ""
+        self.compared_losses: set[StageName] = set()
+        """Stages whose loss was compared with evaluation since this model was loaded. One step proves a backend."""
 
     @property
     def folder(self) -> ModelFolder:
@@ -103,6 +119,7 @@ class Engine:
         spec = ModelSpec(str(self._folder.path), placement.device, placement.dtype, quantization(self._folder.path))
         self._placement = placement
         self._model = placement.backend.load_model(spec)
+        check_vocabulary(placement.backend.name, self._model, self._folder.path)
         self._base_digest = placement.backend.base_digest(self._model)
         for note in self._model.notes:
             self._notice(note)
@@ -132,16 +149,37 @@ class Engine:
     def inject(self, adapter: AdapterState) -> None:
         """Attach the adapter and check that it, and only it, will be trained."""
         check_injection(adapter, self.backend.inject_adapter(self.model, adapter))
-        self._injected = True
+        self._injected = adapter.config
+
+    def save(self) -> TrainingState:
+        """Copy out the training state, which must be of the adapter that was injected."""
+        state = self.backend.save(self.model)
+        if self._injected is not None and state.adapter.config != self._injected:
+            raise ContractError(
+                f"backend {self.backend.name!r}: mindprint_save returned an adapter of another configuration than the "
+                f"injected one: {_difference(self._injected, state.adapter.config)}"
+            )
+        return state
+
+    def restore(self, state: TrainingState) -> None:
+        """Take over a saved state, and check that the backend saves what it was given to restore."""
+        self.backend.restore(self.model, state)
+        check_restored(self.backend.name, state, self.save())
 
     def start_stage(self, placement: Placement, state: TrainingState) -> None:
         """Have `state` in memory at `placement`, moving there if the model is elsewhere."""
         # Stages on one placement share the model in memory. Only a move releases and loads.
         if self._placement is None or self._placement.key != placement.key:
             self.load(placement)
-        if not self._injected:
+        if self._injected is None:
             self.inject(state.adapter)
-        self.backend.restore(self.model, state)
+        self.restore(state)
+
+    def drops_out(self) -> bool:
+        """Return whether dropout changes the loss of training: not as long as every B is 0, as it is at first."""
+        if self._injected is None or not self._injected.dropout:
+            return False
+        return any(factors.b.any() for factors in self.save().adapter.tensors.values())
 
     def check_base(self) -> None:
         """Raise `GuardError` if the base's weights are no longer those that were loaded."""
@@ -151,8 +189,8 @@ class Engine:
         """Free the model, if one is loaded."""
         if self._model is not None:
             self.backend.release(self._model)
-        self._model = self._placement = None
-        self._injected = False
+        self._model = self._placement = self._injected = None
+        self.compared_losses = set()
 
 
 def check_injection(adapter: AdapterState, facts: AdapterFacts) -> None:
@@ -168,10 +206,62 @@ def check_injection(adapter: AdapterState, facts: AdapterFacts) -> None:
         )
 
 
+def check_vocabulary(backend: str, model: LoadedModel, folder: Path) -> None:
+    """Raise `ContractError` if a backend states another number of tokens than the base's embedding table has rows.
+
+    Every token id is compared with this number: too large, and a backend may read memory behind the table.
+    """
+    rows = embedding_rows(folder)
+    if rows is not None and rows != model.vocab_size:
+        raise ContractError(
+            f"backend {backend!r}: mindprint_load_model returned vocab_size = {model.vocab_size}, "
+            f"the embedding table of {folder} has {rows} rows"
+        )
+
+
+def check_restored(backend: str, given: TrainingState, saved: TrainingState) -> None:
+    """Raise `ContractError` if a backend does not save, bit for bit, the state that it was given to restore.
+
+    A state that is lost in part continues the training from something else, and every number after it looks plausible.
+    """
+    parts = (
+        ("", given.adapter.tensors, saved.adapter.tensors),
+        ("first moment of ", given.first_moments, saved.first_moments),
+        ("second moment of ", given.second_moments, saved.second_moments),
+    )
+    returned = f"backend {backend!r}: mindprint_save after mindprint_restore returned"
+    for kind, expected, actual in parts:
+        if set(expected) != set(actual):
+            name = min(set(expected) ^ set(actual))
+            raise ContractError(f"{returned} {'no ' if name in expected else 'a '}{kind or 'factors of '}{name}")
+        for site, pair in expected.items():
+            for letter, values, others in zip("AB", pair, actual[site], strict=True):
+                if not np.array_equal(values, others):
+                    apart = float(np.abs(values - others).max()) if values.shape == others.shape else math.nan
+                    raise ContractError(
+                        f"{returned} another {kind}{site}.{letter} than was restored (greatest difference {apart:.3g})"
+                    )
+    # Without moments the optimizer starts from scratch, whatever the count says.
+    steps = given.optimizer_steps if given.first_moments else 0
+    if saved.optimizer_steps != steps:
+        raise ContractError(f"{returned} optimizer_steps = {saved.optimizer_steps}, {steps} were restored")
+    # A state may come from a base of another dtype, which has no loss scale.
+    if None not in (given.loss_scale, saved.loss_scale) and given.loss_scale != saved.loss_scale:
+        raise ContractError(f"{returned} loss_scale = {saved.loss_scale}, {given.loss_scale} was restored")
+
+
 def check_base(before: str, after: str) -> None:
     """Raise `GuardError` if two digests of the base's weights differ."""
     if before != after:
         raise GuardError("the base model's weights changed during training; its adapter would not fit the real base")
+
+
+def _difference(expected: LoraConfig, actual: LoraConfig) -> str:
+    """Name the first field in which two configurations differ."""
+    name = next(
+        field.name for field in fields(LoraConfig) if getattr(expected, field.name) != getattr(actual, field.name)
+    )
+    return f"{name} = {quoted(getattr(actual, name))}, not {quoted(getattr(expected, name))}"
 
 
 def fits_in_float32(parameters: int) -> bool:

@@ -24,7 +24,6 @@ from mindprint.contract import (
     Generation,
     Int32,
     LoadedModel,
-    LoraFactors,
     ModelSpec,
     PreferenceBatch,
     Sampling,
@@ -33,8 +32,9 @@ from mindprint.contract import (
     TrainingState,
     Update,
 )
-from mindprint.errors import BackendError, ContractError, DataError, NotFiniteError
+from mindprint.errors import BackendError, ContractError, DataError
 from mindprint.losses import PreferenceLoss
+from mindprint.plugins import answers
 from mindprint.plugins.entries import Plugin
 from mindprint.plugins.hooks import backend_hooks
 from mindprint.plugins.loading import call_plugin, load_backend_plugin
@@ -63,7 +63,9 @@ class Backend:
 
     def load_model(self, spec: ModelSpec) -> LoadedModel:
         """Load a base model. See `hookspecs.mindprint_load_model`."""
-        return self._checked("mindprint_load_model", LoadedModel, self._call("mindprint_load_model", spec=spec))
+        hook = "mindprint_load_model"
+        model = self._checked(hook, LoadedModel, self._call(hook, spec=spec))
+        return self._guarded(hook, lambda answer: answers.check_model(answer, model, spec))
 
     def release(self, model: LoadedModel) -> None:
         """Free a model's memory."""
@@ -71,7 +73,10 @@ class Backend:
 
     def adapter_sites(self, model: LoadedModel) -> tuple[AdapterSite, ...]:
         """Return every place of the base that can take LoRA."""
-        return self._sequence("mindprint_adapter_sites", AdapterSite, model=model.handle)
+        hook = "mindprint_adapter_sites"
+        sites = self._sequence(hook, AdapterSite, model=model.handle)
+        self._guarded(hook, lambda answer: answers.check_sites(answer, sites))
+        return sites
 
     def base_digest(self, model: LoadedModel) -> str:
         """Return the digest of the base weights in memory."""
@@ -79,15 +84,18 @@ class Backend:
 
     def inject_adapter(self, model: LoadedModel, adapter: AdapterState) -> AdapterFacts:
         """Attach an adapter, trainable."""
-        facts = self._call("mindprint_inject_adapter", model=model.handle, adapter=adapter)
-        return self._checked("mindprint_inject_adapter", AdapterFacts, facts)
+        hook = "mindprint_inject_adapter"
+        facts = self._checked(hook, AdapterFacts, self._call(hook, model=model.handle, adapter=adapter))
+        self._guarded(hook, lambda answer: answers.check_facts(answer, facts))
+        return facts
 
     def sft_step(self, model: LoadedModel, batches: Sequence[TokenBatch], update: Update) -> StepMetrics:
         """Take one optimizer step on the completion loss."""
+        hook = "mindprint_sft_step"
         _require_embedded(model, (batch.tokens for batch in batches))
-        with self._inputs_kept("mindprint_sft_step", batches):
-            metrics = self._call("mindprint_sft_step", model=model.handle, batches=batches, update=update)
-        return self._checked("mindprint_sft_step", StepMetrics, metrics)
+        with self._inputs_kept(hook, batches):
+            metrics = self._call(hook, model=model.handle, batches=batches, update=update)
+        return self._checked_metrics(hook, model, metrics)
 
     def dpo_step(
         self, model: LoadedModel, batches: Sequence[PreferenceBatch], loss: PreferenceLoss, update: Update
@@ -97,14 +105,8 @@ class Backend:
         _require_embedded(model, (ids for batch in batches for ids in (batch.prompt, batch.chosen, batch.rejected)))
         with self._inputs_kept(hook, batches):
             answer = self._call(hook, model=model.handle, batches=batches, loss=loss, update=update)
-        metrics = self._checked(hook, StepMetrics, answer)
-        pairs = sum(batch.pairs for batch in batches)
-        for field in ("chosen_log_probs", "rejected_log_probs"):
-            values = getattr(metrics, field)
-            self._check_array(hook, field, values, (pairs,), np.float32)
-            # A step whose loss is not finite is the loop's to report: it knows the rows of the batch.
-            if is_finite(metrics) and not metrics.skipped:
-                self._check_finite(hook, field, values)
+        metrics = self._checked_metrics(hook, model, answer)
+        self._guarded(hook, lambda answer: answers.check_sums(answer, metrics, batches))
         return metrics
 
     def log_probs(self, model: LoadedModel, batch: TokenBatch, *, adapter: bool = True) -> Float32:
@@ -112,10 +114,9 @@ class Backend:
         hook = "mindprint_log_probs"
         _require_embedded(model, [batch.tokens])
         with self._inputs_kept(hook, [batch]):
-            values = self._call(hook, model=model.handle, batch=batch, adapter=adapter)
-        self._check_array(hook, "log-probs", values, batch.tokens.shape, np.float32)
-        self._check_finite(hook, "log-probs", cast(Float32, values))
-        return cast(Float32, values)
+            values = cast(Float32, self._call(hook, model=model.handle, batch=batch, adapter=adapter))
+        self._guarded(hook, lambda answer: answers.check_log_probs(answer, values, batch))
+        return values
 
     def generate(
         self, model: LoadedModel, prompts: Sequence[Int32], sampling: Sampling, *, adapter: bool = True
@@ -124,30 +125,21 @@ class Backend:
         hook = "mindprint_generate"
         _require_embedded(model, prompts)
         arguments = {"prompts": prompts, "sampling": sampling, "adapter": adapter}
-        answers = self._sequence(hook, Generation, model=model.handle, **arguments)
-        # A missing answer would move all later ones to other prompts.
-        if len(answers) != len(prompts):
-            raise ContractError(f"backend {self.name!r}: {hook} answered {len(answers)} of {len(prompts)} prompts")
-        for answer in answers:
-            self._check_array(hook, "tokens", answer.tokens, (np.size(answer.tokens),), np.int32)
-        return answers
+        generations = self._sequence(hook, Generation, model=model.handle, **arguments)
+        self._guarded(
+            hook,
+            lambda answer: answers.check_generations(answer, generations, len(prompts), sampling, model.vocab_size),
+        )
+        return generations
 
     def save(self, model: LoadedModel) -> TrainingState:
         """Copy out adapter, moments and step count."""
-        state = self._checked("mindprint_save", TrainingState, self._call("mindprint_save", model=model.handle))
-        # Moments must have the factors' layout, or another backend would continue from the wrong ones.
-        for site, factors in state.adapter.tensors.items():
-            rank = state.adapter.config.rank(site)
-            shapes = (rank, np.shape(factors.a)[-1]), (np.shape(factors.b)[0], rank)
-            self._check_factors(site, factors, shapes)
-            for order, moments in (("first", state.first_moments), ("second", state.second_moments)):
-                # There are none before the first step of a stage.
-                if moments:
-                    self._check_factors(f"{order} moment of {site}", moments[site], shapes)
-        return state
+        hook = "mindprint_save"
+        state = self._checked(hook, TrainingState, self._call(hook, model=model.handle))
+        return self._guarded(hook, lambda answer: answers.check_state(answer, state, model.dtype))
 
     def restore(self, model: LoadedModel, state: TrainingState) -> None:
-        """Take over a saved state."""
+        """Take over a saved state. `models.engine.Engine.restore` looks whether it was."""
         self._call("mindprint_restore", model=model.handle, state=state)
 
     def device(self, name: str) -> DeviceInfo:
@@ -224,31 +216,17 @@ class Backend:
                     "it must copy an array before changing it"
                 )
 
-    def _check_finite(self, hook: str, subject: str, values: np.ndarray) -> None:
-        if not np.isfinite(values).all():
-            raise NotFiniteError(f"backend {self.name!r}: {hook} returned {subject} that are not finite")
-
-    def _check_factors(self, subject: str, pair: LoraFactors, shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
-        for letter, values, shape in zip("AB", pair, shapes, strict=True):
-            self._check_array("mindprint_save", f"{subject}.{letter}", values, shape, np.float32)
-            self._check_finite("mindprint_save", f"values of {subject}.{letter}", values)
-
     def _checked(self, hook: str, expected: type[T], value: object) -> T:
-        if not isinstance(value, expected):
-            raise ContractError(
-                f"backend {self.name!r}: {hook} returned {type(value).__name__}, "
-                f"the contract asks for {expected.__name__}"
-            )
-        return value
+        self._guarded(hook, lambda answer: answer.instance(value, expected))
+        return cast(T, value)
 
-    def _check_array(self, hook: str, subject: str, value: object, shape: tuple[int, ...], dtype: type) -> None:
-        if isinstance(value, np.ndarray) and value.dtype == dtype and value.shape == shape:
-            return
-        returned = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
-        raise ContractError(
-            f"backend {self.name!r}: {hook} returned {subject} as {returned}, "
-            f"the contract asks for {np.dtype(dtype)}{list(shape)}"
-        )
+    def _checked_metrics(self, hook: str, model: LoadedModel, value: object) -> StepMetrics:
+        metrics = self._checked(hook, StepMetrics, value)
+        return self._guarded(hook, lambda answer: answers.check_metrics(answer, metrics, model.dtype))
+
+    def _guarded(self, hook: str, check: Callable[[answers.Answer], T]) -> T:
+        """Return `check(answer)`. Reading an answer can run code of the plugin's own classes, as calling it does."""
+        return call_plugin(self.plugin, f"{hook}'s answer", lambda: check(answers.Answer(self.name, hook)), DEBUG_HINT)
 
 
 def _require_embedded(model: LoadedModel, arrays: Iterable[Int32]) -> None:

@@ -143,7 +143,7 @@ class Course:
     def _restored(self, step: int) -> TrainingState:
         """Restore the state of a checkpoint in memory, and return it."""
         state = self._checkpoints.read(step).state
-        self._engine.backend.restore(self._engine.model, state)
+        self._engine.restore(state)
         return state
 
     def _warn_of_collapse(self, what: str, collapse: Sequence[str]) -> None:

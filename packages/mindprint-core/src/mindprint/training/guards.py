@@ -13,7 +13,7 @@ from mindprint.contract import AdapterState, Dtype, PreferenceBatch, StepMetrics
 from mindprint.errors import GuardError
 from mindprint.losses import NUMPY, PairLogProbs, PreferenceLoss
 from mindprint.plugins.backend import is_finite
-from mindprint.tolerances import LOG_PROB_NOISE, LOSS_TOLERANCE
+from mindprint.tolerances import LOG_PROB_NOISE, LOSS_TOLERANCE, SFT_EVALUATION_TOLERANCE
 
 
 def check_step(metrics: StepMetrics, rows: Sequence[object]) -> None:
@@ -39,6 +39,21 @@ def check_first_update(before: AdapterState, after: AdapterState, metrics: StepM
     )
     if unchanged:
         raise GuardError("the first update left the adapter as it was, though its gradient is not zero")
+
+
+def check_evaluated_loss(backend: str, loss: float, expected: float, dtype: Dtype) -> None:
+    """Raise `GuardError` if a step's loss is not the one that the log-probs of its rows give.
+
+    A loss with another factor or mask falls as plausibly as the right one, and trains something else.
+    """
+    allowed = SFT_EVALUATION_TOLERANCE[dtype] * (1 + abs(expected))
+    # Negated, so that NaN fails as well.
+    if not abs(loss - expected) <= allowed:
+        raise GuardError(
+            f"backend {backend!r}: mindprint_sft_step returned a loss of {loss:.6f}, but its own log-probs of "
+            f"the same rows give {expected:.6f} (allowed in {dtype}: {allowed:.2g}): it trains another objective than "
+            "the configuration names, or another model than it evaluates"
+        )
 
 
 def check_first_preference_step(

@@ -33,7 +33,7 @@ def run_stage(
     # Proven once a stage, because it costs two copies of the adapter.
     unproven = first_step == 0
     for step in range(first_step, plan.steps):
-        before = engine.backend.save(engine.model).adapter if unproven else None
+        before = engine.save().adapter if unproven else None
         started = perf_counter()
         outcome = stage.take_step(engine, step)
         # Metrics are NumPy values, so the step has ended here, also on a backend that evaluates lazily.
@@ -41,7 +41,7 @@ def run_stage(
         guards.check_step(outcome.metrics, outcome.origins)
         # A warm-up begins with a rate of 0, and a skipped float16 step applies nothing: neither proves anything.
         if before is not None and plan.learning_rate(step) > 0 and not outcome.metrics.skipped:
-            guards.check_first_update(before, engine.backend.save(engine.model).adapter, outcome.metrics)
+            guards.check_first_update(before, engine.save().adapter, outcome.metrics)
             unproven = False
         # The line is written before the checkpoint: on resume a line too many is dropped, one too few would be missing.
         on_step(_event(engine, stage, step, outcome, seconds))

@@ -116,6 +116,16 @@ class Objective(ABC, Generic[Example, Batch]):
     ) -> StepMetrics:
         """Call the backend's step hook."""
 
+    def evaluated_loss(
+        self,
+        backend: Backend,  # noqa: ARG002
+        model: LoadedModel,  # noqa: ARG002
+        batches: Sequence[Batch],  # noqa: ARG002
+        update: Update,  # noqa: ARG002
+    ) -> float | None:
+        """Return the step's loss from log-probs alone, None where `check_step` compares the loss at every step."""
+        return None
+
     def check_step(
         self,
         batches: Sequence[Batch],
@@ -187,6 +197,12 @@ class SftObjective(Objective[SftExample, TokenBatch]):
         update: Update,
     ) -> StepMetrics:
         return backend.sft_step(model, batches, update)
+
+    def evaluated_loss(
+        self, backend: Backend, model: LoadedModel, batches: Sequence[TokenBatch], update: Update
+    ) -> float:
+        # A step returns no log-probs, so evaluation has to compute them: for the same micro-batches, in float64.
+        return -sum(float(backend.log_probs(model, batch).sum(dtype=np.float64)) for batch in batches) / update.tokens
 
     def array_parts(self, batch: TokenBatch) -> Sequence[tuple[Int32, Int32]]:
         return ((batch.tokens, batch.lengths),)

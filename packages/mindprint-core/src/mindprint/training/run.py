@@ -189,7 +189,7 @@ class _Run:
                     if stop_requested():
                         raise self._interrupted()
                 self._train_stage(plan, placement, position, state, done, stop_requested)
-                position, state = self.course.after(plan, position, self.engine.backend.save(self.engine.model))
+                position, state = self.course.after(plan, position, self.engine.save())
                 done = 0
             # Killed during the final evaluation, the run continues there and trains nothing again.
             self._save_checkpoint(position, 0, state.without_optimizer())
@@ -236,7 +236,7 @@ class _Run:
             self._emit(event)
 
         def save(steps: int) -> None:
-            self._save_checkpoint(position, steps, self.engine.backend.save(self.engine.model))
+            self._save_checkpoint(position, steps, self.engine.save())
 
         every = self.prepared.config.checkpoints.every
         if not run_stage(self.engine, stage, done, on_step, save, every, stop_requested):

@@ -85,7 +85,7 @@ def check_training(placement: Placement, model: ModelFolder) -> Iterator[Finding
         untouched = engine.backend.log_probs(engine.model, batch, adapter=False)
         before = _inject(engine)
         trace = _train(engine.backend, engine.model, batch)
-        yield from _findings(trace, before, engine.backend.save(engine.model).adapter, placement)
+        yield from _findings(trace, before, engine.save().adapter, placement)
         digest_error = _raised(engine.check_base)
         yield Finding("base", ok=digest_error is None, detail=digest_error or "its weights are as they were")
         moved = _greatest(engine.backend.log_probs(engine.model, batch, adapter=False) - untouched)
@@ -179,7 +179,7 @@ def check_deeply(prepared: Prepared, placement: Placement) -> Iterator[Finding]:
         where = f"{len(before.tensors)} modules, {before.elements:,} elements, and nothing else is trainable"
         yield Finding("LoRA", ok=True, detail=where)
         outcomes = _take_steps(engine, prepared, before)
-        after = engine.backend.save(engine.model).adapter
+        after = engine.save().adapter
         yield from _trained(before, after, outcomes, engine)
         # Of the model that was trained, to compare with what its files give.
         trained = engine.backend.log_probs(engine.model, batch)
@@ -209,7 +209,7 @@ def _inject_configured(engine: Engine, config: Config) -> AdapterState:
 def _take_steps(engine: Engine, prepared: Prepared, start: AdapterState) -> list[StepOutcome]:
     """Take the first steps of the run's first stage, as the run itself would."""
     plan, pad_id = prepared.plans[0], prepared.tokenizer.pad_id
-    engine.backend.restore(engine.model, TrainingState(start))
+    engine.restore(TrainingState(start))
     examples, reference = prepared.examples_of(plan), None
     if OBJECTIVES[plan.stage].needs_reference(plan.settings):
         reference = sum_pairs(engine.backend, engine.model, examples, pad_id)

@@ -11,6 +11,7 @@ from mindprint.draws import random_bits
 from mindprint.models.engine import Engine
 from mindprint.models.likelihoods import CompletionSums
 from mindprint.plugins.backend import is_finite
+from mindprint.training import guards
 from mindprint.training.objectives import OBJECTIVES, Rewards
 from mindprint.training.plan import StagePlan
 
@@ -48,10 +49,15 @@ class Stage:
         micro_batches = self.plan.order.micro_batches(step)
         batches = [self._batch(rows) for rows in micro_batches]
         update = objective.complete_update(self._update(step), batches, settings)
+        # Before the step, whose loss is that of the adapter before its update.
+        expected = self._evaluated_loss(engine, batches, update)
         metrics = objective.take_step(engine.backend, engine.model, batches, settings, update)
         # A skipped step has no update to check, and the loop names the rows of a loss that is not finite.
         if not metrics.skipped and is_finite(metrics):
             objective.check_step(batches, metrics, settings, update, engine.model.dtype, first=step == 0)
+            if expected is not None:
+                guards.check_evaluated_loss(engine.backend.name, metrics.loss, expected, engine.model.dtype)
+                engine.compared_losses.add(self.plan.stage)
         parts = [part for batch in batches for part in objective.array_parts(batch)]
         return StepOutcome(
             metrics,
@@ -60,6 +66,13 @@ class Stage:
             rewards=objective.rewards(batches, metrics, settings),
             padding=1 - sum(int(lengths.sum()) for _, lengths in parts) / sum(array.size for array, _ in parts),
         )
+
+    def _evaluated_loss(self, engine: Engine, batches: Sequence[Any], update: Update) -> float | None:
+        """Return the step's loss as evaluation computes it, None if it was compared already or has no counterpart."""
+        # Once for each model that is loaded: it costs a forward pass, and a backend does not change its loss later.
+        if self.plan.stage in engine.compared_losses or engine.drops_out():
+            return None
+        return self._objective.evaluated_loss(engine.backend, engine.model, batches, update)
 
     def _batch(self, rows: Sequence[int]) -> Any:
         reference = None if self._reference is None else self._reference.select(list(rows))
