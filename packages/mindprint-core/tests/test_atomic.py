@@ -1,6 +1,11 @@
 """Files and folders that appear whole or not at all."""
 
+import fcntl
 import os
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,6 +65,88 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
     assert names(tmp_path) == []
 
 
+@pytest.fixture
+def in_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that cannot exchange two folders."""
+    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mindprint import atomic
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+target, way = Path(sys.argv[1]), sys.argv[2]
+if way == "two steps":
+    atomic._exchange = lambda *_: False
+    rename = Path.rename
+    # The first rename moves the older folder away. The process dies before the second.
+    Path.rename = lambda path, to: (rename(path, to), path == target and die())[0]
+else:
+    atomic._remove = die
+with atomic.new_folder(target) as aside:
+    (aside / "new.txt").touch()
+"""
+
+
+@pytest.mark.parametrize(("way", "kept"), [("one step", "new.txt"), ("two steps", "old.txt")])
+def test_killed_while_it_replaces_a_folder_it_leaves_one_of_them(tmp_path: Path, way: str, kept: str) -> None:
+    """Exactly between the two, on systems with two renames. In one step, the new folder is in place already."""
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old.txt").touch()
+    done = subprocess.run([sys.executable, "-c", KILLED, str(target), way], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert target.exists() == (way == "one step")
+    atomic.tidy(tmp_path)
+    assert names(target) == [kept]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_replaced_folder_is_not_put_back_over_a_new_one(tmp_path: Path) -> None:
+    """Killed after the second rename, before the older folder was removed; and a lock of a living process holds."""
+    left = tmp_path / ".out.mindprint-0123456789abcdef.replaced"
+    (tmp_path / "out").mkdir()
+    left.mkdir()
+    handle = os.open(left, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    atomic.tidy(tmp_path)
+    assert left.exists()
+    os.close(handle)
+    atomic.tidy(tmp_path)
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take two steps")
+def test_while_a_folder_is_replaced_there_always_is_one(tmp_path: Path) -> None:
+    target, missed, done = tmp_path / "out", [], threading.Event()
+    target.mkdir()
+    (target / "file").touch()
+
+    def watch() -> None:
+        while not done.is_set():
+            if not (target / "file").exists():
+                missed.append(1)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(50):
+        with atomic.new_folder(target) as aside:
+            (aside / "file").touch()
+    done.set()
+    watcher.join()
+    assert not missed
+
+
+@pytest.mark.usefixtures("in_two_steps")
+def test_a_folder_is_replaced_in_two_steps(tmp_path: Path) -> None:
+    test_a_folder_is_replaced_whole(tmp_path)
+
+
+@pytest.mark.usefixtures("in_two_steps")
 def test_a_folder_that_cannot_be_replaced_is_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "out"
     target.mkdir()
@@ -93,3 +180,9 @@ def test_a_folder_removed_before_it_is_locked_is_made_again(tmp_path: Path, monk
         (aside / "a.txt").touch()
     assert removed
     assert names(tmp_path) == ["out"]
+
+
+def test_a_system_without_locks_is_told_so_at_import() -> None:
+    code = "import sys; sys.modules['fcntl'] = None; import mindprint"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert "ImportError: Mindprint runs on Linux and macOS. Windows lacks the file locks" in done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -204,3 +206,35 @@ def test_a_format_that_is_too_new_is_named(tmp_path: Path) -> None:
 def test_an_output_that_would_block_is_not_taken_for_another_process(tmp_path: Path) -> None:
     with pytest.raises(BlockingIOError), RunFolder(tmp_path / "run").locked():
         raise BlockingIOError(11, "write could not complete without blocking")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    words = f"lock: cannot be locked: {os.strerror(number)}; choose a place on a file system with locks with --run"
+    with pytest.raises(RunError, match=words), RunFolder(tmp_path / "run").locked():
+        pass
+
+
+LINE = '{"topic": "a", "stage": "sft", "step": %d, "loss": 1.0, "seconds": 0.1, "backend": "toy"}'
+
+
+def test_a_damaged_line_before_others_is_named(tmp_path: Path) -> None:
+    """A line that a crash cut off is the last one. To stop at any other would drop those behind it without a word."""
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_text("\n".join([LINE % 1, "", LINE % 2, LINE[:30]]))
+    assert [line["step"] for line in folder.read_steps()] == [1, 2]
+    folder.metrics.write_text("\n".join([LINE % 1, LINE[:30], LINE % 2, ""]))
+    with pytest.raises(RunError, match=r"metrics\.jsonl: line 2: cannot be read as JSON: .*; restore the file"):
+        folder.read_steps()
+
+
+def test_a_folder_that_a_killed_process_was_replacing_is_put_back(tmp_path: Path) -> None:
+    """On systems that cannot exchange folders: a checkpoint that is written again after a resume."""
+    moved = tmp_path / "checkpoints" / ".000002.mindprint-0123456789abcdef.replaced"
+    moved.mkdir(parents=True)
+    with RunFolder(tmp_path).locked():
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000002"]

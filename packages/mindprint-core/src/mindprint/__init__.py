@@ -11,9 +11,17 @@ The names below are the public interface. Each is imported when it is first used
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mindprint._version import __version__
+
+if find_spec("fcntl") is None:
+    # Here and in words: otherwise the first import of a module with locks would fail with the module's name alone.
+    raise ImportError(
+        "Mindprint runs on Linux and macOS. Windows lacks the file locks (fcntl) that protect its runs: use WSL, "
+        "https://learn.microsoft.com/windows/wsl/install"
+    )
 
 # The module of each public name, which `__getattr__` imports when the name is first used (PEP 562).
 _EXPORTS = {

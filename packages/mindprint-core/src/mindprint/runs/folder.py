@@ -130,8 +130,17 @@ class RunFolder:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(f"{self.path}: another process is training this run") from None
+            except OSError as error:
+                # NFS without its lock service, and some FUSE file systems: two processes could then train one run.
+                raise RunError(
+                    f"{self._lock}: cannot be locked: {error.strerror}; choose a place on a file system with locks "
+                    "with --run"
+                ) from error
             # The folder may have been removed after the file was opened. A lock on a removed file excludes nobody.
             self._check_in_place(handle)
+            # A process that was killed here may have left a folder that it was replacing under another name.
+            for folder in (self.path, self.checkpoints):
+                atomic.tidy(folder)
             yield
         finally:
             os.close(handle)
@@ -242,14 +251,24 @@ def _lines(file: Path) -> list[dict[str, Any]]:
         text = read_text(file)
     except (OSError, ValueError) as error:
         raise RunError(f"{file}: cannot be read: {error}; restore it from a copy") from error
-    lines = []
-    for line in text.splitlines():
+    # Not `splitlines`, which also splits at characters that JSON may hold in a string.
+    lines = text.split("\n")
+    parsed = []
+    for number, line in enumerate(lines, 1):
+        # Somebody's editor may have left blank lines. They hold nothing that could be lost.
+        if not line.strip():
+            continue
         try:
-            lines.append(parse_json(line))
-        except ValueError:
-            # A crash cuts off the last line. A resumed run does its step again.
-            break
-    return lines
+            parsed.append(parse_json(line))
+        except ValueError as error:
+            # A crash cuts off the last line, and a resumed run does its step again. Before other lines it is damage:
+            # to stop reading there would drop them.
+            if any(rest.strip() for rest in lines[number:]):
+                raise RunError(
+                    f"{file}: line {number}: cannot be read as JSON: {error}; restore the file from a copy, or remove "
+                    "the line"
+                ) from error
+    return parsed
 
 
 def _parsed(file: Path, parse: Callable[[dict[str, Any]], Record]) -> list[Record]:
