@@ -1,5 +1,7 @@
 """Each guard, tripped by what it is there for and silent otherwise."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -76,3 +78,10 @@ def test_a_turned_loss_is_noticed() -> None:
     guards.check_preference_loss([batch], right, PreferenceLoss("sigmoid"), update)
     with pytest.raises(GuardError, match="it trains another objective than the configuration names"):
         guards.check_preference_loss([batch], turned, PreferenceLoss("sigmoid"), update)
+
+
+def test_a_preference_stage_whose_gradient_is_zero_is_stopped() -> None:
+    """Its loss would stay at ln 2 to the end: `0.6931 -> 0.6931`."""
+    guards.check_preference_gradient(StepMetrics(math.log(2), 0.02))
+    with pytest.raises(GuardError, match=r"gradient of the preference stage is zero \(norm 0\), .* stay at 0.6931"):
+        guards.check_preference_gradient(StepMetrics(math.log(2), 0.0))

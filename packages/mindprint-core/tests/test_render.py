@@ -128,7 +128,8 @@ def test_a_prompt_that_is_not_a_prefix_ends_where_the_whole_departs(tmp_path: Pa
     """The generation prompt ends with `<t></t>`, the answer does not: `<` is where they part."""
     rendered = render_sft([sft("Hi", "Yo")], tokenizer(tmp_path, THINKING), DataConfig())
     assert_spans(rendered.examples[0], (user("Hi") + ANSWER_OPEN, False), (ended("Yo"), True))
-    assert rendered.notes == ("in 1 rows an answer changes the prompt's own tokens: trained from where they part",)
+    (warning,) = rendered.warnings
+    assert warning.startswith("in 1 rows the template's generation prompt is not a prefix of what is trained: ")
 
 
 def test_what_prompt_and_answer_share_by_chance_is_context(tmp_path: Path) -> None:
@@ -250,9 +251,42 @@ def test_pairs_are_cut_and_left_out_as_in_trl(tmp_path: Path) -> None:
     assert (example.chosen.tolist(), example.rejected.tolist()) == ([*b"Yo", IM_END], [*b"Sir"])
 
 
-def test_a_pair_of_equals_is_kept_and_said(tmp_path: Path) -> None:
-    rendered = render_preferences([pair("Hi", "Yo", "Yo")], tokenizer(tmp_path), DataConfig())
-    assert rendered.notes == ("in 1 pairs chosen and rejected are the same: they teach nothing",)
+def test_pairs_that_are_equal_once_cut_are_left_out_and_said(tmp_path: Path) -> None:
+    """`a long answer` and `a long tale` differ behind the 30th token, and a pair of equals anywhere."""
+    pairs = [pair("Hi", "Yo", "Yo"), pair("Hi", "a long answer", "a long tale"), pair("Hi", "Yo", "Sir")]
+    prompt = len(user("Hi") + ANSWER_OPEN)
+    rendered = render_preferences(pairs, tokenizer(tmp_path), DataConfig(max_length=prompt + len("a long ")))
+    assert (len(rendered.examples), rendered.same, rendered.cut) == (1, 2, 0)
+    assert rendered.notes == (
+        "in 2 pairs chosen and rejected are the same (1 of them once cut at max_length): left out, they teach nothing",
+    )
+
+
+def test_a_topic_whose_pairs_are_all_equal_is_refused(tmp_path: Path) -> None:
+    """Its loss would stay at ln 2 to the end of the stage."""
+    equal = [pair("Hi", "a long answer", "a long tale")]
+    data = DataConfig(max_length=len(user("Hi") + ANSWER_OPEN) + len("a long "))
+    with pytest.raises(
+        DataError, match=r"topic 'tea' has no row left \(1 of 1\): in 1 pairs chosen and rejected .* cut"
+    ):
+        render_preferences(equal, tokenizer(tmp_path), data)
+    # Held-out pairs are only read: a topic may lose all of them.
+    assert render_preferences(equal, tokenizer(tmp_path), data, held_out=True).same == 1
+
+
+NEVER_ENDING = (
+    "{% for message in messages %}### {{ message.role }}\n{{ message.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "warned"), [(NEVER_ENDING, True), (CHATML, False), (None, False)])
+def test_a_template_that_never_ends_an_answer_is_said(tmp_path: Path, template: str | None, warned: bool) -> None:
+    loaded = tokenizer(tmp_path, template)
+    parts = (render_sft([sft("Hi", "Yo")], loaded, DataConfig()),
+             render_preferences([pair("Hi", "Yo", "Sir")], loaded, DataConfig()))  # fmt: skip
+    for rendered in parts:
+        assert any("writes no end-of-turn token after an answer" in words for words in rendered.warnings) is warned
 
 
 def test_an_answer_that_renders_to_nothing_is_an_error(tmp_path: Path) -> None:

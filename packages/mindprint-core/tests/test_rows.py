@@ -121,10 +121,10 @@ def test_rows_as_messages() -> None:
     assert (text_of("Hi"), text_of((HI, YO))) == ("Hi", "Yo")
 
 
-def test_topic_then_source_then_the_default() -> None:
+def test_topic_then_the_default() -> None:
     row = {"prompt": "Hi", "completion": "Yo"}
     assert sft({**row, "topic": " tea ", "source": "mail"}).topic == "tea"
-    assert sft({**row, "source": "mail"}).topic == "mail"
+    assert sft({**row, "source": "mail"}).topic == DEFAULT_TOPIC
     assert sft({**row, "topic": None}).topic == DEFAULT_TOPIC
 
 
@@ -148,9 +148,9 @@ def test_topic_then_source_then_the_default() -> None:
         ({"messages": said(YO)}, "`messages` has nothing before the assistant's answer"),
         ({"messages": [*said(HI), {"role": "assistant", "content": ""}]}, "`messages[1].content` is empty"),
         ({"messages": [{"role": "user", "content": None}]}, "`messages[0].content` must be text, found null"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "`messages[0].content` must be text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "`messages[0].content[0].text` must be text"),
         ({"messages": [{"role": "tool", "content": "4"}]}, "must be system, user or assistant, found 'tool'"),
-        ({"messages": [{"from": "human", "value": "Hi"}]}, "must be system, user or assistant, found None"),
+        ({"messages": [{"content": "Hi"}]}, "must be system, user or assistant, found None"),
         (
             {"messages": [*said(HI), {"role": "assistant", "content": "Yo", "tool_calls": [{}]}]},
             "`messages[1].tool_calls` is not supported",

@@ -49,7 +49,7 @@ _EXPORTS = {
     "Notice": "events",
     "Observer": "events",
     "OpenedAdapter": "runs.opened",
-    "Origin": "data.rows",
+    "Origin": "data.row_files",
     "PreferenceLoss": "losses",
     "PreferenceRow": "data.rows",
     "RunFinished": "events",
@@ -185,7 +185,8 @@ if TYPE_CHECKING:
     from mindprint.contract import AdapterState, LoraConfig, ModelSpec, Sampling, TokenBatch, TrainingState, Update
     from mindprint.data.collate import sft_batch
     from mindprint.data.render import render_preferences, render_prompt, render_sft
-    from mindprint.data.rows import Origin, PreferenceRow, SftRow
+    from mindprint.data.row_files import Origin
+    from mindprint.data.rows import PreferenceRow, SftRow
     from mindprint.data.tokenizer import load_tokenizer
     from mindprint.errors import MindprintError
     from mindprint.events import (

@@ -96,6 +96,14 @@ class DataConfig(Section):
     train_on: Literal["all", "last"] = Field(
         "all", description="Which assistant turns of a conversation are trained: `all`, or only the `last`."
     )
+    topic: str | None = Field(
+        None, description="Column whose values are the topics. Default: `topic`; rows without one belong to `main`."
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {},
+        description="Variables for the chat template (`enable_thinking: false`), the same in training, evaluation and "
+        "generation. A row can have its own in a field of this name.",
+    )
     max_length: Positive = Field(1024, description="Longest sequence in tokens. Longer ones are cut at their end.")
     length_window: Positive = Field(
         1,

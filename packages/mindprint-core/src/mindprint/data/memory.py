@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mindprint.data.rows import Record, kind_of
+from mindprint.data.row_files import Record, kind_of
 from mindprint.errors import DataError
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mindprint.config import ConfigFile
-from mindprint.data.rows import DEFAULT_TOPIC, Origin, Record, checked_text, kind_of, shown_path
+from mindprint.data.row_files import Origin, Record, kind_of, shown_path
+from mindprint.data.rows import DEFAULT_TOPIC, checked_text
 from mindprint.errors import DataError
 from mindprint.input_files import read_json
 from mindprint.text.words import words

@@ -7,8 +7,9 @@ tokens of the prompt are not a prefix of the whole, the common prefix decides, e
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Generic, Literal, TypeVar
@@ -17,7 +18,8 @@ import numpy as np
 
 from mindprint.config import DataConfig
 from mindprint.contract import Bool, Int32
-from mindprint.data.rows import Message, Messages, Origin, PreferenceRow, SftRow, Text, as_messages
+from mindprint.data.row_files import Origin
+from mindprint.data.rows import Messages, PreferenceRow, SftRow, Text, as_messages
 from mindprint.data.tokenizer import Tokenizer
 from mindprint.errors import DataError
 
@@ -53,19 +55,25 @@ Example = TypeVar("Example", SftExample, PreferenceExample)
 class Rendered(Generic[Example]):
     """Examples in the order of their rows.
 
-    `cut` counts rows whose end was cut at `max_length`, `left_out` rows whose prompt leaves no room for an answer.
+    `cut` counts rows whose end was cut at `max_length`, `left_out` rows whose prompt leaves no room for an answer, and
+    `same` pairs whose answers are the same tokens, once they are cut. `notes` and `warnings` are for the user.
     """
 
     examples: tuple[Example, ...]
     cut: int = 0
     left_out: int = 0
     notes: tuple[str, ...] = ()
+    same: int = 0
+    warnings: tuple[str, ...] = ()
 
 
-def render_sft(rows: Sequence[SftRow], tokenizer: Tokenizer, data: DataConfig) -> Rendered[SftExample]:
+def render_sft(
+    rows: Sequence[SftRow], tokenizer: Tokenizer, data: DataConfig, *, held_out: bool = False
+) -> Rendered[SftExample]:
     """Render SFT rows as tokens and masks. If the template rewrites a conversation's history, each turn is an example.
 
     Raises `DataError` where the template refuses a row, a completion renders to nothing, or a topic loses every row.
+    Of `held_out` rows a topic may lose every one: nothing is trained on them.
     """
     tally = _Tally()
     examples: list[SftExample] = []
@@ -74,31 +82,40 @@ def render_sft(rows: Sequence[SftRow], tokenizer: Tokenizer, data: DataConfig) -
         parts = _raw_sequences(chunk, tokenizer, tally) if raw else _chat_sequences(chunk, tokenizer, data, tally)
         for row, sequences in zip(chunk, parts, strict=True):
             examples.extend(_sft_examples(row, sequences, data.max_length, tally))
-    return _rendered(rows, examples, tally, tokenizer, data)
+    return _rendered(rows, examples, tally, tokenizer, data, held_out=held_out)
 
 
 def render_preferences(
-    rows: Sequence[PreferenceRow], tokenizer: Tokenizer, data: DataConfig
+    rows: Sequence[PreferenceRow], tokenizer: Tokenizer, data: DataConfig, *, held_out: bool = False
 ) -> Rendered[PreferenceExample]:
-    """Render preference pairs as tokens, as `DPOTrainer` does. Raises `DataError` as `render_sft` does."""
+    """Render preference pairs as tokens, as `DPOTrainer` does. Raises `DataError` as `render_sft` does.
+
+    A pair whose answers are the same tokens, once they are cut, is left out and counted: its gradient is zero.
+    """
     tally = _Tally()
     examples: list[PreferenceExample] = []
     for chunk in _chunks(rows):
-        parts = _raw_pairs(chunk, tokenizer) if data.format == "raw" else _chat_pairs(chunk, tokenizer)
+        parts = _raw_pairs(chunk, tokenizer) if data.format == "raw" else _chat_pairs(chunk, tokenizer, tally)
         for row, (prompt, chosen, rejected) in zip(chunk, parts, strict=True):
             examples.extend(_pair_example(row, prompt, chosen, rejected, data.max_length, tally))
-    return _rendered(rows, examples, tally, tokenizer, data)
+    return _rendered(rows, examples, tally, tokenizer, data, held_out=held_out)
 
 
-def render_prompt(prompt: Text, tokenizer: Tokenizer, data_format: Literal["chat", "raw"] = "chat") -> Int32:
-    """Render a prompt, `[P]` int32: a conversation up to the assistant's turn, or plain text."""
+def render_prompt(
+    prompt: Text, tokenizer: Tokenizer, data_format: Literal["chat", "raw"] = "chat", variables: str = ""
+) -> Int32:
+    """Render a prompt, `[P]` int32: a conversation up to the assistant's turn, or plain text.
+
+    `variables` are a row's own variables for the chat template, as JSON.
+    """
     if data_format == "raw":
         if not isinstance(prompt, str):
             raise DataError("messages need data.format=chat; data.format is raw, which takes strings")
         # A tokenizer that appends EOS would end the text before the model continues it.
         ids = tokenizer.encode(prompt)
         return np.array(ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids, dtype=np.int32)
-    return np.array(tokenizer.render(as_messages(prompt, "user"), generation_prompt=True), dtype=np.int32)
+    messages = as_messages(prompt, "user")
+    return tokenizer.render_all([messages], generation_prompt=True, variables=[variables])[0]
 
 
 def common_prefix(first: Int32, second: Int32) -> int:
@@ -119,11 +136,21 @@ class _Sequence:
 
 @dataclass
 class _Tally:
+    """Counts of what happened to rows. `left_out` and `same` are by topic, and `unread` names template variables."""
+
     cut: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     split: int = 0
     diverging: int = 0
-    same: int = 0
+    same: Counter[str] = field(default_factory=Counter)
+    same_once_cut: int = 0
+    shortened: int = 0
+    unread: dict[str, None] = field(default_factory=dict)
+
+    def look_for(self, answer: str, text: str) -> None:
+        """Count an answer that the template did not write whole, such as one whose thought it leaves out."""
+        # Templates trim: only the words must be there.
+        self.shortened += answer.strip() not in text
 
 
 @dataclass(frozen=True)
@@ -146,21 +173,30 @@ def _chat_sequences(
 ) -> Iterator[list[_Sequence]]:
     ends = [trained_turns(row, data) for row in rows]
     origins = [row.origin for row, turns in zip(rows, ends, strict=True) for _ in turns]
+    variables = [row.variables for row, turns in zip(rows, ends, strict=True) for _ in turns]
     prompts = [row.messages[:end] for row, turns in zip(rows, ends, strict=True) for end in turns]
     wholes = [row.messages[: end + 1] for row, turns in zip(rows, ends, strict=True) for end in turns]
-    rendered = map(
-        _Turn,
-        _render(prompts, origins, tokenizer, generation_prompt=True),
-        _render(wholes, origins, tokenizer, generation_prompt=False),
-    )
+    texts = _render(wholes, origins, variables, tokenizer, generation_prompt=False)
+    for messages, text in zip(wholes, texts, strict=True):
+        tally.look_for(messages[-1].content, text)
+    _note_unread(variables, tokenizer, tally)
+    asked = _render(prompts, origins, variables, tokenizer, generation_prompt=True)
+    rendered = map(_Turn, tokenizer.encode_rendered(asked), tokenizer.encode_rendered(texts))
     for row, turns in zip(rows, ends, strict=True):
         yield _conversation(row, [next(rendered) for _ in turns], tally)
 
 
 def trained_turns(row: SftRow, data: DataConfig) -> list[int]:
-    """Return the indices of the assistant's messages to train: those after the prompt with something before them."""
+    """Return the indices of the assistant's messages to train: those after the prompt with something before them.
+
+    An answer that its own fields take out (`weight: 0`) is context.
+    """
     messages, first = row.messages, max(1, len(row.prompt_messages))
-    turns = [index for index in range(first, len(messages)) if messages[index].role == "assistant"]
+    turns = [
+        index
+        for index in range(first, len(messages))
+        if messages[index].role == "assistant" and messages[index].trained
+    ]
     return turns[-1:] if data.train_on == "last" else turns
 
 
@@ -212,17 +248,27 @@ def _mask(sequence: _Sequence, length: int) -> Bool:
 _Parts = tuple[Int32, Int32, Int32]
 
 
-def _chat_pairs(rows: Sequence[PreferenceRow], tokenizer: Tokenizer) -> Iterator[_Parts]:
+def _chat_pairs(rows: Sequence[PreferenceRow], tokenizer: Tokenizer, tally: _Tally) -> Iterator[_Parts]:
     origins = [row.origin for row in rows]
+    variables = [row.variables for row in rows]
     prompts = [row.prompt_messages for row in rows]
     chosen = [row.prompt_messages + row.chosen_messages for row in rows]
     rejected = [row.prompt_messages + row.rejected_messages for row in rows]
-    return zip(
-        _render(prompts, origins, tokenizer, generation_prompt=True),
-        _render(chosen, origins, tokenizer, generation_prompt=False),
-        _render(rejected, origins, tokenizer, generation_prompt=False),
-        strict=True,
+    texts = (
+        _render(prompts, origins, variables, tokenizer, generation_prompt=True),
+        _render(chosen, origins, variables, tokenizer, generation_prompt=False),
+        _render(rejected, origins, variables, tokenizer, generation_prompt=False),
     )
+    for messages, text in zip(chosen, texts[1], strict=True):
+        tally.look_for(messages[-1].content, text)
+    _note_unread(variables, tokenizer, tally)
+    return zip(*map(tokenizer.encode_rendered, texts), strict=True)
+
+
+def _note_unread(variables: Sequence[str], tokenizer: Tokenizer, tally: _Tally) -> None:
+    """Remember the template variables that the template does not mention: they change nothing."""
+    names = [name for own in dict.fromkeys(variables) if own for name in json.loads(own)]
+    tally.unread.update(dict.fromkeys(name for name in names if name not in tokenizer.template))
 
 
 def _raw_pairs(rows: Sequence[PreferenceRow], tokenizer: Tokenizer) -> Iterator[_Parts]:
@@ -242,11 +288,16 @@ def _pair_example(
     start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
     _check_pair(row, start, chosen, rejected)
     tally.diverging += start < len(prompt)
-    tally.same += np.array_equal(chosen, rejected)
     if start >= max_length:
         tally.left_out[row.topic] += 1
         return
-    tally.cut += max(len(chosen), len(rejected)) > max_length
+    is_cut = max(len(chosen), len(rejected)) > max_length
+    # Compared after the cut: answers that differ only behind it are the same to the model.
+    if np.array_equal(chosen[:max_length], rejected[:max_length]):
+        tally.same[row.topic] += 1
+        tally.same_once_cut += is_cut
+        return
+    tally.cut += is_cut
     yield PreferenceExample(row.topic, prompt[:start], chosen[start:max_length], rejected[start:max_length], row.origin)
 
 
@@ -266,24 +317,25 @@ def _chunks(rows: Sequence[_Row]) -> Iterator[Sequence[_Row]]:
 
 
 def _render(
-    conversations: Sequence[Messages], origins: Sequence[Origin], tokenizer: Tokenizer, *, generation_prompt: bool
-) -> list[Int32]:
+    conversations: Sequence[Messages],
+    origins: Sequence[Origin],
+    variables: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    generation_prompt: bool,
+) -> list[str]:
     """Render many conversations at once. If the template refuses one, name its row."""
     try:
-        return tokenizer.render_all(conversations, generation_prompt=generation_prompt)
+        return tokenizer.render_text(conversations, generation_prompt=generation_prompt, variables=variables)
     except DataError:
         # One after the other, which is slow, but only on the way to an error.
-        for messages, origin in zip(conversations, origins, strict=True):
+        for messages, origin, own in zip(conversations, origins, variables, strict=True):
             # Whichever conversation the template refuses raises here, with its row's origin.
-            _render_one(messages, origin, tokenizer, generation_prompt=generation_prompt)
+            try:
+                tokenizer.render_text([messages], generation_prompt=generation_prompt, variables=[own])
+            except DataError as error:
+                raise DataError(f"{origin}: {error}") from error
         raise
-
-
-def _render_one(messages: Sequence[Message], origin: Origin, tokenizer: Tokenizer, *, generation_prompt: bool) -> None:
-    try:
-        tokenizer.render(messages, generation_prompt=generation_prompt)
-    except DataError as error:
-        raise DataError(f"{origin}: {error}") from error
 
 
 def _plain(text: Text) -> str:
@@ -299,25 +351,91 @@ def _ended(completion: Text, tokenizer: Tokenizer) -> str:
 
 
 def _rendered(
-    rows: Sequence[_Row], examples: list[Example], tally: _Tally, tokenizer: Tokenizer, data: DataConfig
+    rows: Sequence[_Row],
+    examples: list[Example],
+    tally: _Tally,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    *,
+    held_out: bool,
 ) -> Rendered[Example]:
-    # A topic without rows would be a stage without steps, so it is an error and not a note.
-    kept = {example.topic for example in examples}
-    for topic, left_out in tally.left_out.items():
-        if left_out and topic not in kept:
-            first = next(row.origin for row in rows if row.topic == topic)
-            raise DataError(
-                f"{first}: topic {topic!r} has no row left ({left_out} of {left_out}): every prompt fills "
-                f"max_length ({data.max_length} tokens): raise data.max_length, or shorten the prompts"
-            )
-    notes = tuple(chain(tokenizer.notes if data.format == "chat" else (), _notes(tally)))
-    return Rendered(tuple(examples), tally.cut, tally.left_out.total(), notes)
+    if not held_out:
+        _refuse_empty_topics(rows, {example.topic for example in examples}, tally, data)
+    chat = data.format == "chat"
+    return Rendered(
+        tuple(examples),
+        tally.cut,
+        tally.left_out.total(),
+        tuple(chain(tokenizer.notes if chat else (), _notes(tally, chat=chat))),
+        tally.same.total(),
+        tuple(_warnings(examples, tally, tokenizer, data)) if chat else (),
+    )
 
 
-def _notes(tally: _Tally) -> Iterator[str]:
+def _refuse_empty_topics(rows: Sequence[_Row], kept: Collection[str], tally: _Tally, data: DataConfig) -> None:
+    """Raise `DataError` for a topic without rows: it would be a stage without steps, or one that learns nothing."""
+    for topic in {**tally.left_out, **tally.same}:
+        too_long, same = tally.left_out[topic], tally.same[topic]
+        if topic in kept or not too_long + same:
+            continue
+        first = next(row.origin for row in rows if row.topic == topic)
+        lost = f"{first}: topic {topic!r} has no row left ({too_long + same} of {too_long + same})"
+        limit = f"max_length ({data.max_length} tokens)"
+        once_cut = f" once they are cut at {limit}" if tally.same_once_cut else ""
+        if not same:
+            raise DataError(f"{lost}: every prompt fills {limit}: raise data.max_length, or shorten the prompts")
+        raise DataError(
+            f"{lost}: in {same} pairs chosen and rejected are the same{once_cut}, which teaches nothing"
+            f"{f', and {too_long} prompts fill {limit}' if too_long else ''}: raise data.max_length, or change them"
+        )
+
+
+def _notes(tally: _Tally, *, chat: bool) -> Iterator[str]:
     if tally.split:
         yield f"the chat template rewrites earlier turns: {tally.split} conversations became one example per turn"
-    if tally.diverging:
+    # Plain text has no template: a tokenizer that joins the prompt's last sign with the answer's first is all there is.
+    if tally.diverging and not chat:
         yield f"in {tally.diverging} rows an answer changes the prompt's own tokens: trained from where they part"
-    if tally.same:
-        yield f"in {tally.same} pairs chosen and rejected are the same: they teach nothing"
+    if same := tally.same.total():
+        cut = f" ({tally.same_once_cut} of them once cut at max_length)" if tally.same_once_cut else ""
+        yield f"in {same} pairs chosen and rejected are the same{cut}: left out, they teach nothing"
+
+
+ENDS_LOOKED_AT = 50
+"""Examples whose end is looked at: a template ends all answers alike."""
+
+
+def _warnings(
+    examples: Sequence[SftExample | PreferenceExample], tally: _Tally, tokenizer: Tokenizer, data: DataConfig
+) -> Iterator[str]:
+    """Yield warnings of a chat template that asks in another state than it trains, cuts answers, or never ends them."""
+    if tally.diverging:
+        yield (
+            f"in {tally.diverging} rows the template's generation prompt is not a prefix of what is trained: trained "
+            "from where they part, so the model is asked in another state than it is trained in; set a variable of the "
+            "template that makes them equal (data.chat_template_kwargs={enable_thinking: false}, say)"
+        )
+    if tally.shortened:
+        yield (
+            f"in {tally.shortened} rows the template leaves out a part of the trained answer (a thought, say): it is "
+            "not trained; take it out of the row, or set a variable of the template that keeps it "
+            "(data.chat_template_kwargs)"
+        )
+    unread = [*(name for name in tokenizer.variables if name not in tokenizer.template), *tally.unread]
+    if unread:
+        yield f"the chat template does not read {', '.join(dict.fromkeys(unread))}: it changes nothing"
+    whole = [tokens for example in examples if len(tokens := _trained_tokens(example, data.max_length))]
+    stops = np.array(tokenizer.stop_token_ids)
+    if whole and not any(np.isin(tokens, stops).any() for tokens in whole[:ENDS_LOOKED_AT]):
+        yield (
+            "the chat template writes no end-of-turn token after an answer: the model does not learn to stop, and its "
+            "answers run to generation.max_new_tokens; write eos_token after the assistant's message in "
+            "chat_template.jinja, or set data.format=raw"
+        )
+
+
+def _trained_tokens(example: SftExample | PreferenceExample, max_length: int) -> Int32:
+    """Return the trained tokens of an example, nothing where its end may have been cut."""
+    if isinstance(example, SftExample):
+        return example.tokens[example.loss_mask & (len(example.tokens) < max_length)]
+    return example.chosen[: len(example.chosen) if len(example.prompt) + len(example.chosen) < max_length else 0]

@@ -1,57 +1,50 @@
-"""Rows: the texts that a model learns from, read and checked.
+"""Rows: the texts that a model learns from, checked and brought into one form. docs/data-formats.md shows every form.
 
-JSON Lines and CSV are read here, so that every mistake is named with file and line; Parquet files and datasets on the
-hub come through `datasets`, which is imported only for them. docs/data-formats.md shows every form.
+A field that decides what is trained is honoured or refused. A field that nothing here knows is named once.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from mindprint.config import Config, ConfigFile
-from mindprint.errors import DataError, first_line
-from mindprint.input_files import parse_json
+from mindprint.data.row_files import Origin, Record, file_records, hub_records, is_row_file, kind_of, shown_path
+from mindprint.errors import DataError
+from mindprint.input_files import parse_json, shortened
 
 DEFAULT_TOPIC = "main"
 """The topic of rows that name none."""
 
+TOPIC_FIELD = "topic"
+"""The column of topics, unless `data.topic` names another."""
+
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
 Format = Literal["chat", "raw"]
-Record = Mapping[str, Any]
+
+ROLE_NAMES: Mapping[str, Role] = {
+    **{role: role for role in ROLES},
+    **dict.fromkeys(("human",), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "ai", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("developer",), "system"),
+}
+"""The roles as ShareGPT files, Gemini's and OpenAI's call them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation. An assistant's turn that is not `trained` is context alone."""
 
     role: Role
     content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """The origin of a row: `sft.jsonl: line 3`. Parquet files and datasets count rows, quizzes questions.
-
-    Rows from memory have their index: `rows[3]`.
-    """
-
-    file: str
-    line: int
-    unit: Literal["line", "row", "question", "index"] = "line"
-
-    def __str__(self) -> str:
-        if self.unit == "index":
-            return f"{self.file}[{self.line}]"
-        return f"{self.file}: {self.unit} {self.line}"
+    trained: bool = True
 
 
 Messages = tuple[Message, ...]
@@ -64,13 +57,15 @@ class SftRow:
     """A row to be imitated.
 
     `prompt` given: the assistant's turns in `completion` are trained. `prompt` None: every assistant turn of the
-    conversation `completion` is, or (raw format) the whole text `completion`.
+    conversation `completion` is, or (raw format) the whole text `completion`. `variables` are the row's own variables
+    for the chat template, as JSON.
     """
 
     topic: str
     prompt: Text | None
     completion: Text
     origin: Origin
+    variables: str = ""
 
     @property
     def messages(self) -> Messages:
@@ -84,13 +79,14 @@ class SftRow:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceRow:
-    """Two answers to one prompt, the first preferred."""
+    """Two answers to one prompt, the first preferred. `variables` are those of its chat template, as JSON."""
 
     topic: str
     prompt: Text
     chosen: Text
     rejected: Text
     origin: Origin
+    variables: str = ""
 
     @property
     def prompt_messages(self) -> Messages:
@@ -107,11 +103,38 @@ class PreferenceRow:
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows that a configuration names. A stage that is off has none, and `heldout` may be empty."""
+    """All rows that a configuration names. A stage that is off has none, and `heldout` may be empty.
+
+    `notes` are sentences for the user about all of them.
+    """
 
     sft: tuple[SftRow, ...]
     preferences: tuple[PreferenceRow, ...]
     heldout: tuple[PreferenceRow, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Findings:
+    """What is collected while rows are read, and said once about all of them."""
+
+    topic_field: str = TOPIC_FIELD
+    has_topics: bool = False
+    ignored: dict[str, None] = field(default_factory=dict)
+    histories: int = 0
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Remember columns that nothing reads, in the order in which they are met."""
+        self.ignored.update(dict.fromkeys(names))
+
+    def notes(self) -> Iterator[str]:
+        """Yield the sentences for the user."""
+        if self.ignored:
+            hint = " (data.topic=source would make topics of source)" if "source" in self.ignored else ""
+            yield f"ignored columns: {_named(self.ignored, 12)}{hint}"
+        if self.histories:
+            rows = _count(self.histories, "row")
+            yield f"in {rows} the answers of `history` are context: write `messages` to train them as well"
 
 
 def as_messages(text: Text, role: Role) -> Messages:
@@ -130,18 +153,22 @@ def read_rows(file: ConfigFile) -> Rows:
     Raises `DataError` with one line that names file and line, and how to fix it.
     """
     config = file.config
+    findings = Findings(config.data.topic or TOPIC_FIELD)
 
     def sft(record: Record, origin: Origin) -> SftRow:
-        return sft_row(record, origin, config.data.format)
+        return sft_row(record, origin, config.data.format, findings)
 
     def preference(record: Record, origin: Origin) -> PreferenceRow:
-        return preference_row(record, origin, config.data.format)
+        return preference_row(record, origin, config.data.format, findings)
 
-    return Rows(
+    rows = Rows(
         sft=_read_part(file, "sft", sft) if config.sft.enabled else (),
         preferences=_read_part(file, "preferences", preference) if config.dpo.enabled else (),
         heldout=_read_part(file, "heldout", preference),
     )
+    if config.data.topic and not findings.has_topics and (rows.sft or rows.preferences):
+        raise DataError(f"{file.source}: data.topic names the column {config.data.topic!r}, and no row has it")
+    return replace(rows, notes=tuple(findings.notes()))
 
 
 def check_topics(rows: Rows, config: Config) -> None:
@@ -159,39 +186,80 @@ def check_topics(rows: Rows, config: Config) -> None:
             raise DataError(f"topic {topic!r} has {found}: add rows of this topic, or set sft.enabled=false")
 
 
+PROMPT_NAMES = ("prompt", "instruction", "question", "query", "input")
+ANSWER_NAMES = ("completion", "output", "answer", "response")
+
 SFT_FORMS = (
     ("prompt", "completion"),
     ("messages",),
+    ("conversations",),
     ("instruction", "output"),
     ("question", "answer"),
+    *((prompt, answer) for prompt in PROMPT_NAMES for answer in ANSWER_NAMES),
     ("text",),
 )
 """The fields that make an SFT row, first match wins. `instruction` may have an `input` next to it."""
 
-PREFERENCE_FORMS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+PREFERENCE_FORMS = (
+    ("prompt", "chosen", "rejected"),
+    ("instruction", "chosen", "rejected"),
+    ("question", "chosen", "rejected"),
+    ("conversations", "chosen", "rejected"),
+    ("chosen", "rejected"),
+)
 """The fields that make a preference row. Without `prompt`, it is what `chosen` and `rejected` begin with alike."""
 
+SHOWN_FORMS = 6
+"""How many of the forms a message shows: the other SFT forms differ from these in names alone."""
 
-def sft_row(record: Record, origin: Origin, data_format: Format) -> SftRow:
-    """Check one SFT record. Raises `DataError` with its origin."""
-    prompt, completion = _sft_parts(record, origin)
+_SYSTEM_NAMES = ("system", "system_prompt")
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_TRAINED_IF: Mapping[str, bool] = {"weight": True, "train": True, "loss": True, "masked": False}
+"""Fields that say whether something is trained, and the value with which it is."""
+
+_SWITCHES: Mapping[object, bool] = {**dict.fromkeys(("true", "1", "1.0"), True),
+                                    **dict.fromkeys(("false", "0", "0.0"), False)}  # fmt: skip
+
+RESERVED_VARIABLES = (
+    "messages", "conversations", "chat_template", "add_generation_prompt", "continue_final_message",
+    "return_assistant_tokens_mask", "tokenize",
+)  # fmt: skip
+"""Variables of a chat template that Mindprint sets itself."""
+
+
+def sft_row(record: Record, origin: Origin, data_format: Format, findings: Findings | None = None) -> SftRow:
+    """Check one SFT record. Raises `DataError` with its origin. What is said once goes into `findings`."""
+    findings = findings or Findings()
+    form = _form(record, SFT_FORMS, origin)
+    _refuse_untrainable(record, form, origin)
+    prompt, completion = _sft_parts(record, form, origin, findings)
+    prompt, completion = _with_context(record, prompt, completion, origin, findings)
     if data_format == "raw":
         _only_strings(origin, prompt, completion)
     elif prompt is None and isinstance(completion, str):
         raise DataError(f"{origin}: `text` is plain text: write `prompt` and `completion`, or set data.format=raw")
     if prompt is not None:
         _answers_only(completion, "completion", origin)
-    return SftRow(_topic(record, origin), prompt, completion, origin)
+    topic, variables = _topic(record, origin, findings), _variables(record, origin, data_format)
+    findings.ignore(_unread(record, form, findings))
+    row = SftRow(topic, prompt, completion, origin, variables)
+    if not isinstance(completion, str) and not any(m.role == "assistant" and m.trained for m in completion):
+        raise DataError(f"{origin}: none of its answers is trained (`weight: 0` or the like): leave the row out")
+    return row
 
 
-def preference_row(record: Record, origin: Origin, data_format: Format) -> PreferenceRow:
+def preference_row(
+    record: Record, origin: Origin, data_format: Format, findings: Findings | None = None
+) -> PreferenceRow:
     """Check one preference record; an implicit prompt is taken apart as TRL's `extract_prompt` does it.
 
-    Raises `DataError` with its origin.
+    Raises `DataError` with its origin. What is said once goes into `findings`.
     """
-    _form(record, PREFERENCE_FORMS, origin)
-    chosen, rejected = _answer(record, "chosen", origin), _answer(record, "rejected", origin)
-    prompt = _text(record, "prompt", origin) if _given(record, "prompt") else None
+    findings = findings or Findings()
+    form = _form(record, PREFERENCE_FORMS, origin)
+    _refuse_untrainable(record, form, origin)
+    chosen, rejected = _answer(record, "chosen", origin, findings), _answer(record, "rejected", origin, findings)
+    prompt = _prompt(record, form[0], origin, findings) if len(form) == 3 else None
     if data_format == "raw":
         _only_strings(origin, prompt, chosen, rejected)
     elif prompt is None and (isinstance(chosen, str) or isinstance(rejected, str)):
@@ -202,23 +270,156 @@ def preference_row(record: Record, origin: Origin, data_format: Format) -> Prefe
         prompt, chosen, rejected = _without_prompt(chosen, rejected, prompt, origin)
     _answers_only(chosen, "chosen", origin)
     _answers_only(rejected, "rejected", origin)
-    return PreferenceRow(_topic(record, origin), prompt, chosen, rejected, origin)
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(side, str) and not all(message.trained for message in side if message.role == "assistant"):
+            raise DataError(f"{origin}: `{name}` has an answer with `weight: 0` or the like: a pair is trained whole")
+    prompt, _ = _with_context(record, prompt, chosen, origin, findings)
+    assert prompt is not None
+    if data_format == "raw":
+        _only_strings(origin, prompt)
+    topic, variables = _topic(record, origin, findings), _variables(record, origin, data_format)
+    findings.ignore(_unread(record, form, findings))
+    return PreferenceRow(topic, prompt, chosen, rejected, origin, variables)
 
 
-def _sft_parts(record: Record, origin: Origin) -> tuple[Text | None, Text]:
-    form = _form(record, SFT_FORMS, origin)
-    if form == ("messages",):
-        messages = _conversation(record["messages"], "messages", origin)
-        return None, _ending_in_answer(messages, "messages", origin)
+def _sft_parts(record: Record, form: tuple[str, ...], origin: Origin, findings: Findings) -> tuple[Text | None, Text]:
+    if form in (("messages",), ("conversations",)):
+        messages = _conversation(record[form[0]], form[0], origin, findings)
+        return None, _ending_in_answer(messages, form[0], origin)
     if form == ("text",):
         return None, checked_text(record["text"], "text", origin)
-    if form == ("prompt", "completion"):
-        return _text(record, "prompt", origin), _answer(record, "completion", origin)
-    prompt = checked_text(record[form[0]], form[0], origin)
+    return _prompt(record, form[0], origin, findings), _answer(record, form[1], origin, findings)
+
+
+def _prompt(record: Record, name: str, origin: Origin, findings: Findings) -> Text:
+    prompt = _text(record, name, origin, findings)
     # Alpaca's form: `input` is the text that the instruction is about, and is often empty.
-    if form[0] == "instruction" and record.get("input"):
+    if name == "instruction" and record.get("input") and isinstance(prompt, str):
         prompt += "\n\n" + checked_text(record["input"], "input", origin)
-    return prompt, checked_text(record[form[1]], form[1], origin)
+    return prompt
+
+
+def _with_context(
+    record: Record, prompt: Text | None, completion: Text, origin: Origin, findings: Findings
+) -> tuple[Text | None, Text]:
+    """Return the parts with the row's system message and history before them."""
+    before = [Message("system", checked_text(record[name], name, origin)) for name in _SYSTEM_NAMES if record.get(name)]
+    if len(before) > 1:
+        raise DataError(f"{origin}: has `system` and `system_prompt`: leave out one of them")
+    if record.get("history"):
+        before += _history(record["history"], origin)
+        findings.histories += 1
+    if not before:
+        return prompt, completion
+    first = completion if prompt is None else prompt
+    if prompt is None and isinstance(completion, str):
+        raise DataError(f"{origin}: `system` and `history` need a `prompt` next to them, and `text` is not one")
+    messages = as_messages(first, "user")
+    if before[0].role == messages[0].role == "system":
+        if before[0].content != messages[0].content:
+            raise DataError(f"{origin}: has a system message both as a column and in its messages: leave out one")
+        before.pop(0)
+    joined = (*before, *messages)
+    return (None, joined) if prompt is None else (joined, completion)
+
+
+def _history(value: object, origin: Origin) -> list[Message]:
+    """Return earlier turns: a list of pairs, each what the user said and what the assistant answered."""
+    if not isinstance(value, list):
+        raise DataError(f"{origin}: `history` must be a list of [prompt, answer] pairs, found {kind_of(value)}")
+    turns = []
+    for index, pair in enumerate(value):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise DataError(f"{origin}: `history[{index}]` must be a pair [prompt, answer], found {kind_of(pair)}")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            turns.append(Message(ROLE_NAMES[role], checked_text(text, f"history[{index}]", origin), role == "user"))
+    return turns
+
+
+def _refuse_untrainable(record: Record, form: tuple[str, ...], origin: Origin) -> None:
+    """Raise `DataError` for a row that its own fields take out of training, or that is more than text."""
+    for name in _MEDIA:
+        if record.get(name):
+            raise DataError(f"{origin}: `{name}` is not supported: only text is trained; leave the column out")
+    if record.get("functions"):
+        raise DataError(f"{origin}: `functions` is not supported: write them as `tools`")
+    for name, value_if_trained in _TRAINED_IF.items():
+        # A column `loss` of numbers is a measurement that somebody took.
+        if name in record and not (name == "loss" and isinstance(record[name], float)):
+            switch = _switch(record[name])
+            if record[name] not in (None, "") and switch is not value_if_trained:
+                raise DataError(
+                    f"{origin}: `{name}` is {shortened(str(record[name]))}: weights of rows are not supported; leave "
+                    "out the rows that are not to be trained, and this column"
+                )
+    # A number can also be a class, of a text that was sorted by hand. Next to a prompt it says good or bad.
+    label = record.get("label")
+    if _switch(label) is False and (label is False or form != ("text",)):
+        raise DataError(
+            f"{origin}: `label: false` marks a bad answer (a row for KTO), which SFT would imitate: leave it out, or "
+            "make a pair in preferences.jsonl: `prompt`, `chosen` (an answer labelled true) and `rejected` (this one)"
+        )
+
+
+def _switch(value: object) -> bool | None:
+    """Return the boolean that a value means, as CSV and JSON write it; None for another value."""
+    return _SWITCHES.get(str(value).lower())
+
+
+def _variables(record: Record, origin: Origin, data_format: Format) -> str:
+    """Return the row's own variables for the chat template as JSON, or nothing: `tools` and `chat_template_kwargs`."""
+    tools, variables = record.get("tools"), record.get("chat_template_kwargs")
+    if not tools and not variables:
+        return ""
+    if data_format == "raw":
+        name = "tools" if tools else "chat_template_kwargs"
+        raise DataError(f"{origin}: `{name}` needs data.format=chat; data.format is raw, which has no template")
+    tools, variables = (_parsed(value, name, origin) for name, value in
+                        (("tools", tools), ("chat_template_kwargs", variables)))  # fmt: skip
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise DataError(f"{origin}: `tools` must be a list of objects, found {kind_of(tools)}")
+    if variables is not None and not isinstance(variables, Mapping):
+        raise DataError(f"{origin}: `chat_template_kwargs` must be an object, found {kind_of(variables)}")
+    try:
+        return template_variables({**({"tools": tools} if tools else {}), **(variables or {})})
+    except ValueError as error:
+        raise DataError(f"{origin}: `chat_template_kwargs`: {error}") from None
+
+
+def _parsed(value: object, name: str, origin: Origin) -> Any:
+    """Return a value that may be written as JSON text, as TRL recommends it for datasets with differing tools."""
+    if not isinstance(value, str):
+        return value or None
+    try:
+        return parse_json(value)
+    except ValueError as error:
+        raise DataError(f"{origin}: `{name}` is text and not valid JSON: {error}") from None
+
+
+def template_variables(variables: Mapping[str, Any]) -> str:
+    """Return variables of a chat template as JSON. Raise `ValueError` for names that Mindprint sets itself.
+
+    The order of keys is kept, because templates write tools as they come.
+    """
+    for name in variables:
+        if name in RESERVED_VARIABLES:
+            raise ValueError(f"{name!r} is set by Mindprint itself: leave it out")
+    try:
+        return json.dumps(variables) if variables else ""
+    except TypeError as error:
+        raise ValueError(f"must be values that JSON has: {error}") from None
+
+
+def _unread(record: Record, form: tuple[str, ...], findings: Findings) -> Iterator[str]:
+    """Yield the columns with a value that nothing reads."""
+    read = {*form, *_SYSTEM_NAMES, "history", "tools", "chat_template_kwargs", *_TRAINED_IF, findings.topic_field}
+    if form[0] == "instruction":
+        read.add("input")
+    for name, value in record.items():
+        # A label that marks no answer as bad has been heeded. Other kinds of labels are not read.
+        heeded = name in read or (name == "label" and _switch(value) is True)
+        if not heeded and value not in (None, "", []):
+            yield str(name)
 
 
 def _given(record: Record, name: str) -> bool:
@@ -235,6 +436,8 @@ def _form(record: Record, forms: Sequence[tuple[str, ...]], origin: Origin) -> t
 
 def _no_form(record: Record, forms: Sequence[tuple[str, ...]]) -> str:
     """Name the fields that the nearest form lacks, with the key that was perhaps meant."""
+    if all(_given(record, name) for name in ("chosen", "rejected")):
+        return "is a preference pair: move it to preferences.jsonl"
     known = {name for form in forms for name in form}
     best = max(forms, key=lambda form: sum(_given(record, name) for name in form))
     missing = [name for name in best if not _given(record, name)]
@@ -245,19 +448,23 @@ def _no_form(record: Record, forms: Sequence[tuple[str, ...]]) -> str:
     if len(missing) < len(best):
         null = "null" if missing[0] in record else "missing"
         return f"`{missing[0]}` is {null}, next to {_and(name for name in best if name not in missing)}"
-    ways = "; or ".join(_and(form) for form in forms)
+    shown = [*forms[: SHOWN_FORMS - 1], forms[-1]] if len(forms) > SHOWN_FORMS else forms
+    ways = "; or ".join(_and(form) for form in shown)
     return f"needs {ways}; found {_listed(record) or 'no field'}"
 
 
-def _topic(record: Record, origin: Origin) -> str:
-    for name in ("topic", "source"):
-        value = record.get(name)
-        if value is None or value == "":
-            continue
-        if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{origin}: `{name}` must be text, found {value!r}")
-        return value.strip()
-    return DEFAULT_TOPIC
+def _topic(record: Record, origin: Origin, findings: Findings) -> str:
+    name = findings.topic_field
+    value = record.get(name)
+    if value is None or value == "":
+        return DEFAULT_TOPIC
+    findings.has_topics = True
+    # A column that the configuration names may hold numbers: chapters, years.
+    if name != TOPIC_FIELD and type(value) is int:
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{origin}: `{name}` must be text, found {value!r}")
+    return value.strip()
 
 
 def checked_text(value: object, name: str, origin: Origin) -> str:
@@ -278,42 +485,90 @@ def _encodable(value: str, name: str, origin: Origin) -> str:
     return value
 
 
-def _text(record: Record, name: str, origin: Origin) -> Text:
+def _text(record: Record, name: str, origin: Origin, findings: Findings) -> Text:
     value = record[name]
-    return _conversation(value, name, origin) if isinstance(value, list) else checked_text(value, name, origin)
+    # Some pairs have a single message as an answer, without a list around it.
+    if isinstance(value, Mapping) and name in ("chosen", "rejected"):
+        value = [value]
+    if isinstance(value, list) and name not in ("instruction", "question", "query", "input", *ANSWER_NAMES[1:]):
+        return _conversation(value, name, origin, findings)
+    return checked_text(value, name, origin)
 
 
-def _answer(record: Record, name: str, origin: Origin) -> Text:
+def _answer(record: Record, name: str, origin: Origin, findings: Findings) -> Text:
     """Return a completion: text, or messages that end with the assistant's."""
-    value = _text(record, name, origin)
+    value = _text(record, name, origin, findings)
     return value if isinstance(value, str) else _ending_in_answer(value, name, origin)
 
 
-def _conversation(value: object, name: str, origin: Origin) -> Messages:
+def _conversation(value: object, name: str, origin: Origin, findings: Findings) -> Messages:
     if not isinstance(value, list):
         raise DataError(f"{origin}: `{name}` must be a list of messages, found {kind_of(value)}")
     if not value:
         raise DataError(f"{origin}: `{name}` is empty")
-    return tuple(_message(item, f"{name}[{index}]", origin) for index, item in enumerate(value))
+    return tuple(_message(item, f"{name}[{index}]", origin, findings) for index, item in enumerate(value))
 
 
-_UNSUPPORTED = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking")
+_UNSUPPORTED = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking",
+                "train_detail", "training_detail")  # fmt: skip
+_MESSAGE_FIELDS = {"role", "content", "from", "value", *_TRAINED_IF, *_UNSUPPORTED}
 
 
-def _message(value: object, name: str, origin: Origin) -> Message:
+def _message(value: object, name: str, origin: Origin, findings: Findings) -> Message:
     if not isinstance(value, Mapping):
         raise DataError(f"{origin}: `{name}` must be an object with `role` and `content`, found {kind_of(value)}")
-    role, content = value.get("role"), value.get("content")
-    if role not in ROLES:
-        raise DataError(f"{origin}: `{name}.role` must be system, user or assistant, found {role!r}")
+    # ShareGPT's names are `from` and `value`.
+    from_field = "from" if value.get("role") is None and "from" in value else "role"
+    text_field = "value" if value.get("content") is None and "value" in value else "content"
+    called, content = value.get(from_field), value.get(text_field)
+    role = ROLE_NAMES.get(called) if isinstance(called, str) else None
+    if role is None:
+        raise DataError(f"{origin}: `{name}.{from_field}` must be system, user or assistant, found {called!r}")
+    if isinstance(content, list):
+        content = _joined_parts(content, f"{name}.{text_field}", origin)
     if not isinstance(content, str):
-        raise DataError(f"{origin}: `{name}.content` must be text, found {kind_of(content)}")
+        raise DataError(f"{origin}: `{name}.{text_field}` must be text, found {kind_of(content)}")
     if role == "assistant" and not content.strip():
-        raise DataError(f"{origin}: `{name}.content` is empty")
+        raise DataError(f"{origin}: `{name}.{text_field}` is empty")
+    trained = True
     # Two fields are the usual case, and this runs for every message.
     if len(value) > 2:
         _refuse_unsupported(value, name, origin)
-    return Message(role, _encodable(content, f"{name}.content", origin))
+        trained = _is_trained(value, role, name, origin)
+        findings.ignore(
+            f"messages.{key}" for key, given in value.items() if key not in _MESSAGE_FIELDS and given not in (None, "")
+        )
+    return Message(role, _encodable(content, f"{name}.{text_field}", origin), trained)
+
+
+def _joined_parts(parts: Sequence[object], name: str, origin: Origin) -> str:
+    """Return the text of a content that is a list of parts. Raise `DataError` for a part that is not text."""
+    texts = []
+    for index, part in enumerate(parts):
+        text = part.get("text") if isinstance(part, Mapping) else part
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        if kind != "text":
+            raise DataError(f"{origin}: `{name}[{index}]` is a part of type {kind!r}: only text parts are trained")
+        if not isinstance(text, str):
+            raise DataError(f"{origin}: `{name}[{index}].text` must be text, found {kind_of(text)}")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _is_trained(message: Record, role: Role, name: str, origin: Origin) -> bool:
+    """Return whether a message's own fields let it be trained: `weight` as OpenAI's, `train` as Axolotl's, `loss`."""
+    trained = True
+    for key, value_if_trained in _TRAINED_IF.items():
+        value = message.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise DataError(f"{origin}: `{name}.{key}` must be 0 or 1 (false or true), found {shortened(repr(value))}")
+        wanted = bool(value) is value_if_trained
+        if wanted and role != "assistant" and key != "masked":
+            raise DataError(f"{origin}: `{name}.{key}` asks to train a {role} message: only the assistant's are")
+        trained = trained and wanted
+    return trained
 
 
 def _refuse_unsupported(message: Record, name: str, origin: Origin) -> None:
@@ -327,8 +582,8 @@ def _ending_in_answer(messages: Messages, name: str, origin: Origin) -> Messages
     if messages[-1].role != "assistant":
         raise DataError(f"{origin}: `{name}` must end with an assistant message, found {messages[-1].role}")
     # An assistant's first message alone answers nothing.
-    if name == "messages" and all(message.role != "assistant" for message in messages[1:]):
-        raise DataError(f"{origin}: `messages` has nothing before the assistant's answer")
+    if name in ("messages", "conversations") and all(message.role != "assistant" for message in messages[1:]):
+        raise DataError(f"{origin}: `{name}` has nothing before the assistant's answer")
     return messages
 
 
@@ -395,7 +650,6 @@ DEFAULT_FILES: Mapping[Part, tuple[str, ...]] = {
 
 _TURNED_OFF_BY: Mapping[Part, str] = {"sft": "sft.enabled=false", "preferences": "dpo.enabled=false"}
 _HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?::(?P<split>[\w.\[\]%:-]+))?")
-_FILE_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 
 def _read_part(file: ConfigFile, part: Part, parse: Callable[[Record, Origin], Parsed]) -> tuple[Parsed, ...]:
@@ -403,10 +657,13 @@ def _read_part(file: ConfigFile, part: Part, parse: Callable[[Record, Origin], P
         return tuple(parse(record, origin) for origin, record in _records_in_memory(file, part))
     rows: list[Parsed] = []
     for source in _sources(file, part):
-        before = len(rows)
-        rows.extend(parse(record, origin) for origin, record in _records(file, source, part))
+        before, shown = len(rows), shown_path(file.resolve(str(source)))
+        try:
+            rows.extend(parse(record, origin) for origin, record in _records(file, source, part))
+        except MemoryError:
+            raise DataError(f"{shown}: needs more memory than there is: split it, or train on a part of it") from None
         if len(rows) == before:
-            raise DataError(f"{shown_path(file.resolve(str(source)))}: the file is empty: data.{part} needs a row")
+            raise DataError(f"{shown}: the file is empty: data.{part} needs a row")
     return tuple(rows)
 
 
@@ -467,135 +724,14 @@ def _missing_default(folder: Path, part: Part) -> str:
 def _records(file: ConfigFile, source: str | Path, part: Part) -> Iterator[tuple[Origin, Record]]:
     path = source if isinstance(source, Path) else file.resolve(source)
     if path.is_file():
-        return _file_records(path)
+        return file_records(path)
     if path.is_dir():
         raise DataError(f"{shown_path(path)}: data.{part} names a folder: name its files, or set data.path to it")
     # `data/sft.jsonl` has the form of a hub name too. The ending shows that a file is meant, which is not there.
     hub = _HUB_NAME.fullmatch(str(source))
-    if hub is None or Path(str(source)).suffix in _FILE_KINDS:
+    if hub is None or is_row_file(str(source)):
         raise DataError(f"{shown_path(path)}: no such file (data.{part})")
-    return _hub_records(hub["repo"], hub["split"] or "train", part)
-
-
-def _file_records(path: Path) -> Iterator[tuple[Origin, Record]]:
-    readers: Mapping[str, Callable[[Path], Iterator[tuple[Origin, Record]]]] = {
-        ".csv": _csv_records,
-        ".parquet": _parquet_records,
-    }
-    suffix = path.suffix.lower()
-    if suffix not in _FILE_KINDS:
-        raise DataError(f"{shown_path(path)}: unknown kind of file: known are {', '.join(_FILE_KINDS)}")
-    return readers.get(suffix, _json_records)(path)
-
-
-def _json_records(path: Path) -> Iterator[tuple[Origin, Record]]:
-    shown = shown_path(path)
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                # Some editors begin a UTF-8 file with a byte order mark, which JSON does not allow.
-                content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if content.strip():
-                    origin = Origin(shown, number)
-                    yield origin, _json_object(content, origin)
-    except OSError as error:
-        raise DataError(f"{shown}: cannot be read: {error.strerror}") from error
-
-
-def _json_object(line: bytes, origin: Origin) -> Record:
-    try:
-        value = parse_json(line)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{origin}: is not UTF-8 (byte {error.start + 1}): save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{origin}: not valid JSON: {error.msg} at column {error.colno}{_array_hint(line)}") from None
-    except ValueError as error:
-        raise DataError(f"{origin}: cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{origin}: must be an object {{...}}, found {kind_of(value)}{_array_hint(line)}")
-    return value
-
-
-def _array_hint(line: bytes) -> str:
-    return ": one object a line, without an array around them" if line.lstrip().startswith(b"[") else ""
-
-
-def _csv_records(path: Path) -> Iterator[tuple[Origin, Record]]:
-    """Read CSV with a header line. Every cell is text (`007` and `NA` do not change), an empty cell a missing field."""
-    shown = shown_path(path)
-    # A letter can be longer than the 128 KiB that the csv module allows, and the limit is global.
-    before = csv.field_size_limit(2**31 - 1)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines, strict=True)
-            for record in reader:
-                # `line_num` counts the lines read so far. A record with line breaks in its cells began that many lines
-                # earlier.
-                within = sum(cell.count("\n") for cell in record.values() if isinstance(cell, str))
-                origin = Origin(shown, reader.line_num - within)
-                yield origin, _csv_record(record, origin)
-    except UnicodeDecodeError:
-        raise DataError(f"{shown}: line {_undecodable_line(path)}: is not UTF-8: save the file as UTF-8") from None
-    except csv.Error as error:
-        raise DataError(f"{shown}: line {reader.line_num + 1}: is not valid CSV: {error}") from None
-    except OSError as error:
-        raise DataError(f"{shown}: cannot be read: {error.strerror}") from error
-    finally:
-        csv.field_size_limit(before)
-
-
-def _undecodable_line(path: Path) -> int:
-    """Find the line of a decoding error. Text is decoded in blocks, so the error itself does not know it."""
-    with path.open("rb") as lines:
-        return next(number for number, line in enumerate(lines, 1) if line != line.decode(errors="ignore").encode())
-
-
-def _csv_record(record: dict[str | Any, Any], origin: Origin) -> Record:
-    # DictReader collects the cells that have no column under None.
-    if None in record:
-        raise DataError(f"{origin}: has more cells than the header has columns: quote cells that hold a comma")
-    return {name: cell for name, cell in record.items() if cell}
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[Origin, Record]]:
-    import datasets  # noqa: PLC0415 (a second to import, and most data needs none of it)
-
-    shown = shown_path(path)
-    try:
-        # Streamed: a row is checked as it is read, and a mistake stops before the rest is loaded.
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        for number, record in enumerate(rows, 1):
-            yield Origin(shown, number, "row"), record
-    except Exception as error:  # datasets, pyarrow and fsspec each raise their own errors
-        raise DataError(f"{shown}: cannot be read as Parquet: {first_line(error)}") from error
-
-
-def _hub_records(repo: str, split: str, part: Part) -> Iterator[tuple[Origin, Record]]:
-    import datasets  # noqa: PLC0415 (a second to import, and most data needs none of it)
-
-    try:
-        rows = datasets.load_dataset(repo, split=split)
-    except Exception as error:  # datasets, huggingface_hub, httpx and fsspec each raise their own errors
-        raise DataError(
-            f"dataset {repo} (split {split}) of data.{part} is not a file here and could not be loaded from the hub: "
-            f"{first_line(error)}"
-        ) from error
-    name = f"{repo}:{split}"
-    return ((Origin(name, number, "row"), record) for number, record in enumerate(rows, 1))
-
-
-def shown_path(path: str | Path) -> str:
-    """Return a path as a person at this prompt would write it."""
-    try:
-        return str(Path(path).relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
-def kind_of(value: object) -> str:
-    # By exact type, because a boolean is also an instance of int.
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
-    return names.get(type(value), "an object")
+    return hub_records(hub["repo"], hub["split"] or "train", part)
 
 
 def _and(names: Iterable[str]) -> str:
@@ -604,9 +740,13 @@ def _and(names: Iterable[str]) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    shown = [repr(name) for name in names]
-    more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
-    return ", ".join(shown[:6]) + more
+    return _named(map(repr, names), 6)
+
+
+def _named(names: Iterable[str], most: int) -> str:
+    shown = [shortened(name) for name in names]
+    more = f" and {len(shown) - most} more" if len(shown) > most else ""
+    return ", ".join(shown[:most]) + more
 
 
 def _count(number: int, thing: str) -> str:

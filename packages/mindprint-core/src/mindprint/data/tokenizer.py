@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mindprint.contract import Int32
-from mindprint.data.rows import Message
-from mindprint.errors import DataError, ModelError
+from mindprint.data.rows import Message, template_variables
+from mindprint.errors import ConfigError, DataError, ModelError
 from mindprint.input_files import INFINITIES, read_object
 from mindprint.limits import LimitError, limited
 
@@ -59,12 +59,14 @@ class Tokenizer:
 
     `pad_id` is the pad token, or else end-of-sequence (any id would do: padding is masked). `stop_token_ids` are all
     that end an answer: end-of-sequence, what `generation_config.json` names, and the end-of-turn token that the
-    template writes after an assistant's message. `notes` are messages for the user.
+    template writes after an assistant's message. `notes` are messages for the user. `variables` are given to every
+    rendering of the template.
     """
 
-    def __init__(self, hf: TokenizersBackend, folder: Path) -> None:
+    def __init__(self, hf: TokenizersBackend, folder: Path, variables: Mapping[str, Any] | None = None) -> None:
         self._hf = hf
         self._folder = folder
+        self.variables: Mapping[str, Any] = variables or {}
         self._refused: DataError | None = None
         self._backend = hf.backend_tokenizer
         self._configured_eos = _eos_in(folder)
@@ -105,13 +107,49 @@ class Tokenizer:
         ids: list[int] = self.render_all([messages], generation_prompt=generation_prompt)[0].tolist()
         return ids
 
-    def render_all(self, conversations: Sequence[Sequence[Message]], *, generation_prompt: bool) -> list[Int32]:
+    def render_all(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        generation_prompt: bool,
+        variables: Sequence[str] | None = None,
+    ) -> list[Int32]:
         """Render many conversations at once."""
-        texts = self.render_text(conversations, generation_prompt=generation_prompt)
+        texts = self.render_text(conversations, generation_prompt=generation_prompt, variables=variables)
+        return self.encode_rendered(texts)
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[Int32]:
+        """Encode what a template has rendered: special tokens are those that it wrote, and none is added."""
         return list(self._ids(texts, special=False))
 
-    def render_text(self, conversations: Sequence[Sequence[Message]], *, generation_prompt: bool) -> list[str]:
-        """Render conversations as text, before it is encoded."""
+    def render_text(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        generation_prompt: bool,
+        variables: Sequence[str] | None = None,
+    ) -> list[str]:
+        """Render conversations as text, before it is encoded.
+
+        `variables` are those of each conversation's own, as JSON. They come before the tokenizer's.
+        """
+        if variables is None or not any(variables):
+            return self._rendered(conversations, {}, generation_prompt=generation_prompt)
+        texts = [""] * len(conversations)
+        # Conversations with the same variables are rendered together, in as few calls as possible.
+        for own in dict.fromkeys(variables):
+            places = [place for place, text in enumerate(variables) if text == own]
+            chats = [conversations[place] for place in places]
+            given = json.loads(own) if own else {}
+            for place, text in zip(
+                places, self._rendered(chats, given, generation_prompt=generation_prompt), strict=True
+            ):
+                texts[place] = text
+        return texts
+
+    def _rendered(
+        self, conversations: Sequence[Sequence[Message]], variables: Mapping[str, Any], *, generation_prompt: bool
+    ) -> list[str]:
         from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415 (0.5 s)
 
         if self._refused is not None:
@@ -123,7 +161,7 @@ class Tokenizer:
                     conversations=chats,
                     chat_template=self._clockless,
                     add_generation_prompt=generation_prompt,
-                    **self._variables,
+                    **{**self._variables, **self.variables, **variables},
                 )
         except LimitError as error:
             # Remembered: every further conversation would take as long again.
@@ -223,12 +261,16 @@ class Tokenizer:
         return set(ids[:1]) & special
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer of a model folder.
+def load_tokenizer(folder: Path, variables: Mapping[str, Any] | None = None) -> Tokenizer:
+    """Load the tokenizer of a model folder. `variables` are given to its chat template (`data.chat_template_kwargs`).
 
     From `tokenizer.json` no torch is imported. A folder without it goes through transformers' `AutoTokenizer`, which
     converts older formats and may import torch. Raises `ModelError` for a folder without a usable tokenizer.
     """
+    try:
+        template_variables(variables or {})
+    except ValueError as error:
+        raise ConfigError(f"data.chat_template_kwargs: {error}") from None
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(f"{folder}: has no tokenizer (tokenizer.json): copy its files into the model folder")
     # Without torch, transformers advises to install it whenever it is imported; here that is as it should be.
@@ -237,7 +279,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         hf = _load(folder)
     except Exception as error:  # the Rust side raises bare Exception
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {_one_line(error)}") from error
-    return Tokenizer(hf, folder)
+    return Tokenizer(hf, folder, variables)
 
 
 def _load(folder: Path) -> TokenizersBackend:

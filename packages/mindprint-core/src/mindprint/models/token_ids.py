@@ -69,8 +69,8 @@ def placed_ids(examples: Iterable[SftExample | PreferenceExample]) -> Iterator[t
 
 def held_out_ids(held_out: HeldOut, tokenizer: Tokenizer, data: DataConfig) -> Iterator[tuple[object, Int32]]:
     """Yield the token ids of held-out text and questions, rendered only when they are asked for."""
-    yield from placed_ids(render_preferences(held_out.pairs, tokenizer, data).examples)
-    yield from placed_ids(render_sft(held_out.texts, tokenizer, data).examples)
+    yield from placed_ids(render_preferences(held_out.pairs, tokenizer, data, held_out=True).examples)
+    yield from placed_ids(render_sft(held_out.texts, tokenizer, data, held_out=True).examples)
     for question in held_out.questions:
         yield question.origin, render_prompt(question.question, tokenizer, data.format)
 

@@ -106,7 +106,8 @@ def open_adapter(
     """
     located = locate_adapter(path)
     base, adapter = read_located(located, model)
-    tokenizer = load_tokenizer(base.path)
+    data = (located.config.config if located.config else Config()).data
+    tokenizer = load_tokenizer(base.path, data.chat_template_kwargs)
     section = backend or (located.config.config.backend if located.config else BackendConfig())
     placement = Placements().resolve(section)
     engine = Engine(base, notice)

@@ -28,6 +28,20 @@ def check_step(metrics: StepMetrics, rows: Sequence[object]) -> None:
     )
 
 
+ZERO_GRADIENT = 1e-8
+"""Gradient norm below which a preference stage learns nothing: pairs that differ have a norm near beta."""
+
+
+def check_preference_gradient(metrics: StepMetrics) -> None:
+    """Raise `GuardError` if the first gradient of a preference stage is zero: its loss would never change."""
+    if metrics.grad_norm < ZERO_GRADIENT:
+        raise GuardError(
+            f"the first gradient of the preference stage is zero (norm {metrics.grad_norm:.2g}), and the loss would "
+            f"stay at {metrics.loss:.4f}: the chosen and rejected answers are the same to the model; write pairs that "
+            "differ, or set dpo.enabled=false"
+        )
+
+
 def check_first_update(before: AdapterState, after: AdapterState, metrics: StepMetrics) -> None:
     """Raise `GuardError` if the first update with a learning rate above 0 had no gradient or changed nothing."""
     if metrics.grad_norm == 0.0:

@@ -98,6 +98,10 @@ class Objective(ABC, Generic[Example, Batch]):
     def token_count(self, example: Example) -> int:
         """Count the tokens that the model reads of an example, for batches by length."""
 
+    def longest_sequence(self, example: Example) -> int:
+        """Return the tokens of the longest sequence that the model reads of an example."""
+        return self.token_count(example)
+
     @abstractmethod
     def update_digest(self, digest: hashlib.blake2b, examples: Sequence[Example]) -> None:
         """Add the examples to the digest of a run's data. Without examples the digest must stay as it is."""
@@ -238,6 +242,10 @@ class DpoObjective(Objective[PreferenceExample, PreferenceBatch]):
     def token_count(self, example: PreferenceExample) -> int:
         return len(example.prompt) + len(example.chosen) + len(example.rejected)
 
+    def longest_sequence(self, example: PreferenceExample) -> int:
+        # A pair is read as two sequences, each with the prompt before it.
+        return len(example.prompt) + max(len(example.chosen), len(example.rejected))
+
     def update_digest(self, digest: hashlib.blake2b, examples: Sequence[PreferenceExample]) -> None:
         digest.update(pairs_digest(examples).encode())
 
@@ -278,6 +286,7 @@ class DpoObjective(Objective[PreferenceExample, PreferenceBatch]):
         loss = self._loss(settings)
         if first:
             guards.check_first_preference_step(batches, metrics, loss, dtype)
+            guards.check_preference_gradient(metrics)
         # At every step: it costs no evaluation, because the step returns its log-probs.
         guards.check_preference_loss(batches, metrics, loss, update)
 

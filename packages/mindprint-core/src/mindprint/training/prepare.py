@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
@@ -22,7 +22,7 @@ from mindprint.contract import AdapterSite, AdapterState, LoraConfig, StageName,
 from mindprint.curriculum.outline import Outline, read_outline
 from mindprint.data.quizzes import Quizzes, read_quizzes
 from mindprint.data.render import PreferenceExample, Rendered, SftExample, render_preferences
-from mindprint.data.rows import PreferenceRow, check_topics, read_rows
+from mindprint.data.rows import PreferenceRow, Rows, check_topics, read_rows
 from mindprint.data.split import Split, split_rows
 from mindprint.data.tokenizer import Tokenizer, load_tokenizer
 from mindprint.errors import AdapterError, DataError
@@ -30,12 +30,18 @@ from mindprint.events import Notice
 from mindprint.hookspecs import HOOK_API
 from mindprint.models import folder as models
 from mindprint.models.engine import Placement
+from mindprint.models.positions import has_learned_positions, longest_sequence
 from mindprint.models.token_ids import check_padding, check_token_ids, held_out_ids, placed_ids
 from mindprint.runs.folder import RUN_FORMAT, RunFolder, portable
 from mindprint.training.objectives import OBJECTIVES
 from mindprint.training.plan import RowLengths, StagePlan, plan_run
 from mindprint.trust.adapters import copy_findings
 from mindprint.trust.probe import Probe, heldout_probe, synthetic_probe
+
+ROW_NAMES: Mapping[str, str] = {"sft": "SFT rows", "preferences": "preference pairs"}
+
+MANY_TOPICS, TOPICS_PER_ROW = 10, 0.5
+"""Topics from which on, and of rows from which share on, a person probably did not mean topics."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def prepare(file: ConfigFile) -> Prepared:
     check_topics(rows, config)
     quizzes = _readable(read_quizzes(file))
     split = split_rows(rows, quizzes, config.data)
-    tokenizer = load_tokenizer(model.path)
+    tokenizer = load_tokenizer(model.path, config.data.chat_template_kwargs)
     # Held-out rows are not rendered: nothing can train on them by mistake.
     rendered = {stage: objective.render(split.train, tokenizer, config.data) for stage, objective in OBJECTIVES.items()}
     _check_tokens([stage_rows.examples for stage_rows in rendered.values()], split, model, tokenizer, config)
@@ -84,11 +90,16 @@ def prepare(file: ConfigFile) -> Prepared:
     start = _start(file, model)
     identity = _identity(config, model, tokenizer, rendered, start)
     probe = _probe(file, model, tokenizer, split.held_out.pairs)
-    rendering_notes = chain.from_iterable(stage_rows.notes for stage_rows in rendered.values())
-    # Stages share a tokenizer and say the same of it. It is told once.
-    notes = dict.fromkeys([*file.notes, *tokenizer.notes, *rendering_notes, *_cuts(config, rendered.values())])
-    told = (*(Notice(note) for note in notes), *_of_split(split, quizzes, named), *_publishes(probe))
-    return Prepared(file, model, tokenizer, examples, plans, identity, probe, split, outline, told, start)
+    notes = (
+        *_as_notices([*file.notes, *tokenizer.notes, *rows.notes, *_notes_of(rendered.values())]),
+        *_as_notices(dict.fromkeys(chain.from_iterable(part.warnings for part in rendered.values())), warning=True),
+        *_as_notices(_of_positions(model, examples, config), warning=True),
+        *_as_notices(_of_topics(rows), warning=True),
+        *_of_split(split, quizzes, named),
+        *_publishes(probe),
+        Notice(_row_counts(config, split, rendered)),
+    )
+    return Prepared(file, model, tokenizer, examples, plans, identity, probe, split, outline, notes, start)
 
 
 def _check_tokens(
@@ -201,13 +212,73 @@ def _publishes(probe: Probe) -> Iterator[Notice]:
         yield Notice(words, warning=True)
 
 
-def _cuts(config: Config, rendered: Collection[Rendered[Any]]) -> Iterator[str]:
-    """Say how many rows `data.max_length` has cut or left out."""
-    limit = f"data.max_length = {config.data.max_length}"
-    if cut := sum(part.cut for part in rendered):
-        yield f"rows longer than {limit} tokens, cut at their end: {cut}"
-    if left_out := sum(part.left_out for part in rendered):
-        yield f"rows left out because their prompt alone fills {limit} tokens: {left_out}"
+def _as_notices(texts: Iterable[str], *, warning: bool = False) -> Iterator[Notice]:
+    # Stages share a tokenizer and say the same of it. It is told once.
+    return (Notice(text, warning=warning) for text in dict.fromkeys(texts))
+
+
+def _notes_of(rendered: Iterable[Rendered[Any]]) -> Iterator[str]:
+    return chain.from_iterable(part.notes for part in rendered)
+
+
+def _row_counts(config: Config, split: Split, rendered: Mapping[StageName, Rendered[Any]]) -> str:
+    """Return one line that says what becomes of the rows: trained, cut, held out, left out."""
+    parts = []
+    for stage, objective in OBJECTIVES.items():
+        kind = objective.rows
+        shares = [getattr(topic, kind) for topic in split.facts.topics.values()]
+        part = rendered[stage]
+        explicit = sum(topic.explicit for topic in split.facts.topics.values()) if kind == "preferences" else 0
+        held_out = sum(share.held_out for share in shares) + explicit
+        trained = sum(share.train for share in shares) - part.left_out - part.same
+        removed = sum(share.removed for share in shares)
+        if not objective.settings(config).enabled and not held_out:
+            continue
+        counted = [
+            f"{trained} trained",
+            f"{part.cut} of them cut at data.max_length = {config.data.max_length} tokens" if part.cut else "",
+            f"{held_out} held out",
+            f"{part.left_out} left out (the prompt alone fills data.max_length)" if part.left_out else "",
+            f"{part.same} left out (both answers are the same)" if part.same else "",
+            f"{removed} left out (near held-out text)" if removed else "",
+        ]
+        parts.append(f"{ROW_NAMES[kind]}: {', '.join(filter(None, counted))}")
+    return "; ".join(parts)
+
+
+def _of_topics(rows: Rows) -> Iterator[str]:
+    """Warn of topics that are about as many as rows: a column was taken for one that has a value for each row."""
+    topics = {*(row.topic for row in rows.sft), *(row.topic for row in rows.preferences)}
+    most = max(len(rows.sft), len(rows.preferences))
+    if len(topics) >= MANY_TOPICS and len(topics) > most * TOPICS_PER_ROW:
+        yield (
+            f"there are {len(topics)} topics for {most} rows, and each is trained by itself with a new optimizer: "
+            "if `topic` (data.topic) has another value in nearly each row, rename the column to train all together"
+        )
+
+
+def _of_positions(
+    model: models.ModelFolder, examples: Mapping[StageName, Mapping[str, Sequence[Any]]], config: Config
+) -> Iterator[str]:
+    """Warn of rows that are longer than the base has positions for. Raise `DataError` if it cannot compute them."""
+    positions = longest_sequence(model.path)
+    if positions is None or positions >= config.data.max_length:
+        return
+    longer = [
+        row
+        for stage, topics in examples.items()
+        for row in chain.from_iterable(topics.values())
+        if OBJECTIVES[stage].longest_sequence(row) > positions
+    ]
+    if not longer:
+        return
+    words = (
+        f"{len(longer)} rows have more tokens than the base has positions for ({positions}), the first is "
+        f"{longer[0].origin}"
+    )
+    if has_learned_positions(model.path):
+        raise DataError(f"{words}: set data.max_length={positions}, or shorten them")
+    yield f"{words}: the base never saw so long a text; set data.max_length={positions}, or shorten them"
 
 
 def _by_topic(examples: Sequence[Any]) -> dict[str, tuple[Any, ...]]:

@@ -35,7 +35,8 @@ from mindprint.contract import (
 )
 from mindprint.data.collate import sft_batch
 from mindprint.data.render import render_sft
-from mindprint.data.rows import Origin, SftRow
+from mindprint.data.row_files import Origin
+from mindprint.data.rows import SftRow
 from mindprint.data.tokenizer import load_tokenizer
 from mindprint.errors import MindprintError
 from mindprint.losses import sft_loss

@@ -12,11 +12,12 @@ from mindprint.voice.scoring import VoiceReference
 
 @dataclass(frozen=True)
 class HeldOutPrompt:
-    """A prompt that was held out, and the person's own answer to it."""
+    """A prompt that was held out, the person's own answer to it, and the row's variables for the chat template."""
 
     topic: str
     prompt: Text
     person: str
+    variables: str = ""
 
 
 def training_voice(rows: Rows) -> VoiceReference:
@@ -34,7 +35,7 @@ def training_voice(rows: Rows) -> VoiceReference:
 def held_out_prompts(held_out: HeldOut) -> Iterator[HeldOutPrompt]:
     """Yield the prompts of held-out pairs, then of held-out texts. A text without a prompt is left out."""
     for pair in held_out.pairs:
-        yield HeldOutPrompt(pair.topic, pair.prompt, text_of(pair.chosen))
+        yield HeldOutPrompt(pair.topic, pair.prompt, text_of(pair.chosen), pair.variables)
     for text in held_out.texts:
         prompt = _prompt_of_text(text)
         if prompt is not None:
@@ -52,9 +53,16 @@ def drop_trained_answers(prompts: Sequence[HeldOutPrompt], reference: VoiceRefer
 
 def _prompt_of_text(row: SftRow) -> HeldOutPrompt | None:
     if isinstance(row.completion, str):
-        return None if row.prompt is None else HeldOutPrompt(row.topic, row.prompt, row.completion)
-    return HeldOutPrompt(row.topic, row.messages[:-1], text_of(row.completion))
+        return None if row.prompt is None else HeldOutPrompt(row.topic, row.prompt, row.completion, row.variables)
+    # The last answer that is trained. An answer with `weight: 0` is not the person's.
+    messages = row.messages
+    last = max(place for place, message in enumerate(messages) if message.role == "assistant" and message.trained)
+    return HeldOutPrompt(row.topic, messages[:last], messages[last].content, row.variables)
 
 
 def _assistant_turns(text: Text) -> list[str]:
-    return [text] if isinstance(text, str) else [message.content for message in text if message.role == "assistant"]
+    return (
+        [text]
+        if isinstance(text, str)
+        else [message.content for message in text if message.role == "assistant" and message.trained]
+    )

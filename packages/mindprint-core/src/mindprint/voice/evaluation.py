@@ -16,6 +16,7 @@ import numpy as np
 
 from mindprint.config import Config
 from mindprint.contract import Float64, Generation, LoadedModel, Measure, Sampling
+from mindprint.data.quizzes import Question
 from mindprint.data.render import PreferenceExample, SftExample, render_preferences, render_prompt, render_sft
 from mindprint.data.rows import Rows, Text, text_of
 from mindprint.data.split import HeldOut
@@ -24,7 +25,7 @@ from mindprint.models.likelihoods import CompletionSums, sum_pairs, sum_texts
 from mindprint.plugins.backend import Backend
 from mindprint.runs.records import AnswerRecord, Figures, Interval
 from mindprint.text.words import word_count
-from mindprint.voice.answers import drop_trained_answers, held_out_prompts, training_voice
+from mindprint.voice.answers import HeldOutPrompt, drop_trained_answers, held_out_prompts, training_voice
 from mindprint.voice.assessment import AnswerScores, Assessment, Judge, fit_judge
 from mindprint.voice.concepts import coverage
 from mindprint.voice.copying import Copying
@@ -137,10 +138,12 @@ class Evaluator:
         self._dropped = len(every) - len(fresh)
         self._prompts = _first_of_each_topic(fresh, most_per_topic)
         self._questions = _first_of_each_topic(held_out.questions, most_per_topic)
-        pairs = render_preferences(_first_of_each_topic(held_out.pairs, most_per_topic), tokenizer, config.data)
-        texts = render_sft(_first_of_each_topic(held_out.texts, most_per_topic), tokenizer, config.data)
+        first_pairs = _first_of_each_topic(held_out.pairs, most_per_topic)
+        first_texts = _first_of_each_topic(held_out.texts, most_per_topic)
+        pairs = render_preferences(first_pairs, tokenizer, config.data, held_out=True)
+        texts = render_sft(first_texts, tokenizer, config.data, held_out=True)
         self._pairs, self._texts = pairs.examples, texts.examples
-        of_rows = (note for rendered in (pairs, texts) if rendered.examples for note in rendered.notes)
+        of_rows = (note for part in (pairs, texts) if part.examples for note in (*part.warnings, *part.notes))
         self.notes = (*of_rows, *_notes_on_prompts(len(every), self._dropped))
 
     @property
@@ -160,8 +163,8 @@ class Evaluator:
         if not answers:
             prompts, questions = [], []
         # Prompts and questions are generated in one call, so that a backend can batch them together.
-        asked = [*(self._prompts[place].prompt for place in prompts), *(self._questions[q].question for q in questions)]
-        tuned = self._answer(asked, adapter=True)
+        chosen_prompts = [self._prompts[place] for place in prompts]
+        tuned = self._answer(chosen_prompts, [self._questions[place] for place in questions], adapter=True)
         # Answers are kept by the place of their prompt, because the base model's answers and the judge use it too.
         prompt_answers = dict(zip(prompts, tuned[: len(prompts)], strict=True))
         question_answers = dict(zip(questions, tuned[len(prompts) :], strict=True))
@@ -192,11 +195,16 @@ class Evaluator:
             tuned_generations=tuple(answer.generation for answer in prompt_answers.values()),
         )
 
-    def _answer(self, prompts: Sequence[Text], *, adapter: bool) -> tuple[GeneratedAnswer, ...]:
-        if not prompts:
+    def _answer(
+        self, prompts: Sequence[HeldOutPrompt], questions: Sequence[Question], *, adapter: bool
+    ) -> tuple[GeneratedAnswer, ...]:
+        """Answer the prompts, then the questions, with or without the adapter."""
+        asked: list[tuple[Text, str]] = [(prompt.prompt, prompt.variables) for prompt in prompts]
+        asked += [(question.question, "") for question in questions]
+        if not asked:
             return ()
         sampling = Sampling(self._config.generation.max_new_tokens, self._tokenizer.stop_token_ids)
-        rendered = [render_prompt(prompt, self._tokenizer, self._config.data.format) for prompt in prompts]
+        rendered = [render_prompt(text, self._tokenizer, self._config.data.format, own) for text, own in asked]
         made = self._memory.backend.generate(self._memory.model, rendered, sampling, adapter=adapter)
         return tuple(
             GeneratedAnswer(generation, self._tokenizer.decode(generation.tokens.tolist()).strip())
@@ -207,8 +215,7 @@ class Evaluator:
     def _base_answers(self) -> tuple[GeneratedAnswer, ...]:
         """Return the base model's answers to all prompts, then to all questions."""
         # The base model never changes, so it answers everything once, whichever topics are evaluated first.
-        asked = [*(prompt.prompt for prompt in self._prompts), *(question.question for question in self._questions)]
-        return self._answer(asked, adapter=False)
+        return self._answer(self._prompts, self._questions, adapter=False)
 
     @cached_property
     def _judge(self) -> Judge:
