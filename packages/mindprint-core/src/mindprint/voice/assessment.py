@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
 from mindprint.contract import Float64, Measure
-from mindprint.voice.copying import Copying, measure_copying
+from mindprint.voice.copying import Copying, CopyingMeter
 from mindprint.voice.scoring import NotScored, Scale, VoiceReference, VoiceScore, VoiceScorer, fit_scorer
 
 
@@ -57,16 +58,22 @@ class Judge:
     person: tuple[str, ...]
     scorers: tuple[VoiceScorer, ...]
     scale: Scale | NotScored
+    _sides: dict[tuple[int, ...], tuple[VoiceScore | NotScored, VoiceScore | NotScored]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def score_answers(self, tuned: Sequence[str], places: Sequence[int]) -> AnswerScores:
         """Score the tuned model's answers to the prompts at `places`, and the other two sides' answers to the same."""
         base, person = ([texts[place] for place in places] for texts in (self.base, self.person))
-        return AnswerScores(
-            tuned=self.score(tuned, places),
-            base=self.score(base, places),
-            person=self.score(person, places),
-            copying=measure_copying(tuned, self.reference.own, person),
-        )
+        # Neither side's answers ever change, and a run scores the same prompts after each stage, chapter and unit.
+        key = tuple(places)
+        if key not in self._sides:
+            self._sides[key] = self.score(base, places), self.score(person, places)
+        return AnswerScores(self.score(tuned, places), *self._sides[key], self._copying.measure(tuned, person))
+
+    @cached_property
+    def _copying(self) -> CopyingMeter:
+        return CopyingMeter(self.reference.own)
 
     def score(self, texts: Sequence[str], places: Sequence[int]) -> VoiceScore | NotScored:
         """Score anyone's answers to the prompts at `places`."""

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -75,30 +76,50 @@ def measure_copying(answers: Sequence[str], training: Sequence[str], person: Seq
 
     Returns `NotScored` if the answers or the training text have no word.
     """
-    split = [words(answer) for answer in answers]
-    if not any(split):
-        return NotScored(f"all {len(split)} answers are empty" if split else "there are no answers")
-    sources = [words(text) for text in training]
-    if not any(sources):
-        return NotScored("there is no training text to compare the answers with")
-    index = TrainingText(sources)
-    own = [spoken for text in person if (spoken := words(text))]
-    answered, person_overlap = _overlaps(index, split), _overlaps(index, own) if own else None
-    length = float(np.mean([len(answer) for answer in split]))
-    bleu, own_bleu = self_bleu(split), self_bleu(own)
-    relative = length / float(np.mean([len(text) for text in own])) if own else None
-    return Copying(
-        longest=answered.longest,
-        copy_rate=answered.copy_rate,
-        recited=answered.recited,
-        self_bleu=bleu,
-        words=length,
-        length=relative,
-        person_copy_rate=person_overlap.copy_rate if person_overlap else None,
-        person_recited=person_overlap.recited if person_overlap else None,
-        person_self_bleu=own_bleu,
-        flagged=tuple(_flags(answered, person_overlap, (bleu, own_bleu), relative)),
-    )
+    return CopyingMeter(training).measure(answers, person)
+
+
+class CopyingMeter:
+    """Measurements of copying from one training text, which is read once however many sets of answers are measured."""
+
+    def __init__(self, training: Sequence[str]) -> None:
+        self._training = training
+        self._person: dict[tuple[str, ...], _Compared | None] = {}
+
+    @cached_property
+    def _index(self) -> TrainingText | None:
+        sources = [words(text) for text in self._training]
+        return TrainingText(sources) if any(sources) else None
+
+    def measure(self, answers: Sequence[str], person: Sequence[str] = ()) -> Copying | NotScored:
+        """Compare answers with the training text and the person's held-out text, as `measure_copying` does."""
+        split = [words(answer) for answer in answers]
+        if not any(split):
+            return NotScored(f"all {len(split)} answers are empty" if split else "there are no answers")
+        if self._index is None:
+            return NotScored("there is no training text to compare the answers with")
+        answered, own = _compared(self._index, split), self._compared_person(self._index, person)
+        relative = answered.words / own.words if own else None
+        return Copying(
+            longest=answered.overlaps.longest,
+            copy_rate=answered.overlaps.copy_rate,
+            recited=answered.overlaps.recited,
+            self_bleu=answered.self_bleu,
+            words=answered.words,
+            length=relative,
+            person_copy_rate=own.overlaps.copy_rate if own else None,
+            person_recited=own.overlaps.recited if own else None,
+            person_self_bleu=own.self_bleu if own else None,
+            flagged=tuple(_flags(answered, own, relative)),
+        )
+
+    def _compared_person(self, index: TrainingText, person: Sequence[str]) -> _Compared | None:
+        # A run measures each topic several times, and the person's text of the topic is the same each time.
+        texts = tuple(person)
+        if texts not in self._person:
+            spoken = [text for text in map(words, texts) if text]
+            self._person[texts] = _compared(index, spoken) if spoken else None
+        return self._person[texts]
 
 
 class TrainingText:
@@ -176,6 +197,19 @@ class _Overlaps:
     longest: Overlap
     copy_rate: float
     recited: float
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """A set of texts compared with the training text and with itself. `words` is the mean length of a text."""
+
+    overlaps: _Overlaps
+    self_bleu: float | None
+    words: float
+
+
+def _compared(training: TrainingText, texts: Sequence[Sequence[str]]) -> _Compared:
+    return _Compared(_overlaps(training, texts), self_bleu(texts), float(np.mean([len(text) for text in texts])))
 
 
 def _overlaps(training: TrainingText, answers: Sequence[Sequence[str]]) -> _Overlaps:
@@ -270,18 +304,17 @@ def _ngrams(words: Sequence[str], n: int) -> Iterator[Gram]:
     return zip(*(words[start:] for start in range(n)), strict=False)
 
 
-def _flags(
-    answers: _Overlaps, person: _Overlaps | None, bleu: tuple[float | None, float | None], length: float | None
-) -> Iterator[str]:
-    own_recited, own_rate = (person.recited, person.copy_rate) if person else (0.0, 0.0)
-    if answers.recited > own_recited + ALLOWED or answers.copy_rate > own_rate + 2 * ALLOWED:
+def _flags(answers: _Compared, person: _Compared | None, length: float | None) -> Iterator[str]:
+    recited, copy_rate = answers.overlaps.recited, answers.overlaps.copy_rate
+    own_recited, own_rate = (person.overlaps.recited, person.overlaps.copy_rate) if person else (0.0, 0.0)
+    if recited > own_recited + ALLOWED or copy_rate > own_rate + 2 * ALLOWED:
         yield (
-            f"recites training text: {answers.recited:.0%} of the answers (the person: {own_recited:.0%}), "
-            f"{answers.copy_rate:.0%} of their words (the person: {own_rate:.0%})"
+            f"recites training text: {recited:.0%} of the answers (the person: {own_recited:.0%}), "
+            f"{copy_rate:.0%} of their words (the person: {own_rate:.0%})"
         )
-    answers_bleu, own_bleu = bleu
-    if answers_bleu is not None and answers_bleu > (own_bleu or 0.0) + 2 * ALLOWED:
+    own_bleu = person.self_bleu if person else None
+    if answers.self_bleu is not None and answers.self_bleu > (own_bleu or 0.0) + 2 * ALLOWED:
         of_person = f" (the person: {own_bleu:.2f})" if own_bleu else ""
-        yield f"answers repeat each other: self-BLEU {answers_bleu:.2f}{of_person}"
+        yield f"answers repeat each other: self-BLEU {answers.self_bleu:.2f}{of_person}"
     if length is not None and not SHORT <= length <= LONG:
         yield f"answers are {length:.2f} times as long as the person's"
