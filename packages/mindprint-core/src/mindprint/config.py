@@ -267,12 +267,14 @@ class Thresholds(Section):
 class EvaluationConfig(Section):
     """The times at which a run evaluates itself on held-out text, and the thresholds that it must reach."""
 
-    levels: list[Level] = Field(
-        ["final"],
-        description="When: after each `topic`, `chapter`, `unit`, and at the end (`final`). Levels with thresholds "
-        "are always evaluated.",
+    levels: list[Level] | None = Field(
+        None,
+        description="When, and at no other time: after each `topic`, `chapter`, `unit`, and at the end (`final`). "
+        "`[]` turns evaluation off. Default: at the end, and at each level that has thresholds.",
     )
-    prompts_per_topic: Positive = Field(8, description="Held-out prompts of each topic that are answered, at most.")
+    prompts_per_topic: Positive = Field(
+        8, description="Held-out prompts of each topic that are answered, at most. Held-out pairs are all read."
+    )
     topic: Thresholds = Field(Thresholds(), description="Thresholds for each topic.")
     chapter: Thresholds = Field(Thresholds(), description="Thresholds for each chapter.")
     unit: Thresholds = Field(Thresholds(), description="Thresholds for each unit.")
@@ -283,7 +285,15 @@ class EvaluationConfig(Section):
         return found
 
     def happens(self, level: Level) -> bool:
-        return level in self.levels or self.thresholds(level).any_set
+        """Return whether a level is evaluated: as `levels` says, or by default."""
+        if self.levels is not None:
+            return level in self.levels
+        return level == "final" or self.thresholds(level).any_set
+
+    @property
+    def after_stages(self) -> bool:
+        """Return whether stages may be evaluated: by default they are where a gate or a roll-back needs it."""
+        return self.levels is None or "topic" in self.levels
 
 
 class CurriculumConfig(Section):

@@ -12,6 +12,7 @@ from mindprint.contract import StageName
 
 # For annotations alone. Trackers import this module, and need nothing of the code that runs.
 if TYPE_CHECKING:
+    from mindprint.config import Level
     from mindprint.runs.records import Decision, EvaluationRecord
 
 
@@ -126,7 +127,7 @@ class StageFinished(Event):
         steps: Optimizer steps of the stage.
         first_loss: The loss of the stage's first step, if this process took it.
         last_loss: The loss of its last step.
-        seconds: Time of the stage in this process.
+        seconds: Time of the stage's steps, also of those that an earlier process took.
     """
 
     topic: str
@@ -136,6 +137,23 @@ class StageFinished(Event):
     first_loss: float | None
     last_loss: float | None
     seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluating(Event):
+    """The progress of an evaluation. The first one has `done` 0, the last one has `done` equal to `total`.
+
+    Args:
+        level: The part of the run that is evaluated.
+        name: The topic's, chapter's or unit's name. Empty at the end of the run.
+        done: Held-out rows that were answered or read so far, by either model.
+        total: Held-out rows that this evaluation answers or reads.
+    """
+
+    level: Level
+    name: str
+    done: int
+    total: int
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
-from mindprint.api.progress import show_progress
+from mindprint.api.progress import STOPPING, show_progress
 from mindprint.config import ConfigFile, make_config
 from mindprint.errors import GuardError, MindprintError, RunError
+from mindprint.events import Notice
 from mindprint.runs.costs import Costs, LoadTimer, peak_bytes, write_costs
 from mindprint.training.run import train
 
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str]) -> int:
         file = replace(make_config(handed["values"], Path(handed["folder"])), source=handed["source"])
         # A library that prints would otherwise mix its text with the error message.
         with redirect_stdout(sys.stderr), show_progress() as show:
-            result = train(file, run=run, on_event=show, observers=[timer])
+            stopping = Notice(STOPPING)
+            result = train(file, run=run, on_event=show, on_stop=lambda: show(stopping), observers=[timer])
     except MindprintError as error:
         sys.stdout.write(f"{error}\n")
         return error.exit_code

@@ -19,6 +19,7 @@ from rich.text import Text
 from mindprint.events import (
     Decided,
     Evaluated,
+    Evaluating,
     Event,
     Notice,
     RunStarted,
@@ -27,8 +28,9 @@ from mindprint.events import (
     StepDone,
 )
 from mindprint.printing import PROGRAM, LossyStream, tell, visible
-from mindprint.reports.phrases import MISSING, interval
-from mindprint.runs.records import Decision, DecisionKind, EvaluationRecord, Interval
+from mindprint.reports.phrases import MISSING, interval, plural
+from mindprint.runs.records import Decision, DecisionKind, EvaluationRecord, Figures, Interval
+from mindprint.training.pace import duration
 
 SECONDS_BETWEEN_LINES = 10.0
 """Time between two plain lines within a stage."""
@@ -41,6 +43,9 @@ NOTEBOOK_WIDTH = 110
 NOTEBOOK_PICTURE = '<pre style="line-height:1.3;margin:0;white-space:pre-wrap">{code}</pre>'
 
 TOPIC_WIDTH = 28
+
+STOPPING = "stopping after this step or batch, with a checkpoint; a second Ctrl-C stops at once"
+"""The acknowledgement of a request to stop."""
 
 OnEvent = Callable[[Event], None]
 
@@ -76,6 +81,8 @@ class Lines:
         self._last = clock()
         self._total = 0
         self._stage_steps = 0
+        self._evaluation_began = clock()
+        self._evaluations = Evaluations()
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -88,16 +95,28 @@ class Lines:
                 self._stage_steps = event.steps
                 self._line(f"{event.topic} {event.stage}: {_steps(event)} on {event.backend}")
             # A log file of a long run would otherwise get a line for every step.
-            case StepDone() if self._clock() - self._last >= SECONDS_BETWEEN_LINES:
+            case StepDone() if self._is_due():
                 self._line(f"{event.topic} {event.stage}: {self._position(event)}, loss {event.loss:.4f}")
             case StageFinished():
                 self._line(f"{event.topic} {event.stage}: done{_losses(event)}, {event.seconds:.1f} s")
-            case Evaluated():
-                self._line(_evaluated(event.record))
+            case Evaluating(done=0):
+                self._evaluation_began = self._clock()
+            case Evaluating() if self._is_due():
+                self._line(f"{_evaluation(event)}: {event.done}/{event.total}{self._time_left(event)}")
+            case Evaluated() if line := self._evaluations.line(event.record):
+                self._line(line)
             case Decided():
                 # A skipped or repeated stage changes the number of steps that are planned.
                 self._total = event.total_steps
                 self._line(_decided(event.decision))
+
+    def _is_due(self) -> bool:
+        return self._clock() - self._last >= SECONDS_BETWEEN_LINES
+
+    def _time_left(self, event: Evaluating) -> str:
+        # Rows of one kind take unlike times: the rest of this evaluation is only about as fast as its beginning.
+        left = (self._clock() - self._evaluation_began) / event.done * (event.total - event.done)
+        return f", about {duration(left)} left" if event.done < event.total else ""
 
     def _position(self, event: StepDone) -> str:
         return f"step {event.stage_step}/{self._stage_steps} ({event.step}/{self._total} in all)"
@@ -126,6 +145,9 @@ class Bar:
         )
         # The bar is hidden until the number of steps is known: before, it could only guess.
         self._task = self._bar.add_task("loading the model", total=None, loss="", visible=False)
+        # Evaluations have a second bar: the steps stand still meanwhile, which would look like a hang.
+        self._evaluation = self._bar.add_task("evaluating", total=None, loss="rows", visible=False)
+        self._evaluations = Evaluations()
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -146,8 +168,15 @@ class Bar:
                 self._bar.update(self._task, description=f"{visible(_short(event.topic))} {event.stage}")
             case StepDone():
                 self._bar.update(self._task, completed=event.step, loss=f"loss {event.loss:.4f}")
-            case Evaluated():
-                self._print(f"{PROGRAM}: {_evaluated(event.record)}")
+            case Evaluating(done=0):
+                # Started again, so that the time left is that of this evaluation.
+                self._bar.reset(
+                    self._evaluation, total=event.total, visible=True, description=visible(_short(_evaluation(event)))
+                )
+            case Evaluating():
+                self._bar.update(self._evaluation, completed=event.done, visible=event.done < event.total)
+            case Evaluated() if line := self._evaluations.line(event.record):
+                self._print(f"{PROGRAM}: {line}")
             case Decided():
                 self._bar.update(self._task, total=event.total_steps)
                 self._print(f"{PROGRAM}: {_decided(event.decision)}")
@@ -213,6 +242,29 @@ def _notebook_display() -> Callable[[str], None]:
     return display
 
 
+class Evaluations:
+    """The lines of a run's evaluations, each figure once.
+
+    An adapter is often evaluated as the end of a topic, of a chapter and of the run at once. All of these are in
+    evaluations.jsonl. A line that only repeats the figures of the one before says nothing.
+    """
+
+    def __init__(self) -> None:
+        self._told: set[tuple[int, str]] = set()
+
+    def line(self, record: EvaluationRecord) -> str:
+        """Return the line to show, empty for one whose figures have been shown without a verdict of this level."""
+        figures = record.step, _figures(record.figures)
+        if figures in self._told and record.outcome == "measured":
+            return ""
+        self._told.add(figures)
+        return _evaluated(record)
+
+
+def _evaluation(event: Evaluating) -> str:
+    return f"evaluating {event.name or 'the whole run'}"
+
+
 def _started(event: RunStarted) -> str:
     resumed = f", continuing after step {event.resumed_from}" if event.resumed_from is not None else ""
     return f"run {event.run}: {event.total_steps} steps{resumed}"
@@ -223,6 +275,8 @@ def _noticed(event: Notice) -> str:
 
 
 def _steps(event: StageStarted) -> str:
+    if event.first_step == event.steps:
+        return f"all {event.steps} steps are done"
     return f"step {event.first_step + 1} to {event.steps}" if event.first_step else f"{event.steps} steps"
 
 
@@ -233,21 +287,26 @@ def _losses(event: StageFinished) -> str:
 
 
 def _evaluated(record: EvaluationRecord) -> str:
-    figures = record.figures
+    where = record.name if record.level == "topic" else f"{record.level} {record.name}"
+    at = "at the end" if record.level == "final" else f"{where}{f' after {record.stage}' if record.stage else ''}"
+    outcome = "" if record.outcome == "measured" else f": {record.outcome}"
+    return f"evaluated {at}{outcome}: {_figures(record.figures)}"
+
+
+def _figures(figures: Figures) -> str:
     parts = [_voice(figures.voice, figures.unmeasured.get("voice", "was not measured"))]
     if figures.copy_rate is not None:
         parts.append(f"{figures.copy_rate:.0%} copied")
     if figures.reward_accuracy is not None:
-        parts.append(f"reward accuracy {figures.reward_accuracy:.0%}")
+        pairs = plural(figures.pairs, "held-out pair")
+        parts.append(
+            f"reward accuracy {figures.reward_accuracy:.0%} (share of {pairs} whose chosen answer gained more)"
+        )
     if figures.perplexity is not None:
         parts.append(f"perplexity {figures.base_perplexity:.1f} → {figures.perplexity:.1f}")
     if figures.concept_coverage is not None:
         parts.append(f"{figures.concept_coverage:.0%} of key concepts")
-    what = (
-        "at the end" if record.level == "final" else f"{record.name}{f' after {record.stage}' if record.stage else ''}"
-    )
-    outcome = "" if record.outcome == "measured" else f": {record.outcome}"
-    return f"evaluated {what}{outcome}: {', '.join(parts)}"
+    return ", ".join(parts)
 
 
 def _voice(voice: Interval | None, why_none: str) -> str:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mindprint import config as settings
-from mindprint.api.progress import is_interactive, show_progress
+from mindprint.api.progress import STOPPING, is_interactive, show_progress
 from mindprint.api.results import TrainResult
 from mindprint.config import ConfigFile
 from mindprint.data.memory import check_records, records_digest
 from mindprint.errors import RunError
-from mindprint.events import Event, Observer
+from mindprint.events import Event, Notice, Observer
 from mindprint.runs.folder import Resume, RunFolder, newest_run
 from mindprint.training import run as training_run
 
@@ -115,7 +115,9 @@ def train(
             for listener in listeners:
                 listener(event)
 
-        result = training_run.train(file, run=run, resume=resume, on_event=tell_all, observers=hooked)
+        result = training_run.train(
+            file, run=run, resume=resume, on_event=tell_all, on_stop=lambda: show(Notice(STOPPING)), observers=hooked
+        )
     return TrainResult(result.run, result.adapter, result.stages, result.verdicts)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mindprint.config import Config
+from mindprint.config import Config, Level
 from mindprint.contract import Measure
 from mindprint.curriculum.policy import collapsed
 from mindprint.data.split import Split
@@ -13,6 +13,7 @@ from mindprint.data.tokenizer import Tokenizer
 from mindprint.models.engine import Engine
 from mindprint.runs.records import AnswerRecord, Figures
 from mindprint.voice.evaluation import Evaluator
+from mindprint.voice.responses import OnRows
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,11 @@ class Examined:
 
 
 class Examiner:
-    """Evaluations of whichever adapter is in memory, with at most `evaluation.prompts_per_topic` rows of each topic."""
+    """Evaluations of whichever adapter is in memory, with at most `evaluation.prompts_per_topic` answers of each topic.
+
+    Where a run evaluates more than its end, an adapter that is evaluated again, as part of a chapter or at the end,
+    responds to no row twice.
+    """
 
     def __init__(
         self, split: Split, config: Config, tokenizer: Tokenizer, engine: Engine, extra: Sequence[Measure] = ()
@@ -43,15 +48,23 @@ class Examiner:
             extra=extra,
             # A run evaluates itself many times, so the configuration can keep each evaluation short.
             most_per_topic=config.evaluation.prompts_per_topic,
+            reuse=_evaluates_more_than_its_end(config),
             why_empty=split.nothing_held_out,
         )
 
-    def examine(self, topics: Sequence[str], *, each: bool = False) -> Examined:
+    def examine(self, topics: Sequence[str], on_rows: OnRows, *, each: bool = False) -> Examined:
         """Evaluate the adapter on the held-out text of `topics` together, and with `each` of every one by itself."""
-        evaluation = self._evaluator.evaluate(topics, each=each)
+        evaluation = self._evaluator.evaluate(topics, each=each, on_rows=on_rows)
         return Examined(
             evaluation.figures,
             collapsed(evaluation.figures, evaluation.tuned_generations, evaluation.base_generations),
             evaluation.answers,
             evaluation.topics,
         )
+
+
+def _evaluates_more_than_its_end(config: Config) -> bool:
+    evaluation, curriculum = config.evaluation, config.curriculum
+    reacts = curriculum.roll_back or not isinstance(curriculum.dpo, str)
+    levels: tuple[Level, ...] = ("topic", "chapter", "unit")
+    return (evaluation.after_stages and reacts) or any(evaluation.happens(level) for level in levels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from mindprint.config import CurriculumConfig, Thresholds
+from mindprint.config import Config, CurriculumConfig, Level, Thresholds
 from mindprint.contract import Generation
 from mindprint.runs.records import Figures, Outcome
 
@@ -65,6 +65,29 @@ def _perplexity_ratio(figures: Figures) -> float | None:
     # because every comparison with NaN is false.
     ratio = figures.perplexity / figures.base_perplexity
     return None if math.isnan(ratio) else ratio
+
+
+def idle_settings(config: Config) -> str | None:
+    """Return a sentence that names the settings that `evaluation.levels` leaves without an effect, None without such.
+
+    Whoever names the levels means them: evaluation off is off, whatever else would need it.
+    """
+    evaluation, curriculum = config.evaluation, config.curriculum
+    if evaluation.levels is None:
+        return None
+    levels: tuple[Level, ...] = ("topic", "chapter", "unit", "final")
+    idle = [f"evaluation.{level}" for level in levels
+            if evaluation.thresholds(level).any_set and not evaluation.happens(level)]  # fmt: skip
+    if not evaluation.after_stages:
+        idle += ["curriculum.retries"] if curriculum.retries else []
+        idle += ["curriculum.roll_back"] if curriculum.roll_back else []
+        idle += [] if isinstance(curriculum.dpo, str) else [f"curriculum.dpo={curriculum.dpo:g} (DPO always runs)"]
+    if curriculum.stop_after is not None and not evaluation.happens(curriculum.stop_after):
+        idle.append("curriculum.stop_after")
+    if not idle:
+        return None
+    when = f"only at {', '.join(evaluation.levels)}" if evaluation.levels else "never"
+    return f"the run is evaluated {when} (evaluation.levels), so these have no effect: {', '.join(idle)}"
 
 
 def collapsed(figures: Figures, tuned: Sequence[Generation], base: Sequence[Generation]) -> tuple[str, ...]:

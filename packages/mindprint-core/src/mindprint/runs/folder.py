@@ -208,13 +208,15 @@ class RunFolder:
             self.metrics, [{**line, "rolled_back": True} if first <= line["step"] <= last else line for line in lines]
         )
 
-    def forget_after(self, step: int, *, ended: bool) -> None:
+    def forget_after(self, step: int, *, ended: bool, evaluates_again: bool = False) -> None:
         """Drop everything after `step` that a resumed run will do again: steps, evaluations and decisions.
 
-        If its training has `ended`, the final evaluation is dropped too.
+        If its training has `ended`, the final evaluation is dropped too. If it `evaluates_again`, the evaluations and
+        decisions at `step` itself are.
         """
+        last = step - 1 if evaluates_again else step
         # Decisions are kept or dropped by step, and a roll-back only counts with its decision.
-        decisions = [decision for decision in self.decisions() if decision.step <= step]
+        decisions = [decision for decision in self.decisions() if decision.step <= last]
         undone = [range(past.first_step, (past.last_step or 0) + 1) for past in decisions if past.first_step]
         kept = [line for line in self.read_steps() if line["step"] <= step]
         for line in kept:
@@ -222,7 +224,7 @@ class RunFolder:
                 # The mark was written before a decision that is dropped now: the steps count again.
                 line.pop("rolled_back", None)
         evaluations = [
-            record for record in self.evaluations() if record.step <= step and not (ended and _is_final(record))
+            record for record in self.evaluations() if record.step <= last and not (ended and _is_final(record))
         ]
         _write(self.metrics, kept)
         _write(self.decisions_file, [as_line(decision) for decision in decisions])

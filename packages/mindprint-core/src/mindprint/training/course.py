@@ -14,7 +14,7 @@ from mindprint.config import Level
 from mindprint.contract import TrainingState
 from mindprint.curriculum.examiner import Examined, Examiner
 from mindprint.curriculum.policy import dpo_runs, judged
-from mindprint.events import Decided, Evaluated, Event, Notice
+from mindprint.events import Decided, Evaluated, Evaluating, Event, Notice
 from mindprint.models.engine import Engine
 from mindprint.runs.folder import RunFolder
 from mindprint.runs.records import VERDICTS, Decision, EvaluationRecord, Figures, Forgetting, Outcome
@@ -42,6 +42,10 @@ class Position:
         return cls(cursor.stage_index, cursor.step - cursor.stage_step, cursor.attempt, cursor.topic_step)
 
 
+class EvaluationStopped(Exception):  # noqa: N818 (not a failure)
+    """An evaluation that ended because a stop was requested."""
+
+
 class Course:
     """The evaluations and decisions of a run, each recorded before anything follows from it."""
 
@@ -53,6 +57,7 @@ class Course:
         examiner: Examiner,
         checkpoints: CheckpointStore,
         emit: Callable[[Event], None],
+        stop_requested: Callable[[], bool],
     ) -> None:
         self._prepared = prepared
         self._folder = folder
@@ -60,6 +65,7 @@ class Course:
         self._examiner = examiner
         self._checkpoints = checkpoints
         self._emit = emit
+        self._stop_requested = stop_requested
         self._settings = prepared.config.curriculum
         self._evaluation = prepared.config.evaluation
 
@@ -70,14 +76,17 @@ class Course:
         return self._prepared.plans[position.index].for_attempt(position.step, position.attempt, rate)
 
     def after(self, plan: StagePlan, position: Position, state: TrainingState) -> tuple[Position, TrainingState]:
-        """Return the position and state after a stage that ended in `state`, which is in memory."""
+        """Return the position and state after a stage that ended in `state`, which is in memory.
+
+        Raises `EvaluationStopped` at the next batch of an evaluation after a stop was requested.
+        """
         step = plan.first_step + plan.steps
-        examined = self._examiner.examine([plan.topic]) if self._is_examined(plan) else None
+        examined = self._examine("topic", plan.topic, [plan.topic]) if self._is_examined(plan) else None
         if examined and examined.collapse:
             if self._settings.roll_back:
                 self._record("topic", plan.topic, step, examined, plan=plan)
                 state = self._rolled_back(plan, step, examined.collapse)
-                examined = self._examiner.examine([plan.topic])
+                examined = self._examine("topic", plan.topic, [plan.topic])
             else:
                 self._warn_of_collapse(f"{plan.topic} {plan.stage}", examined.collapse)
         gate = self._gate(plan, step, examined)
@@ -99,7 +108,7 @@ class Course:
         if not self._evaluation.happens("final"):
             return
         topics, step = self._trained(), self._last_step()
-        examined = self._examiner.examine(topics, each=True)
+        examined = self._examine("final", "", topics, each=True)
         # Each topic's line comes before the run's, so that a reader finds the parts of the whole above it.
         for topic, figures in examined.topics.items():
             self._write(EvaluationRecord("topic", topic, step, figures=figures))
@@ -110,7 +119,19 @@ class Course:
         if examined.collapse:
             self._warn_of_collapse("the run", examined.collapse)
 
+    def _examine(self, level: Level, name: str, topics: Sequence[str], *, each: bool = False) -> Examined:
+        """Evaluate the adapter in memory. Raises `EvaluationStopped` between two batches if a stop was requested."""
+
+        def on_rows(done: int, total: int) -> None:
+            if self._stop_requested() and done < total:
+                raise EvaluationStopped
+            self._emit(Evaluating(level, name, done, total))
+
+        return self._examiner.examine(topics, on_rows, each=each)
+
     def _is_examined(self, plan: StagePlan) -> bool:
+        if not self._evaluation.after_stages:
+            return False
         if self._settings.roll_back:
             return True
         following = self._next_stage(plan)
@@ -179,10 +200,10 @@ class Course:
         failures = [(failed, plan.topic)] if failed else []
         for part in self._prepared.outline.ending_with(plan.topic):
             if self._evaluation.happens(part.level):
-                examined = self._examiner.examine(part.topics, each=True)
+                examined = self._examine(part.level, part.name, part.topics, each=True)
                 outcome = judged(self._evaluation.thresholds(part.level), examined.figures)
                 # Only units look back: it costs an evaluation of every earlier topic.
-                earlier = self._earlier(plan.topic, part.topics, examined) if part.level == "unit" else ()
+                earlier = self._earlier(part.name, plan.topic, part.topics, examined) if part.level == "unit" else ()
                 self._record(part.level, part.name, step, examined, outcome, earlier=earlier)
                 failures += [(part.level, part.name)] if outcome[0] == "failed" else []
         for level, name in failures:
@@ -193,12 +214,12 @@ class Course:
                 return True
         return False
 
-    def _earlier(self, topic: str, inside: Sequence[str], examined: Examined) -> tuple[Forgetting, ...]:
+    def _earlier(self, unit: str, topic: str, inside: Sequence[str], examined: Examined) -> tuple[Forgetting, ...]:
         """Compare every topic trained before `topic` with itself right after its training."""
         trained = self._trained()
         before = trained[: trained.index(topic)]
         outside = [earlier for earlier in before if earlier not in inside]
-        others = self._examiner.examine(outside, each=True).topics if outside else {}
+        others = self._examine("unit", unit, outside, each=True).topics if outside else {}
         return self._forgotten(before, replace(examined, topics={**others, **examined.topics}))
 
     def _forgotten(self, topics: Sequence[str], examined: Examined) -> tuple[Forgetting, ...]:

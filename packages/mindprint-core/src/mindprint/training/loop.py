@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import perf_counter
 from types import FrameType
 
@@ -82,8 +82,10 @@ def _event(engine: Engine, stage: Stage, step: int, outcome: StepOutcome, second
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a request that the loop sees after its step.
+def stop_on_signal(acknowledge: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a request that is seen after a step or a batch of an evaluation.
+
+    `acknowledge` is called at once, from the signal handler: a step or a batch can take minutes.
 
     A second Ctrl-C or SIGTERM ends at once. SIGHUP never does: a terminal that closes sends it more than once, and
     service managers send it along with SIGTERM. SIGHUP stays ignored where it is, as `nohup` has it.
@@ -98,6 +100,10 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
         if number != signal.SIGHUP and any(earlier != signal.SIGHUP for earlier in received):
             raise KeyboardInterrupt
         received.append(number)
+        if len(received) == 1:
+            # Whoever was just writing cannot be interrupted by another write, and the line is left out.
+            with suppress(RuntimeError):
+                acknowledge()
 
     heard = [
         number

@@ -36,6 +36,11 @@ class StagePlan:
     def steps(self) -> int:
         return self.order.total_steps
 
+    @property
+    def tokens_per_step(self) -> float:
+        """Return the mean number of tokens that an optimizer step reads."""
+        return sum(self.order.lengths or ()) / self.order.steps_per_epoch
+
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of the stage's step `step` (from 0)."""
         settings = self.settings

@@ -20,6 +20,7 @@ from mindprint.adapter.targets import resolve_targets
 from mindprint.config import AdapterConfig, Config, ConfigFile, dump_config
 from mindprint.contract import AdapterSite, AdapterState, LoraConfig, StageName, TrainingState
 from mindprint.curriculum.outline import Outline, read_outline
+from mindprint.curriculum.policy import idle_settings
 from mindprint.data.quizzes import Quizzes, read_quizzes
 from mindprint.data.render import PreferenceExample, Rendered, SftExample, render_preferences
 from mindprint.data.rows import PreferenceRow, Rows, check_topics, read_rows
@@ -95,6 +96,7 @@ def prepare(file: ConfigFile) -> Prepared:
         *_as_notices(dict.fromkeys(chain.from_iterable(part.warnings for part in rendered.values())), warning=True),
         *_as_notices(_of_positions(model, examples, config), warning=True),
         *_as_notices(_of_topics(rows), warning=True),
+        *_of_levels(config),
         *_of_split(split, quizzes, named),
         *_publishes(probe),
         Notice(_row_counts(config, split, rendered)),
@@ -161,6 +163,11 @@ def write_facts(prepared: Prepared, placements: Sequence[Placement], folder: Run
             "environment": {place.backend.name: place.environment() for place in placements},
         }
     )  # fmt: skip
+
+
+def _of_levels(config: Config) -> Iterator[Notice]:
+    if idle := idle_settings(config):
+        yield Notice(idle, warning=True)
 
 
 def _readable(quizzes: Quizzes) -> Quizzes:
@@ -312,6 +319,8 @@ def _identity(
         for stage, objective in OBJECTIVES.items()
     }
     sections = {name: getattr(config, name).model_dump() for name in ("curriculum", "evaluation")}
+    # The default as older versions wrote it: their checkpoints can still be continued.
+    sections["evaluation"]["levels"] = ["final"] if config.evaluation.levels is None else config.evaluation.levels
     # The folder of an adapter to continue from may change. The adapter itself may not.
     adapter = config.adapter.model_dump(exclude={"start_from"})
     if start is not None:

@@ -30,10 +30,11 @@ from mindprint.reports import write_reports
 from mindprint.runs.folder import Resume, RunFolder, open_run, runs_folder
 from mindprint.runs.results import RunResult, stage_results, verdicts
 from mindprint.training.checkpoints import Checkpoint, CheckpointStore, Cursor
-from mindprint.training.course import Course, Position
+from mindprint.training.course import Course, EvaluationStopped, Position
 from mindprint.training.final_adapter import write_final_adapter
 from mindprint.training.loop import run_stage, stop_on_signal
 from mindprint.training.objectives import OBJECTIVES
+from mindprint.training.pace import Pace
 from mindprint.training.plan import StagePlan, total_steps
 from mindprint.training.prepare import Prepared, initial_state, lora_config, prepare, write_facts
 from mindprint.training.reference import ReferenceCache
@@ -50,6 +51,7 @@ def train(
     run: str | os.PathLike[str] | None = None,
     resume: bool | Resume = False,
     on_event: OnEvent | None = None,
+    on_stop: Callable[[], None] = lambda: None,
     observers: Sequence[object] = (),
     **overrides: Any,
 ) -> RunResult:
@@ -59,7 +61,8 @@ def train(
     (`backend="mlx"`, `sft={"learning_rate": 1e-4}`). `run` names the run's folder (default: a new one under `runs/`
     next to the configuration). With `resume` the newest run there continues from its last checkpoint, or, with
     `resume="latest"`, from the newest that is sound. `on_event` and the plugins in `observers` see every event. An
-    exception that they raise ends the run. A tracker that raises is turned off, with a warning.
+    exception that they raise ends the run. A tracker that raises is turned off, with a warning. `on_stop` is called
+    from the signal handler when the user asks the run to stop.
 
     Raises a `MindprintError` for every wrong input before anything is trained, `GuardError` when training would corrupt
     its result, and `Interrupted` after a checkpoint when the user stops it.
@@ -75,7 +78,8 @@ def train(
     resolved = tuple(placements.resolve(plan.backend) for plan in prepared.plans)
     # From here on another process may not write to the run, and a failure removes a folder without a checkpoint.
     with open_run(runs_folder(file), run, mode) as folder:
-        return _Run(prepared, resolved, folder, mode, on_event or (lambda _: None), observers, trackers).train()
+        once = _Run(prepared, resolved, folder, mode, on_event or (lambda _: None), observers, trackers)
+        return once.train(on_stop)
 
 
 class _Run:
@@ -106,17 +110,20 @@ class _Run:
         self.references = ReferenceCache(folder.references, prepared.identity, self.engine, prepared.tokenizer.pad_id)
         extra = load_scorers(config.voice.scorers)
         examiner = Examiner(prepared.split, config, prepared.tokenizer, self.engine, extra)
-        self.course = Course(prepared, folder, self.engine, examiner, self.checkpoints, self._emit)
+        self._requested: Callable[[], bool] = lambda: False
+        self.course = Course(
+            prepared, folder, self.engine, examiner, self.checkpoints, self._emit, self._stop_requested
+        )
+        self._pace = Pace()
 
-    def train(self) -> RunResult:
+    def train(self, on_stop: Callable[[], None]) -> RunResult:
         started = perf_counter()
         start = self._find_start() if self.resume else None
         try:
             self._announce(start)
-            state = self._train_stages(start)
-            if self.prepared.config.evaluation.happens("final"):
-                self.engine.start_stage(self.placements[-1], state)
-                self.course.finish()
+            with stop_on_signal(on_stop) as self._requested:
+                state = self._train_stages(start)
+                self._evaluate_end(state)
             self._write_adapter(state.adapter)
         finally:
             # A notebook keeps the process, which must not keep the model's memory.
@@ -125,6 +132,9 @@ class _Run:
         self._write_reports()
         self._emit(RunFinished(str(self.folder.path), str(self.folder.adapter), perf_counter() - started))
         return RunResult(self.folder.path, self.folder.adapter, stage_results(self.folder), verdicts(self.folder))
+
+    def _stop_requested(self) -> bool:
+        return self._requested()
 
     def _find_start(self) -> Checkpoint | None:
         """Return the checkpoint to continue from, None for a run that was ended before its first one."""
@@ -138,8 +148,11 @@ class _Run:
     def _announce(self, start: Checkpoint | None) -> None:
         write_facts(self.prepared, self.placements, self.folder)
         if start is not None:
-            ended = start.cursor.stage_index == len(self.prepared.plans)
-            self.folder.forget_after(start.cursor.step, ended=ended)
+            cursor, plans = start.cursor, self.prepared.plans
+            ended = cursor.stage_index == len(plans)
+            # Stopped in the evaluation after a stage, the run evaluates that stage again.
+            again = not ended and cursor.stage_step == plans[cursor.stage_index].steps
+            self.folder.forget_after(cursor.step, ended=ended, evaluates_again=again)
             self.checkpoints.forget_after(start.cursor.step)
             self._warn_of_other_environment(start.cursor)
         resumed_from = start.cursor.step if start else None
@@ -179,21 +192,34 @@ class _Run:
         )
         self._check_probe()
         state = start.state if start else initial_state(self.prepared, sites)
-        with stop_on_signal() as stop_requested:
-            while position.index < ended:
-                plan, placement = self.course.stage(position), self.placements[position.index]
-                if not done:
-                    # Every stage has a new optimizer, as separate trainers would, and a checkpoint to roll back to.
-                    state = state.without_optimizer()
-                    self._save_checkpoint(position, 0, state)
-                    if stop_requested():
-                        raise self._interrupted()
-                self._train_stage(plan, placement, position, state, done, stop_requested)
-                position, state = self.course.after(plan, position, self.engine.save())
-                done = 0
-            # Killed during the final evaluation, the run continues there and trains nothing again.
-            self._save_checkpoint(position, 0, state.without_optimizer())
+        while position.index < ended:
+            plan, placement = self.course.stage(position), self.placements[position.index]
+            if not done:
+                # Every stage has a new optimizer, as separate trainers would, and a checkpoint to roll back to.
+                state = state.without_optimizer()
+                self._save_checkpoint(position, 0, state)
+                if self._stop_requested():
+                    raise self._interrupted()
+            self._train_stage(plan, placement, position, state, done)
+            state = self.engine.save()
+            try:
+                position, state = self.course.after(plan, position, state)
+            except EvaluationStopped:
+                # The stage is trained, and the run that continues evaluates it first.
+                self._save_checkpoint(position, plan.steps, state)
+                raise self._interrupted() from None
+            done = 0
+        # Killed during the final evaluation, the run continues there and trains nothing again.
+        self._save_checkpoint(position, 0, state.without_optimizer())
         return state
+
+    def _evaluate_end(self, state: TrainingState) -> None:
+        if self.prepared.config.evaluation.happens("final"):
+            self.engine.start_stage(self.placements[-1], state)
+            try:
+                self.course.finish()
+            except EvaluationStopped:
+                raise self._interrupted() from None
 
     def _check_probe(self) -> None:
         """Raise `ModelError` for a base that cannot compute the fingerprint's probe: better now than after training.
@@ -216,10 +242,8 @@ class _Run:
         position: Position,
         state: TrainingState,
         done: int,
-        stop_requested: Callable[[], bool],
     ) -> None:
         """Take the steps of one stage after the first `done` of them. Raises `Interrupted` when asked to stop."""
-        started = perf_counter()
         examples, reference = self.prepared.examples_of(plan), None
         if OBJECTIVES[plan.stage].needs_reference(plan.settings):
             # In the middle of a stage, `state` is not the policy any more that the stage started with.
@@ -234,20 +258,22 @@ class _Run:
             losses.append(event.loss)
             self.folder.append_step(event)
             self._emit(event)
+            if estimate := self._pace.estimate(event, plan, self.prepared.plans[plan.index + 1 :]):
+                self._notice(estimate)
 
         def save(steps: int) -> None:
             self._save_checkpoint(position, steps, self.engine.save())
 
         every = self.prepared.config.checkpoints.every
-        if not run_stage(self.engine, stage, done, on_step, save, every, stop_requested):
+        if not run_stage(self.engine, stage, done, on_step, save, every, self._stop_requested):
             raise self._interrupted()
         # Once a stage and not once a step: the digest reads all of the base's weights.
         self.engine.check_base()
         first, last = (losses[0], losses[-1]) if losses else (None, None)
+        # The same seconds as in the table of results: those of the steps, an interrupted process's included.
+        seconds = sum(line["seconds"] for line in self.folder.read_steps() if line["step"] > plan.first_step)
         self._emit(
-            StageFinished(
-                plan.topic, plan.stage, placement.backend.name, plan.steps, first, last, perf_counter() - started
-            )
+            StageFinished(plan.topic, plan.stage, placement.backend.name, plan.steps, first, last, round(seconds, 3))
         )
 
     def _save_checkpoint(self, position: Position, stage_step: int, state: TrainingState) -> None:

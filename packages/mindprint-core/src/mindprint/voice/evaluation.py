@@ -15,43 +15,21 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from mindprint.config import Config
-from mindprint.contract import Float64, Generation, LoadedModel, Measure, Sampling
-from mindprint.data.quizzes import Question
-from mindprint.data.render import PreferenceExample, SftExample, render_preferences, render_prompt, render_sft
-from mindprint.data.rows import Rows, Text, text_of
+from mindprint.contract import Generation, Measure
+from mindprint.data.render import render_preferences, render_prompt, render_sft
+from mindprint.data.rows import Rows, text_of
 from mindprint.data.split import HeldOut
 from mindprint.data.tokenizer import Tokenizer
-from mindprint.models.likelihoods import CompletionSums, sum_pairs, sum_texts
-from mindprint.plugins.backend import Backend
 from mindprint.runs.records import AnswerRecord, Figures, Interval
 from mindprint.text.words import word_count
-from mindprint.voice.answers import HeldOutPrompt, drop_trained_answers, held_out_prompts, training_voice
+from mindprint.voice.answers import drop_trained_answers, held_out_prompts, training_voice
 from mindprint.voice.assessment import AnswerScores, Assessment, Judge, fit_judge
 from mindprint.voice.concepts import coverage
 from mindprint.voice.copying import Copying
 from mindprint.voice.preferences import ByTopic, PairFigures, TextFigures, measure_pairs, measure_texts
 from mindprint.voice.quizzing import ConceptCoverage, QuizEvaluation, evaluate_quiz
+from mindprint.voice.responses import GeneratedAnswer, HeldOutTokens, ModelInMemory, OnRows, Responses
 from mindprint.voice.scoring import NotScored, VoiceScore
-
-
-class ModelInMemory(Protocol):
-    """A base model with its adapter in memory, such as an `Engine` or an `OpenedAdapter`."""
-
-    @property
-    def backend(self) -> Backend:
-        """Return the backend that holds the model."""
-
-    @property
-    def model(self) -> LoadedModel:
-        """Return the model, as the backend's hooks take it."""
-
-
-@dataclass(frozen=True)
-class GeneratedAnswer:
-    """One answer, as the backend made it and as text."""
-
-    generation: Generation
-    text: str
 
 
 @dataclass(frozen=True)
@@ -109,6 +87,8 @@ class Evaluator:
 
     The base model reads and answers once, and the voice is fitted once. All generation is greedy, so that a run that is
     resumed measures the same figures as a run that was never stopped.
+
+    All held-out pairs and texts are read. Reading costs little, and an accuracy of few pairs says little.
     """
 
     def __init__(
@@ -121,14 +101,14 @@ class Evaluator:
         *,
         extra: Sequence[Measure] = (),
         most_per_topic: int | None = None,
+        reuse: bool = False,
         why_empty: Callable[[str], str | None] = lambda _: None,
     ) -> None:
-        """Choose and render the held-out rows: of each kind the first `most_per_topic` of each topic, or all.
+        """Choose and render the held-out rows. The first `most_per_topic` prompts and questions are answered, or all.
 
+        With `reuse`, an adapter that is evaluated again responds only to rows that it has not seen yet (`Responses`).
         `why_empty` returns the reason why nothing of a topic is held out, if there is one to give.
         """
-        self._memory = memory
-        self._tokenizer = tokenizer
         self._config = config
         self._extra = extra
         self._why_empty = why_empty
@@ -138,11 +118,15 @@ class Evaluator:
         self._dropped = len(every) - len(fresh)
         self._prompts = _first_of_each_topic(fresh, most_per_topic)
         self._questions = _first_of_each_topic(held_out.questions, most_per_topic)
-        first_pairs = _first_of_each_topic(held_out.pairs, most_per_topic)
-        first_texts = _first_of_each_topic(held_out.texts, most_per_topic)
-        pairs = render_preferences(first_pairs, tokenizer, config.data, held_out=True)
-        texts = render_sft(first_texts, tokenizer, config.data, held_out=True)
+        pairs = render_preferences(held_out.pairs, tokenizer, config.data, held_out=True)
+        texts = render_sft(held_out.texts, tokenizer, config.data, held_out=True)
         self._pairs, self._texts = pairs.examples, texts.examples
+        # Each with the row's own variables for the chat template.
+        asked = [(prompt.topic, prompt.prompt, prompt.variables) for prompt in self._prompts]
+        asked += [(question.topic, question.question, "") for question in self._questions]
+        rendered = tuple((topic, render_prompt(text, tokenizer, config.data.format, own)) for topic, text, own in asked)
+        rows = HeldOutTokens(rendered, tuple(self._pairs), tuple(self._texts))
+        self._responses = Responses(memory, tokenizer, rows, config.generation.max_new_tokens, reuse=reuse)
         of_rows = (note for part in (pairs, texts) if part.examples for note in (*part.warnings, *part.notes))
         self.notes = (*of_rows, *_notes_on_prompts(len(every), self._dropped))
 
@@ -152,22 +136,28 @@ class Evaluator:
         kinds: tuple[Sequence[_OfTopic], ...] = (self._prompts, self._questions, self._pairs, self._texts)
         return tuple(dict.fromkeys(row.topic for rows in kinds for row in rows))
 
-    def evaluate(self, topics: Sequence[str] | None = None, *, each: bool = True, answers: bool = True) -> Evaluation:
+    def evaluate(
+        self,
+        topics: Sequence[str] | None = None,
+        *,
+        each: bool = True,
+        answers: bool = True,
+        on_rows: OnRows = lambda done, total: None,  # noqa: ARG005 (named for the type)
+    ) -> Evaluation:
         """Evaluate the adapter that is in memory on the held-out text of `topics`, or of all topics.
 
         With `each` every topic is also scored by itself. Without `answers` the models read, and answer nothing.
+        `on_rows` receives how many rows have been answered or read, and how many there are.
         """
         topics = self.topics if topics is None else topics
         prompts = [place for place, prompt in enumerate(self._prompts) if prompt.topic in topics]
         questions = [place for place, question in enumerate(self._questions) if question.topic in topics]
         if not answers:
             prompts, questions = [], []
-        # Prompts and questions are generated in one call, so that a backend can batch them together.
-        chosen_prompts = [self._prompts[place] for place in prompts]
-        tuned = self._answer(chosen_prompts, [self._questions[place] for place in questions], adapter=True)
+        self._responses.collect(topics, answers=answers, on_rows=on_rows)
         # Answers are kept by the place of their prompt, because the base model's answers and the judge use it too.
-        prompt_answers = dict(zip(prompts, tuned[: len(prompts)], strict=True))
-        question_answers = dict(zip(questions, tuned[len(prompts) :], strict=True))
+        prompt_answers = self._answers(prompts)
+        question_answers = self._answers(questions, after=len(self._prompts))
         pairs, texts = self._read_pairs(topics), self._read_texts(topics)
         voice = self._score_voice(topics if each else (), prompt_answers) if answers else None
         quiz = self._score_quiz(question_answers)
@@ -195,32 +185,21 @@ class Evaluator:
             tuned_generations=tuple(answer.generation for answer in prompt_answers.values()),
         )
 
-    def _answer(
-        self, prompts: Sequence[HeldOutPrompt], questions: Sequence[Question], *, adapter: bool
-    ) -> tuple[GeneratedAnswer, ...]:
-        """Answer the prompts, then the questions, with or without the adapter."""
-        asked: list[tuple[Text, str]] = [(prompt.prompt, prompt.variables) for prompt in prompts]
-        asked += [(question.question, "") for question in questions]
-        if not asked:
-            return ()
-        sampling = Sampling(self._config.generation.max_new_tokens, self._tokenizer.stop_token_ids)
-        rendered = [render_prompt(text, self._tokenizer, self._config.data.format, own) for text, own in asked]
-        made = self._memory.backend.generate(self._memory.model, rendered, sampling, adapter=adapter)
-        return tuple(
-            GeneratedAnswer(generation, self._tokenizer.decode(generation.tokens.tolist()).strip())
-            for generation in made
-        )
+    def _answers(self, places: Sequence[int], after: int = 0) -> dict[int, GeneratedAnswer]:
+        """Return the tuned model's answers by place. Questions come `after` the prompts."""
+        answers = self._responses.answers([after + place for place in places], adapter=True)
+        return dict(zip(places, answers, strict=True))
 
     @cached_property
     def _base_answers(self) -> tuple[GeneratedAnswer, ...]:
         """Return the base model's answers to all prompts, then to all questions."""
         # The base model never changes, so it answers everything once, whichever topics are evaluated first.
-        return self._answer(self._prompts, self._questions, adapter=False)
+        return self._responses.answers(range(len(self._prompts) + len(self._questions)), adapter=False)
 
     @cached_property
     def _judge(self) -> Judge:
         # All prompts calibrate the scale, also those of other topics. So all evaluations of a run have one scale.
-        base = [answer.text for answer in self._base_answers[: len(self._prompts)]]
+        base = [answer.text for answer in self._responses.answers(range(len(self._prompts)), adapter=False)]
         person = [prompt.person for prompt in self._prompts]
         return fit_judge(self._reference, base, person, extra=self._extra, seed=self._config.seed)
 
@@ -274,35 +253,21 @@ class Evaluator:
             )
         return tuple(records)
 
-    @cached_property
-    def _base_pair_sums(self) -> CompletionSums:
-        return self._sum_pairs(self._pairs, adapter=False)
-
-    @cached_property
-    def _base_text_sums(self) -> Float64:
-        return self._sum_texts(self._texts, adapter=False)
-
-    def _sum_pairs(self, pairs: Sequence[PreferenceExample], *, adapter: bool) -> CompletionSums:
-        pad_id = self._tokenizer.pad_id
-        return sum_pairs(self._memory.backend, self._memory.model, pairs, pad_id, adapter=adapter)
-
-    def _sum_texts(self, texts: Sequence[SftExample], *, adapter: bool) -> Float64:
-        pad_id = self._tokenizer.pad_id
-        return sum_texts(self._memory.backend, self._memory.model, texts, pad_id, adapter=adapter)
-
     def _read_pairs(self, topics: Sequence[str]) -> ByTopic[PairFigures] | None:
         rows = [row for row, pair in enumerate(self._pairs) if pair.topic in topics]
         if not rows:
             return None
         pairs = [self._pairs[row] for row in rows]
-        return measure_pairs(self._base_pair_sums.select(rows), self._sum_pairs(pairs, adapter=True), pairs)
+        base, tuned = (self._responses.pair_sums(rows, adapter=adapter) for adapter in (False, True))
+        return measure_pairs(base, tuned, pairs)
 
     def _read_texts(self, topics: Sequence[str]) -> ByTopic[TextFigures] | None:
         rows = [row for row, text in enumerate(self._texts) if text.topic in topics]
         if not rows:
             return None
         texts = [self._texts[row] for row in rows]
-        return measure_texts(self._base_text_sums[rows], self._sum_texts(texts, adapter=True), texts)
+        base, tuned = (self._responses.text_sums(rows, adapter=adapter) for adapter in (False, True))
+        return measure_texts(base, tuned, texts)
 
     def _why_nothing(self, topics: Sequence[str]) -> str:
         reasons = (self._why_empty(topic) for topic in topics)
