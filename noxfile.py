@@ -38,6 +38,8 @@ UNCOMPILED = ("--no-compile",)
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """For the same tests: a second thread makes models this small slower."""
 TRACKERS = ("tensorboard", "wandb")
+LLAMA_CPP = "3.22.1"
+"""The release of the npm packages that hold llama.cpp v0.5.0: its converters as source, and its library."""
 NOTEBOOK = ("nbclient", "nbformat", "ipykernel", "matplotlib")
 """To execute the notebook of examples/."""
 
@@ -117,7 +119,7 @@ def mlx(session: nox.Session) -> None:
 def both(session: nox.Session) -> None:
     """The environment that the sessions below share: both backends, all of core's scorers, and the tools for tests."""
     tools = (*TESTS, *NOTEBOOK, "hypothesis", "mypy", "types-PyYAML")
-    install(session, PACKAGES, "packages/mindprint-core[all,embeddings]", *tools)
+    install(session, PACKAGES, "packages/mindprint-core[all,embeddings,gguf]", *tools)
 
 
 def run_in_both(session: nox.Session, command: str, *words: str, env: dict[str, str] | None = None) -> None:
@@ -271,6 +273,25 @@ def soak(session: nox.Session) -> None:
     env = {"MINDPRINT_KILLS": "20", "MINDPRINT_SOAK": "200"}
     files = ("tests/integration/test_kill.py", "tests/faults/test_soak.py")
     run_in_both(session, "pytest", "-s", *files, *session.posargs, env=env)
+
+
+@nox.session(python=False, requires=["both"], default=False)
+def gguf(session: nox.Session) -> None:
+    """Adapters in GGUF against llama.cpp's own converter and its log-probs. Needs npm, and Linux on x64."""
+    folder = Path(session.create_tmp()).resolve()
+    for package in ("node-llama-cpp", "@node-llama-cpp/linux-x64"):
+        target = folder / package.replace("/", "-")
+        target.mkdir(exist_ok=True)
+        with session.chdir(target):
+            session.run("npm", "pack", "--silent", f"{package}@{LLAMA_CPP}", external=True)
+            session.run("tar", "xzf", str(next(target.glob("*.tgz"))), external=True)
+    source = folder / "llama.cpp"
+    if not source.exists():
+        bundle = folder / "node-llama-cpp" / "package" / "llama" / "gitRelease.bundle"
+        session.run("git", "clone", "-q", str(bundle), str(source), external=True)
+    library = folder / "@node-llama-cpp-linux-x64" / "package" / "bins" / "linux-x64"
+    env = {**ONE_THREAD, "LLAMA_CPP_SOURCE": str(source), "LLAMA_CPP_LIBRARY": str(library)}
+    run_in_both(session, "pytest", "tests/gguf", "-s", *session.posargs, env=env)
 
 
 @nox.session(python=PYTHON, default=False)

@@ -12,6 +12,10 @@ from mindprint.contract import AdapterState
 from mindprint.errors import AdapterError
 
 Format = Literal["peft", "mlx-lm"]
+"""Whose adapters are read."""
+
+TargetFormat = Literal["peft", "mlx-lm", "gguf"]
+"""Whose adapters are written: in addition llama.cpp's."""
 
 WEIGHTS_FILES = {"peft": peft_format.WEIGHTS_FILE, "mlx-lm": mlx_lm_format.WEIGHTS_FILE}
 

@@ -8,9 +8,9 @@ from os import PathLike
 from pathlib import Path
 
 from mindprint import atomic
-from mindprint.adapter import mlx_lm_format, peft_format
+from mindprint.adapter import gguf_format, mlx_lm_format, peft_format
 from mindprint.adapter.base_facts import BaseFacts, read_base_facts
-from mindprint.adapter.formats import Format, adapter_format, named_base, read_any_adapter
+from mindprint.adapter.formats import Format, TargetFormat, adapter_format, named_base, read_any_adapter
 from mindprint.adapter.merging import merged_folder, read_record, refuse_taken
 from mindprint.adapter.targets import is_router, is_stack
 from mindprint.api.options import Notices, OnNotice, backend_section
@@ -218,17 +218,17 @@ def _refuse_own_weights(folder: Path, base: models.ModelFolder) -> None:
 def convert(
     adapter: str | PathLike[str],
     out: str | PathLike[str],
-    to: Format,
+    to: TargetFormat,
     *,
     model: str | None = None,
     on_notice: OnNotice | None = None,
 ) -> ConvertResult:
-    """Write an adapter in the format of PEFT or of mlx-lm to a new folder.
+    """Write an adapter in the format of PEFT, mlx-lm or llama.cpp (GGUF) to a new folder.
 
     Args:
         adapter: A project (its newest complete run), a run, or an adapter of Mindprint's, PEFT's or mlx-lm's.
         out: The new adapter's folder. It must not exist.
-        to: `peft` or `mlx-lm`.
+        to: `peft`, `mlx-lm`, or `gguf` (`adapter.gguf` for llama.cpp, with a `Modelfile` for Ollama).
         model: Where the base model is, if not where the run or the adapter says.
         on_notice: Receives the notes as they come.
 
@@ -236,7 +236,8 @@ def convert(
         A `ConvertResult` with the folder and the number of modules.
 
     Raises:
-        AdapterError: The adapter is in that format already, or holds something that the format cannot.
+        AdapterError: The adapter is in that format already, or holds something that the format cannot; or `to` is
+            `gguf` and the package gguf is not installed.
         RunError: `out` exists already, or the folder that it is to be in does not.
 
     Example:
@@ -257,7 +258,10 @@ def convert(
     with atomic.new_folder(target) as aside:
         # The name that the adapter states is kept, so that hub names do not become local paths.
         base_name = named_base(located.adapter) or base.name
-        notes = (*_write_converted(aside, state, facts, base_name, to), *_uncompared(facts))
+        if to == "gguf":
+            notes = gguf_format.write_adapter(aside, state, facts, base.path, base_name)
+        else:
+            notes = (*_write_converted(aside, state, facts, base_name, to), *_uncompared(facts))
     notices = Notices(on_notice)
     for note in notes:
         notices(note)

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mindprint.adapter.formats import Format
+from mindprint.adapter.formats import Format, TargetFormat
 from mindprint.api.loss_curve import loss_curve_svg
 from mindprint.errors import MissingLibraryError
 from mindprint.events import Notice, StepDone
@@ -332,7 +332,7 @@ class ConvertResult(Result):
 
     folder: Path
     source_format: Format
-    target_format: Format
+    target_format: TargetFormat
     modules: int
     notes: tuple[str, ...]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import click
 
+from mindprint.adapter.formats import TargetFormat
 from mindprint.api import convert
 from mindprint.cli.output import json_option, show, tell_notice
 
@@ -14,11 +14,11 @@ from mindprint.cli.output import json_option, show, tell_notice
 @click.command("convert", short_help="Convert an adapter.")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Choice(["peft", "mlx-lm"]), required=True, help="Whose format to write.")
+@click.option("--to", type=click.Choice(["peft", "mlx-lm", "gguf"]), required=True, help="Whose format to write.")
 @click.option("--model", help="Where the base model is, if not where the run or the adapter says.")
 @json_option
-def command(*, adapter: Path, out: Path, to: Literal["peft", "mlx-lm"], model: str | None, as_json: bool) -> None:
-    """Write ADAPTER in the format of PEFT or of mlx-lm to the new folder OUT.
+def command(*, adapter: Path, out: Path, to: TargetFormat, model: str | None, as_json: bool) -> None:
+    """Write ADAPTER in the format of PEFT, mlx-lm or llama.cpp (gguf) to the new folder OUT.
 
     ADAPTER is a project (its newest complete run), a run, or an adapter of Mindprint's, PEFT's or mlx-lm's. Anything
     that the format cannot hold is refused by name.
