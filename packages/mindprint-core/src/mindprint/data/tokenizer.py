@@ -21,6 +21,7 @@ from mindprint.data.rows import Message, template_variables
 from mindprint.errors import ConfigError, DataError, ModelError
 from mindprint.input_files import INFINITIES, read_object
 from mindprint.limits import LimitError, limited
+from mindprint.text.thoughts import Markers, opens_thought, thought_markers, without_thoughts
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
@@ -46,6 +47,9 @@ comes first where the tokenizer puts one before plain text.
 
 SECONDS, SECONDS_A_CONVERSATION = 3.0, 0.02
 """The longest that a chat template may take: a real one takes a tenth of a millisecond a conversation."""
+
+PROMPT_END = 16
+"""Tokens at the end of a prompt in which the opening of a thought is looked for."""
 
 FIXED_DATES = {"%d %b %Y": "26 Jul 2024", "%d %B %Y": "26 July 2024", "%Y-%m-%d": "2024-07-26"}
 """The results of `strftime_now(format)` in a template: the day that Llama's templates name without a clock.
@@ -99,6 +103,34 @@ class Tokenizer:
         text: str = self._backend.decode([int(token) for token in ids], skip_special_tokens=not keep_special)
         return text
 
+    def answer_text(self, ids: Sequence[int], prompt: Sequence[int] = ()) -> str:
+        """Decode an answer without its thoughts. `prompt` tells whether the answer begins within one."""
+        # Markers can be special tokens, which a plain decoding would leave out and keep the thought.
+        whole = self.decode(ids, keep_special=True)
+        opened = opens_thought(self.decode(prompt[-PROMPT_END:], keep_special=True), self.thought_markers)
+        if not opened and not any(marker in whole for pair in self.thought_markers for marker in pair):
+            return self.decode(ids).strip()
+        text = without_thoughts(whole, self.thought_markers, opened=opened)
+        for token in self._special_tokens:
+            text = text.replace(token, "")
+        return text.strip()
+
+    def without_thoughts(self, text: str) -> str:
+        """Return a text without the thoughts in it, which are not in the person's voice."""
+        # Most texts have none, and are returned as they are.
+        if not any(marker in text for pair in self.thought_markers for marker in pair):
+            return text
+        return without_thoughts(text, self.thought_markers)
+
+    @cached_property
+    def thought_markers(self) -> tuple[Markers, ...]:
+        """The texts around thoughts in this template's answers."""
+        return thought_markers(self.template)
+
+    @cached_property
+    def _special_tokens(self) -> tuple[str, ...]:
+        return tuple(str(token) for token in self._hf.added_tokens_decoder.values() if token.special)
+
     def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> list[int]:
         """Render a conversation with the chat template, with the opening of the assistant's next turn or without it.
 
@@ -134,13 +166,13 @@ class Tokenizer:
         `variables` are those of each conversation's own, as JSON. They come before the tokenizer's.
         """
         if variables is None or not any(variables):
-            return self._rendered(conversations, {}, generation_prompt=generation_prompt)
+            return self._rendered(conversations, self.variables, generation_prompt=generation_prompt)
         texts = [""] * len(conversations)
         # Conversations with the same variables are rendered together, in as few calls as possible.
         for own in dict.fromkeys(variables):
             places = [place for place, text in enumerate(variables) if text == own]
             chats = [conversations[place] for place in places]
-            given = json.loads(own) if own else {}
+            given = {**self.variables, **(json.loads(own) if own else {})}
             for place, text in zip(
                 places, self._rendered(chats, given, generation_prompt=generation_prompt), strict=True
             ):
@@ -161,7 +193,7 @@ class Tokenizer:
                     conversations=chats,
                     chat_template=self._clockless,
                     add_generation_prompt=generation_prompt,
-                    **{**self._variables, **self.variables, **variables},
+                    **{**self._variables, **variables},
                 )
         except LimitError as error:
             # Remembered: every further conversation would take as long again.
@@ -251,7 +283,8 @@ class Tokenizer:
         words = "Tea at four."
         chat = (Message("user", "Tea?"), Message("assistant", words))
         try:
-            (text,) = self.render_text([chat], generation_prompt=False)
+            # Without the run's variables: a fingerprint records these ids, and is verified where nobody knows them.
+            (text,) = self._rendered([chat], {}, generation_prompt=False)
         except DataError:
             return set()
         _, found, after = text.rpartition(words)

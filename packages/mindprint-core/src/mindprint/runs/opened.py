@@ -41,7 +41,10 @@ class Located:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer of the model. `stop_reason` is `stop`, or `length` if it was cut off at `max_new_tokens`."""
+    """An answer of the model, without its thoughts.
+
+    `stop_reason` is `stop`, or `length` if it was cut off at `max_new_tokens`.
+    """
 
     text: str
     stop_reason: Literal["stop", "length"]
@@ -88,7 +91,13 @@ class OpenedAdapter:
         # Ids beyond the embedding may fail late and unclearly in a framework, so they are refused here.
         check_token_ids(((f"prompt {n}", ids) for n, ids in enumerate(rendered, 1)), self.base, self.tokenizer)
         made = self.backend.generate(self.model, rendered, sampling, adapter=adapter)
-        return tuple(Answer(self.tokenizer.decode(one.tokens.tolist()).strip(), one.stop_reason) for one in made)
+        answers = []
+        for generation, prompt in zip(made, rendered, strict=True):
+            ids = generation.tokens.tolist()
+            # An answer that ends within its thought is shown with it: nothing would be left.
+            text = self.tokenizer.answer_text(ids, prompt.tolist()) or self.tokenizer.decode(ids).strip()
+            answers.append(Answer(text, generation.stop_reason))
+        return tuple(answers)
 
 
 @contextmanager

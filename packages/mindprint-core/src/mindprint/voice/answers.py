@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mindprint.data.rows import Rows, SftRow, Text, text_of
@@ -20,11 +20,14 @@ class HeldOutPrompt:
     variables: str = ""
 
 
-def training_voice(rows: Rows) -> VoiceReference:
-    """Return the person's training text against the rejected answers, each text once."""
-    completions = [text for row in rows.sft for text in _assistant_turns(row.completion)]
-    chosen = [text for row in rows.preferences for text in _assistant_turns(row.chosen)]
-    rejected = [text for row in rows.preferences for text in _assistant_turns(row.rejected)]
+def training_voice(rows: Rows, clean: Callable[[str], str] = str) -> VoiceReference:
+    """Return the person's training text against the rejected answers, each text once.
+
+    `clean` takes out of a text whatever is not to be measured, such as thoughts.
+    """
+    completions = [clean(text) for row in rows.sft for text in _assistant_turns(row.completion)]
+    chosen = [clean(text) for row in rows.preferences for text in _assistant_turns(row.chosen)]
+    rejected = [clean(text) for row in rows.preferences for text in _assistant_turns(row.rejected)]
     # A dict keeps the order of the rows. The order of a set of strings differs from process to process, and with it
     # which passages are fitted.
     own = dict.fromkeys((*completions, *chosen))

@@ -112,8 +112,10 @@ class Evaluator:
         self._config = config
         self._extra = extra
         self._why_empty = why_empty
-        self._reference = training_voice(train)
-        every = tuple(held_out_prompts(held_out))
+        self._reference = training_voice(train, tokenizer.without_thoughts)
+        every = tuple(
+            replace(prompt, person=tokenizer.without_thoughts(prompt.person)) for prompt in held_out_prompts(held_out)
+        )
         fresh = drop_trained_answers(every, self._reference)
         self._dropped = len(every) - len(fresh)
         self._prompts = _first_of_each_topic(fresh, most_per_topic)

@@ -178,7 +178,9 @@ class Responses:
         else:
             prompts = [self._rows.prompts[row][1] for row in batch.rows]
             made = backend.generate(model, prompts, self._sampling, adapter=batch.adapter)
+            # Thoughts are left out here, before anything is scored: they are in nobody's voice.
             decoded = (
-                GeneratedAnswer(answer, self._tokenizer.decode(answer.tokens.tolist()).strip()) for answer in made
+                GeneratedAnswer(answer, self._tokenizer.answer_text(answer.tokens.tolist(), prompt.tolist()))
+                for answer, prompt in zip(made, prompts, strict=True)
             )
             known.answers.update(zip(batch.rows, decoded, strict=True))
