@@ -64,6 +64,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     expected = max((info.end for info in found.values()), default=offset)
     if length < expected:
         raise TensorFileError(f"is truncated ({length} of {expected} bytes)")
+    _require_no_gaps(found, offset, length)
     return found
 
 
@@ -120,6 +121,21 @@ def add_float32(bits: NDArray[Any], change: Float32, dtype: str) -> None:
     odd = np.isnan(change)
     if odd.any():
         bits[odd] = NAN_BF16
+
+
+def _require_no_gaps(tensors: Mapping[str, TensorInfo], start: int, length: int) -> None:
+    """Raise unless the tensors fill the file from `start` to its end, one after the other.
+
+    The format's own reader opens no other file, and so neither do PEFT and transformers.
+    """
+    at = start
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != at:
+            fault = "overlaps the tensor before it" if info.start < at else "does not follow the tensor before it"
+            raise TensorFileError(f"is not a valid safetensors file: {name} {fault}")
+        at = info.end
+    if length > at:
+        raise TensorFileError(f"is not a valid safetensors file: {length - at} bytes follow the last tensor")
 
 
 def _entries(file: BinaryIO) -> tuple[Mapping[str, Any], int]:
