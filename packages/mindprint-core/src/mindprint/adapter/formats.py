@@ -9,7 +9,8 @@ from mindprint.adapter import mlx_lm_format, peft_format
 from mindprint.adapter.base_facts import read_base_facts
 from mindprint.adapter.peft_settings import read_config
 from mindprint.contract import AdapterState
-from mindprint.errors import AdapterError
+from mindprint.errors import AdapterError, ModelError
+from mindprint.models.folder import tensors
 
 Format = Literal["peft", "mlx-lm"]
 """Whose adapters are read."""
@@ -48,5 +49,30 @@ def read_any_adapter(folder: Path, base: Path | None = None) -> tuple[AdapterSta
     names cannot mean anything else. Raises `AdapterError` naming the file and the fault in it.
     """
     if adapter_format(folder) == "peft":
-        return peft_format.read_adapter(folder)
+        return peft_format.read_adapter(folder, None if base is None else _modules(base))
     return mlx_lm_format.read_adapter(folder, None if base is None else read_base_facts(base))
+
+
+def unmatched_targets(folder: Path, base: Path) -> tuple[str, ...]:
+    """Return the names in an adapter's `target_modules` that its base lacks, none for an adapter of mlx-lm's."""
+    modules = _modules(base)
+    if modules is None or adapter_format(folder) != "peft":
+        return ()
+    return peft_format.unmatched_targets(folder, modules)
+
+
+def unmatched_note(folder: Path, base: Path) -> str | None:
+    """Return a note on names in an adapter's `target_modules` that its base lacks, None if there are none."""
+    names = unmatched_targets(folder, base)
+    if not names:
+        return None
+    return f"target_modules also names {', '.join(sorted(names)[:5])}, which this base does not have: PEFT ignores it"
+
+
+def _modules(base: Path) -> frozenset[str] | None:
+    """Return the base's modules that have a matrix, None for a folder that has only a config.json."""
+    try:
+        stored = tensors(base)
+        return frozenset(name.removesuffix(".weight") for name, info in stored.items() if len(info.shape) > 1)
+    except ModelError:
+        return None

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
 
-from mindprint.adapter.peft_settings import MATCHING_SECONDS, PeftSettings, is_named, read_settings
+from mindprint.adapter.peft_settings import MATCHING_SECONDS, PeftSettings, name_ends, read_settings
 from mindprint.adapter.targets import STACKED_PARAMETERS, in_order, is_router, is_stack
 from mindprint.contract import AdapterState, Float32, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError, TransposedError
@@ -133,11 +133,13 @@ def _pattern(site: str) -> str:
     return "^" + re.escape(site)
 
 
-def read_adapter(folder: Path) -> tuple[AdapterState, str]:
+def read_adapter(folder: Path, modules: Collection[str] | None = None) -> tuple[AdapterState, str]:
     """Read a LoRA adapter of PEFT's: the adapter, and the base model it names (empty if it names none).
 
-    Factors come in float32 whatever dtype they have in the file. Raises `AdapterError` naming the file and its fault:
-    more than LoRA, tensors that no target names or that are missing, or shapes that contradict `r`.
+    `modules` are the names of the base's modules that have a matrix, if they are known. PEFT ignores a name in
+    `target_modules` that none of them has. Without them every target must have tensors. Factors come in float32
+    whatever dtype they have in the file. Raises `AdapterError` naming the file and its fault: more than LoRA, tensors
+    that no target names or that are missing, or shapes that contradict `r`.
     """
     settings = read_settings(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
@@ -145,7 +147,7 @@ def read_adapter(folder: Path) -> tuple[AdapterState, str]:
         tensors = adapter_tensors(folder, WEIGHTS_FILE)
         # The patterns are somebody else's regular expressions: some take longer than the universe has.
         with limited(MATCHING_SECONDS):
-            places = _places(tensors, settings)
+            places = _places(tensors, settings, modules)
             ranks = {site: settings.rank(site) for site in places}
             alphas = {site: settings.alpha_of(site) for site in places}
         factors = {site: _read_factors(site, pair, ranks[site]) for site, pair in places.items()}
@@ -184,7 +186,16 @@ def adapter_tensors(folder: Path, name: str) -> dict[str, TensorInfo]:
     return read_header(file)
 
 
-def _places(tensors: Mapping[str, TensorInfo], settings: PeftSettings) -> dict[str, tuple[TensorInfo, TensorInfo]]:
+def unmatched_targets(folder: Path, modules: Collection[str]) -> tuple[str, ...]:
+    """Return the names in `target_modules` that none of the base's `modules` has: PEFT ignores them."""
+    targets = read_settings(folder / CONFIG_FILE).target_modules
+    ends = _all_ends(modules)
+    return () if isinstance(targets, str) else tuple(target for target in targets if not _is_module(target, ends))
+
+
+def _places(
+    tensors: Mapping[str, TensorInfo], settings: PeftSettings, modules: Collection[str] | None
+) -> dict[str, tuple[TensorInfo, TensorInfo]]:
     """Return A and B of every site, in order. Raises `AdapterError` for tensors and targets that do not fit."""
     pairs: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
@@ -198,7 +209,8 @@ def _places(tensors: Mapping[str, TensorInfo], settings: PeftSettings) -> dict[s
         if len(pair) != 2:
             letter = "B" if "A" in pair else "A"
             raise AdapterError(f"tensor {letter} of {site} is missing")
-    _require_all(settings, tuple(pairs))
+    _require_all(settings, tuple(pairs), modules)
+    _require_applied(settings, tuple(pairs))
     return {site: (pairs[site]["A"], pairs[site]["B"]) for site in _ordered(settings, pairs)}
 
 
@@ -219,15 +231,44 @@ def _site(host: str, settings: PeftSettings) -> str:
     return module
 
 
-def _require_all(settings: PeftSettings, sites: Sequence[str]) -> None:
+def _require_all(settings: PeftSettings, sites: Sequence[str], modules: Collection[str] | None) -> None:
     """Raise if a target that is a name has no tensors: PEFT would leave it at its start, with only a warning."""
-    modules = () if isinstance(settings.target_modules, str) else settings.target_modules
+    targets = () if isinstance(settings.target_modules, str) else settings.target_modules
     parameters = (target.removesuffix(".weight") for target in settings.target_parameters)
-    for target in (*modules, *parameters):
-        if not any(is_named(site, target) for site in sites):
+    adapted, ends = _all_ends(sites), None if modules is None else _all_ends(modules)
+    for target in (*targets, *parameters):
+        # A name that the base lacks adapts nothing, in PEFT as here: lists are often written for many families.
+        if target not in adapted and (ends is None or target in settings.target_parameters or _is_module(target, ends)):
             raise AdapterError(f"has no tensors for {target}, which {CONFIG_FILE} targets")
+    if not settings.starts_at_zero:
+        for module in () if modules is None else modules:
+            if settings.targets(module) and settings.left_out_by(module) is None and module not in adapted:
+                raise AdapterError(
+                    f"has no tensors for {module}, which {CONFIG_FILE} targets: PEFT would start it at random values, "
+                    "for init_lora_weights is not true"
+                )
     if not sites:
         raise AdapterError("has no LoRA tensors")
+
+
+def _require_applied(settings: PeftSettings, sites: Sequence[str]) -> None:
+    """Raise if PEFT would leave tensors of this file aside: it would compute something else than they say."""
+    for site in sites:
+        field = None if is_stack(site) or is_router(site) else settings.left_out_by(site)
+        if field is not None:
+            raise AdapterError(
+                f"has tensors for {site}, which {field} in {CONFIG_FILE} leaves out: PEFT computes without them"
+            )
+
+
+def _all_ends(names: Collection[str]) -> frozenset[str]:
+    """Return the names and all their ends after a dot, which is how PEFT's targets name modules."""
+    return frozenset(end for name in names for end in name_ends(name))
+
+
+def _is_module(target: str, ends: Collection[str]) -> bool:
+    # A checkpoint may lack the first component of its modules' names (`transformer.`, `model.`).
+    return target in ends or target.partition(".")[2] in ends
 
 
 def _ordered(settings: PeftSettings, sites: Mapping[str, Any]) -> Sequence[str]:
