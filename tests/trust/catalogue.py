@@ -251,6 +251,170 @@ def it_brings_an_embedding_of_its_own(it: Artefact) -> None:
     edit_tensors(it.adapter / WEIGHTS_FILE, lambda found: found | {name: torch.randn(400, 64)})
 
 
+@fault("adapter", "an earlier checkpoint of the same run, taken for a rounded copy", "adapter_changed")
+def an_earlier_checkpoint_is_in_its_place(it: Artefact) -> None:
+    edit_factors(it, lambda name, values: _moved(values, 1e-3))
+
+
+@fault("adapter", "an earlier checkpoint, stored in bfloat16 as published adapters are", "adapter_changed")
+def an_earlier_checkpoint_is_there_in_bfloat16(it: Artefact) -> None:
+    edit_factors(it, lambda name, values: _moved(values, 3e-3).bfloat16())
+
+
+@fault("adapter", "an earlier checkpoint, stored in float16", "adapter_changed")
+def an_earlier_checkpoint_is_there_in_float16(it: Artefact) -> None:
+    edit_factors(it, lambda name, values: _moved(values, 1e-3).half())
+
+
+@fault("adapter", "noise a hundred times smaller than the rounding of bfloat16", "adapter_changed")
+def noise_is_far_below_bfloat16(it: Artefact) -> None:
+    edit_factors(it, lambda name, values: _moved(values, 1e-5))
+
+
+@fault("adapter", "bfloat16 by cutting digits off, not by rounding (a broken converter)", "adapter_changed")
+def factors_are_cut_to_bfloat16(it: Artefact) -> None:
+    edit_factors(it, lambda name, values: (values.contiguous().view(torch.int32) & -65536).view(torch.float32))
+
+
+@fault("adapter", "factors quantized to 8 bits and back", "adapter_changed")
+def factors_went_through_8_bits(it: Artefact) -> None:
+    edit_factors(it, lambda name, values: (values / values.abs().max() * 127).round() * (values.abs().max() / 127))
+
+
+@fault("adapter", "PEFT obeys layers_to_transform: other layers' tensors are ignored", refusal="layers_to_transform in")
+def layers_to_transform_leaves_tensors_out(it: Artefact) -> None:
+    edit_config(it, target_modules=_endings(it), layers_to_transform=[0, 1])
+
+
+@fault("adapter", "PEFT obeys layers_pattern: no layer has that name", refusal="layers_to_transform in")
+def layers_pattern_fits_no_layer(it: Artefact) -> None:
+    edit_config(it, target_modules=_endings(it), layers_to_transform=[0, 1, 2], layers_pattern="blocks")
+
+
+@fault("adapter", "PEFT obeys exclude_modules: excluded tensors are ignored", refusal="exclude_modules in")
+def exclude_modules_leaves_tensors_out(it: Artefact) -> None:
+    edit_config(it, exclude_modules=["down_proj"])
+
+
+@fault("adapter", "the same by a regular expression", refusal="exclude_modules in")
+def exclude_modules_is_a_pattern(it: Artefact) -> None:
+    edit_config(it, exclude_modules=r".*\.layers\.1\..*")
+
+
+@fault("adapter", "an edited alpha_pattern: PEFT takes the first key that matches", "scale", factor=8.0)
+def alpha_pattern_is_edited(it: Artefact) -> None:
+    edit_config(it, alpha_pattern={r"layers\.2\..*": 64, "layers.2.mlp.up_proj": 1})
+
+
+@fault("adapter", "an edited rank_pattern contradicts the tensors", refusal="contradict")
+def rank_pattern_is_edited(it: Artefact) -> None:
+    edit_config(it, rank_pattern={"q_proj": 2})
+
+
+@fault("adapter", "KaSA with its defaults: an empty object turns it on", refusal="KaSA")
+def it_is_kasa(it: Artefact) -> None:
+    edit_config(it, kasa_config={})
+
+
+@fault("adapter", "QA-LoRA pools the inputs of a layer", refusal="QA-LoRA")
+def it_is_qalora(it: Artefact) -> None:
+    edit_config(it, use_qalora=True)
+
+
+@fault("adapter", "activated LoRA: on for some tokens only", refusal="activated LoRA")
+def it_is_activated_lora(it: Artefact) -> None:
+    edit_config(it, alora_invocation_tokens=[5, 6])
+
+
+@fault("adapter", "LoRA with a bias in B, dropped by a reader of A and B", refusal="a bias in B")
+def it_has_a_bias_in_b(it: Artefact) -> None:
+    edit_config(it, lora_bias=True)
+
+
+@fault("adapter", "PiSSA changes the base before training", refusal="changes the base's weights")
+def it_was_started_by_pissa(it: Artefact) -> None:
+    edit_config(it, init_lora_weights="pissa_niter_4")
+
+
+@fault("adapter", "layers of the base repeated by layer_replication", refusal="layers that the base has not")
+def layers_are_replicated(it: Artefact) -> None:
+    edit_config(it, layer_replication=[[0, 2], [1, 3]])
+
+
+@fault("adapter", "PEFT starts a targeted module without tensors at random values", refusal="random values")
+def missing_tensors_would_start_at_random(it: Artefact) -> None:
+    _keep(it, lambda site: ".layers.1.mlp.up_proj" not in site)
+    edit_config(it, target_modules=_endings(it), init_lora_weights=False)
+
+
+@fault("adapter", "a download that was appended to: PEFT cannot open the file", refusal="bytes follow the last tensor")
+def bytes_follow_the_last_tensor(it: Artefact) -> None:
+    file = it.adapter / WEIGHTS_FILE
+    file.write_bytes(file.read_bytes() + bytes(64))
+
+
+@fault("adapter", "two tensors share bytes: PEFT cannot open the file", refusal="overlaps the tensor before it")
+def tensors_overlap(it: Artefact) -> None:
+    _edit_offsets(it.adapter / WEIGHTS_FILE, -16)
+
+
+@fault("adapter", "a gap between tensors: PEFT cannot open the file", refusal="does not follow the tensor before it")
+def tensors_have_a_gap(it: Artefact) -> None:
+    _edit_offsets(it.adapter / WEIGHTS_FILE, 16)
+
+
+@fault("adapter", "one log-prob of the fingerprint edited", refusal="does not have the digest that it states")
+def a_log_prob_of_the_fingerprint_is_edited(it: Artefact) -> None:
+    _edit_fingerprint(it, lambda found: found["measurements"][0]["adapter"].__setitem__(7, -1.5))
+
+
+@fault("adapter", "the noise edited so that everything is within it", refusal="does not have the digest that it states")
+def the_noise_of_the_fingerprint_is_edited(it: Artefact) -> None:
+    _edit_fingerprint(it, lambda found: found["measurements"][0]["noise"].update(mean=1.0, greatest=9.0))
+
+
+@fault("adapter", "a part of the probe edited", refusal="does not have the digest that it states")
+def the_probe_of_the_fingerprint_is_edited(it: Artefact) -> None:
+    _edit_fingerprint(it, lambda found: found["probe"]["rows"][0].__setitem__(3, 11))
+
+
+@fault("adapter", "the base's settings edited", refusal="does not have the digest that it states")
+def a_setting_of_the_fingerprint_is_edited(it: Artefact) -> None:
+    _edit_fingerprint(it, lambda found: found["base"]["settings"].update(rms_norm_eps=1e-9))
+
+
+@fault("adapter", "the digests of the base's weights edited", refusal="does not have the digest that it states")
+def a_digest_of_the_fingerprint_is_edited(it: Artefact) -> None:
+    def edited(found: dict[str, Any]) -> None:
+        next(iter(found["base"]["weights"]["parts"].values()))["values"] = "0" * 32
+
+    _edit_fingerprint(it, edited)
+
+
+@fault("adapter", "the stop tokens edited", refusal="does not have the digest that it states")
+def the_stop_tokens_of_the_fingerprint_are_edited(it: Artefact) -> None:
+    _edit_fingerprint(it, lambda found: found["tokenizer"].update(stop_token_ids=[1]))
+
+
+@fault("adapter", "a change of one module edited", refusal="does not have the digest that it states")
+def a_change_of_the_fingerprint_is_edited(it: Artefact) -> None:
+    def edited(found: dict[str, Any]) -> None:
+        next(iter(found["adapter"]["changes"].values()))["norm"] *= 1.5
+
+    _edit_fingerprint(it, edited)
+
+
+@fault("adapter", "the fingerprint of a newer Mindprint", refusal="is in fingerprint format 9")
+def the_fingerprint_is_of_another_format(it: Artefact) -> None:
+    _edit_fingerprint(it, lambda found: found.update(format=9))
+
+
+@fault("adapter", "half of a fingerprint", refusal="is truncated or edited")
+def the_fingerprint_is_truncated(it: Artefact) -> None:
+    file = it.adapter / FILE_NAME
+    file.write_text(file.read_text()[:3000])
+
+
 # --- an adapter without a fingerprint --------------------------------------------------------------------------------
 
 
@@ -426,6 +590,108 @@ def a_shard_lies_elsewhere(it: Artefact) -> None:
     (it.base / "model.safetensors").rename(it.root / "elsewhere.safetensors")
     index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
     (it.base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@fault("base", "one-sided rope scaling: dropped from config.json, and the probe is too short for it", "rope_differs")
+def yarn_is_added(it: Artefact) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 500000.0}
+    edit_json(it.base / "config.json", {"rope_parameters": yarn})
+
+
+@fault("base", "dynamic scaling, which acts beyond the trained positions alone", "rope_differs")
+def dynamic_rope_is_added(it: Artefact) -> None:
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 500000.0}
+    edit_json(it.base / "config.json", {"rope_parameters": dynamic})
+
+
+@fault("base", "scaling under its old name next to the new one", "rope_differs")
+def rope_scaling_is_added_under_its_old_name(it: Artefact) -> None:
+    edit_json(it.base / "config.json", {"rope_scaling": {"type": "linear", "factor": 2.0}})
+
+
+@fault(
+    "base", "max_position_embeddings dropped: its default is another, and the probe has 192 tokens", "config_differs"
+)
+def the_context_is_not_mentioned(it: Artefact) -> None:
+    edit_json(it.base / "config.json", {}, ("max_position_embeddings",))
+
+
+@fault("base", "a shorter context than trained with", "config_differs")
+def the_context_is_shorter(it: Artefact) -> None:
+    edit_json(it.base / "config.json", {"max_position_embeddings": 200})
+
+
+@fault("base", "a sliding window that only one side states", "config_differs")
+def a_sliding_window_is_added(it: Artefact) -> None:
+    edit_json(it.base / "config.json", {"sliding_window": 224, "use_sliding_window": True, "max_window_layers": 0})
+
+
+@fault("base", "the template's bos_token is another token (a re-saved tokenizer_config.json)", "template_changed")
+def a_token_of_the_template_is_another(it: Artefact) -> None:
+    edit_json(it.base / "tokenizer_config.json", {"bos_token": "<|pad|>"})
+
+
+@fault("base", "the tokenizer's decoder is another: the same tokens, other text", "tokenizer_changed")
+def the_decoder_is_another(it: Artefact) -> None:
+    _edit_tokenizer(it.base, lambda tokenizer: tokenizer.update(decoder={"type": "Fuse"}))
+
+
+@fault("base", "the decoder is lost", "tokenizer_changed")
+def the_decoder_is_lost(it: Artefact) -> None:
+    _edit_tokenizer(it.base, lambda tokenizer: tokenizer.update(decoder=None))
+
+
+@fault("base", "a normalizer is added: text becomes other tokens", "tokenizer_changed")
+def a_normalizer_is_added(it: Artefact) -> None:
+    _edit_tokenizer(it.base, lambda tokenizer: tokenizer.update(normalizer={"type": "Lowercase"}))
+
+
+@fault("base", "a token is added behind the vocabulary", "tokenizer_changed")
+def a_token_is_added(it: Artefact) -> None:
+    def added(tokenizer: dict[str, Any]) -> None:
+        token = {"id": 399, "content": "<|new|>", "single_word": False, "lstrip": False, "rstrip": False}
+        tokenizer["added_tokens"].append({**token, "normalized": False, "special": True})
+
+    _edit_tokenizer(it.base, added)
+
+
+@fault("base", "a special token is no longer one", "tokenizer_changed")
+def a_token_is_no_longer_special(it: Artefact) -> None:
+    _edit_tokenizer(it.base, lambda tokenizer: tokenizer["added_tokens"][1].update(special=False))
+
+
+@fault("base", "trailing bytes: transformers cannot open the file", refusal="bytes follow the last tensor")
+def bytes_follow_the_bases_last_tensor(it: Artefact) -> None:
+    file = it.base / "model.safetensors"
+    file.write_bytes(file.read_bytes() + b"x")
+
+
+@fault("base", "overlapping tensors: transformers cannot open the file", refusal="overlaps the tensor before it")
+def tensors_of_the_base_overlap(it: Artefact) -> None:
+    _edit_offsets(it.base / "model.safetensors", -16)
+
+
+@fault("base", "rows of the embedding exchanged with ids that stayed", "base_changed")
+def rows_of_the_embedding_are_exchanged(it: Artefact) -> None:
+    name = "model.embed_tokens.weight"
+    edit_tensors(it.base / "model.safetensors", lambda found: found | {name: found[name].roll(1, 0)})
+
+
+@fault("base", "heads of attention in another order", "base_changed")
+def heads_are_in_another_order(it: Artefact) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    edit_tensors(it.base / "model.safetensors", lambda found: found | {name: found[name].roll(16, 0)})
+
+
+@fault("base", "a bias is lost (set to zero)", "base_changed")
+def a_bias_is_zero(it: Artefact) -> None:
+    name = "model.layers.2.self_attn.k_proj.bias"
+    edit_tensors(it.base / "model.safetensors", lambda found: found | {name: found[name] * 0})
+
+
+@fault("base", "cast to bfloat16 since: digits are lost", "wrong_base")
+def the_base_was_cast_down_and_up_again(it: Artefact) -> None:
+    edit_tensors(it.base / "model.safetensors", lambda found: {n: v.bfloat16().float() for n, v in found.items()})
 
 
 # --- a backend -------------------------------------------------------------------------------------------------------
@@ -689,7 +955,123 @@ def the_merge_has_no_template(it: Artefact) -> None:
     (it.merged / "chat_template.jinja").unlink()
 
 
+@fault(
+    "merge", "noise of 0.9 times the adapter in a bfloat16 merge, hidden by the rounding in the mean", "merge_differs"
+)
+def a_bfloat16_merge_is_noisy(it: Artefact) -> None:
+    _merge_in(it, torch.bfloat16, 0.9)
+
+
+@fault("merge", "noise of a tenth of the adapter in a bfloat16 merge", "merge_differs")
+def a_bfloat16_merge_is_a_little_noisy(it: Artefact) -> None:
+    _merge_in(it, torch.bfloat16, 0.1)
+
+
+@fault("merge", "noise of 0.9 times the adapter in a float16 merge", "merge_differs")
+def a_float16_merge_is_noisy(it: Artefact) -> None:
+    _merge_in(it, torch.float16, 0.9)
+
+
+@fault("merge", "one wrong number among all of a bfloat16 merge", "merge_differs")
+def one_number_of_a_bfloat16_merge_is_wrong(it: Artefact) -> None:
+    _merge_in(it, torch.bfloat16, 0.0)
+    name = "model.layers.1.self_attn.v_proj.weight"
+    edit_tensors(it.merged / "model.safetensors", lambda found: found | {name: _with(found[name], 0.75)})
+
+
+@fault("merge", "digits cut off instead of rounded", "merge_differs")
+def a_bfloat16_merge_is_cut(it: Artefact) -> None:
+    cut = lambda values: (values.contiguous().view(torch.int32) & -65536).view(torch.float32).bfloat16()  # noqa: E731
+    edit_tensors(it.merged / "model.safetensors", lambda found: {name: cut(values) for name, values in found.items()})
+
+
+@fault("merge", "merged in bfloat16 and stored as float32", "merge_differs")
+def a_float32_merge_went_through_bfloat16(it: Artefact) -> None:
+    edit_tensors(it.merged / "model.safetensors", lambda found: {n: v.bfloat16().float() for n, v in found.items()})
+
+
+@fault("merge", "a layer is merged with the change of its neighbour", "merge_differs")
+def changes_of_layers_are_exchanged(it: Artefact) -> None:
+    def exchanged(found: Tensors) -> Tensors:
+        change = change_of(it)
+        pairs = {name: change[name.replace(".layers.0.", ".layers.1.")] - values for name, values in change.items()
+                 if ".layers.0." in name}  # fmt: skip
+        return found | _added(found, pairs)
+
+    edit_tensors(it.merged / "model.safetensors", exchanged)
+
+
+@fault("merge", "rope scaling is added to the merged model", "rope_differs")
+def the_merge_has_rope_scaling(it: Artefact) -> None:
+    scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 500000.0}
+    edit_json(it.merged / "config.json", {"rope_parameters": scaled})
+
+
+@fault("merge", "the merged model's context is another", "config_differs")
+def the_merge_has_another_context(it: Artefact) -> None:
+    edit_json(it.merged / "config.json", {"max_position_embeddings": 131072})
+
+
+@fault("merge", "the merged model's decoder is another", "tokenizer_changed")
+def the_merge_has_another_decoder(it: Artefact) -> None:
+    _edit_tokenizer(it.merged, lambda tokenizer: tokenizer.update(decoder={"type": "Fuse"}))
+
+
+@fault("merge", "answers of the merged model end at another token", "stop_tokens_differ")
+def answers_of_the_merge_end_elsewhere(it: Artefact) -> None:
+    edit_json(it.merged / "generation_config.json", {"eos_token_id": [2, 9]})
+
+
+@fault("merge", "trailing bytes in the merged weights", refusal="bytes follow the last tensor")
+def bytes_follow_the_merged_weights(it: Artefact) -> None:
+    file = it.merged / "model.safetensors"
+    file.write_bytes(file.read_bytes() + bytes(8))
+
+
 # --- how -------------------------------------------------------------------------------------------------------------
+
+
+def _moved(values: torch.Tensor, size: float) -> torch.Tensor:
+    """Values with relative noise of this size, as an earlier or a later step has them."""
+    generator = torch.Generator().manual_seed(values.numel())
+    return values * (1 + size * torch.randn(values.shape, generator=generator))
+
+
+def _endings(it: Artefact) -> list[str]:
+    targets = json.loads((it.adapter / CONFIG_FILE).read_text())["target_modules"]
+    return sorted({target.rpartition(".")[2] for target in targets})
+
+
+def _edit_offsets(file: Path, step: int) -> None:
+    """Move the last tensor of a safetensors file by some bytes, and the end of the file with it."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
+    header[last]["data_offsets"] = [offset + step for offset in header[last]["data_offsets"]]
+    data = content[8 + length :]
+    data = data[:step] if step < 0 else data + bytes(step)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def _edit_fingerprint(it: Artefact, change: Callable[[dict[str, Any]], Any]) -> None:
+    file = it.adapter / FILE_NAME
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def _merge_in(it: Artefact, dtype: torch.dtype, noise: float) -> None:
+    """Round the merged model to a dtype, with noise so many times as large as the change in its adapted weights."""
+    generator = torch.Generator().manual_seed(2)
+
+    def noisy(found: Tensors) -> Tensors:
+        change = change_of(it)
+        random = {n: noise * v.std() * torch.randn(v.shape, generator=generator) for n, v in change.items()}
+        return {name: values.to(dtype) for name, values in (found | _added(found, random)).items()}
+
+    edit_tensors(it.merged / "model.safetensors", noisy)
 
 
 def _with(values: torch.Tensor, value: float) -> torch.Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import outcomes
 import pytest
-from artefacts import Artefact, convert_to_mlx_lm, make_adapter, make_base, merge_with_peft, placement
+from artefacts import Artefact, convert_to_mlx_lm, edit_json, make_adapter, make_base, merge_with_peft, placement
 from catalogue import FAULTS, Fault
 
 from mindprint.adapter.peft_format import read_adapter
@@ -22,6 +22,10 @@ from mindprint.trust.verify import verify_adapter, verify_merged
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
     artefact = Artefact(tmp_path_factory.mktemp("sound"))
     make_base(artefact.base, "qwen2", tie_word_embeddings=False, rms_norm_eps=1e-2)
+    # A template that writes a special token by its name, as most do.
+    template = artefact.base / "chat_template.jinja"
+    template.write_text("{{ bos_token }}" + template.read_text())
+    edit_json(artefact.base / "tokenizer_config.json", {"bos_token": "<|im_start|>"})
     make_adapter(artefact)
     merge_with_peft(artefact)
     return artefact
@@ -66,6 +70,6 @@ def test_a_fault_is_found_by_its_name(fault: Fault, sound: Artefact, tmp_path: P
 
 
 def test_the_catalogue_is_large_and_says_where_each_was_seen() -> None:
-    assert len(FAULTS) >= 30
+    assert len(FAULTS) >= 130
     assert len({fault.name for fault in FAULTS}) == len(FAULTS)
     assert all(len(fault.source) > 10 and bool(fault.finds) != bool(fault.refusal) for fault in FAULTS)

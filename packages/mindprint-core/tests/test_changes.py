@@ -1,12 +1,15 @@
 """What an adapter changes, in a few numbers: each way of changing it moves them as it must."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mindprint.adapter.peft_format import adapter_digest
 from mindprint.contract import AdapterState, LoraConfig, LoraFactors
-from mindprint.trust.adapters import value_findings
-from mindprint.trust.changes import Change, change, changes, reshaped
+from mindprint.models.tensor_files import from_float32, to_float32
+from mindprint.trust.adapters import rounded_digests, value_findings
+from mindprint.trust.changes import Change, change, changes, reshaped, rounding_error
 from mindprint.trust.fingerprint import AdapterRecord
 
 SITES = ("layers.0.up_proj", "layers.1.up_proj", "layers.0.down_proj")
@@ -96,6 +99,51 @@ def test_rounded_factors_are_a_note(adapter: AdapterState, record: AdapterRecord
     }
     (finding,) = value_findings(edited(adapter, **rounded), record)
     assert (finding.code, finding.fails) == ("precision", False)
+
+
+def stored(adapter: AdapterState, dtype: str) -> AdapterState:
+    tensors = {
+        site: LoraFactors(*(to_float32(from_float32(part, dtype), dtype) for part in pair))
+        for site, pair in adapter.tensors.items()
+    }
+    return AdapterState(adapter.config, tensors)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+@pytest.mark.parametrize("format_1", [False, True])
+def test_only_the_recorded_adapter_is_called_rounded(
+    dtype: str, format_1: bool, adapter: AdapterState, record: AdapterRecord
+) -> None:
+    """By its digest, or by likeness in a fingerprint of format 1. Noise a few times the rounding is another adapter."""
+    record = record if format_1 else replace(record, rounded=rounded_digests(adapter))
+    assert codes(stored(adapter, dtype), record) == [("precision", tuple(sorted(SITES)))]
+    random = np.random.default_rng(1)
+
+    def noisy(size: float) -> AdapterState:
+        tensors = {
+            site: LoraFactors(*(part * (1 + size * random.normal(size=part.shape)).astype(np.float32) for part in pair))
+            for site, pair in adapter.tensors.items()
+        }
+        return AdapterState(adapter.config, tensors)
+
+    # An earlier checkpoint is such an adapter, whether it is rounded or not.
+    for other in (noisy(0.05), stored(noisy(0.05), dtype), noisy(1e-3), noisy(1e-5)):
+        assert {code for code, _ in codes(other, record)} == {"adapter_changed"}
+    if not format_1:
+        assert codes(stored(noisy(2e-3), dtype), record) == [("adapter_changed", tuple(sorted(SITES)))]
+
+
+def test_the_error_of_a_rounding_is_estimated() -> None:
+    """Of 200 roundings none is beyond six deviations, and the estimate is not ten times too wide."""
+    random = np.random.default_rng(2)
+    worst = []
+    for _ in range(200):
+        exact = LoraFactors(*(random.normal(size=shape).astype(np.float32) for shape in ((4, 40), (30, 4))))
+        rounded = LoraFactors(*(to_float32(from_float32(part, "BF16"), "BF16") for part in exact))
+        error, was, now = rounding_error(rounded, 2.0, "BF16"), change(exact, 2.0), change(rounded, 2.0)
+        ratios = [abs(t - r) / e for t, r, e in zip(now.traces, was.traces, error.traces, strict=True)]
+        worst.append(max(*ratios, abs(now.norm - was.norm) / error.norm))
+    assert 0.3 < max(worst) <= 1
 
 
 def test_the_same_change_in_other_digits_is_a_note(adapter: AdapterState, record: AdapterRecord) -> None:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mindprint.trust.bases import Doubt, settings_findings
 from mindprint.trust.digests import STRIDE, computed_settings, differences, digest_weights, part_of
+from mindprint.trust.report import Finding
 
 ROPE = {"rope_type": "default", "rope_theta": 5e5}
 
@@ -108,3 +110,57 @@ def test_scaling_by_layer_type_is_told_apart(folder: Path) -> None:
         "rope.full_attention.rope_theta": 1e6,
         "rope.sliding_attention.rope_theta": 1e4,
     }
+
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100,
+    "intermediate_size": 128, "max_position_embeddings": 2048,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recorded", "found", "settings"),
+    [
+        # One side is silent, and means the default that the other one states.
+        ({"rope_theta": 10000.0}, {}, set()),
+        ({"rms_norm_eps": 1e-6, "hidden_act": "silu", "head_dim": 16}, {}, set()),
+        ({"max_position_embeddings": 2048}, {"max_position_embeddings": None}, set()),
+        ({"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}, {}, set()),
+        # One side is silent, and means something else.
+        ({"rope_parameters": {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0}}, {},
+         {"rope.factor", "rope.rope_type"}),
+        ({}, {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope.factor", "rope.rope_type"}),
+        ({"max_position_embeddings": 8192}, {"max_position_embeddings": None}, {"max_position_embeddings"}),
+        ({"rms_norm_eps": 1e-5}, {}, {"rms_norm_eps"}),
+    ],
+)  # fmt: skip
+def test_a_setting_that_one_side_leaves_out_has_its_default(
+    recorded: dict[str, Any], found: dict[str, Any], settings: set[str], tmp_path: Path
+) -> None:
+    def read(values: dict[str, Any]) -> dict[str, Any]:
+        (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **values}))
+        return computed_settings(tmp_path)
+
+    different = differences(read(recorded), read(found))
+    assert {difference.setting for difference in different} >= settings
+    assert bool(different) == bool(settings)
+    assert all(not isinstance(each, Doubt) for each in settings_findings(different, "its"))
+
+
+def test_a_setting_that_nobody_knows_is_left_to_the_probe_unless_it_acts_beyond_it() -> None:
+    known = {"model_type": "no_such_model"}
+    (short,) = settings_findings(differences(known, {**known, "some_scale": 2}), "its")
+    (long,) = settings_findings(differences(known, {**known, "sliding_window": 256}), "its")
+    assert isinstance(short, Doubt)
+    assert isinstance(long, Finding)
+    assert long.fails
+
+
+def test_the_old_and_the_new_name_of_a_rope_base_may_both_be_there(tmp_path: Path) -> None:
+    """Both libraries read such a file: `--fix-config` writes it."""
+    by_layer = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    new = {"model_type": "gemma3_text", "rope_parameters": by_layer}
+    (tmp_path / "config.json").write_text(json.dumps(new))
+    alone = computed_settings(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**new, "rope_theta": 1e6, "rope_local_base_freq": 1e4}))
+    assert computed_settings(tmp_path) == alone

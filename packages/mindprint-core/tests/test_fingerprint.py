@@ -139,11 +139,14 @@ def test_the_warning_is_an_event(train: Train, toy_model: Path, tmp_path: Path) 
         (lambda text: text[:500], "is truncated or edited"),
         (lambda _: "[]", "is truncated or edited"),
         (
-            lambda text: text.replace('"format": 1', '"format": 2'),
-            "is in fingerprint format 2",
+            lambda text: text.replace('"format": 2', '"format": 3'),
+            "is in fingerprint format 3",
         ),
         (lambda text: text.replace('"norm": ', '"norm": 1e999, "n": '), "is truncated or edited"),
         (lambda text: text.replace('"traces"', '"tracks"', 1), "is truncated or edited"),
+        (lambda text: text.replace('"alpha": 16.0', '"alpha": 17.0'), "does not have the digest that it states"),
+        (lambda text: text.replace('"backend": "toy"', '"backend": "toys"'), "does not have the digest that it states"),
+        (lambda text: text.replace('"digest": "', '"digest": "0'), "does not have the digest that it states"),
     ],
 )
 def test_a_spoilt_fingerprint_is_refused(spoil: Callable[[str], str], words: str, adapter: Path) -> None:
@@ -152,6 +155,35 @@ def test_a_spoilt_fingerprint_is_refused(spoil: Callable[[str], str], words: str
     with pytest.raises(AdapterError, match=words) as refused:
         read_fingerprint(adapter)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("part", ["mindprint", "adapter", "base", "tokenizer", "probe", "measurements"])
+def test_an_edit_of_any_part_of_a_fingerprint_is_seen(part: str, adapter: Path) -> None:
+    """Whichever number or text it is: the first, a middle and the last of each part."""
+    file = adapter / FILE_NAME
+    content = json.loads(file.read_text())
+
+    def edited(value: Any) -> Any:
+        if isinstance(value, dict):
+            name = list(value)[len(value) // 2]
+            return {**value, name: edited(value[name])}
+        if isinstance(value, list) and value:
+            return [*value[:-1], edited(value[-1])]
+        return f"{value}x" if isinstance(value, str) else (value or 0) + 1
+
+    file.write_text(json.dumps({**content, part: edited(content[part])}))
+    with pytest.raises(AdapterError, match="is truncated or edited"):
+        read_fingerprint(adapter)
+
+
+def test_a_fingerprint_of_format_1_is_still_read(adapter: Path, toy_model: Path) -> None:
+    file = adapter / FILE_NAME
+    content = json.loads(file.read_text())
+    del content["digest"], content["adapter"]["rounded"]
+    del content["tokenizer"]["decoder"], content["tokenizer"]["variables"]
+    file.write_text(json.dumps({**content, "format": 1}))
+    report = verified(adapter, toy_model)
+    assert (report.ok, report.findings) == (True, ())
 
 
 def test_without_one_there_is_none(tmp_path: Path) -> None:

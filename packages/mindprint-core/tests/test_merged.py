@@ -8,7 +8,7 @@ import pytest
 from mindprint.adapter.merging import refuse_taken
 from mindprint.contract import Float32, LoraFactors
 from mindprint.errors import RunError
-from mindprint.models.tensor_files import TensorInfo, from_float32
+from mindprint.models.tensor_files import TensorInfo, from_float32, to_float32
 from mindprint.trust.merged import judge
 
 RANDOM = np.random.default_rng(0)
@@ -76,3 +76,32 @@ def test_a_change_below_the_rounding_is_swallowed(tmp_path: Path) -> None:
 def test_a_path_with_a_nul_is_refused_as_a_run_error() -> None:
     with pytest.raises(RunError, match="is not a path: embedded null byte"):
         refuse_taken(Path("out\0put"))
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+@pytest.mark.parametrize("noise", [0.9, 0.1])
+def test_noise_in_a_narrow_merge_is_found_element_by_element(dtype: str, noise: float, tmp_path: Path) -> None:
+    """The right change is in it, in the mean: only single elements show that it is not the rounded sum."""
+    random = np.random.default_rng(1).normal(0, noise * CHANGE.std(), WEIGHT.shape).astype(np.float32)
+    assert fate(tmp_path, WEIGHT + CHANGE + random, dtype)[0] == "other"
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_ways_of_a_sound_merge_to_round(dtype: str, tmp_path: Path) -> None:
+    def narrow(values: Float32) -> Float32:
+        return to_float32(from_float32(values, dtype), dtype)
+
+    assert fate(tmp_path, WEIGHT + CHANGE, dtype)[0] == "exact"
+    assert fate(tmp_path, narrow(WEIGHT) + CHANGE, dtype)[0] in ("exact", "rounded")
+    product = narrow(FACTORS.b @ FACTORS.a)
+    assert fate(tmp_path, narrow(WEIGHT) + narrow(np.float32(SCALE) * product), dtype)[0] in ("exact", "rounded")
+    # Half a unit more than rounding in one element of thousands is not a rounding.
+    wrong = narrow(WEIGHT + CHANGE)
+    wrong[5, 7] *= np.float32(1 + 2.0 ** (-6 if dtype == "BF16" else -9))
+    assert fate(tmp_path, wrong, dtype)[0] == "other"
+
+
+def test_another_order_of_summing_is_exact_in_float32(tmp_path: Path) -> None:
+    a, b = FACTORS
+    turned = np.float32(SCALE) * np.einsum("ok,ki->oi", b[:, ::-1], a[::-1])
+    assert fate(tmp_path, WEIGHT + turned)[0] == "exact"

@@ -6,6 +6,7 @@ each was measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from mindprint.contract import Dtype
@@ -35,6 +36,23 @@ PROBE_TOLERANCES: Mapping[Dtype, tuple[float, float]] = {
 float32: the bound between torch and MLX in docs/numerics.md. The others are bounds of rounding. A logit near 16 is
 known to 2^-7 in float16 and to 2^-4 in bfloat16, and the mean error over many tokens is about a third of that.
 """
+
+FLOAT32_ROUNDING = 2.0**-24
+"""Half a unit in the last place of float32, relative to the value."""
+
+MEAN_ERRORS, GREATEST_ERRORS, LOG_PROB_ROUNDINGS = 2.5, 100.0, 8.0
+"""How many times `float32_error` two float32 evaluations may differ, on average and at one token, and how many
+roundings of a log-prob's own size are allowed on top. docs/fingerprint.md has the measurements."""
+
+
+def float32_error(layers: int, width: int) -> float:
+    """Return the expected error of a log-prob that float32 computes through so many layers of such a width.
+
+    A product over `width` terms collects `width` roundings of 2^-24 with random signs, which grow as their square root
+    (Higham 2002, section 2.8). The layers of a residual stream add errors that are independent: a square root again.
+    """
+    return FLOAT32_ROUNDING * math.sqrt(layers * width)
+
 
 SFT_TOLERANCE = 1e-5
 """|a - b| / (1 + a) of SFT losses of two backends, at every step."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
@@ -225,6 +226,18 @@ class Tokenizer:
                 "around_text": self._backend.encode("").ids,
             }
         )
+
+    @cached_property
+    def decoder_digest(self) -> str:
+        """Digest the part that turns ids into text (blake2b)."""
+        return _digest(_without_defaults(json.loads(self._backend.to_str())["decoder"]))
+
+    @cached_property
+    def variables_digest(self) -> str:
+        """Digest the special tokens that the chat template writes by name (blake2b), such as `bos_token`."""
+        # A token that the template does not name (a pad token that another tool has added) changes no text.
+        named = {name: text for name, text in self._variables.items() if re.search(rf"\b{name}\b", self.template)}
+        return _digest(named)
 
     @cached_property
     def largest_id(self) -> int:

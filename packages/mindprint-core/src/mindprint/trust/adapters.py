@@ -8,22 +8,25 @@ from pathlib import Path
 import numpy as np
 
 from mindprint.adapter.base_facts import read_base_facts
-from mindprint.adapter.formats import adapter_format
+from mindprint.adapter.formats import adapter_format, unmatched_note
 from mindprint.adapter.peft_format import adapter_digest, base_copies
 from mindprint.adapter.weight_changes import stored_tensors
 from mindprint.contract import AdapterState, LoraFactors
 from mindprint.models import folder as models
 from mindprint.models.tensor_files import read_float32
-from mindprint.trust.changes import ROUNDED, SAME, Change, change, changes, exchanged, reshaped
+from mindprint.trust.changes import SAME, Change, change, changes, exchanged, reshaped, rounding_error
 from mindprint.trust.fingerprint import AdapterRecord
 from mindprint.trust.report import Finding, listed
-from mindprint.trust.stored import same_values
+from mindprint.trust.stored import rounded, same_values
 
 IMPLAUSIBLE = 1.0
 """A change as large as the weight itself is not fine-tuning: trained adapters are seen at 0.001 to 0.3."""
 
 WEIGHED = 16
 """How many modules are weighed against the base where no fingerprint says how strong the adapter should be."""
+
+NARROW: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16"}
+"""The dtypes that tools round an adapter's factors to."""
 
 Changes = Mapping[str, Change]
 
@@ -37,9 +40,33 @@ def value_findings(adapter: AdapterState, record: AdapterRecord | None) -> list[
     found = changes(adapter)
     if record is None:
         return list(_without_record(found))
-    if adapter_digest(adapter) == record.digest:
+    digest = adapter_digest(adapter)
+    if digest == record.digest:
         return []
-    return list(_against_record(adapter, found, record.changes)) or [_other_digits()]
+    if digest in record.rounded.values():
+        return [_precision(tuple(found), found)]
+    return list(_against_record(adapter, found, record)) or [_other_digits()]
+
+
+def rounded_digests(adapter: AdapterState) -> dict[str, str]:
+    """Return the digests that an adapter has once its factors are stored in bfloat16 or float16.
+
+    They are recorded, so that a rounded adapter is recognised bit by bit and not by its likeness.
+    """
+    digests = {}
+    for dtype, name in NARROW.items():
+        with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and is found as such
+            tensors = {
+                site: LoraFactors(*(rounded(part, dtype) for part in pair)) for site, pair in adapter.tensors.items()
+            }
+        digests[name] = adapter_digest(AdapterState(adapter.config, tensors))
+    return digests
+
+
+def target_findings(folder: Path, base: models.ModelFolder) -> Iterator[Finding]:
+    """Note names in `target_modules` that the base lacks."""
+    if note := unmatched_note(folder, base.path):
+        yield Finding("unmatched_targets", note, fails=False)
 
 
 def copy_findings(folder: Path, base: models.ModelFolder) -> Iterator[Finding]:
@@ -86,16 +113,22 @@ def _without_record(found: Changes) -> Iterator[Finding]:
         yield Finding("partly_applied", message, fails=False, sites=idle)
 
 
-def _against_record(adapter: AdapterState, found: Changes, recorded: Changes) -> Iterator[Finding]:
+def _against_record(adapter: AdapterState, found: Changes, record: AdapterRecord) -> Iterator[Finding]:
     """Compare each module's change with the recorded one. The first finding that explains a module names it."""
+    recorded = record.changes
     yield from _modules(found, recorded)
-    other = [site for site in found if site in recorded and found[site].distance(recorded[site]) > SAME]
+    other = [site for site in found if site in recorded and not _is_rounded(adapter, site, recorded[site], "F32")]
     # From the most to the least specific. A module that one explains is not given to the next.
-    for explain in (_idle, _scaled, _rounded, _swapped):
+    for explain in (_idle, _scaled, _swapped):
         finding = explain(found, recorded, other)
         if finding is not None:
             yield finding
             other = [site for site in other if site not in finding.sites]
+    # A fingerprint of format 1 has no digests of the rounded factors. Then likeness has to do.
+    alike = [] if record.rounded else [site for site in other if _is_narrow(adapter, site, recorded[site])]
+    if alike:
+        yield _precision(tuple(alike), found)
+        other = [site for site in other if site not in alike]
     if turned := tuple(site for site in other if _was_not_transposed(adapter, site, recorded[site])):
         message = f"the factors of {_share(turned, found)} were read without transposing them ({listed(turned)})"
         yield Finding("transposed", message, sites=turned)
@@ -104,8 +137,25 @@ def _against_record(adapter: AdapterState, found: Changes, recorded: Changes) ->
         yield Finding("adapter_changed", message, sites=rest)
 
 
+def _is_rounded(adapter: AdapterState, site: str, recorded: Change, dtype: str) -> bool:
+    """Return whether a module's change is the recorded one but for a rounding of its factors to `dtype`."""
+    pair, scale = adapter.tensors[site], adapter.config.scale(site)
+    return change(pair, scale).within(recorded, rounding_error(pair, scale, dtype))
+
+
+def _is_narrow(adapter: AdapterState, site: str, recorded: Change) -> bool:
+    """Return whether a module's factors are exact in 16 bits, and no further from the record than rounding explains."""
+    pair = adapter.tensors[site]
+    return any(
+        all(np.array_equal(rounded(part, dtype), part) for part in pair) and _is_rounded(adapter, site, recorded, dtype)
+        for dtype in NARROW
+    )
+
+
 def _other_digits() -> Finding:
-    message = "the adapter's values are stored otherwise: what each module changes is the same within 1e-5 of it"
+    message = (
+        "the adapter's values are stored otherwise: each module's change is the same within the rounding of float32"
+    )
     return Finding("written_otherwise", message, fails=False)
 
 
@@ -129,7 +179,12 @@ def _idle(found: Changes, _recorded: Changes, sites: Sequence[str]) -> Finding |
 
 def _scaled(found: Changes, recorded: Changes, sites: Sequence[str]) -> Finding | None:
     factors = {site: found[site].factor(recorded[site]) for site in sites}
-    factors = {site: f for site, f in factors.items() if found[site].distance(recorded[site], f) <= SAME}
+    factors = {
+        site: factor
+        for site, factor in factors.items()
+        # Noise leaves a factor of nearly one. That is not a matter of strength.
+        if abs(factor - 1) > 10 * SAME and found[site].distance(recorded[site], factor) <= SAME
+    }
     return strength_finding(factors, len(found), "act", "as strongly as trained") if factors else None
 
 
@@ -143,10 +198,9 @@ def strength_finding(factors: Mapping[str, float], total: int, verb: str, than: 
     return Finding("scale", message, sites=tuple(factors), factor=factor)
 
 
-def _rounded(found: Changes, recorded: Changes, sites: Sequence[str]) -> Finding | None:
-    rounded = tuple(site for site in sites if found[site].distance(recorded[site]) <= ROUNDED)
-    message = f"the factors of {_share(rounded, found)} were rounded to a narrower dtype"
-    return Finding("precision", message, fails=False, sites=rounded) if rounded else None
+def _precision(sites: tuple[str, ...], found: Changes) -> Finding:
+    message = f"the factors of {_share(sites, found)} were rounded to a narrower dtype"
+    return Finding("precision", message, fails=False, sites=sites)
 
 
 def _swapped(found: Changes, recorded: Changes, sites: Sequence[str]) -> Finding | None:

@@ -80,7 +80,7 @@ def _laid_out_alike(part: str, found: WeightsDigest, recorded: WeightsDigest) ->
 
 
 def settings_findings(changed: Sequence[Difference], whose: str) -> Iterator[Finding | Doubt]:
-    """Report settings that differ. One that only one side states is left to the probe."""
+    """Report settings that differ. A one-sided one is left to the probe, unless it acts beyond the probe."""
     for one_sided in (False, True):
         for of_rope in (True, False):
             these = [each for each in changed if (each.one_sided, each.of_rope) == (one_sided, of_rope)]
@@ -89,7 +89,16 @@ def settings_findings(changed: Sequence[Difference], whose: str) -> Iterator[Fin
                 message = f"{whose} {what} differs: {listed(list(map(str, these)))}"
                 names = tuple(difference.setting for difference in these)
                 finding = Finding("rope_differs" if of_rope else "config_differs", message, sites=names)
-                yield Doubt(finding) if one_sided else finding
+                # Beyond its longest row the probe shows nothing, so it cannot settle a setting that acts there.
+                settles = one_sided and not any(map(_acts_beyond_the_probe, names))
+                yield Doubt(finding) if settles else finding
+
+
+def _acts_beyond_the_probe(setting: str) -> bool:
+    """Return whether a setting can leave the first tokens of a text as they are and change later ones."""
+    return setting.startswith("rope.") or any(
+        word in setting for word in ("position", "window", "chunk", "layer_types")
+    )
 
 
 def tokenizer_findings(model: models.ModelFolder, recorded: TokenizerRecord) -> Iterator[Finding]:
@@ -97,6 +106,14 @@ def tokenizer_findings(model: models.ModelFolder, recorded: TokenizerRecord) -> 
     found = record_tokenizer(load_tokenizer(model.path))
     if found.digest != recorded.digest:
         yield Finding("tokenizer_changed", f"{model.name}: the tokenizer is another one, text becomes other tokens")
+    # Empty: a fingerprint of format 1 did not record it.
+    if recorded.decoder and found.decoder != recorded.decoder:
+        yield Finding(
+            "tokenizer_changed", f"{model.name}: the tokenizer's decoder is another one, tokens become other text"
+        )
+    if recorded.variables and found.variables != recorded.variables:
+        message = "the special tokens that the chat template writes (such as bos_token) are others than in training"
+        yield Finding("template_changed", f"{model.name}: {message}")
     if found.template != recorded.template:
         yield Finding("template_changed", f"{model.name}: the chat template is another one than in training")
     was, now = sorted(recorded.stop_token_ids), sorted(found.stop_token_ids)

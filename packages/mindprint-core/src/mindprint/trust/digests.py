@@ -10,6 +10,7 @@ how tensors lie in shards does not matter.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mindprint.input_files import MALFORMED
 from mindprint.models.folder import model_config, tensors
 from mindprint.models.tensor_files import TensorInfo
 
@@ -141,23 +143,84 @@ class Difference:
 
 def computed_settings(folder: Path) -> dict[str, Any]:
     """Return config.json's settings of the computation, in one spelling: old names of rope settings become new ones."""
+    return _in_one_spelling(model_config(folder))
+
+
+def _in_one_spelling(config: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
-    for name, value in model_config(folder).items():
+    old: dict[str, Any] = {}
+    for name, value in config.items():
         if value is None or name in _NOT_COMPUTED:
             continue
         # transformers 4 wrote `rope_scaling` and `rope_theta`, transformers 5 writes `rope_parameters` for both.
-        if name in ("rope_parameters", "rope_scaling"):
+        if name in ("rope_parameters", "rope_scaling") and isinstance(value, Mapping):
             settings |= _rope_settings(value)
+        elif name in _ROPE_NAMES:
+            old[_ROPE_NAMES[name]] = value
         else:
-            settings[_ROPE_NAMES.get(name, name)] = value
+            settings[name] = value
+    for name, value in old.items():
+        # Where the new form has a base for each type of layer, the old name means that of full attention.
+        by_layer = f"{ROPE}.full_attention.{name.removeprefix(f'{ROPE}.')}"
+        settings[by_layer if by_layer in settings else name] = value
     return dict(sorted(settings.items()))
 
 
 def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[Difference, ...]:
-    """Return settings that two configurations state differently, or that only one of them states."""
+    """Return settings in which two configurations differ, in the form of `computed_settings`.
+
+    A setting that only one of them states has its default in the other one. transformers knows the defaults. Where it
+    knows none, the setting is returned as one-sided.
+    """
+    stated = _unequal(recorded, found)
+    if not any(difference.one_sided for difference in stated):
+        return stated
+    then, now = _completed(recorded), _completed(found)
+    if then is None or now is None:
+        return stated
+    # Names that no class of transformers has remain: another tool's, or old ones that the class has translated.
+    unknown = (each for each in stated if each.setting not in then and each.setting not in now)
+    return (*_unequal(then, now), *unknown)
+
+
+def _unequal(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[Difference, ...]:
     names = sorted(recorded.keys() | found.keys())
     pairs = (Difference(name, recorded.get(name), found.get(name)) for name in names)
     return tuple(pair for pair in pairs if pair.recorded != pair.found)
+
+
+def _completed(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return settings with every default that transformers' class of this model has, None where there is no class."""
+    # Importing takes seconds, and most configurations state the same names.
+    from huggingface_hub.errors import StrictDataclassError  # noqa: PLC0415
+    from transformers import CONFIG_MAPPING  # noqa: PLC0415
+
+    values: dict[str, Any] = {name: value for name, value in settings.items() if not name.startswith(f"{ROPE}.")}
+    if rope := _nested_rope(settings):
+        values["rope_parameters"] = rope
+    try:
+        # Through JSON: a class keeps tuples where a file has lists.
+        complete = json.loads(json.dumps(CONFIG_MAPPING[str(values["model_type"])](**values).to_dict()))
+        declared = CONFIG_MAPPING[str(values["model_type"])]().to_dict().keys()
+    # Each class checks its settings in its own way. One that it refuses is left to the plain comparison.
+    except (*MALFORMED, StrictDataclassError):
+        return None
+    return _in_one_spelling({name: value for name, value in complete.items() if name in declared})
+
+
+def _nested_rope(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rope settings as config.json has them, from flat names."""
+    rope: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name.startswith(f"{ROPE}."):
+            *kinds, last = name.split(".")[1:]
+            # By layer type there is one more level.
+            place = rope.setdefault(kinds[0], {}) if kinds else rope
+            place[last] = value
+    for part in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if any(not isinstance(value, dict) for value in part.values()):
+            part.setdefault("rope_type", "default")
+    return rope
 
 
 def _rope_settings(values: Mapping[str, Any], prefix: str = ROPE) -> dict[str, Any]:

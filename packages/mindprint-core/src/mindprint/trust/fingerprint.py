@@ -5,11 +5,12 @@ Exact digests first, then the probe's log-probs with the base alone and with the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,23 @@ from mindprint.trust.digests import WeightsDigest
 from mindprint.trust.probe import DECIMALS, Noise, Probe, Source
 
 FILE_NAME = "fingerprint.json"
-FORMAT = 1
+FORMAT = 2
+"""Format 1 had no digest of the whole, and none of rounded factors, of the decoder and of template variables."""
 
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """The adapter: digest of its canonical float32 tensors and scales, its LoRA facts, and each module's change."""
+    """The adapter: digest of its canonical float32 tensors and scales, its LoRA facts, and each module's change.
+
+    `rounded` has the digests of the same adapter with its factors in bfloat16 and float16, empty in format 1.
+    """
 
     digest: str
     r: int
     alpha: float
     use_rslora: bool
     changes: Mapping[str, Change]
+    rounded: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,17 @@ class BaseRecord:
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """Digests of tokenizer and chat template, and the tokens that end an answer."""
+    """Digests of tokenizer and chat template, and the tokens that end an answer.
+
+    `decoder` is of the part that turns tokens into text, `variables` of the special tokens that the template writes.
+    Both are empty in format 1.
+    """
 
     digest: str
     template: str
     stop_token_ids: tuple[int, ...]
+    decoder: str = ""
+    variables: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,14 @@ def fingerprint_json(fingerprint: Fingerprint) -> str:
         "probe": {"source": fingerprint.probe.source, "rows": [row.tolist() for row in fingerprint.probe.rows]},
         "measurements": [_measurement_values(measurement) for measurement in fingerprint.measurements],
     }
-    return _lines(content) + "\n"
+    # The digest is of the values as a reader gets them, tuples as lists.
+    return _lines({**content, "digest": _content_digest(json.loads(json.dumps(content)))}) + "\n"
+
+
+def _content_digest(values: Mapping[str, Any]) -> str:
+    """Return a digest of everything in a fingerprint but the digest itself, in any order and layout."""
+    content = {name: value for name, value in values.items() if name != "digest"}
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def read_fingerprint(folder: Path) -> Fingerprint | None:
@@ -118,10 +137,13 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
         return None
     try:
         values = read_json(file)
-        if values["format"] != FORMAT:
+        if values["format"] not in (1, FORMAT):
             raise AdapterError(
-                f"{file}: is in fingerprint format {values['format']}, this Mindprint reads format {FORMAT}"
+                f"{file}: is in fingerprint format {values['format']}, this Mindprint reads formats 1 and {FORMAT}"
             )
+        # An edited part would decide what is found. Without this check only a part that contradicts another shows.
+        if values["format"] != 1 and values["digest"] != _content_digest(values):
+            raise ValueError("its content does not have the digest that it states")
         return _fingerprint(values)
     except (OSError, *MALFORMED) as error:
         if isinstance(error, AdapterError):

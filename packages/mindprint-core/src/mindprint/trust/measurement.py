@@ -14,6 +14,7 @@ from mindprint.errors import MindprintError
 from mindprint.models import folder as models
 from mindprint.models.engine import Engine, Placement, fits_in_float32
 from mindprint.plugins.backend import Backend
+from mindprint.trust.adapters import rounded_digests
 from mindprint.trust.changes import changes
 from mindprint.trust.digests import computed_settings, digest_weights
 from mindprint.trust.fingerprint import AdapterRecord, BaseRecord, Fingerprint, Measurement, TokenizerRecord
@@ -66,7 +67,8 @@ def measure(backend: Backend, model: LoadedModel, probe: Probe) -> Measurement:
 def record_adapter(adapter: AdapterState) -> AdapterRecord:
     """Return the exact facts of an adapter."""
     lora = adapter.config
-    return AdapterRecord(adapter_digest(adapter), lora.r, lora.alpha, lora.use_rslora, changes(adapter))
+    digests = adapter_digest(adapter), rounded_digests(adapter)
+    return AdapterRecord(digests[0], lora.r, lora.alpha, lora.use_rslora, changes(adapter), digests[1])
 
 
 def record_base(base: models.ModelFolder) -> BaseRecord:
@@ -76,4 +78,10 @@ def record_base(base: models.ModelFolder) -> BaseRecord:
 
 def record_tokenizer(tokenizer: Tokenizer) -> TokenizerRecord:
     """Return the exact facts of a tokenizer."""
-    return TokenizerRecord(tokenizer.digest, tokenizer.template_digest, tokenizer.stop_token_ids)
+    return TokenizerRecord(
+        tokenizer.digest,
+        tokenizer.template_digest,
+        tokenizer.stop_token_ids,
+        tokenizer.decoder_digest,
+        tokenizer.variables_digest,
+    )

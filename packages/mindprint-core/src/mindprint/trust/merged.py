@@ -1,7 +1,7 @@
 """A merged model against base and adapter, from their files alone: is every weight W + s·B·A, and every other W?
 
 Block by block of rows, so that memory does not grow with the model. The rounding of the dtype in which the merge was
-written is known exactly, so this tells more than any probe: a merge that lost one module in a hundred is found.
+written is known exactly, element by element, so this tells more than any probe: one wrong number in a model is found.
 """
 
 from __future__ import annotations
@@ -27,11 +27,21 @@ from mindprint.trust.bases import Doubt
 from mindprint.trust.report import Code, Finding, listed
 from mindprint.trust.stored import blocks, rounded, same_values
 
-EPSILON: Mapping[str, float] = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-11, "BF16": 2.0**-8}
-"""Half a unit in the last place relative to the value, at most; for float32 one, as sums are rounded on the way too."""
+DIGITS: Mapping[str, int] = {"F64": 24, "F32": 24, "F16": 11, "BF16": 8}
+"""Significant bits of the dtypes that a merge is written in. F64 is read as float32."""
+
+EPSILON: Mapping[str, float] = {dtype: 2.0**-digits for dtype, digits in DIGITS.items()}
+"""Half a unit in the last place relative to the value, at most."""
 
 LOOSE = 4.0
-"""How many roundings a merge may have taken that rounds the change before it adds it."""
+"""How many roundings are allowed for where a merge that went wrong is named. None of them makes it right."""
+
+CHANGE_ROUNDINGS = 3
+"""How often a tool may round the change to the dtype before it adds it: the product, its scaling, and a cast."""
+
+SUMMING = 2.0**-22
+"""Relative to |W| + |d|: four roundings of float32, 2^-24 each. Two are the tool's (of s·BA and of the sum), two are
+ours (of s·BA and of the difference from W)."""
 
 _STEP: Mapping[str, float] = {"F16": 2.0**-25}
 """Half the smallest step of a dtype, below which rounding is not relative."""
@@ -51,7 +61,11 @@ class Merge:
 @dataclass
 class _Sums:
     """Sums over the blocks of one weight, float64: of the change that is there (x), that should be (d), or is d's
-    transpose (t), and of the weight itself (w)."""
+    transpose (t), and of the weight itself (w).
+
+    `excess` and `roughly` are the greatest error of an element as a share of what is allowed: of one rounding of the
+    exact sum, and of a sum whose parts were rounded before.
+    """
 
     xx: float = 0.0
     xd: float = 0.0
@@ -59,6 +73,7 @@ class _Sums:
     xt: float = 0.0
     ww: float = 0.0
     excess: float = 0.0
+    roughly: float = 0.0
     finite: bool = True
     touched: bool = False
     expected: bool = False
@@ -113,19 +128,23 @@ def judge(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: floa
         return Merge("lost" if sums.expected else "swallowed", 0.0)
     # The least-squares factor of the expected change d in the change x that is there: x·d / d·d.
     factor, size = sums.xd / sums.dd, math.sqrt(sums.dd)
-    fate = "exact" if sums.excess <= 1 else _fate(sums, EPSILON[found.dtype], math.prod(found.shape))
+    if sums.excess <= 1 or sums.roughly <= 1:
+        fate: Fate = "exact" if sums.excess <= 1 else "rounded"
+    else:
+        fate = _fault(sums, EPSILON[found.dtype], math.prod(found.shape))
     return Merge(fate, factor, sums.rest(1.0, sums.xd) / size)
 
 
-def _fate(sums: _Sums, epsilon: float, elements: int) -> Fate:
-    """Name the change of a weight that is not W + s·B·A, correctly rounded."""
+def _fault(sums: _Sums, epsilon: float, elements: int) -> Fate:
+    """Name the change of a weight that is not W + s·B·A within the rounding of every element."""
     factor, size = sums.xd / sums.dd, math.sqrt(sums.dd)
     # Roundings are independent and relative to the weight: their norm is about ε·‖W‖, and the change adds its own.
     rounding = LOOSE * epsilon * (math.sqrt(sums.ww) + size) / size
     # The factor is a mean over all elements, so that its error falls with the square root of their number.
     uncertain = max(0.02, 4 * rounding / math.sqrt(elements))
-    if sums.rest(1.0, sums.xd) <= rounding * size and abs(factor - 1) <= uncertain:
-        return "rounded"
+    # Noise of this size has the right change in it, and is not a matter of strength.
+    if abs(factor - 1) <= uncertain:
+        return "other"
     if sums.rest(factor, sums.xd) <= (rounding + 1e-3) * size:
         return "scaled" if abs(factor) > uncertain else "lost"
     if sums.xt and sums.rest(1.0, sums.xt) <= (rounding + 1e-3) * size:
@@ -138,17 +157,25 @@ def _summed(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: fl
     a, b = factors
     # Only a square weight can have the transpose of its change added without an error.
     square = a.shape[1] == b.shape[0]
+    lengths = np.linalg.norm(b, axis=1), np.linalg.norm(a, axis=0)
     with np.errstate(all="ignore"):  # values that are not finite are a finding, not a warning
         for start, weight, merged in blocks(base, found):
             rows = slice(start, start + len(weight))
             d = np.float32(scale) * (b[rows] @ a)
             x = merged - weight
+            narrow = rounded(weight, found.dtype)
             sums.finite &= bool(np.isfinite(merged).all())
             # Compared as bytes: NaN is unequal to itself, and -0.0 equals 0.0.
-            sums.touched |= bool(merged.tobytes() != rounded(weight, found.dtype).tobytes())
-            sums.expected |= bool((rounded(weight + d, found.dtype) != rounded(weight, found.dtype)).any())
-            bound = _bound(merged, weight, d, found.dtype)
-            sums.excess = max(sums.excess, float((np.abs(x - d) / bound).max(initial=0.0)))
+            sums.touched |= bool(merged.tobytes() != narrow.tobytes())
+            sums.expected |= bool((rounded(weight + d, found.dtype) != narrow).any())
+            once = _half_steps(merged, found.dtype)
+            slack = _arithmetic(weight, d, factors, scale, lengths[0][rows], lengths[1])
+            sums.excess = max(sums.excess, _greatest(np.abs(x - d) / (once + slack)))
+            if sums.excess > 1:
+                # A tool may have rounded the base before it added the change (it loaded it so), or the change.
+                early = np.minimum(np.abs(x - d), np.abs(merged - narrow - d))
+                before = CHANGE_ROUNDINGS * _half_steps(d, found.dtype)
+                sums.roughly = max(sums.roughly, _greatest(early / (once + before + slack)))
             sums.xx, sums.xd, sums.dd = sums.xx + _dot(x, x), sums.xd + _dot(x, d), sums.dd + _dot(d, d)
             sums.ww += _dot(weight, weight)
             if square:
@@ -156,12 +183,32 @@ def _summed(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: fl
     return sums
 
 
-def _bound(merged: Float32, weight: Float32, d: Float32, dtype: str) -> NDArray[Any]:
-    """Return the allowed error of each element: rounding to the dtype, and that of the sum in float32 before it."""
-    # A sum in float32 of s·B·A and W has at most about four roundings of 2^-24 before the last one.
-    rounding, summing = np.float32(EPSILON[dtype]), np.float32(2.0**-22)
-    bound = rounding * np.abs(merged) + summing * (np.abs(weight) + np.abs(d))
-    return bound + np.float32(_STEP.get(dtype, 1e-38))
+def _half_steps(values: Float32, dtype: str) -> Float32:
+    """Return half a unit in the last place of each value: the most that rounding to nearest can move it."""
+    # The bits of a float32's exponent, alone, are the power of two at or below its size.
+    powers = (values.view(np.uint32) & np.uint32(0x7F800000)).view(np.float32)
+    steps: Float32 = np.maximum(powers * np.float32(EPSILON[dtype]), np.float32(_STEP.get(dtype, 1e-38)))
+    return steps
+
+
+def _arithmetic(
+    weight: Float32,
+    d: Float32,
+    factors: LoraFactors,
+    scale: float,
+    row_lengths: NDArray[np.float32],
+    column_lengths: NDArray[np.float32],
+) -> Float32:
+    """Return how far two computations of W + s·B·A in float32 can be apart, before the sum is rounded to its dtype."""
+    # A product of r terms has an error of at most r·u·Σ|b||a| (Higham 2002, section 3.1), and Σ|b||a| ≤ ‖b‖·‖a‖.
+    # It counts twice: for the tool that merged, and for ours.
+    product = np.float32(2 * len(factors.a) * 2.0**-24 * abs(scale)) * np.outer(row_lengths, column_lengths)
+    bound: Float32 = np.float32(SUMMING) * (np.abs(weight) + np.abs(d)) + product.astype(np.float32)
+    return bound
+
+
+def _greatest(ratios: NDArray[Any]) -> float:
+    return float(ratios.max(initial=0.0))
 
 
 def _dot(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:

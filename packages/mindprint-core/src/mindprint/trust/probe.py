@@ -9,7 +9,7 @@ conversations in the chat template look more like what adapters are trained on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +22,14 @@ from mindprint.data.tokenizer import Tokenizer
 from mindprint.draws import uniform
 from mindprint.errors import DataError
 from mindprint.plugins.backend import Backend
-from mindprint.tolerances import PROBE_TOLERANCES
+from mindprint.tolerances import (
+    FLOAT32_ROUNDING,
+    GREATEST_ERRORS,
+    LOG_PROB_ROUNDINGS,
+    MEAN_ERRORS,
+    PROBE_TOLERANCES,
+    float32_error,
+)
 from mindprint.trust.report import Comparison, Tolerance
 
 LONGEST, MIDDLE, TURN = 192, 96, 24
@@ -37,6 +44,9 @@ DECIMALS = 6
 NOISE_FACTOR, MOST = 4.0, 10.0
 """Where the measured noise is above the table, this many times that noise is allowed, and never more than this many
 times the table: large models compute with more noise than small ones, but noise must not excuse everything."""
+
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
 
 Source = Literal["synthetic", "heldout"]
 
@@ -92,30 +102,48 @@ def measure_noise(backend: Backend, model: LoadedModel, probe: Probe, alone: Flo
     return Noise(float(apart.mean()), float(apart.max()))
 
 
-def tolerance(dtypes: Sequence[Dtype], *noises: Noise | None) -> Tolerance:
-    """Return the allowed difference of two evaluations: the coarser dtype's bound, or the measured noise if wider."""
+def tolerance(dtypes: Sequence[Dtype], *noises: Noise | None, config: Mapping[str, Any] | None = None) -> Tolerance:
+    """Return the allowed difference of two evaluations: the coarser dtype's bound, or the measured noise if wider.
+
+    `config` is the base's config.json. In float32 a deeper and wider base rounds more, and the bound grows with both.
+    """
     # The coarser of two computations decides how far they can agree.
     coarsest = max(dtypes, key=lambda dtype: PROBE_TOLERANCES[dtype])
     mean, greatest = PROBE_TOLERANCES[coarsest]
     measured = [NOISE_FACTOR * max(noise.mean / mean, noise.greatest / greatest) for noise in noises if noise]
     # The greatest of the measured noises, at most MOST times the table: noise must not excuse everything.
-    wider = min(max(measured, default=0.0), MOST)
-    if wider <= 1:
-        return Tolerance(mean, greatest, f"rounding of {coarsest}")
-    return Tolerance(wider * mean, wider * greatest, f"{NOISE_FACTOR:g} times the measured noise")
+    wider = max(1.0, min(max(measured, default=0.0), MOST))
+    reason = f"rounding of {coarsest}" if wider <= 1 else f"{NOISE_FACTOR:g} times the measured noise"
+    allowed = Tolerance(wider * mean, wider * greatest, reason)
+    if coarsest != "float32":
+        return allowed
+    relative = LOG_PROB_ROUNDINGS * FLOAT32_ROUNDING
+    layers, width = _configured(config or {}, *_LAYERS), _configured(config or {}, *_WIDTHS)
+    error = float32_error(layers, width) if layers and width else 0.0
+    if MEAN_ERRORS * error > allowed.mean or GREATEST_ERRORS * error > allowed.greatest:
+        reason = f"rounding of float32 through {layers} layers of width {width}"
+    mean, greatest = max(allowed.mean, MEAN_ERRORS * error), max(allowed.greatest, GREATEST_ERRORS * error)
+    return Tolerance(mean, greatest, reason, relative)
 
 
 def widened(allowed: Tolerance, share: float, before: Float32, after: Float32) -> Tolerance:
     """Return a tolerance that also lets a share of the adapter's effect differ: its factors were rounded."""
     moved = np.abs(after.astype(np.float64) - before)
     mean, greatest = max(allowed.mean, share * float(moved.mean())), max(allowed.greatest, share * float(moved.max()))
-    return Tolerance(mean, greatest, f"{share:.0%} of the effect: the adapter's factors were rounded")
+    return replace(
+        allowed, mean=mean, greatest=greatest, reason=f"{share:.0%} of the effect: the adapter's factors were rounded"
+    )
 
 
 def compared(what: str, found: Float32, recorded: Float32, allowed: Tolerance) -> Comparison:
-    """Compare `found` with `recorded`, both `[tokens]`."""
-    apart = np.abs(found.astype(np.float64) - recorded)
-    return Comparison(what, len(found), float(apart.mean()), float(apart.max()), allowed)
+    """Compare `found` with `recorded`, both `[tokens]`. The tolerance that is returned holds for the deciding token."""
+    apart, size = np.abs(found.astype(np.float64) - recorded), np.abs(recorded.astype(np.float64))
+    # A log-prob is a difference of two numbers of its size or more, and their rounding grows with it.
+    bounds = allowed.greatest + allowed.relative * size
+    worst = int(np.argmax(apart / bounds))
+    mean = allowed.mean + allowed.relative * float(size.mean())
+    decided = replace(allowed, mean=mean, greatest=float(bounds[worst]))
+    return Comparison(what, len(found), float(apart.mean()), float(apart[worst]), decided)
 
 
 def _scored(backend: Backend, model: LoadedModel, rows: Sequence[Int32], *, adapter: bool) -> Float32:

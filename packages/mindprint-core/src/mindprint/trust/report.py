@@ -28,6 +28,7 @@ Code = Literal[
     "template_changed",
     "tokenizer_changed",
     "transposed",
+    "unmatched_targets",
     "written_otherwise",
     "wrong_base",
 ]
@@ -41,7 +42,7 @@ MEANINGS: Mapping[Code, str] = {
     "merge_differs": "a merged weight is neither W + s·B·A nor any known mistake",
     "merge_lost": "the merged model is the base: the adapter's effect is not in it",
     "no_effect": "the adapter changes nothing",
-    "no_fingerprint": "there is no fingerprint to compare with: only checks that need none were made",
+    "no_fingerprint": "the adapter has no fingerprint to compare with: only checks that need none were made",
     "not_computed": "the model could not be loaded, or not with this adapter, so that no probe was scored",
     "not_finite": "values that are NaN or infinite",
     "partly_applied": "the adapter acts in some of its places and not in others",
@@ -54,6 +55,7 @@ MEANINGS: Mapping[Code, str] = {
     "template_changed": "the chat template is another one",
     "tokenizer_changed": "text becomes other tokens",
     "transposed": "the factors are stored or applied transposed",
+    "unmatched_targets": "the adapter's target_modules names modules that the base does not have",
     "written_otherwise": "files say the same in another way, and the probe computes the same from them",
     "wrong_base": "this is not the base that the adapter was trained on",
 }
@@ -76,16 +78,23 @@ class Finding:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Nats a token by which two evaluations may differ, on average and at most, and why so."""
+    """Nats a token by which two evaluations may differ, on average and at most, and why so.
+
+    `relative` is allowed in addition, as a share of the size of a log-prob.
+    """
 
     mean: float
     greatest: float
     reason: str
+    relative: float = 0.0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Log-probs of the probe against those of the fingerprint, in nats a token."""
+    """Log-probs of the probe against those of the fingerprint, in nats a token.
+
+    `greatest` is the difference at the token that decides. `tolerance` has the bounds of the mean and of this token.
+    """
 
     what: str
     tokens: int
@@ -96,6 +105,14 @@ class Comparison:
     @property
     def within(self) -> bool:
         return self.mean <= self.tolerance.mean and self.greatest <= self.tolerance.greatest
+
+    @property
+    def deciding(self) -> str:
+        """Return the figure that is furthest beyond its bound, in words."""
+        allowed = self.tolerance
+        if self.greatest / allowed.greatest > self.mean / allowed.mean:
+            return f"one log-prob differs by {self.greatest:.4g} nats, where {allowed.greatest:.4g} is allowed"
+        return f"log-probs differ by {self.mean:.4g} nats a token on average, where {allowed.mean:.4g} is allowed"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from mindprint.errors import AdapterError, GuardError, ModelError, NotFiniteErro
 from mindprint.models import folder as models
 from mindprint.models.engine import Engine, Placement
 from mindprint.models.tensor_files import FLOAT_DTYPES
-from mindprint.trust.adapters import copy_findings, strength_findings, value_findings
+from mindprint.trust.adapters import copy_findings, strength_findings, target_findings, value_findings
 from mindprint.trust.bases import Doubt, base_findings, settings_findings, tokenizer_findings
 from mindprint.trust.digests import computed_settings, differences
 from mindprint.trust.fingerprint import Fingerprint, Measurement, mean_effect, read_fingerprint
@@ -46,13 +46,21 @@ Notice = Callable[[str], None]
 
 
 def verify_adapter(
-    folder: Path, base: models.ModelFolder, placement: Placement, notice: Notice = lambda _: None
+    folder: Path,
+    base: models.ModelFolder,
+    placement: Placement,
+    notice: Notice = lambda _: None,
+    *,
+    require_fingerprint: bool = False,
 ) -> Report:
-    """Verify the adapter in `folder` on `base`, against its fingerprint if it has one.
+    """Verify the adapter in `folder` on `base`, against its fingerprint if it has one or if that is required.
 
     Raises a `MindprintError` for files that cannot be read, or that cannot belong to each other at all.
     """
     fingerprint, judgement = read_fingerprint(folder), _Judgement()
+    if fingerprint is None and require_fingerprint:
+        judgement.add([_required(folder)], "fingerprint.json")
+        return judgement.report(folder, "adapter", base, placement)
     try:
         adapter, _ = read_any_adapter(folder, base.path)
     except TransposedError as error:  # readable, and decided without a look at the values
@@ -60,8 +68,11 @@ def verify_adapter(
         return judgement.report(folder, "adapter", base, placement)
     _judge_files(judgement, adapter, base, fingerprint)
     judgement.findings.extend(copy_findings(folder, base))
+    judgement.findings.extend(target_findings(folder, base))
     probe = fingerprint.probe if fingerprint else _own_probe(base)
-    here = _scored(judgement, probe, base, placement, adapter, notice, _differs_from(fingerprint, placement.dtype))
+    here = _scored(
+        judgement, probe, base, placement, adapter, notice, _differs_from(fingerprint, placement.dtype, base)
+    )
     if fingerprint is not None:
         _compare_adapter(judgement, here, fingerprint, placement.dtype, base)
     elif here.adapter is not None:
@@ -76,6 +87,8 @@ def verify_merged(
     placement: Placement,
     fingerprint: Fingerprint | None = None,
     notice: Notice = lambda _: None,
+    *,
+    require_fingerprint: bool = False,
 ) -> Report:
     """Verify that `merged` is `base` with `adapter` in it: weight by weight from the files, then by the probe.
 
@@ -83,6 +96,9 @@ def verify_merged(
     adapter computed here. Raises a `MindprintError` for files that cannot be read.
     """
     judgement = _Judgement()
+    if fingerprint is None and require_fingerprint:
+        judgement.add([_required(merged.path)], "fingerprint.json")
+        return judgement.report(merged.path, "merged model", base, placement)
     _judge_files(judgement, adapter, base, fingerprint)
     judgement.add(merge_findings(merged.path, base.path, adapter), "merged weights")
     settings = differences(computed_settings(base.path), computed_settings(merged.path))
@@ -91,6 +107,10 @@ def verify_merged(
     judgement.add(tokenizer_findings(merged, tokenizer), "merged tokenizer and chat template")
     _probe_merge(judgement, merged, base, adapter, placement, fingerprint, notice)
     return judgement.report(merged.path, "merged model", base, placement)
+
+
+def _required(folder: Path) -> Finding:
+    return Finding("no_fingerprint", f"{folder}: the adapter has no fingerprint.json, and one is required")
 
 
 @dataclass
@@ -158,12 +178,14 @@ def _own_probe(base: models.ModelFolder) -> Probe:
     return synthetic_probe(load_tokenizer(base.path), models.model_config(base.path))
 
 
-def _differs_from(fingerprint: Fingerprint | None, dtype: Dtype) -> Callable[[Float32, Float32], bool]:
+def _differs_from(
+    fingerprint: Fingerprint | None, dtype: Dtype, base: models.ModelFolder
+) -> Callable[[Float32, Float32], bool]:
     """Return a test whether scores are so far from those recorded that the noise here is worth measuring."""
     if fingerprint is None:
         return lambda _base, _both: True
     recorded = fingerprint.measurement(dtype)
-    allowed = tolerance([dtype, recorded.dtype], recorded.noise)
+    allowed = tolerance([dtype, recorded.dtype], recorded.noise, config=models.model_config(base.path))
     return lambda base, both: (
         not compared("", base, recorded.base, allowed).within
         or not compared("", both, recorded.adapter, allowed).within
@@ -177,14 +199,15 @@ def _compare_adapter(
     if here.base is None:
         return
     recorded = fingerprint.measurement(dtype)
-    allowed = tolerance([dtype, recorded.dtype, *_narrower(base, fingerprint)], recorded.noise, here.noise)
+    dtypes = [dtype, recorded.dtype, *_narrower(base, fingerprint)]
+    allowed = tolerance(dtypes, recorded.noise, here.noise, config=models.model_config(base.path))
     alone = compared("base", here.base, recorded.base, allowed)
     judgement.comparisons.append(alone)
     both = _compared_with_adapter(judgement, here, recorded, allowed)
     # An adapter that files have found wrong already says nothing about the base.
     judgement.settle(same=alone.within and (both is None or both.within or bool(judgement.failed)))
     if not alone.within and not judgement.failed & OF_THE_BASE:
-        message = f"the base's files are as they were, and its log-probs differ by {alone.mean:.2g} nats a token"
+        message = f"the base's files are as they were, and what it computes is not: {alone.deciding}"
         judgement.findings.append(Finding("backend_differs", message))
     if both is not None and here.adapter is not None:
         judgement.effect = Effect(recorded.effect, mean_effect(here.base, here.adapter))
@@ -243,7 +266,7 @@ def _probe_merge(
         stored |= {recorded.dtype, *_narrower(base, fingerprint)}
     else:
         # A backend may not be able to hold an adapter (of stacked experts, say) that files can judge.
-        measure = _differs_from(None, placement.dtype)
+        measure = _differs_from(None, placement.dtype, base)
         here = _scored(judgement, probe, base, placement, adapter, notice, measure, needed=False)
         if here.base is None:
             return
@@ -255,7 +278,8 @@ def _probe_merge(
         judgement.effect = Effect(None, mean_effect(before, now))
         return
     judgement.effect = Effect(mean_effect(before, after), mean_effect(before, now))
-    allowed = _for_rounded_factors(judgement, tolerance([placement.dtype, *stored], noise), before, after)
+    allowed = tolerance([placement.dtype, *stored], noise, config=models.model_config(base.path))
+    allowed = _for_rounded_factors(judgement, allowed, before, after)
     both = compared("merged model", now, after, allowed)
     judgement.settle(same=both.within)
     _judge_comparison(judgement, both, before, after, now)
@@ -282,7 +306,7 @@ def _unexplained(before: Float32, after: Float32, now: Float32, both: Comparison
     product, squared, norm = float(wanted @ found), float(wanted @ wanted), float(np.linalg.norm(found))
     factor = product / max(squared, 1e-300)
     alike = product / max(squared**0.5 * norm, 1e-300)
-    how = f"log-probs differ by {both.mean:.2g} nats a token"
+    how = both.deciding
     if np.abs(found).mean() <= both.tolerance.mean:
         return Finding("no_effect", f"the files are right, and the backend computes the base alone: {how}")
     # An effect bends with the strength, so that its direction may turn by a part of (f - 1)² (see CURVATURE).
