@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from os import PathLike
@@ -10,8 +11,16 @@ from pathlib import Path
 from mindprint import atomic
 from mindprint.adapter import gguf_format, mlx_lm_format, peft_format
 from mindprint.adapter.base_facts import BaseFacts, read_base_facts
-from mindprint.adapter.formats import Format, TargetFormat, adapter_format, named_base, read_any_adapter
+from mindprint.adapter.formats import (
+    Format,
+    TargetFormat,
+    adapter_format,
+    named_base,
+    read_any_adapter,
+    unmatched_note,
+)
 from mindprint.adapter.merging import merged_folder, read_record, refuse_taken
+from mindprint.adapter.mlx_lm_config import corrected_config, missing_keys, mlx_lm_note
 from mindprint.adapter.targets import is_router, is_stack
 from mindprint.api.options import Notices, OnNotice, backend_section
 from mindprint.api.results import ConvertResult, MergeResult, VerifyResult
@@ -49,6 +58,7 @@ def verify(
     backend: str | None = None,
     device: str | None = None,
     dtype: Dtype | None = None,
+    require_fingerprint: bool = False,
     on_notice: OnNotice | None = None,
 ) -> VerifyResult:
     """Recompute an adapter's fingerprint and name what differs.
@@ -56,10 +66,11 @@ def verify(
     Args:
         path: A project (its newest complete run), the folder of a run or of an adapter, or that of a merged model.
         model: Where the base model is, if not where the run or the adapter says.
-        adapter: The adapter that `path`, a merged model, came from, if it is no longer where it was.
+        adapter: The adapter that `path`, a merged model, came from, if it was moved.
         backend: `torch`, `mlx`, or any installed backend. Default: the run's.
         device: `cpu`, `cuda`, `mps`, `metal`. Default: the run's.
         dtype: What to compute in. Default: float32 where it fits.
+        require_fingerprint: Let an adapter without a fingerprint fail, instead of checking what can be checked.
         on_notice: Receives messages about loading as they come.
 
     Returns:
@@ -82,11 +93,14 @@ def verify(
     notices = Notices(on_notice)
     folder = Path(path)
     if is_merged(folder):
-        report = _verify_merge(folder, Path(adapter) if adapter else None, model, chosen, dtype, notices)
+        report = _verify_merge(
+            folder, Path(adapter) if adapter else None, model, chosen, dtype, notices, require_fingerprint
+        )
     else:
         located = locate_adapter(folder)
         base = find_base(located, model)
-        report = verify_adapter(located.adapter, base, placement_for(located, chosen, dtype, base), notices)
+        placement = placement_for(located, chosen, dtype, base)
+        report = verify_adapter(located.adapter, base, placement, notices, require_fingerprint=require_fingerprint)
     return VerifyResult(report, notices.heard)
 
 
@@ -103,6 +117,7 @@ def _verify_merge(
     section: BackendConfig | None,
     dtype: Dtype | None,
     notices: Notices,
+    require_fingerprint: bool,
 ) -> Report:
     record = read_record(path)
     # The record holds a path relative to the merged model, so that both can be moved together.
@@ -118,7 +133,8 @@ def _verify_merge(
         raise AdapterError(f"{source}: is no longer the adapter that was merged into {path}; name that with --adapter")
     merged = models.resolve_model(ModelConfig(name=str(path.resolve())), Path.cwd())
     placement = placement_for(located, section, dtype, base)
-    return verify_merged(merged, base, state, placement, read_fingerprint(located.adapter), notices)
+    fingerprint = read_fingerprint(located.adapter)
+    return verify_merged(merged, base, state, placement, fingerprint, notices, require_fingerprint=require_fingerprint)
 
 
 def merge(
@@ -126,6 +142,7 @@ def merge(
     out: str | PathLike[str],
     *,
     verify: bool = True,
+    fix_config: bool = False,
     model: str | None = None,
     backend: str | None = None,
     device: str | None = None,
@@ -138,6 +155,7 @@ def merge(
     Args:
         adapter: A project (its newest complete run), a run, or an adapter of Mindprint's, PEFT's or mlx-lm's.
         out: The new model's folder. It must not exist.
+        fix_config: Add the keys to the merged config.json that mlx-lm needs to compute the same model.
         verify: Let a backend compare the merged model with base and adapter. Otherwise only the files are compared.
         model: Where the base model is, if not where the run or the adapter says.
         backend: The backend that verifies. Default: the run's.
@@ -166,6 +184,8 @@ def merge(
     located = locate_adapter(adapter)
     base, state = read_located(located, model)
     _refuse_own_weights(located.adapter, base)
+    if note := unmatched_note(located.adapter, base.path):
+        notices(note)
     # A merge without a backend is still useful on a machine that only stores models.
     computes = verify and bool(installed(BACKENDS))
     if verify and not computes:
@@ -173,6 +193,11 @@ def merge(
     verification = None
     # The folder gets its name only when the block ends well, so a failed verification leaves nothing.
     with merged_folder(target, base, state, located.adapter) as merged:
+        if keys := missing_keys(base.path):
+            if fix_config:
+                _write_corrected(merged.folder, base)
+            else:
+                notices(f"{mlx_lm_note(keys)}, or merge with --fix-config")
         if computes:
             section = backend_section(backend, device)
             verification = _verified(located, merged.folder, target, base, state, section, notices)
@@ -220,6 +245,7 @@ def convert(
     out: str | PathLike[str],
     to: TargetFormat,
     *,
+    fix_config: bool = False,
     model: str | None = None,
     on_notice: OnNotice | None = None,
 ) -> ConvertResult:
@@ -229,6 +255,7 @@ def convert(
         adapter: A project (its newest complete run), a run, or an adapter of Mindprint's, PEFT's or mlx-lm's.
         out: The new adapter's folder. It must not exist.
         to: `peft`, `mlx-lm`, or `gguf` (`adapter.gguf` for llama.cpp, with a `Modelfile` for Ollama).
+        fix_config: Where mlx-lm needs other keys in the base's config.json, write such a file next to the adapter.
         model: Where the base model is, if not where the run or the adapter says.
         on_notice: Receives the notes as they come.
 
@@ -262,10 +289,24 @@ def convert(
             notes = gguf_format.write_adapter(aside, state, facts, base.path, base_name)
         else:
             notes = (*_write_converted(aside, state, facts, base_name, to), *_uncompared(facts))
+        if to == "mlx-lm" and (keys := missing_keys(base.path)):
+            remedy = "convert with --fix-config to get such a file"
+            if fix_config:
+                _write_corrected(aside, base)
+                remedy = f"{target / 'config.json'} is such a file, to copy over the base's"
+            notes = (*notes, f"{mlx_lm_note(keys)} ({remedy})")
+    if note := unmatched_note(located.adapter, base.path):
+        notes = (*notes, note)
     notices = Notices(on_notice)
     for note in notes:
         notices(note)
     return ConvertResult(target, source, to, len(state.tensors), notes)
+
+
+def _write_corrected(folder: Path, base: models.ModelFolder) -> None:
+    """Write the base's config.json with the keys that mlx-lm needs."""
+    text = json.dumps(corrected_config(base.path), indent=2)
+    (folder / "config.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def _write_converted(folder: Path, state: AdapterState, facts: BaseFacts, base_name: str, to: Format) -> Iterator[str]:

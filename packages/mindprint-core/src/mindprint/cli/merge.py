@@ -17,6 +17,7 @@ from mindprint.cli.output import json_option, say, show, tell_notice
 @click.option("--backend", help="What verifies the result: auto, torch, mlx, ...; default: the run's.")
 @click.option("--device", help="auto, cpu, cuda, mps, metal; default: the run's.")
 @click.option("--no-verify", is_flag=True, help="Compare the files only; compute nothing.")
+@click.option("--fix-config", is_flag=True, help="Add the keys to config.json that mlx-lm needs.")
 @json_option
 def command(
     *,
@@ -26,6 +27,7 @@ def command(
     backend: str | None,
     device: str | None,
     no_verify: bool,
+    fix_config: bool,
     as_json: bool,
 ) -> None:
     """Write the base of ADAPTER with the adapter in it to the new folder OUT, and verify it.
@@ -35,7 +37,14 @@ def command(
     """
     try:
         result = merge(
-            adapter, out, verify=not no_verify, model=model, backend=backend, device=device, on_notice=tell_notice
+            adapter,
+            out,
+            verify=not no_verify,
+            fix_config=fix_config,
+            model=model,
+            backend=backend,
+            device=device,
+            on_notice=tell_notice,
         )
     except NotVerifiedError as error:
         # In JSON the error alone is printed, because two documents on one stream could not be parsed.

@@ -22,6 +22,7 @@ from mindprint.cli.output import json_option, show, tell_notice
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="What to compute in; default: float32 where it fits.",
 )
+@click.option("--require-fingerprint", is_flag=True, help="Let an adapter without a fingerprint fail.")
 @json_option
 def command(
     *,
@@ -31,6 +32,7 @@ def command(
     backend: str | None,
     device: str | None,
     dtype: Literal["float32", "bfloat16", "float16"] | None,
+    require_fingerprint: bool,
     as_json: bool,
 ) -> int:
     """Recompute an adapter's fingerprint and name what differs.
@@ -39,7 +41,14 @@ def command(
     Exit code 0 if it does what it did where it was trained, 1 if not, 2 if its files cannot be read.
     """
     result = verify(
-        path, model=model, adapter=adapter, backend=backend, device=device, dtype=dtype, on_notice=tell_notice
+        path,
+        model=model,
+        adapter=adapter,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        require_fingerprint=require_fingerprint,
+        on_notice=tell_notice,
     )
     show(result, as_json=as_json)
     return 0 if result.ok else 1

@@ -13,7 +13,7 @@ from typing import Any
 
 from mindprint import atomic
 from mindprint._version import __version__
-from mindprint.adapter.formats import read_any_adapter
+from mindprint.adapter.formats import read_any_adapter, unmatched_note
 from mindprint.adapter.initial import initial_adapter, started_adapter
 from mindprint.adapter.peft_format import adapter_digest
 from mindprint.adapter.targets import resolve_targets
@@ -96,6 +96,7 @@ def prepare(file: ConfigFile) -> Prepared:
         *_as_notices(dict.fromkeys(chain.from_iterable(part.warnings for part in rendered.values())), warning=True),
         *_as_notices(_of_positions(model, examples, config), warning=True),
         *_as_notices(_of_topics(rows), warning=True),
+        *_of_start(file, model),
         *_of_levels(config),
         *_of_split(split, quizzes, named),
         *_publishes(probe),
@@ -198,6 +199,13 @@ def _start(file: ConfigFile, model: models.ModelFolder) -> AdapterState | None:
     for finding in copy_findings(folder, model):
         raise AdapterError(f"{folder}: {finding.message}; LoRA cannot continue from it")
     return start
+
+
+def _of_start(file: ConfigFile, model: models.ModelFolder) -> Iterator[Notice]:
+    if file.config.adapter.start_from is not None:
+        note = unmatched_note(file.resolve(file.config.adapter.start_from), model.path)
+        if note is not None:
+            yield Notice(note)
 
 
 def _probe(

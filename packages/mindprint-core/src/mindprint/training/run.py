@@ -32,6 +32,7 @@ from mindprint.runs.results import RunResult, stage_results, verdicts
 from mindprint.training.checkpoints import Checkpoint, CheckpointStore, Cursor
 from mindprint.training.course import Course, EvaluationStopped, Position
 from mindprint.training.final_adapter import write_final_adapter
+from mindprint.training.later_use import refused_uses
 from mindprint.training.loop import run_stage, stop_on_signal
 from mindprint.training.objectives import OBJECTIVES
 from mindprint.training.pace import Pace
@@ -190,6 +191,8 @@ class _Run:
         sites = self.engine.load_everywhere(
             self.placements[position.index :], lambda sites: lora_config(targets, sites).target_modules
         )
+        if refusal := refused_uses(self.prepared.model.path, sites, lora_config(targets, sites)):
+            self._notice(refusal, warning=True)
         self._check_probe()
         state = start.state if start else initial_state(self.prepared, sites)
         while position.index < ended:
