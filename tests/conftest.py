@@ -11,6 +11,7 @@ import torch  # noqa: F401  first, as a process that trains with torch alone has
 import mindprint_mlx  # noqa: F401  before any test module imports mlx: it decides what MLX multiplies matrices with
 
 sys.path.insert(0, str(Path(__file__).parent))  # for random_models.py and parity_cases.py
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # for on_gpu
 
 
 @pytest.fixture(scope="session")

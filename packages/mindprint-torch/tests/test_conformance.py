@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 from mindprint_testing import BackendConformance
 
 
 class TestConformance(BackendConformance):
     backend_name = "torch"
+    # On a machine with a GPU, `MINDPRINT_TEST_DEVICE=cuda` runs the same suite there.
+    device = os.environ.get("MINDPRINT_TEST_DEVICE", "cpu")
     capabilities = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding"})
