@@ -82,7 +82,7 @@ def _event(engine: Engine, stage: Stage, step: int, outcome: StepOutcome, second
 
 
 @contextmanager
-def stop_on_signal(acknowledge: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+def stop_on_signal(acknowledge: Callable[[], None] = lambda: None) -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C, SIGTERM or SIGHUP into a request that is seen after a step or a batch of an evaluation.
 
     `acknowledge` is called at once, from the signal handler: a step or a batch can take minutes.
