@@ -13,7 +13,8 @@ import pytest
 
 from mindprint.adapter import merging
 from mindprint.cli import COMMANDS, main
-from mindprint.cli.train import _with_resume_value, project_and_overrides
+from mindprint.cli.settings import project_and_overrides
+from mindprint.cli.train import _with_resume_value
 from mindprint.config import load_config
 from mindprint.plugins.entries import BACKENDS, Plugin, installed
 from mindprint.runs.folder import RunFolder
@@ -135,12 +136,12 @@ def test_generate_and_eval_as_json(run: Run, voice: str) -> None:
     by_adapter = run("generate", adapter, "--prompt", "who?", "--prompt", "why?", "--json").json
     assert by_project["prompts"] == by_adapter["prompts"]
     assert [answer["prompt"] for answer in by_project["prompts"]] == ["who?", "why?"]
-    assert by_project["prompts"][0]["base"] != by_project["prompts"][0]["adapter"]
-    assert by_project["prompts"][0]["stop_reasons"] == {"base": "length", "adapter": "length"}
+    assert by_project["prompts"][0]["base"] != by_project["prompts"][0]["tuned"]
+    assert by_project["prompts"][0]["stop_reasons"] == {"base": "length", "tuned": "length"}
     assert (by_project["backend"], by_project["device"], by_project["dtype"]) == ("toy", "cpu", "float32")
 
     only = run("generate", voice, "--prompt", "who?", "--only", "base", "--json").json["prompts"][0]
-    assert (only["base"], only["adapter"]) == (by_project["prompts"][0]["base"], None)
+    assert (only["base"], only["tuned"]) == (by_project["prompts"][0]["base"], None)
 
     evaluation = run("eval", "voice/runs/run-001", "--json").json
     assert evaluation["overall"]["pairs"] == 3
@@ -153,7 +154,7 @@ def test_sampling_follows_its_seed(run: Run, voice: str) -> None:
 
     def answer(seed: str) -> str:
         options = ["--temperature", "1", "--top-p", "0.9", "--seed", seed, "--max-new-tokens", "12", "--json"]
-        return str(run("generate", voice, "--prompt", "who?", *options).json["prompts"][0]["adapter"])
+        return str(run("generate", voice, "--prompt", "who?", *options).json["prompts"][0]["tuned"])
 
     assert answer("1") == answer("1")
     assert answer("1") != answer("2")

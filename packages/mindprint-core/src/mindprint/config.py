@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -129,11 +129,25 @@ class AdapterConfig(Section):
     )
 
 
+SHORT_FORMS = {"backend": "type", "model": "name", "data": "path"}
+"""Sections that can be written as one text, and the setting that it means: `backend: mlx`, `model: my-base`."""
+
+
 def _backend(value: object) -> object:
     """Expand `backend: mlx` and `backend: null` to a section."""
     if value is None:
         return {}
     return {"type": value} if isinstance(value, str) else value
+
+
+def _model(value: object) -> object:
+    """Expand `model: my-base` to a section."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _data(value: object) -> object:
+    """Expand `data: my-rows` to a section."""
+    return {"path": value} if isinstance(value, str) else value
 
 
 def _gate(value: object) -> object:
@@ -332,9 +346,9 @@ class VoiceConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    model: ModelConfig = ModelConfig()
+    model: Annotated[ModelConfig, BeforeValidator(_model)] = ModelConfig()
     backend: Annotated[BackendConfig, BeforeValidator(_backend)] = BackendConfig()
-    data: DataConfig = DataConfig()
+    data: Annotated[DataConfig, BeforeValidator(_data)] = DataConfig()
     adapter: AdapterConfig = AdapterConfig()
     sft: SftConfig = SftConfig()
     dpo: DpoConfig = DpoConfig()
@@ -404,10 +418,12 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     file = Path(path)
     if file.is_dir():
         file = file / FILE_NAME
+    if file.suffix.lower() == ".gguf":
+        raise ConfigError(f"{file}: is a GGUF file, which llama.cpp runs; name a project, or a YAML file of settings")
     try:
         text = read_text(file)
     except FileNotFoundError:
-        raise ConfigError(f"{file}: no such configuration; `mindprint init FOLDER` makes one") from None
+        raise ConfigError(f"{file}: no such configuration; {_project_with(path)} makes one") from None
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
     # Text that is not UTF-8, or a NUL character in the path.
@@ -415,14 +431,20 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise ConfigError(f"{file}: cannot be read: {error}") from error
     values, lines = parse_yaml(text, str(file))
     values, notes = _with_present_names(values, overrides, str(file))
-    config = _validate(_overridden(values, overrides), str(file), lines)
+    config = _validate(_overridden(values, overrides), str(file), lines, overrides)
     return ConfigFile(config, file.parent.resolve(), str(file), lines, notes=notes)
+
+
+def _project_with(path: str | os.PathLike[str]) -> str:
+    """Return the command that makes a project, with the model that was named where a project was expected."""
+    is_model = (Path(path) / "config.json").is_file()
+    return f"`mindprint init FOLDER{f' --model {path}' if is_model else ''}`"
 
 
 def make_config(values: Mapping[str, Any], folder: Path | None = None, overrides: Sequence[str] = ()) -> ConfigFile:
     """Check a configuration that is given as values rather than as a file."""
     values, notes = _with_present_names(values, overrides, "configuration")
-    config = _validate(_overridden(values, overrides), "configuration", {})
+    config = _validate(_overridden(values, overrides), "configuration", {}, overrides)
     return ConfigFile(config, (folder or Path.cwd()).resolve(), notes=notes)
 
 
@@ -435,6 +457,23 @@ def merged(base: ConfigFile, values: Mapping[str, Any]) -> ConfigFile:
 def dump_config(config: Config) -> str:
     """Write YAML with every value, defaults included. `load_config` reads it back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differing_settings(first: Config, second: Config, sections: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """Return the settings whose values differ, of these sections or of all, with both values."""
+    one, other = (_flat_settings(config.model_dump(mode="json"), "") for config in (first, second))
+    names = [name for name in one | other if not sections or name.partition(".")[0] in sections]
+    return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
+
+
+def _flat_settings(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat_settings(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 OLD_NAMES: Mapping[tuple[str, ...], str] = {
@@ -528,19 +567,23 @@ def _with_value(values: Mapping[str, Any], path: Sequence[str], value: object) -
     inner = values.get(head)
     # A file with `backend: mlx` and an override `backend.device=cpu`: the short form must become a section here, or the
     # override would replace it.
-    if isinstance(inner, str) and head == "backend":
-        inner = {"type": inner}
+    if isinstance(inner, str) and head in SHORT_FORMS:
+        inner = {SHORT_FORMS[head]: inner}
     return {**values, head: _with_value(inner if isinstance(inner, Mapping) else {}, rest, value)}
 
 
-def _validate(values: Mapping[str, Any], source: str, lines: Mapping[tuple[str, ...], int]) -> Config:
+def _validate(
+    values: Mapping[str, Any], source: str, lines: Mapping[tuple[str, ...], int], overrides: Sequence[str] = ()
+) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_first_problem(error, source, lines)) from error
+        raise ConfigError(_first_problem(error, source, lines, overrides)) from error
 
 
-def _first_problem(error: ValidationError, source: str, lines: Mapping[tuple[str, ...], int]) -> str:
+def _first_problem(
+    error: ValidationError, source: str, lines: Mapping[tuple[str, ...], int], overrides: Sequence[str]
+) -> str:
     problems = error.errors(include_url=False)
     # One mistake at a time: an error in one place often causes the others.
     problem = problems[0]
@@ -553,16 +596,78 @@ def _first_problem(error: ValidationError, source: str, lines: Mapping[tuple[str
     # The longest part of the path that the file has. A setting that is missing has no line, but its section has one.
     line = next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), None)
     where = f"{source}: line {line}" if line else source
+    # A setting of the command line is not in the file: a line of the file would send the reader to the wrong place.
+    if override := _override_of(path, overrides):
+        where = f"override {override!r}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{where}: {'.'.join(path) or 'configuration'}: {_explained(dict(problem), path)}{more}"
 
 
+def _override_of(path: Sequence[str], overrides: Sequence[str]) -> str | None:
+    """Return the override that a problem at `path` is about: the last one of this setting, its section or a part."""
+    for text in reversed(overrides):
+        key = _present_path(tuple(text.partition("=")[0].strip().split(".")))
+        shared = min(len(key), len(path))
+        if shared and key[:shared] == tuple(path[:shared]) and len(path) >= len(key) - 1:
+            return text
+    return None
+
+
+ALIASES = {
+    "lr": "learning_rate",
+    "epochs": "epochs_per_topic",
+    "num_train_epochs": "epochs_per_topic",
+    "steps": "steps_per_topic",
+    "max_steps": "steps_per_topic",
+    "iters": "steps_per_topic",
+    "bs": "batch_size",
+    "rank": "r",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "max_seq_length": "max_length",
+    "grad_accum": "gradient_accumulation",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "max_tokens": "max_new_tokens",
+    "name_or_path": "name",
+}
+"""Names that other trainers use, and the name of the same setting here."""
+
+
+def setting_names() -> list[str]:
+    """Return the names of all settings as the command line takes them: `sft.learning_rate`."""
+    return list(_names_within(Config, ""))
+
+
+def _names_within(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field_info in section.model_fields.items():
+        inner = _section_of(field_info.annotation)
+        if inner is None:
+            yield f"{prefix}{name}"
+        else:
+            yield from _names_within(inner, f"{prefix}{name}.")
+
+
+def nearest_settings(name: str) -> list[str]:
+    """Return the settings that a name without its section, or with a wrong one, may mean. Sections come in order."""
+    wanted = name.rpartition(".")[2]
+    wanted = ALIASES.get(wanted, wanted)
+    last = {full: full.rpartition(".")[2] for full in setting_names()}
+    # A stage's own backend and the thresholds of four levels would repeat what a shorter name says.
+    nearest = difflib.get_close_matches(wanted, set(last.values()), n=1, cutoff=0.7)
+    return [full for full, part in last.items() if part in nearest and full.count(".") < 2][:2]
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a field holds. One that can be null is a union, and the class is among its arguments."""
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
 def _explained(problem: dict[str, Any], path: tuple[str, ...]) -> str:
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(path[:-1])
-        nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known here: {', '.join(known)}"
-        return f"unknown key; {hint}"
+        return f"unknown key; {_hint(path)}"
     # The message of pydantic begins with "Value error, ". The exception of our own validator has it without.
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
@@ -570,11 +675,22 @@ def _explained(problem: dict[str, Any], path: tuple[str, ...]) -> str:
     return f"{message}, found {problem['input']!r}"
 
 
+def _hint(path: tuple[str, ...]) -> str:
+    """Return the setting that an unknown one most likely means: in its section, else in another, else all that are."""
+    known, name = _known_keys(path[:-1]), path[-1]
+    if ALIASES.get(name) in known:
+        return f"did you mean {ALIASES[name]!r}?"
+    if nearest := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+        return f"did you mean {nearest[0]!r}?"
+    if elsewhere := nearest_settings(name):
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return f"known here: {', '.join(known)}"
+
+
 def _known_keys(path: Sequence[str]) -> list[str]:
     section: type[BaseModel] = Config
     for name in path:
-        annotation = section.model_fields[name].annotation
-        # A section that can be null is a union, and the class is among its arguments.
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        inner = _section_of(section.model_fields[name].annotation)
+        assert inner is not None, "only a section has keys"
+        section = inner
     return list(section.model_fields)

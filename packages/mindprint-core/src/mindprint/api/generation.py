@@ -12,7 +12,7 @@ from mindprint.api.results import AnsweredPrompt, GenerateResult, Source
 from mindprint.contract import Dtype
 from mindprint.errors import DataError
 from mindprint.runs import opened as runs_opened
-from mindprint.runs.opened import Answer, OpenedAdapter
+from mindprint.runs.opened import Answer, OpenedAdapter, OpenedModel
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def generate(
     path: str | PathLike[str],
     prompts: str | Sequence[str],
     *,
-    only: Literal["base", "adapter"] | None = None,
+    only: Literal["base", "tuned", "adapter"] | None = None,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
@@ -70,9 +70,11 @@ def generate(
     """Answer prompts without and with the adapter.
 
     Args:
-        path: A project (its newest complete run), the folder of a run, or the folder of an adapter.
+        path: A project (its newest complete run), the folder of a run, or the folder of an adapter. The folder of a
+            whole model, such as a merged one, answers alone.
         prompts: One prompt, or several.
-        only: Ask one of the two models alone.
+        only: Ask one of the two models alone: `"base"`, also before any training, or `"tuned"`. `"adapter"` is the old
+            name of `"tuned"`.
         max_new_tokens: The longest answer. Default: the run's setting.
         temperature: 0 is greedy. Default: the run's setting.
         top_p: Nucleus sampling. Default: the run's setting.
@@ -105,20 +107,31 @@ def generate(
         raise DataError("prompts: a prompt is empty" if asked else "prompts: there is none")
     notices = Notices(on_notice)
     given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    with runs_opened.open_adapter(path, backend_section(backend, device), model=model, notice=notices) as opened:
+    section = backend_section(backend, device)
+    alone = runs_opened.is_model_folder(path)
+    if alone and only is None:
+        notices(f"{path}: is a whole model, without an adapter next to it: it answers alone")
+    asked_for = {"base": (False,), "tuned": (True,), "adapter": (True,), None: (False, True)}[only]
+    # Without the adapter there may be no run yet to take one from.
+    if only == "base" or (alone and only is None):
+        asked_for, opening = (False,), runs_opened.open_model(path, section, model=model, notice=notices)
+    else:
+        opening = runs_opened.open_adapter(path, section, model=model, notice=notices)
+    with opening as opened:
         # 0 is a valid temperature, so only None means "not given".
         changed = {name: value for name, value in given.items() if value is not None}
         settings = opened.config.generation.model_copy(update=changed)
         sides: list[Sequence[Answer | None]] = [
             # Both models get the same seed, so that the answers differ by the adapter and not by the draw.
-            [None] * len(asked) if only == skipped else opened.answer(asked, settings, seed=seed, adapter=adapter)
-            for adapter, skipped in ((False, "adapter"), (True, "base"))
+            opened.answer(asked, settings, seed=seed, adapter=adapter) if adapter in asked_for else [None] * len(asked)
+            for adapter in (False, True)
         ]
         source = source_of(opened)
     answers = tuple(AnsweredPrompt(*row) for row in zip(asked, *sides, strict=True))
     return GenerateResult(answers, source, notices.heard)
 
 
-def source_of(opened: OpenedAdapter) -> Source:
-    """Return the place of an opened adapter, its base model, and where it computes."""
-    return Source(str(opened.located.adapter.resolve()), opened.base.name, *opened.placement.key)
+def source_of(opened: OpenedModel) -> Source:
+    """Return the place of an opened adapter, if there is one, its base model, and where it computes."""
+    folder = str(opened.located.adapter.resolve()) if isinstance(opened, OpenedAdapter) else None
+    return Source(folder, opened.base.name, *opened.placement.key)

@@ -19,6 +19,9 @@ from mindprint.runs.opened import Answer
 from mindprint.runs.results import RunResult
 from mindprint.trust.report import Code, Finding, Report
 
+Side = Literal["base", "tuned"]
+"""The two models, as docs/glossary.md calls them."""
+
 
 class Table(NamedTuple):
     """Rows under a header. The columns in `numbers` are set flush right."""
@@ -131,9 +134,9 @@ class AnsweredPrompt:
     tuned: Answer | None
 
     @property
-    def sides(self) -> dict[Literal["base", "adapter"], Answer | None]:
+    def sides(self) -> dict[Side, Answer | None]:
         """Both answers under the names that the command uses."""
-        return {"base": self.base, "adapter": self.tuned}
+        return {"base": self.base, "tuned": self.tuned}
 
     def to_dict(self) -> dict[str, Any]:
         """Return prompt, texts and stop reasons."""
@@ -149,21 +152,21 @@ class Source:
     """The origin of a result: the adapter, its base model, and where they computed.
 
     Attributes:
-        adapter_folder: The adapter's folder, absolute.
+        adapter_folder: The adapter's folder, absolute. None for a model that answered without one.
         model: The base model's name.
         backend: The backend's name.
         device: The device's name.
         dtype: The dtype that it computes in.
     """
 
-    adapter_folder: str
+    adapter_folder: str | None
     model: str
     backend: str
     device: str
     dtype: str
 
 
-SIDES: Mapping[Literal["base", "adapter"], str] = {"base": "without the adapter", "adapter": "with the adapter"}
+SIDES: Mapping[Side, str] = {"base": "without the adapter", "tuned": "with the adapter"}
 
 
 @dataclass(frozen=True)

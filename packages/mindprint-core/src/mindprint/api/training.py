@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,11 +13,12 @@ from typing import Any
 from mindprint import config as settings
 from mindprint.api.progress import STOPPING, is_interactive, show_progress
 from mindprint.api.results import TrainResult
-from mindprint.config import ConfigFile
+from mindprint.config import FILE_NAME, ConfigFile
 from mindprint.data.memory import check_records, records_digest
 from mindprint.errors import RunError
 from mindprint.events import Event, Notice, Observer
-from mindprint.runs.folder import Resume, RunFolder, newest_run
+from mindprint.printing import short_path
+from mindprint.runs.folder import Resume, RunFolder, newest_run, portable
 from mindprint.training import run as training_run
 
 OnEvent = Callable[[Event], None]
@@ -95,7 +97,12 @@ def train(
         >>> [step.loss for step in result.steps][0] > 0
         True
     """
-    file = load_config(config, **overrides)
+    notes: list[str] = []
+    if resume and isinstance(config, str | os.PathLike):
+        file, run = config_to_resume(Path(config), run, notes.append)
+        file = settings.merged(file, overrides) if overrides else file
+    else:
+        file = load_config(config, **overrides)
     if rows is not None:
         file = with_rows(file, rows)
     # A mismatch has to be found before the run's lock is taken and the base is loaded.
@@ -115,10 +122,59 @@ def train(
             for listener in listeners:
                 listener(event)
 
+        if not resume and (unfinished := _unfinished(file)):
+            notes.append(unfinished)
+        for note in notes:
+            tell_all(Notice(note))
         result = training_run.train(
             file, run=run, resume=resume, on_event=tell_all, on_stop=lambda: show(Notice(STOPPING)), observers=hooked
         )
     return TrainResult(result.run, result.adapter, result.stages, result.verdicts)
+
+
+def config_to_resume(
+    path: Path,
+    run: str | os.PathLike[str] | None,
+    note: Callable[[str], None],
+    overrides: Sequence[str] = (),
+) -> tuple[ConfigFile, str | os.PathLike[str] | None]:
+    """Return the configuration of the run that is resumed, with overrides, and the run's folder.
+
+    That is the run's own and not the project's file, which may have changed since: a run continues as it began. `note`
+    receives what has changed. Without such a run, the project's file is returned.
+    """
+    # A project that also holds a manifest is still a project: its configuration file decides.
+    if not (path / FILE_NAME).exists() and RunFolder(path).holds_run:
+        return settings.load_config(RunFolder(path).config, overrides), path if run is None else run
+    file = settings.load_config(path, overrides)
+    resumed = Path(run) if run else newest_run(file.folder / "runs")
+    if resumed is None or not RunFolder(resumed).config.is_file():
+        return file, run
+    own = settings.load_config(RunFolder(resumed).config, overrides)
+    changed = settings.differing_settings(own.config, portable(file, resumed.resolve()))
+    # The digest of rows from memory is the run's own, and never a setting of the file.
+    changed.pop("data.rows_digest", None)
+    # With overrides, a refusal names them together with the settings that the run has.
+    if changed and not overrides:
+        name = short_path(resumed)
+        note(f"{name} continues with its own settings; {file.source} differs in {', '.join(changed)}")
+    return own, resumed
+
+
+def _unfinished(file: ConfigFile) -> str | None:
+    """Return a sentence about the newest run if it was ended, by a crash perhaps, before it was complete."""
+    newest = newest_run(file.folder / "runs")
+    if newest is None or not RunFolder(newest).unfinished():
+        return None
+    try:
+        done, planned = RunFolder(newest).steps_done()
+    except RunError:
+        return None
+    name = short_path(newest)
+    return (
+        f"{name} is not finished ({done} of {planned} steps), and this starts another run; "
+        f"to continue that one: mindprint train {shlex.quote(name)} --resume"
+    )
 
 
 def with_rows(file: ConfigFile, rows: Records) -> ConfigFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import tempfile
@@ -9,8 +10,10 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
 from mindprint._version import __version__
 from mindprint.cli.output import PROGRAM, Failure, json_only, lossy_streams
@@ -62,6 +65,28 @@ class Commands(click.Group):
             return command
         return _load(name) if name in _third_party() else None
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        known = self.list_commands(ctx)
+        if args and not args[0].startswith("-") and args[0] not in known and not ctx.resilient_parsing:
+            nearest = difflib.get_close_matches(args[0], known, n=1, cutoff=0.5)
+            # Whoever names a project first wants to train it, or to look what can be done with it.
+            if nearest:
+                hint = f"did you mean {nearest[0]!r}?"
+            elif Path(args[0]).exists():
+                hint = f"the command comes first: {PROGRAM} train {args[0]}"
+            else:
+                hint = f"known: {', '.join(known)}"
+            raise click.UsageError(f"No such command {args[0]!r}; {hint}")
+        return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        # Not by click's way, which imports every command for its line of help.
+        names = [name for name in self.list_commands(ctx) if name.startswith(incomplete)]
+        options = click.Command.shell_complete(self, ctx, incomplete)
+        return [*(CompletionItem(name, help=COMMANDS.get(name)) for name in names), *options]
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         plugins = {name: f"from {origin}" for name, origin in _third_party().items()}
         # Plugins are described by their origin: their own help would need an import of each.
@@ -80,6 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 a check failed, 2 the input is wrong, 70 an internal
     error, 130 interrupted.
     """
+    if instruction := os.environ.get("_MINDPRINT_COMPLETE"):
+        from mindprint.cli.completion import complete  # noqa: PLC0415 (only where a shell asks)
+
+        return complete(group, PROGRAM, instruction)
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     with lossy_streams(), json_only(enabled="--json" in arguments) as failed:
         try:

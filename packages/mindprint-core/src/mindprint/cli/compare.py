@@ -9,11 +9,11 @@ import click
 from mindprint.api import compare, load_config
 from mindprint.api.comparison import check_backends
 from mindprint.cli.output import json_option, show, tell_notice
-from mindprint.cli.train import project_and_overrides
+from mindprint.cli.settings import SettingsCommand, complete_setting, project_and_overrides
 
 
-@click.command("compare", short_help="Are two backends' runs equivalent?")
-@click.argument("config", metavar="[CONFIG] [KEY=VALUE]...", nargs=-1)
+@click.command("compare", cls=SettingsCommand, short_help="Are two backends' runs equivalent?")
+@click.argument("config", metavar="[CONFIG] [KEY=VALUE]...", nargs=-1, shell_complete=complete_setting)
 @click.option("--backends", metavar="A,B", help="Train CONFIG on both, each in a separate process.")
 @click.option(
     "--runs", nargs=2, metavar="RUN RUN", type=click.Path(path_type=Path), help="Take these runs; nothing is trained."

@@ -139,9 +139,20 @@ def config_text(model: str, backend: str = "auto") -> str:
 
 
 def _from(folder: Path, model: str) -> str:
-    """Return a model folder relative to the new configuration, and any other name as it is."""
-    # Paths in a configuration start from its own folder, not from where the command ran.
-    return os.path.relpath(Path(model).resolve(), folder) if Path(model).expanduser().is_dir() else model
+    """Return a model folder as the new configuration names it, and any other name as it is.
+
+    Paths in a configuration start from its own folder, not from where the command ran. A folder below the working
+    directory is named from the project, so that both can be moved together. One that lies elsewhere is named from the
+    root or from home: a path that climbs out of the project breaks when the project is moved.
+    """
+    given = Path(model).expanduser()
+    if not given.is_dir():
+        return model
+    if not given.is_absolute() and given.parts[:1] != ("..",):
+        return os.path.relpath(given.resolve(), folder)
+    target, home = given.resolve(), Path.home().resolve()
+    below_home = home != Path(home.anchor) and target.is_relative_to(home)
+    return f"~/{target.relative_to(home).as_posix()}" if below_home else str(target)
 
 
 def _refuse_taken(folder: Path) -> None:

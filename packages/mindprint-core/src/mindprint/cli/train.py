@@ -6,12 +6,15 @@ import json
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
+from os import PathLike
 from pathlib import Path
 
 import click
 
 from mindprint.api import TrainResult, load_config, train
+from mindprint.api.training import config_to_resume
 from mindprint.cli.output import json_option, notice, say, show
+from mindprint.cli.settings import SettingsCommand, complete_setting, project_and_overrides
 from mindprint.config import FILE_NAME, ConfigFile
 from mindprint.errors import MindprintError
 from mindprint.printing import short_path
@@ -22,7 +25,7 @@ from mindprint.runs.opened import sample_prompt
 LONGEST_PROMPT = 100
 
 
-class Resumable(click.Command):
+class Resumable(SettingsCommand):
     """A command whose `--resume` takes no value but `latest`: in `--resume my-voice`, the word names a project."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -30,7 +33,7 @@ class Resumable(click.Command):
 
 
 @click.command("train", cls=Resumable, short_help="Train.")
-@click.argument("config", metavar="[CONFIG] [KEY=VALUE]...", nargs=-1)
+@click.argument("config", metavar="[CONFIG] [KEY=VALUE]...", nargs=-1, shell_complete=complete_setting)
 @click.option("--run", type=click.Path(path_type=Path), help="The run's folder; default: a new one under runs/.")
 @click.option(
     "--resume",
@@ -69,11 +72,11 @@ def command(
         overrides.append(f"curriculum.topics={json.dumps(topics)}")
     if max_topics:
         overrides.append(f"curriculum.max_topics={max_topics}")
-    file, run = _named_run(path, overrides, run, resumed=resume is not None)
-    result = train(file, run=run, resume=resume or False, progress=True)
+    file, folder = _named_run(path, overrides, run, resumed=resume is not None)
+    result = train(file, run=folder, resume=resume or False, progress=True)
     show(result, as_json=as_json)
     if not as_json:
-        say(f"try it:  mindprint generate {_project_or_run(result, path, file)} --prompt {_prompt(file)}")
+        say(f"try it:  mindprint generate {_project_or_run(result, path)} --prompt {_prompt(file)}")
     for caution in result.cautions():
         notice(caution, warning=True)
     return 1 if result.failed else 0
@@ -90,34 +93,21 @@ def _with_resume_value(arguments: Sequence[str]) -> list[str]:
     return result
 
 
-def project_and_overrides(words: Sequence[str]) -> tuple[Path, list[str]]:
-    """Split the words into project and settings. The first is the project, unless it is a setting and not a file."""
-    # A folder may have an equals sign in its name, so an existing path wins over a setting.
-    if not words or ("=" in words[0] and not Path(words[0]).exists()):
-        return Path(), list(words)
-    paths = [word for word in words[1:] if "=" not in word]
-    if paths:
-        raise click.UsageError(f"{paths[0]!r} is neither an option nor a setting: write settings as key=value")
-    return Path(words[0]), list(words[1:])
-
-
 def _named_run(
     path: Path, overrides: Sequence[str], run: Path | None, *, resumed: bool
-) -> tuple[ConfigFile, Path | None]:
+) -> tuple[ConfigFile, str | PathLike[str] | None]:
     """Return the configuration, and the run's folder where one is named. A run's folder names its configuration."""
+    if resumed:
+        return config_to_resume(path, run, notice, overrides)
     folder = RunFolder(path)
-    # A project that also holds a manifest is still a project: its configuration file decides.
-    if (path / FILE_NAME).exists() or not folder.holds_run:
-        return load_config(path, overrides), run
-    # Without --resume a run's folder lends its settings only, and the new run gets a new folder.
-    if run is None and resumed:
-        run = path
-    return load_config(folder.config, overrides), run
+    # A run's folder lends its settings only, and the new run gets a new folder.
+    own = not (path / FILE_NAME).exists() and folder.holds_run
+    return load_config(folder.config if own else path, overrides), run
 
 
-def _project_or_run(result: TrainResult, path: Path, file: ConfigFile) -> str:
+def _project_or_run(result: TrainResult, path: Path) -> str:
     """Return the project's folder if `generate` would find this run in it, else the run's."""
-    newest = newest_run(file.folder / "runs")
+    newest = newest_run(path / "runs")
     if path.is_dir() and newest is not None and newest.resolve() == result.run:
         return shlex.quote(str(path))
     return shlex.quote(short_path(result.run))

@@ -63,6 +63,10 @@ class Part:
     topics: tuple[str, ...]
 
 
+MOST_LISTED = 20
+"""The most topics that a message lists."""
+
+
 @dataclass(frozen=True)
 class Outline:
     """Topic ids in the order of training, with the titles of topics, chapters and units by id."""
@@ -95,7 +99,7 @@ class Outline:
         if wanted is not None:
             for name in wanted:
                 if not any(_within(topic, name) for topic in self.topics):
-                    raise DataError(f"topic {name!r} is in no row{_nearest(name, self.topics)}")
+                    raise DataError(f"topic {name!r} is in no row{_nearest(name, self.topics)}; {_listed(self.topics)}")
             # Topics keep the order of the outline, whatever the order of `wanted`: the curriculum decides it.
             kept = tuple(topic for topic in self.topics if any(_within(topic, name) for name in wanted))
         return Outline(kept[:limit], self.titles, self.title)
@@ -214,3 +218,8 @@ def _within(topic: str, name: str) -> bool:
 def _nearest(name: str, known: Sequence[str] | Mapping[str, None]) -> str:
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""
+
+
+def _listed(topics: Sequence[str]) -> str:
+    more = len(topics) - MOST_LISTED
+    return f"topics are {', '.join(topics[:MOST_LISTED])}{f' and {more} more' if more > 0 else ''}"

@@ -68,9 +68,25 @@ def resolve_model(config: ModelConfig, folder: Path) -> ModelFolder:
         if config.revision is not None:
             raise ModelError(f"{path}: is a folder, and model.revision is for models on the hub: remove it")
         return ModelFolder(check_model_folder(path), str(path))
-    if _looks_like_path(config.name):
+    if _looks_like_path(config.name) or is_gguf(path):
         raise ModelError(f"{config.name}: {_no_folder(path)}; a hub model is written owner/name")
     return ModelFolder(check_model_folder(_download(config.name, config.revision)), config.name, config.revision)
+
+
+GGUF = "is a GGUF file, which llama.cpp runs and nothing here trains"
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a file is in llama.cpp's format, by its name or by its first four bytes."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def check_model_folder(folder: Path) -> Path:
@@ -227,6 +243,8 @@ def _looks_like_path(name: str) -> bool:
 
 def _no_folder(path: Path) -> str:
     """Return words for a folder that does not exist, and the one that is perhaps meant."""
+    if is_gguf(path):
+        return f"{GGUF}; name the Hugging Face folder that it was made from"
     if path.is_file():
         return "is a file, not a model folder"
     siblings = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []

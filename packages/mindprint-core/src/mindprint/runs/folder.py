@@ -96,6 +96,32 @@ class RunFolder:
     def has_checkpoint(self) -> bool:
         return self.checkpoints.is_dir() and any(path.name.isdigit() for path in self.checkpoints.iterdir())
 
+    def unfinished(self) -> bool:
+        """Return whether a run has a checkpoint and no adapter, and no process is training it now."""
+        if self.complete or not (self.holds_run and self.has_checkpoint):
+            return False
+        try:
+            handle = os.open(self._lock, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:
+            return True  # a copy without the lock: nobody trains it
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        finally:
+            os.close(handle)
+        return True
+
+    def steps_done(self) -> tuple[int, int]:
+        """Return the optimizer steps before the newest checkpoint, and those that the run planned at its start."""
+        newest = max(int(path.name) for path in self.checkpoints.iterdir() if path.name.isdigit())
+        stages = read_object(self.manifest, RunError).get("stages")
+        stages = stages if isinstance(stages, list) else []
+        planned = (
+            [stage.get("steps") for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+        )
+        return newest, sum(steps for steps in planned if isinstance(steps, int))
+
     def started(self) -> str | None:
         """Return when the run was started, as its manifest records it. None for a run of an older version."""
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -26,6 +26,7 @@ from mindprint.data.tokenizer import Tokenizer, load_tokenizer
 from mindprint.errors import AdapterError, MindprintError, RunError
 from mindprint.models import folder as models
 from mindprint.models.engine import Engine, Placement, Placements, fits_in_float32
+from mindprint.models.folder import GGUF, is_gguf
 from mindprint.models.token_ids import check_token_ids
 from mindprint.plugins.backend import Backend
 from mindprint.runs.folder import RunFolder, newest_run
@@ -51,19 +52,14 @@ class Answer:
 
 
 @dataclass(frozen=True, repr=False)
-class OpenedAdapter:
-    """A base model with its adapter in memory, and the tokenizer to talk to it."""
+class OpenedModel:
+    """A base model in memory, and the tokenizer to talk to it. `file` is the configuration that named it, if any."""
 
-    located: Located
+    file: ConfigFile | None
     base: models.ModelFolder
     tokenizer: Tokenizer
     placement: Placement
     model: LoadedModel
-    adapter: AdapterState
-
-    def __repr__(self) -> str:
-        name, device, dtype = self.placement.key
-        return f"<adapter {self.located.adapter} on {self.base.name}: {name}, {device}, {dtype}>"
 
     @property
     def backend(self) -> Backend:
@@ -71,8 +67,8 @@ class OpenedAdapter:
 
     @property
     def config(self) -> Config:
-        """Return the run's configuration, or the defaults for an adapter that is not in a run."""
-        return self.located.config.config if self.located.config else Config()
+        """Return the run's configuration, or the defaults for a model or an adapter that is not in a run."""
+        return self.file.config if self.file else Config()
 
     def answer(
         self,
@@ -100,6 +96,18 @@ class OpenedAdapter:
         return tuple(answers)
 
 
+@dataclass(frozen=True, repr=False)
+class OpenedAdapter(OpenedModel):
+    """A base model with its adapter in memory, and the tokenizer to talk to it."""
+
+    located: Located
+    adapter: AdapterState
+
+    def __repr__(self) -> str:
+        name, device, dtype = self.placement.key
+        return f"<adapter {self.located.adapter} on {self.base.name}: {name}, {device}, {dtype}>"
+
+
 @contextmanager
 def open_adapter(
     path: str | PathLike[str],
@@ -115,18 +123,69 @@ def open_adapter(
     """
     located = locate_adapter(path)
     base, adapter = read_located(located, model)
-    data = (located.config.config if located.config else Config()).data
-    tokenizer = load_tokenizer(base.path, data.chat_template_kwargs)
-    section = backend or (located.config.config.backend if located.config else BackendConfig())
-    placement = Placements().resolve(section)
+    with _loaded(located.config, base, backend, notice) as (engine, opened):
+        engine.inject(adapter)
+        yield OpenedAdapter(**vars(opened), located=located, adapter=adapter)
+
+
+@contextmanager
+def open_model(
+    path: str | PathLike[str],
+    backend: BackendConfig | None = None,
+    *,
+    model: str | None = None,
+    notice: Callable[[str], None] = lambda _: None,
+) -> Iterator[OpenedModel]:
+    """Load a model without an adapter while the block lasts.
+
+    `path` is a model's folder, such as a merged one, or whatever has a base model: a project, also one that has not
+    been trained, a run or an adapter. The other arguments are those of `open_adapter`.
+    """
+    base, file = _locate_model(Path(path), model)
+    with _loaded(file, base, backend, notice) as (_, opened):
+        yield opened
+
+
+@contextmanager
+def _loaded(
+    file: ConfigFile | None, base: models.ModelFolder, backend: BackendConfig | None, notice: Callable[[str], None]
+) -> Iterator[tuple[Engine, OpenedModel]]:
+    """Load a base on the backend that is asked for, or on that of its configuration, while the block lasts."""
+    config = file.config if file else Config()
+    tokenizer = load_tokenizer(base.path, config.data.chat_template_kwargs)
+    placement = Placements().resolve(backend or config.backend)
     engine = Engine(base, notice)
     try:
         engine.load(placement)
-        engine.inject(adapter)
-        yield OpenedAdapter(located, base, tokenizer, placement, engine.model, adapter)
+        yield engine, OpenedModel(file, base, tokenizer, placement, engine.model)
     finally:
         # Also after a failed load: the backend may hold half a model by then.
         engine.release()
+
+
+def is_model_folder(path: str | PathLike[str]) -> bool:
+    """Return whether a folder holds a whole model, such as a merged one, and neither an adapter nor a project."""
+    folder = Path(path)
+    others = (ADAPTER_CONFIG_FILE, FILE_NAME)
+    return (folder / "config.json").is_file() and not any((folder / name).is_file() for name in others)
+
+
+def _locate_model(path: Path, model: str | None) -> tuple[models.ModelFolder, ConfigFile | None]:
+    """Find the model that `path` is or names, and the configuration that names it."""
+    if (path / FILE_NAME).is_file():
+        # The settings are those with the adapter. A project that has not been trained names its base all the same.
+        with suppress(RunError):
+            path = newest_complete(path).path
+        file = load_config(RunFolder(path).config if RunFolder(path).holds_run else path)
+    elif RunFolder(path).holds_run:
+        file = load_config(RunFolder(path).config)
+    elif model is None and is_model_folder(path):
+        return models.resolve_model(ModelConfig(name=str(path.resolve())), Path.cwd()), None
+    else:
+        located = locate_adapter(path)
+        return find_base(located, model), located.config
+    named = ModelConfig(name=model) if model is not None else file.config.model
+    return models.resolve_model(named, Path.cwd() if model is not None else file.folder), file
 
 
 def locate_adapter(path: str | PathLike[str]) -> Located:
@@ -136,11 +195,18 @@ def locate_adapter(path: str | PathLike[str]) -> Located:
     if (folder / ADAPTER_CONFIG_FILE).is_file():
         return Located(folder, _surrounding_config(folder))
     if (folder / FILE_NAME).is_file():
-        return _of_run(_newest_complete(folder))
+        return _of_run(newest_complete(folder))
     if RunFolder(folder).holds_run:
         return _of_run(RunFolder(folder))
     if not folder.exists():
         raise RunError(f"{folder}: no such folder")
+    if is_gguf(folder):
+        raise AdapterError(f"{folder}: {GGUF}; name the adapter's own folder")
+    if is_model_folder(folder):
+        raise AdapterError(
+            f"{folder}: is a whole model, without an adapter next to it: `mindprint generate` lets it answer, and "
+            "`mindprint verify` checks a merged one"
+        )
     raise AdapterError(
         f"{folder}: is not a project ({FILE_NAME}), a run (manifest.json) or an adapter ({ADAPTER_CONFIG_FILE})"
     )
@@ -194,7 +260,8 @@ def _of_run(run: RunFolder) -> Located:
     return Located(run.adapter, load_config(run.config))
 
 
-def _newest_complete(project: Path) -> RunFolder:
+def newest_complete(project: Path) -> RunFolder:
+    """Return a project's newest complete run, else its newest one. Raises `RunError` for a project without a run."""
     runs = project / "runs"
     # The adapter folder alone is not enough: a run that was copied in part has no manifest to read.
     complete = [run for path in _entries(runs) if (run := RunFolder(path)).complete and run.holds_run]

@@ -67,6 +67,17 @@ class Checkpoint:
     state: TrainingState
 
 
+class OtherRunError(CheckpointError):
+    """A checkpoint of another base, dataset or configuration. `part` is the part of its identity that differs."""
+
+    def __init__(self, folder: Path, part: str) -> None:
+        super().__init__(
+            f"{folder}: was made with another {part} than this configuration has; "
+            "resume with the configuration of that run (its config.yaml), or start a new run"
+        )
+        self.part = part
+
+
 class CheckpointStore:
     """The checkpoints of one run."""
 
@@ -140,10 +151,7 @@ def read_checkpoint(folder: Path, identity: Mapping[str, str]) -> Checkpoint:
     # Damage is looked for first, because a damaged file can look like another base or configuration.
     for part, digest in identity.items():
         if content["identity"].get(part) != digest:
-            raise CheckpointError(
-                f"{folder}: was made with another {part} than this configuration has; "
-                "resume with the configuration of that run (its config.yaml), or start a new run"
-            )
+            raise OtherRunError(folder, part)
     try:
         adapter, _ = read_adapter(folder)
         state = _read_optimizer(folder / OPTIMIZER_FILE, TrainingState(adapter))

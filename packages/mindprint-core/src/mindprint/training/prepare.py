@@ -310,6 +310,17 @@ def _row_lengths(examples: Mapping[StageName, Mapping[str, Sequence[Any]]]) -> R
     }
 
 
+SECTIONS_OF_IDENTITY: Mapping[str, Sequence[str]] = {
+    "base model": ("model",),
+    "tokenizer": ("model",),
+    "chat template": ("model", "data"),
+    "dataset": ("data",),
+    "adapter configuration": ("adapter",),
+    "training configuration": ("sft", "dpo", "curriculum", "evaluation", "seed", "data"),
+}
+"""The sections of the configuration that each part of a checkpoint's identity follows from."""
+
+
 def _identity(
     config: Config,
     model: models.ModelFolder,

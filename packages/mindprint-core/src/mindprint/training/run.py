@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
-from mindprint.config import ConfigFile, load_config, make_config, merged
+from mindprint.config import ConfigFile, differing_settings, load_config, make_config, merged
 from mindprint.contract import AdapterState, TrainingState
 from mindprint.curriculum.examiner import Examiner
-from mindprint.errors import Interrupted, MindprintError, ModelError, NotFiniteError
+from mindprint.errors import CheckpointError, Interrupted, MindprintError, ModelError, NotFiniteError
 from mindprint.events import (
     CheckpointWritten,
     Event,
@@ -26,10 +27,11 @@ from mindprint.models.engine import Engine, Placement, Placements
 from mindprint.plugins.hooks import observer_hooks
 from mindprint.plugins.scoring import load_scorers
 from mindprint.plugins.watching import Trackers, load_trackers
+from mindprint.printing import short_path
 from mindprint.reports import write_reports
-from mindprint.runs.folder import Resume, RunFolder, open_run, runs_folder
+from mindprint.runs.folder import Resume, RunFolder, open_run, portable, runs_folder
 from mindprint.runs.results import RunResult, stage_results, verdicts
-from mindprint.training.checkpoints import Checkpoint, CheckpointStore, Cursor
+from mindprint.training.checkpoints import Checkpoint, CheckpointStore, Cursor, OtherRunError
 from mindprint.training.course import Course, EvaluationStopped, Position
 from mindprint.training.final_adapter import write_final_adapter
 from mindprint.training.later_use import refused_uses
@@ -37,7 +39,7 @@ from mindprint.training.loop import run_stage, stop_on_signal
 from mindprint.training.objectives import OBJECTIVES
 from mindprint.training.pace import Pace
 from mindprint.training.plan import StagePlan, total_steps
-from mindprint.training.prepare import Prepared, initial_state, lora_config, prepare, write_facts
+from mindprint.training.prepare import SECTIONS_OF_IDENTITY, Prepared, initial_state, lora_config, prepare, write_facts
 from mindprint.training.reference import ReferenceCache
 from mindprint.training.stages import Stage
 from mindprint.trust.measurement import take_fingerprint
@@ -139,12 +141,34 @@ class _Run:
 
     def _find_start(self) -> Checkpoint | None:
         """Return the checkpoint to continue from, None for a run that was ended before its first one."""
-        checkpoint, passed_over = self.checkpoints.find_newest(sound=self.resume == "latest")
+        try:
+            checkpoint, passed_over = self.checkpoints.find_newest(sound=self.resume == "latest")
+        except OtherRunError as error:
+            raise CheckpointError(self._named_differences(error)) from error
         if checkpoint is None:
             self._notice("the run has no checkpoint yet: it starts from the beginning")
         for reason in passed_over:
             self._notice(f"passed over: {reason}", warning=True)
         return checkpoint
+
+    def _named_differences(self, error: OtherRunError) -> str:
+        """Return the refusal of a checkpoint with the settings that differ, and with the command that would work."""
+        try:
+            run, here = load_config(self.folder.config).config, portable(self.prepared.config_file, self.folder.path)
+        except MindprintError:
+            return str(error)
+        differing = differing_settings(run, here, SECTIONS_OF_IDENTITY[error.part])
+        if not differing:
+            return str(error)
+        named = "; ".join(
+            f"{name} is {json.dumps(theirs)} in the run, {json.dumps(ours)} here"
+            for name, (theirs, ours) in differing.items()
+        )
+        command = f"mindprint train {shlex.quote(short_path(self.folder.path))} --resume"
+        return (
+            f"{self.folder.path}: the {error.part} is another one: {named}; continue the run with its own settings: "
+            f"{command}, or leave out --resume to start a new run"
+        )
 
     def _announce(self, start: Checkpoint | None) -> None:
         write_facts(self.prepared, self.placements, self.folder)
