@@ -24,11 +24,12 @@ from mindprint.data.quizzes import Question, Quizzes, read_quizzes
 from mindprint.data.render import trained_turns
 from mindprint.data.rows import Messages, PreferenceRow, Rows, SftRow, Text, read_rows
 from mindprint.errors import DataError
-from mindprint.text.near_duplicates import THRESHOLD, Ints, joined, near_duplicate_groups, normalised
+from mindprint.text.near_duplicates import THRESHOLD, Ints, OnProgress, joined, near_duplicate_groups, normalised
 
 RULE = (
     "blake2b-16 of the prompt without case, punctuation and runs of whitespace (NFKC, UTF-8); the smallest of a group "
-    "of near-duplicates decides by its second half; held out where that / 2^64 < fraction"
+    "of near-duplicates (weighted by how rare their text is) decides by its second half; held out where that / 2^64 < "
+    "fraction"
 )
 """The rule in words, for the manifest. Another rule is another split: change the words with it."""
 
@@ -90,7 +91,7 @@ class SplitFacts:
             "digests": {"trained": _list_digest(self.trained), "held_out": _list_digest(self.held_out)},
             "near_duplicates": {"jaccard": THRESHOLD, "groups": self.groups, "moved": self.groups_moved},
             "kept_for_training": self.kept,
-            "topics": {topic: asdict(one) for topic, one in self.topics.items()},
+            "topics": {topic: asdict(counts) for topic, counts in self.topics.items()},
         }
 
 
@@ -126,9 +127,12 @@ def read_split(file: ConfigFile) -> Split:
     return split_rows(read_rows(file), read_quizzes(file), file.config.data)
 
 
-def split_rows(rows: Rows, quizzes: Quizzes, data: DataConfig) -> Split:
-    """Put every row on a side. Raises `DataError` where explicit held-out text leaves a topic nothing to train on."""
-    table = _Table.of(rows, quizzes, data)
+def split_rows(rows: Rows, quizzes: Quizzes, data: DataConfig, on_progress: OnProgress | None = None) -> Split:
+    """Put every row on a side. Raises `DataError` where explicit held-out text leaves a topic nothing to train on.
+
+    `on_progress` hears of the search for near-duplicates, which takes seconds for tens of thousands of prompts.
+    """
+    table = _Table.of(rows, quizzes, data, on_progress)
     groups = _groups(table, data.heldout_fraction)
     sides = _sides(table, groups, data.heldout_fraction)
     kept = _keep_something(table, groups, sides)
@@ -191,7 +195,7 @@ class _Table:
     questions: Mapping[str, int]
 
     @classmethod
-    def of(cls, rows: Rows, quizzes: Quizzes, data: DataConfig) -> _Table:
+    def of(cls, rows: Rows, quizzes: Quizzes, data: DataConfig, on_progress: OnProgress | None = None) -> _Table:
         prompts = [*(prompts_of(row, data) for row in rows.sft), *([spoken(row.prompt)] for row in rows.preferences)]
         owners: list[tuple[Kind, str]] = [("sft", row.topic) for row in rows.sft]
         owners += [("preferences", row.topic) for row in rows.preferences]
@@ -200,7 +204,7 @@ class _Table:
         texts = (*chain(*prompts), *(spoken(row.prompt) for row in rows.heldout), *quizzes.held_out)
         # All prompts of a conversation are joined to one group: its tokens cannot be split between the sides.
         within = np.array([(row[0], other) for row in places for other in row[1:]], dtype=np.int64).reshape(-1, 2)
-        labels = joined(near_duplicate_groups(texts), within)
+        labels = joined(near_duplicate_groups(texts, on_progress), within)
         return cls(
             texts=texts,
             labels=labels,

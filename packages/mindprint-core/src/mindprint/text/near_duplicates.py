@@ -1,23 +1,29 @@
 """Near-duplicate prompts: equal without case, whitespace and punctuation, or nearly equal.
 
-Two texts are near-duplicates if their sets of character 4-grams have a Jaccard similarity of `THRESHOLD` or more and
-the numbers in them are the same (`question 12` and `question 13` are different prompts). Candidates come from MinHash
-signatures in bands (Broder 1997; Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, section 3.4), and every one
-is then compared exactly. Groups are transitive: a text is in the group of any text that it nearly equals.
+Two texts are near-duplicates if their sets of character 4-grams have a weighted Jaccard similarity of `THRESHOLD` or
+more and the numbers in them are the same (`question 12` and `question 13` are different prompts). A gram weighs less if
+more of the texts have it, as in inverse document frequency (Sparck Jones 1972): text that comes from a template counts
+little, and prompts made from one template are told apart by the words put into it. Among few texts all grams weigh the
+same.
+
+Candidates come from weighted MinHash signatures in bands (Broder 1997; Leskovec, Rajaraman & Ullman, Mining of Massive
+Datasets, section 3.4), and are then compared exactly. Groups are transitive: a text is in the group of any text that it
+nearly equals. The time grows with the number of texts, and not with that of their pairs.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mindprint.contract import Bool, Float32
+from mindprint.contract import Bool, Float64
 
 THRESHOLD = 0.7
 """Jaccard similarity from which two texts are near-duplicates."""
@@ -25,23 +31,38 @@ THRESHOLD = 0.7
 GRAM = 4
 """Characters of a gram."""
 
+PRIOR = 100
+"""Texts that are added to all counts: so many have to share a gram before it weighs clearly less than a rare one."""
+
+STEPS = 16
+"""Weights are whole numbers, this many to a factor of two, so that comparisons are exact."""
+
+LEAST_WEIGHT = 0.25
+"""The weight of a gram that every text has, in factors of two. Not zero, so that no text is without weight."""
+
 BANDS, ROWS = 90, 6
 """A pair at the threshold shares no band with probability (1 - 0.7^6)^90 = 1.3e-5, one at 0.8 with 3e-12."""
 
 SKETCH = 512
 """Grams that a text's signature is made of, those with the smallest hashes. Exact comparison uses all grams."""
 
-MANY_CANDIDATES = 300_000
-"""Candidates of all bands together above which it is faster to compare all texts by matrix products."""
+SIGNATURE, SIGNATURE_LEAST = 128, 64
+"""Values of the signature that are kept, and how many a pair must share to be compared exactly.
 
-COLUMNS = 2048
-"""Columns of those products. With more grams than columns, a product is an upper bound."""
+A pair at the threshold shares 90 of them, with a standard deviation of 5.2: it is missed once in three million times.
+"""
 
-BLOCK = 1024
-"""Texts in one product."""
+LARGE_BUCKET, ROUNDS = 24, 6
+"""Texts of a bucket from which on they are compared with its first text, and then with the first of the rest, so often.
 
-CHECKED_AT_ONCE = 20_000
-"""Pairs that are compared exactly at a time."""
+All pairs of it would make the time quadratic. Those that are missed have 89 further bands to be found in.
+"""
+
+SIGNED_AT_ONCE, CHECKED_AT_ONCE = 50_000, 20_000
+"""Pairs whose signatures are compared, and that are compared exactly, at a time."""
+
+OnProgress = Callable[[int, int], None]
+"""Receives how many bands have been searched, of how many."""
 
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
@@ -54,13 +75,13 @@ def normalised(text: str) -> str:
     return " ".join(folded.translate(_WITHOUT_PUNCTUATION).split()) or " ".join(folded.split())
 
 
-def near_duplicate_groups(texts: Sequence[str]) -> Ints:
+def near_duplicate_groups(texts: Sequence[str], on_progress: OnProgress | None = None) -> Ints:
     """Return the group of each text, as the index of the group's first text: int64 `[texts]`."""
     plain = [normalised(text) for text in texts]
     # Read backwards, so that the first appearance of a text is the one that the dict keeps.
     first = {text: index for index, text in reversed(list(enumerate(plain)))}
     places = {text: place for place, text in enumerate(dict.fromkeys(plain))}
-    labels = _grouped(_Grams.of(list(places)))
+    labels = _grouped(_Grams.of(list(places)), on_progress or (lambda _done, _total: None))
     members = np.array([first[text] for text in places], dtype=np.int64)
     # Unique texts are in the order of their first appearance, so the smallest label is that of the first text.
     return np.array([members[labels[places[text]]] for text in plain], dtype=np.int64)
@@ -102,29 +123,53 @@ class _Grams:
         flat = np.concatenate(sets) if sets else np.zeros(0, dtype=np.uint64)
         return cls(flat, starts, np.array(numbers, dtype=np.int64))
 
-    @property
-    def sizes(self) -> Ints:
+    @cached_property
+    def kinds(self) -> tuple[Ints, Ints]:
+        """Return which kind of gram each of `flat` is, and the weight of each kind, both int64."""
+        _, kind, counts = np.unique(self.flat, return_inverse=True, return_counts=True)
+        texts = len(self.starts) - 1
+        weights = LEAST_WEIGHT + np.log2((texts + PRIOR) / (counts + PRIOR))
+        return kind, np.rint(STEPS * weights).astype(np.int64)
+
+    @cached_property
+    def weights(self) -> Ints:
+        """Return the weight of each of `flat`."""
+        kind, weights = self.kinds
+        return weights[kind]
+
+    @cached_property
+    def lengths(self) -> Ints:
+        """Return the number of grams of each text."""
         return np.diff(self.starts)
+
+    @cached_property
+    def sizes(self) -> Ints:
+        """Return the weight of each text's grams together."""
+        return np.add.reduceat(self.weights, self.starts[:-1])
 
     def places(self, texts: Ints) -> tuple[Ints, Ints]:
         """Return for each gram of `texts`, in order, which of `texts` has it, and its place in `flat`."""
-        lengths = self.sizes[texts]
+        lengths = self.lengths[texts]
         owner = np.repeat(np.arange(len(texts)), lengths)
         # The position in the whole, less the position at which the text starts, counts from 0 in each text.
         within = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return owner, self.starts[texts[owner]] + within
 
-    def sketch(self) -> tuple[Hashes, Ints]:
-        """Return at most `SKETCH` grams per text, and each text's start: the smallest hashes are a random choice."""
+    def sketch(self) -> tuple[Ints, Ints]:
+        """Return the kinds of at most `SKETCH` grams per text, and each text's start.
+
+        The smallest hashes are a random choice.
+        """
         # Each set is sorted, so its first grams are those with the smallest hashes.
-        kept = np.minimum(self.sizes, SKETCH)
+        kept = np.minimum(self.lengths, SKETCH)
         starts = np.cumsum(kept) - kept
-        return self.flat[np.repeat(self.starts[:-1] - starts, kept) + np.arange(kept.sum())], starts
+        places = np.repeat(self.starts[:-1] - starts, kept) + np.arange(kept.sum())
+        return self.kinds[0][places], starts
 
 
 def _gram_set(text: str) -> Hashes:
     """Return 64-bit hashes of the 4-grams of a text with a space on either side, or of the whole if it is shorter."""
-    # Padding gives each text a gram: for an empty set `reduceat` in `_buckets` would read the next text's first gram.
+    # Padding gives each text a gram: for an empty set `reduceat` would read the next text's first gram.
     codes = np.frombuffer(f" {text} ".ljust(GRAM).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
     grams = codes[: len(codes) - GRAM + 1].copy()
     for offset in range(1, GRAM):
@@ -140,36 +185,90 @@ def _mixed(values: Hashes) -> Hashes:
     return values ^ (values >> np.uint64(31))
 
 
-def _grouped(grams: _Grams) -> Ints:
+def _grouped(grams: _Grams, on_progress: OnProgress) -> Ints:
     """Return the smallest index in the group of each text: int64 `[texts]`."""
-    labels = np.arange(len(grams.sizes), dtype=np.int64)
+    labels = np.arange(len(grams.lengths), dtype=np.int64)
     if len(labels) < 2:
         return labels
-    buckets = list(_buckets(grams))
-    if sum(int((sizes * (sizes - 1) // 2).sum()) for _, sizes in buckets) > MANY_CANDIDATES:
-        involved = np.unique(np.concatenate([members for members, _ in buckets]))
-        return _by_products(grams, involved, labels)
-    for members, sizes in buckets:
-        labels = _joined_if_near(grams, _pairs_within(members, sizes), labels)
+    search = _Search(grams)
+    bands = list(search.bands(on_progress))
+    for number, (members, sizes) in enumerate(bands):
+        labels = search.joined_in_band(members, sizes, labels)
+        on_progress(BANDS + number + 1, 2 * BANDS)
     return labels
 
 
-def _buckets(grams: _Grams) -> Iterator[tuple[Ints, Ints]]:
-    """Yield for each band the texts that share their part of the signature, bucket by bucket, and the bucket sizes."""
-    sketch, starts = grams.sketch()
-    # A fixed seed finds the same groups in the same data, so a split can be repeated.
-    rng = np.random.default_rng(0)
-    for _ in range(BANDS):
-        # Texts with different numbers are never near-duplicates, so the numbers are part of the bucket's key.
-        keys = _mixed(grams.numbers.astype(np.uint64))
-        for _ in range(ROWS):
-            factor, offset = rng.integers(0, 2**64, 2, dtype=np.uint64)
-            # Multiplication by an odd number is invertible modulo 2^64, so this is a permutation of all hashes. The
-            # least permuted hash is one value of the MinHash signature (Broder 1997).
-            keys = _mixed(keys + np.minimum.reduceat(sketch * (factor | np.uint64(1)) + offset, starts))
-        _, bucket, counts = np.unique(keys, return_inverse=True, return_counts=True)
-        order = np.argsort(bucket, kind="stable")
-        yield order[counts[bucket[order]] > 1], counts[counts > 1]
+class _Search:
+    """The search for near-duplicates: signatures, the buckets of each band, and the comparison of candidates."""
+
+    def __init__(self, grams: _Grams) -> None:
+        self._grams = grams
+        # The first values of each text's signature, of which 32 bits tell as much as 64.
+        self._signatures = np.zeros((len(grams.lengths), SIGNATURE), dtype=np.uint32)
+
+    def bands(self, on_progress: OnProgress) -> Iterator[tuple[Ints, Ints]]:
+        """Yield for each band the texts that share their part of the signature, bucket by bucket, and bucket sizes."""
+        kinds, starts = self._grams.sketch()
+        hashes, weights = np.unique(self._grams.flat), self._grams.kinds[1].astype(np.float64)
+        # A fixed seed finds the same groups in the same data, so a split can be repeated.
+        rng = np.random.default_rng(0)
+        for band in range(BANDS):
+            # Texts with different numbers are never near-duplicates, so the numbers are part of the bucket's key.
+            keys = _mixed(self._grams.numbers.astype(np.uint64))
+            for row in range(ROWS):
+                least = np.minimum.reduceat(_ranks(hashes, weights, rng)[kinds], starts)
+                keys = _mixed(keys + least.view(np.uint64))
+                if (place := band * ROWS + row) < SIGNATURE:
+                    self._signatures[:, place] = _mixed(least.view(np.uint64)) >> np.uint64(32)
+            _, bucket, counts = np.unique(keys, return_inverse=True, return_counts=True)
+            order = np.argsort(bucket, kind="stable")
+            on_progress(band + 1, 2 * BANDS)
+            yield order[counts[bucket[order]] > 1], counts[counts > 1]
+
+    def joined_in_band(self, members: Ints, sizes: Ints, labels: Ints) -> Ints:
+        """Join the groups of near-duplicates among the texts of each bucket of a band."""
+        large = np.repeat(sizes >= LARGE_BUCKET, sizes)
+        small = sizes[sizes < LARGE_BUCKET]
+        labels = self._joined_if_near(_pairs_within(members[~large], small), labels)
+        # In a large bucket each text is compared with the bucket's first. Those that it joins are done with, and the
+        # first of the others is compared next.
+        rest, bucket = members[large], np.repeat(np.arange(len(sizes)), sizes)[large]
+        for _ in range(ROUNDS):
+            if not len(rest):
+                break
+            _, first, which = np.unique(bucket, return_index=True, return_inverse=True)
+            leaders = rest[first][which]
+            labels = self._joined_if_near(np.stack([leaders, rest], axis=1), labels)
+            apart = labels[rest] != labels[leaders]
+            rest, bucket = rest[apart], bucket[apart]
+        return labels
+
+    def _joined_if_near(self, pairs: Ints, labels: Ints) -> Ints:
+        """Compare the pairs that are in different groups exactly, and join the groups of near-duplicates."""
+        # Groups are transitive, so a pair that earlier portions put in one group need not be compared any more.
+        while len(pairs := pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]):
+            now, pairs = pairs[:SIGNED_AT_ONCE], pairs[SIGNED_AT_ONCE:]
+            first, second = self._signatures[now[:, 0]], self._signatures[now[:, 1]]
+            now = now[np.count_nonzero(first == second, axis=1) >= SIGNATURE_LEAST]
+            for start in range(0, len(now), CHECKED_AT_ONCE):
+                part = now[start : start + CHECKED_AT_ONCE]
+                labels = joined(labels, part[_near(self._grams, part)])
+        return labels
+
+
+def _ranks(hashes: Hashes, weights: Float64, rng: np.random.Generator) -> Float64:
+    """Draw the ranks of all kinds of grams, float64 `[kinds]`: the gram of a text with the least is its MinHash.
+
+    A gram of weight w gets an exponential variate of rate w. The least of several is that of one of them with a
+    probability in proportion to its weight, so two texts share theirs with the probability of their weighted Jaccard
+    similarity (Chum, Philbin & Zisserman 2008, Near Duplicate Image Detection: min-Hash and tf-idf Weighting).
+    """
+    factor, offset = rng.integers(0, 2**64, 2, dtype=np.uint64)
+    # Multiplication by an odd number is invertible modulo 2^64, so this is a permutation of all hashes.
+    bits = _mixed(hashes * (factor | np.uint64(1)) + offset) >> np.uint64(11)
+    # Half a step above zero, whose logarithm would be infinite.
+    ranks: Float64 = -np.log((bits.astype(np.float64) + 0.5) * 2.0**-53) / weights
+    return ranks
 
 
 def _pairs_within(members: Ints, sizes: Ints) -> Ints:
@@ -184,20 +283,13 @@ def _pairs_within(members: Ints, sizes: Ints) -> Ints:
     return np.concatenate(pairs)
 
 
-def _joined_if_near(grams: _Grams, pairs: Ints, labels: Ints) -> Ints:
-    """Compare the pairs that are in different groups exactly, and join the groups of near-duplicates."""
-    # Groups are transitive, so a pair that earlier portions put in one group need not be compared any more.
-    while len(pairs := pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]):
-        now, pairs = pairs[:CHECKED_AT_ONCE], pairs[CHECKED_AT_ONCE:]
-        labels = joined(labels, now[_near(grams, now)])
-    return labels
-
-
 def _near(grams: _Grams, pairs: Ints) -> Bool:
     """Return which pairs are near-duplicates: bool `[pairs]`."""
     owner, places = grams.places(pairs[:, 0])
     there = _contains(grams, pairs[owner, 1], grams.flat[places])
-    shared = np.bincount(owner[there], minlength=len(pairs))
+    # Sums of whole numbers far below 2^53 are exact in float64.
+    weights = grams.weights[places[there]]
+    shared = np.bincount(owner[there], weights=weights, minlength=len(pairs)).astype(np.int64)
     (first, second), (number, other) = grams.sizes[pairs].T, grams.numbers[pairs].T
     near: Bool = _alike(shared, first, second) & (number == other)
     return near
@@ -208,7 +300,7 @@ def _contains(grams: _Grams, texts: Ints, gram: Hashes) -> Bool:
     low, high = grams.starts[texts], grams.starts[texts + 1]
     end = high
     # A bisection of n grams ends within as many steps as n has bits. The largest set decides for all.
-    for _ in range(int(grams.sizes.max()).bit_length()):
+    for _ in range(int(grams.lengths.max()).bit_length()):
         middle = (low + high) // 2
         # A bisection that has ended can point past the last gram. Its index is clipped, and its value does not count.
         below = (middle < high) & (grams.flat[np.minimum(middle, len(grams.flat) - 1)] < gram)
@@ -217,46 +309,12 @@ def _contains(grams: _Grams, texts: Ints, gram: Hashes) -> Bool:
     return there
 
 
-def _alike(shared: Ints | Float32, first: Ints, second: Ints) -> Bool:
+def _alike(shared: Ints, first: Ints, second: Ints) -> Bool:
     """Return whether |A ∩ B| / |A ∪ B| ≥ 0.7, in whole numbers: 10 · shared ≥ 7 · union."""
     # |A ∪ B| = |A| + |B| - shared. Whole numbers keep the comparison exact at the threshold itself.
     tenths = round(THRESHOLD * 10)
     alike: Bool = (10 + tenths) * shared >= tenths * (first + second)
     return alike
-
-
-def _by_products(grams: _Grams, texts: Ints, labels: Ints) -> Ints:
-    """Compare all of `texts` by matrix products of their sets, each with those of at least 0.7 of its size."""
-    texts = texts[np.argsort(grams.sizes[texts], kind="stable")]
-    sizes, numbers = grams.sizes[texts], grams.numbers[texts]
-    kinds, column = np.unique(grams.flat, return_inverse=True)
-    # Grams that share a column can make a product too large and never too small. So no pair is missed, and those
-    # that are kept need the exact comparison.
-    exact = len(kinds) <= COLUMNS
-    for start in range(0, len(texts), BLOCK):
-        rows = slice(start, start + BLOCK)
-        # Sets whose sizes differ by more cannot reach the threshold, so they are not compared.
-        least = np.searchsorted(sizes, THRESHOLD * sizes[start] - 1e-9)
-        block = _matrix(grams, column, texts[rows])
-        for other in range(int(least), min(start + BLOCK, len(texts)), BLOCK):
-            those = slice(other, min(other + BLOCK, start + BLOCK))
-            shared = block @ _matrix(grams, column, texts[those]).T
-            near = _alike(shared, sizes[rows, None], sizes[None, those])
-            near &= numbers[rows, None] == numbers[None, those]
-            near &= labels[texts[rows], None] != labels[None, texts[those]]
-            pairs = np.argwhere(near) + np.array([start, other])
-            # The product is symmetric: below its diagonal each pair appears once, and no text is paired with itself.
-            pairs = texts[pairs[pairs[:, 0] > pairs[:, 1]]]
-            labels = joined(labels, pairs) if exact else _joined_if_near(grams, pairs, labels)
-    return labels
-
-
-def _matrix(grams: _Grams, column: Ints, texts: Ints) -> Float32:
-    """Return the number of a text's grams in each column: float32 `[texts, COLUMNS]`. Products are whole numbers."""
-    owner, places = grams.places(texts)
-    # If no column is shared, a product is at most `COLUMNS`. float32 holds whole numbers up to 2^24 exactly.
-    cells = owner * COLUMNS + column[places] % COLUMNS
-    return np.bincount(cells, minlength=len(texts) * COLUMNS).reshape(-1, COLUMNS).astype(np.float32)
 
 
 def joined(labels: Ints, pairs: Ints) -> Ints:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from mindprint import atomic
@@ -41,6 +42,8 @@ from mindprint.trust.probe import Probe, heldout_probe, synthetic_probe
 
 ROW_NAMES: Mapping[str, str] = {"sft": "SFT rows", "preferences": "preference pairs"}
 
+SECONDS_BETWEEN_NOTICES = 5.0
+
 MANY_TOPICS, TOPICS_PER_ROW = 10, 0.5
 """Topics from which on, and of rows from which share on, a person probably did not mean topics."""
 
@@ -72,14 +75,17 @@ class Prepared:
         return self.examples[plan.stage][plan.topic]
 
 
-def prepare(file: ConfigFile) -> Prepared:
-    """Read model folder, tokenizer and data, and plan the stages. Raises a `MindprintError` for wrong input."""
+def prepare(file: ConfigFile, tell: Callable[[Notice], None] | None = None) -> Prepared:
+    """Read model folder, tokenizer and data, and plan the stages. Raises a `MindprintError` for wrong input.
+
+    `tell` hears what takes long, while it does.
+    """
     config = file.config
     model = models.resolve_model(config.model, file.folder)
     rows = read_rows(file)
     check_topics(rows, config)
     quizzes = _readable(read_quizzes(file))
-    split = split_rows(rows, quizzes, config.data)
+    split = split_rows(rows, quizzes, config.data, _search_progress(tell) if tell else None)
     tokenizer = load_tokenizer(model.path, config.data.chat_template_kwargs)
     # Held-out rows are not rendered: nothing can train on them by mistake.
     rendered = {stage: objective.render(split.train, tokenizer, config.data) for stage, objective in OBJECTIVES.items()}
@@ -103,6 +109,19 @@ def prepare(file: ConfigFile) -> Prepared:
         Notice(_row_counts(config, split, rendered)),
     )
     return Prepared(file, model, tokenizer, examples, plans, identity, probe, split, outline, notes, start)
+
+
+def _search_progress(tell: Callable[[Notice], None]) -> Callable[[int, int], None]:
+    """Return a listener that says every few seconds how far the search for near-duplicate prompts is."""
+    said = perf_counter()
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal said
+        if perf_counter() - said > SECONDS_BETWEEN_NOTICES:
+            said = perf_counter()
+            tell(Notice(f"compares prompts for near-duplicates, for the split: {done / total:.0%} done"))
+
+    return on_progress
 
 
 def _check_tokens(

@@ -75,7 +75,7 @@ def train(
         file = merged(file, overrides)
     mode: Resume | None = "last" if resume is True else (resume or None)
     # Everything that can be wrong is found here, before a backend is imported or a folder is made.
-    prepared = prepare(file)
+    prepared = prepare(file, on_event)
     trackers = Trackers(load_trackers(file.config.trackers))
     placements = Placements(observers)
     resolved = tuple(placements.resolve(plan.backend) for plan in prepared.plans)
