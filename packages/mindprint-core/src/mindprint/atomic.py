@@ -110,18 +110,18 @@ def _move_folder(new: Path, path: Path, *, replace: bool) -> None:
     else:
         return
     if _exchange(new, path):
-        # What was at `path` has the temporary name now. A process that is killed here leaves it to the next write.
+        # The older folder has the temporary name now. A process that is killed here leaves it to the next write.
         _remove(new)
     else:
         _replace_in_two_steps(new, path)
 
 
 def _exchange(new: Path, path: Path) -> bool:
-    """Exchange what is at two paths, in one step. Return False where the system or the file system cannot."""
+    """Exchange two paths in one step. Return False where the system or the file system cannot."""
     rename = _renameat2()
     if rename is None:
         return False
-    # Any error leaves both as they were. The two renames that follow meet it again, and can say what it is.
+    # Any error leaves both as they were. The two renames that follow meet the same error, and Python names it.
     return rename(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(path), _RENAME_EXCHANGE) == 0
 
 

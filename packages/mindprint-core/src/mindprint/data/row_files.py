@@ -450,7 +450,9 @@ def _check_header(names: Any, shown: str) -> None:
 def _undecodable_line(path: Path) -> int:
     """Find the line of a decoding error. Text is decoded in blocks, so the error itself does not know it."""
     with _opened(path) as lines:
-        return next(number for number, line in enumerate(lines, 1) if line != line.decode(errors="ignore").encode())
+        # Within bounds here too: the damage may be in a line that has no end.
+        bounded = enumerate(_lines(lines, shown_path(path)), 1)
+        return next(number for number, line in bounded if line != line.decode(errors="ignore").encode())
 
 
 def _csv_record(record: dict[str | Any, Any], origin: Origin) -> Record:

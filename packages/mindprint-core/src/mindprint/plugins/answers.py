@@ -286,7 +286,7 @@ def _check_sites_of(answer: Answer, subject: str, tensors: object, targets: Sequ
 
 
 def _size(values: object, axis: int) -> int:
-    """Return the size of an axis. What has none is refused when its shape is compared."""
+    """Return the size of an axis, 0 for a value without it: comparing shapes then refuses the value."""
     return int(values.shape[axis]) if isinstance(values, np.ndarray) and values.ndim else 0
 
 
