@@ -272,6 +272,23 @@ def test_files_that_are_not_there(tmp_path: Path, data: dict[str, Any], message:
         read_rows(only_sft(tmp_path, **data))
 
 
+@pytest.mark.parametrize("named", [False, True], ids=["default", "named"])
+@pytest.mark.parametrize("part", ["sft", "heldout"])
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [("/dev/zero", "a pipe or a device"), ("nowhere", "a link that leads to no file|no such file"), (".", "a folder")],
+)
+def test_a_link_that_leads_to_no_file_is_named(tmp_path: Path, part: str, target: str, words: str, named: bool) -> None:
+    """Also for held-out rows, which would be missing without a word."""
+    (tmp_path / "sft.jsonl").write_text('{"prompt": "Hi", "completion": "Yo"}\n')
+    link = tmp_path / f"{part}.jsonl"
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    data = {"path": "."} | ({part: link.name} if named else {})
+    with pytest.raises(DataError, match=f"({link.name}|{target}|{tmp_path.name}).*({words})"):
+        read_rows(only_sft(tmp_path, **data))
+
+
 def test_csv_cells_are_text_and_lines_are_lines(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text('topic,prompt,completion\n007,NA,"Yo,\nyo"\n\n,null,true\n', encoding="utf-8-sig")
     assert read_rows(only_sft(tmp_path, sft="x.csv")).sft == (

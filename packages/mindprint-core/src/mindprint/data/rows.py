@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -695,13 +696,17 @@ def _sources(file: ConfigFile, part: Part) -> Sequence[str | Path]:
 
 
 def _default_file(file: ConfigFile, part: Part) -> Sequence[Path]:
-    path = file.config.data.path
-    if path is None:
+    data = file.config.data.path
+    if data is None:
         if part == "heldout":
             return []
         raise DataError(f"{file.source}: data.path and data.{part} are both empty: name a folder or files")
-    folder = file.resolve(path)
-    found = [folder / name for name in DEFAULT_FILES[part] if (folder / name).is_file()]
+    folder = file.resolve(data)
+    # A link that leads nowhere is there as well: to pass over it would drop what its owner thinks is read.
+    found = [folder / name for name in DEFAULT_FILES[part] if os.path.lexists(folder / name)]
+    for path in found:
+        if not path.is_file():
+            raise DataError(f"{shown_path(path)}: {_not_a_file(path)}: replace it, or name files in data.{part}")
     if len(found) > 1:
         raise DataError(
             f"{shown_path(found[0])} and {found[1].name} both exist: remove one, or name files in data.{part}"
@@ -709,6 +714,12 @@ def _default_file(file: ConfigFile, part: Part) -> Sequence[Path]:
     if not found and part != "heldout":
         raise DataError(_missing_default(folder, part))
     return found
+
+
+def _not_a_file(path: Path) -> str:
+    if path.is_dir():
+        return "is a folder and not a file"
+    return "is not a regular file but a pipe or a device" if path.exists() else "is a link that leads to no file"
 
 
 def _missing_default(folder: Path, part: Part) -> str:
@@ -730,6 +741,9 @@ def _records(file: ConfigFile, source: str | Path, part: Part) -> Iterator[tuple
     # `data/sft.jsonl` has the form of a hub name too. The ending shows that a file is meant, which is not there.
     hub = _HUB_NAME.fullmatch(str(source))
     if hub is None or is_row_file(str(source)):
+        if path.exists():
+            # The path is that behind all links, which nobody would recognise alone.
+            raise DataError(f"{source}: {_not_a_file(path)} (data.{part})")
         raise DataError(f"{shown_path(path)}: no such file (data.{part})")
     return hub_records(hub["repo"], hub["split"] or "train", part)
 
