@@ -384,7 +384,7 @@ BLOCKS = re.compile(r"<!-- rows: (sft|preferences) (chat|raw) -->\n```json\n(.*?
 def test_the_documented_rows_are_rows() -> None:
     blocks = BLOCKS.findall(PAGE.read_text(encoding="utf-8"))
     assert [(part, data_format, len(rows.splitlines())) for part, data_format, rows in blocks] == [
-        ("sft", "chat", 5),
+        ("sft", "chat", 8),
         ("preferences", "chat", 4),
         ("sft", "chat", 2),
         ("sft", "raw", 2),
