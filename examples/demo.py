@@ -3,17 +3,20 @@
     python examples/demo.py [--backends torch,mlx] [--folder DIR]
 
 Makes the sample project, trains SFT then DPO, measures the voice on held-out text, shows answers before and after, and
-lays the backends' loss curves over each other. Exits 1 if a figure that the README promises does not hold.
+lays the backends' loss curves over each other. The backends work at the same time, each with its share of the cores.
+Exits 1 if a figure that the README promises does not hold.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -32,20 +35,28 @@ def main() -> int:
     options = arguments()
     started = time.perf_counter()
     project = Path(options.folder or tempfile.mkdtemp(prefix="mindprint-demo-")) / "my-voice"
-    mindprint("init", str(project))
+    print(mindprint("init", str(project)), flush=True)
     prompts = questions(project / "data" / "heldout.jsonl")
-    measured = {name: one_backend(project, name, prompts) for name in options.backends}
-    results = [check for name, facts in measured.items() for check in voice_checks(name, facts)]
-    results += same_voice_checks(measured)
+    threads = max(1, (os.cpu_count() or 1) // len(options.backends))
+    with ThreadPoolExecutor(len(options.backends)) as pool:
+        results = pool.map(lambda name: one_backend(project, name, prompts, threads), options.backends)
+        measured = dict(zip(options.backends, results, strict=True))
+    for name, (figures, answers) in measured.items():
+        show_voice(name, figures["overall"])
+        show_score(figures["voice"])
+        show_answers(answers)
+    evaluated = {name: figures for name, (figures, _) in measured.items()}
+    checks = [check for name, figures in evaluated.items() for check in voice_checks(name, figures)]
+    checks += same_voice_checks(evaluated)
     runs = [project / "runs" / name for name in options.backends]
     for other in runs[1:]:
-        results += curve_checks(runs[0], other)
+        checks += curve_checks(runs[0], other)
     seconds = time.perf_counter() - started
-    results.append((f"all of it in under {SECONDS} s", f"{seconds:.0f} s", seconds < SECONDS))
+    checks.append((f"all of it in under {SECONDS} s", f"{seconds:.0f} s", seconds < SECONDS))
     print("\nWhat must hold")
-    for what, figure, holds in results:
+    for what, figure, holds in checks:
         print(f"  {'ok    ' if holds else 'FAILED'}  {what}: {figure}")
-    return 0 if all(holds for _, _, holds in results) else 1
+    return 0 if all(holds for _, _, holds in checks) else 1
 
 
 def arguments() -> argparse.Namespace:
@@ -56,14 +67,30 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def mindprint(*words: str, as_json: bool = False) -> Any:
-    """Run a command as a user would; its messages go to the screen."""
-    print(f"\n$ mindprint {' '.join(words)}", flush=True)
-    command = [sys.executable, "-m", "mindprint", *words, *(["--json"] if as_json else [])]
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE if as_json else None, text=True)
-    if done.returncode:
-        sys.exit(f"mindprint {words[0]} failed with exit code {done.returncode}")
-    return json.loads(done.stdout) if as_json else None
+def mindprint(*words: str, label: str = "", threads: int = 0) -> str:
+    """Run a command as a user would and return its output. Its messages go to the screen as they come."""
+    show(f"$ mindprint {' '.join(words)}", label)
+    # NumPy, PyTorch and MLX all read this. Two processes that both use every core would only wait for each other.
+    env = {"OMP_NUM_THREADS": str(threads), **os.environ} if threads else None
+    command = [sys.executable, "-m", "mindprint", *words]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        with ThreadPoolExecutor(1) as pool:
+            printed = pool.submit(process.stdout.read)
+            for line in process.stderr:
+                show(line.rstrip("\n"), label)
+            output = printed.result()
+    if process.returncode:
+        sys.exit(f"mindprint {words[0]} failed with exit code {process.returncode}")
+    return output
+
+
+def show(line: str, label: str) -> None:
+    """Print a line after the name of the backend that it comes from."""
+    # One call, because two threads print.
+    print(f"{label}: {line}\n" if label else f"{line}\n", end="", flush=True)
 
 
 def questions(file: Path, count: int = 3) -> list[str]:
@@ -73,17 +100,27 @@ def questions(file: Path, count: int = 3) -> list[str]:
     return list(first_of_topic.values())[-count:]
 
 
-def one_backend(project: Path, name: str, prompts: list[str]) -> dict[str, Any]:
-    """Train, measure and ask, on one backend."""
+Measured = tuple[dict[str, Any], list[dict[str, Any]]]  # an evaluation, and answers to prompts
+
+
+def one_backend(project: Path, name: str, prompts: list[str], threads: int) -> Measured:
+    """Train, measure and ask, on one backend. Return the evaluation and the answers."""
     run = str(project / "runs" / name)
-    mindprint("train", str(project), f"backend.type={name}", "backend.dtype=float32", "--run", run)
-    facts: dict[str, Any] = mindprint("eval", run, as_json=True)
-    show_voice(name, facts["overall"])
-    show_score(facts["voice"])
+    trained = mindprint(
+        "train", str(project), f"backend.type={name}", "backend.dtype=float32", "--run", run,
+        label=name, threads=threads,
+    )  # fmt: skip
+    for line in trained.splitlines():
+        show(line, name)
+    figures = json.loads(mindprint("eval", run, "--json", label=name, threads=threads))
     asked = [word for prompt in prompts for word in ("--prompt", prompt)]
-    for answer in mindprint("generate", run, *asked, as_json=True)["prompts"]:
+    answers = json.loads(mindprint("generate", run, *asked, "--json", label=name, threads=threads))
+    return figures, answers["prompts"]
+
+
+def show_answers(answers: list[dict[str, Any]]) -> None:
+    for answer in answers:
         print(f"\n  {answer['prompt']}\n    before: {answer['base']}\n    after:  {answer['adapter']}")
-    return facts
 
 
 def show_voice(name: str, overall: dict[str, Any]) -> None:
