@@ -14,12 +14,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from on_gpu.sections import FULL, SECTIONS, TINY, OutOfTime, Run, measure_peak, say, title
 from on_gpu.workers import CallError, Workers
+
+LOG_CHARACTERS = 200_000
+"""The characters of each worker's log that are kept."""
 
 
 def main() -> int:
@@ -33,12 +37,21 @@ def main() -> int:
     parser.add_argument("--patience", type=float, default=1.0, help="a factor of every call's own limit")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    workers = Workers(options.out)
-    try:
-        sizes = TINY if options.tiny else FULL
-        return measure(Run(options.out, workers, sizes, options.seconds, options.patience), options.only)
-    finally:
-        workers.stop()
+    with tempfile.TemporaryDirectory() as logs:
+        workers = Workers(Path(logs))
+        try:
+            sizes = TINY if options.tiny else FULL
+            return measure(Run(options.out, workers, sizes, options.seconds, options.patience), options.only)
+        finally:
+            workers.stop()
+            keep_logs(Path(logs), options.out / "workers.log")
+
+
+def keep_logs(folder: Path, file: Path) -> None:
+    """Write the ends of all workers' logs into one file."""
+    logs = sorted(folder.glob("*.log"), key=lambda log: int(log.stem.rpartition("-")[2]))
+    ends = (f"== {log.stem}\n{log.read_text(errors='replace')[-LOG_CHARACTERS:]}\n" for log in logs)
+    file.write_text("".join(ends))
 
 
 def measure(run: Run, names: list[str]) -> int:

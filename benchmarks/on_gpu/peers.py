@@ -43,8 +43,10 @@ def open_peer(folder: Path, device: str, dtype: str, *, liger: bool = False, fou
             bnb_4bit_compute_dtype=torch.bfloat16,
         )  # fmt: skip
         nf4 = {"quantization_config": settings}
+    # By its index: accelerate trains a quantized model only on the device that it was loaded to, and compares indices.
+    place: Any = 0 if device == "cuda" else device
     network = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), device_map={"": device}, local_files_only=True, **nf4
+        folder, dtype=getattr(torch, dtype), device_map={"": place}, local_files_only=True, **nf4
     )
     return Peer(network, folder, device, dtype, liger)
 
@@ -61,7 +63,8 @@ def train(
 ) -> dict[str, Any]:
     """Train on one batch a step. Return losses and seconds, from the end of a step to the end of the next.
 
-    `adapter` is a folder with initial factors. Without it they are PEFT's own.
+    `adapter` is a folder with initial factors. With it, every loss is logged. Without it, factors are PEFT's own, and
+    the trainer logs as seldom as it can, the first step's loss alone.
     """
     import peft
     import torch
@@ -87,8 +90,8 @@ def train(
             output_dir=output, max_steps=len(batches), per_device_train_batch_size=len(batches[0]),
             learning_rate=learning_rate, lr_scheduler_type="constant", optim="adamw_torch", max_length=None,
             use_cpu=peer.device == "cpu", bf16=peer.dtype == "bfloat16", gradient_checkpointing=checkpointing,
-            dataloader_pin_memory=peer.device != "cpu", logging_steps=1, report_to=[], save_strategy="no",
-            disable_tqdm=True, use_liger_kernel=peer.liger, **extra,
+            dataloader_pin_memory=peer.device != "cpu", logging_steps=1 if adapter else 1000, logging_first_step=True,
+            report_to=[], save_strategy="no", disable_tqdm=True, use_liger_kernel=peer.liger, **extra,
         )  # fmt: skip
         trainer: Any = in_order(
             peer.network,
