@@ -58,3 +58,8 @@ def test_batches_hold_each_row_once_by_length() -> None:
     batches = list(batches_by_length([5, 1, 5, 3, 1], 2))
     assert batches == [[1, 4], [3, 0], [2]]
     assert list(batches_by_length([])) == []
+
+
+def test_batches_of_long_rows_are_bounded_by_their_tokens() -> None:
+    assert list(batches_by_length([2048] * 17)) == [list(range(16)), [16]]
+    assert list(batches_by_length([100, 16384, 16384, 16385, 40000])) == [[0, 1], [2], [3], [4]]

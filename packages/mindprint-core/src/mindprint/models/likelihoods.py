@@ -15,6 +15,9 @@ from mindprint.plugins.backend import Backend
 BATCH_ROWS = 16
 """Rows, or pairs, that are read in one call of the backend."""
 
+BATCH_TOKENS = 32768
+"""The most tokens of a batch, padding included: 16 long rows need more memory than a training step on one of them."""
+
 
 @dataclass(frozen=True)
 class CompletionSums:
@@ -66,11 +69,19 @@ def sum_texts(
 def batches_by_length(lengths: Sequence[int], size: int = BATCH_ROWS) -> Iterator[list[int]]:
     """Yield the indices of rows in batches of rows of similar length, so that little of a batch is padding.
 
-    The shortest rows come first. Rows of one length keep their order.
+    The shortest rows come first. Rows of one length keep their order. A batch has at most `size` rows, and at most
+    `BATCH_TOKENS` tokens unless it is a single row.
     """
-    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for start in range(0, len(by_length), size):
-        yield by_length[start : start + size]
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        # The row that comes next is the longest so far, to which the others would be padded.
+        if len(batch) == size or (len(batch) + 1) * lengths[row] > BATCH_TOKENS:
+            if batch:
+                yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def _sum_rows(backend: Backend, model: LoadedModel, batch: TokenBatch, *, adapter: bool) -> Float64:
