@@ -24,7 +24,7 @@ from mindprint.models.folder import weight_files
 from mindprint_torch.head import Head, embedding_layer, read_head
 from mindprint_torch.lora import NAME
 from mindprint_torch.optimizer import Optimizer
-from mindprint_torch.prompts import longest_shared
+from mindprint_torch.prompts import attends_without_mask, longest_shared
 from mindprint_torch.rope import read_rotary_limit
 from mindprint_torch.sites import list_sites
 
@@ -82,8 +82,9 @@ class TorchModel:
     """A loaded base and, once injected, its adapter.
 
     `base` are the base's weights, by their names at loading. `longest_shared` is the longest sequence whose prompt can
-    be read once for both of its completions (`prompts.py`). `continues_rows` says whether prompts of unlike lengths
-    can be continued together, and is None until that is measured (`generation.py`).
+    be read once for both of its completions (`prompts.py`). `masks_forks` says whether such rows get a mask, or are
+    read as plain rows by each layer's attention (`forked_attention.py`). `continues_rows` says whether prompts of
+    unlike lengths can be continued together, and is None until that is measured (`generation.py`).
     """
 
     network: PreTrainedModel
@@ -93,6 +94,7 @@ class TorchModel:
     sites: tuple[AdapterSite, ...]
     base: Mapping[str, Tensor]
     longest_shared: int
+    masks_forks: bool = True
     adapter: Adapter | None = None
     continues_rows: bool | None = None
 
@@ -119,6 +121,9 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         base=_weights(network),
         longest_shared=longest_shared(network, head),
     )
+    # A GPU's fast attention takes no mask. On a CPU a mask costs less than the copies.
+    if model.longest_shared and model.device.type == "cuda":
+        model.masks_forks = not attends_without_mask(head)
     vocabulary = embedding_layer(network).num_embeddings
     return LoadedModel(model, spec.device, spec.dtype, network.num_parameters(), vocabulary, notes)
 
