@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-
-from mindprint.contract import Int32
 
 
 class TorchArrays:
@@ -35,6 +34,18 @@ class TorchArrays:
 TORCH = TorchArrays()
 
 
-def on_device(device: torch.device, values: Int32) -> Tensor:
+def on_device(device: torch.device, values: NDArray[np.integer]) -> Tensor:
     """Return token ids or positions on the device, int64 as torch indexes."""
-    return torch.from_numpy(values.astype(np.int64)).to(device)
+    return _copied(device, torch.from_numpy(values.astype(np.int64)))
+
+
+def floats_on_device(device: torch.device, values: NDArray[np.generic]) -> Tensor:
+    """Return numbers on the device, float32."""
+    return _copied(device, torch.from_numpy(values.astype(np.float32)))
+
+
+def _copied(device: torch.device, tensor: Tensor) -> Tensor:
+    if device.type == "cuda":
+        # A copy from pinned memory is queued behind the device's work. Without, the host would wait for all of it.
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

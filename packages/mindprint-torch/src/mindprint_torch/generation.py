@@ -21,6 +21,9 @@ Int64 = NDArray[np.int64]
 
 ROWS_AT_ONCE = 32
 
+ROWS_AT_ONCE_CUDA = 64
+"""A GPU reads all weights for each token, of however many rows: twice the rows take hardly longer."""
+
 PROBE = ((3, 4, 5, 6, 7), (5, 6, 7))
 """Two prompts of unlike lengths."""
 
@@ -54,7 +57,8 @@ def _row_groups(model: TorchModel, prompts: Sequence[Int32], sampling: Sampling)
 
     order = sorted(range(len(prompts)), key=lambda row: (kind(row), len(prompts[row])))
     alike = [list(rows) for _, rows in groupby(order, kind)]
-    return [rows[start : start + ROWS_AT_ONCE] for rows in alike for start in range(0, len(rows), ROWS_AT_ONCE)]
+    most = ROWS_AT_ONCE_CUDA if model.device.type == "cuda" else ROWS_AT_ONCE
+    return [rows[start : start + most] for rows in alike for start in range(0, len(rows), most)]
 
 
 def continues_rows(model: TorchModel, prompts: Sequence[Int32]) -> bool:

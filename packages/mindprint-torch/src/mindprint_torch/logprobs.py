@@ -25,6 +25,9 @@ from mindprint_torch.prompts import row_shape
 LOGITS_BYTES = 64 << 20
 """The most that the float32 logits of one chunk may take. A chunk holds up to three such arrays at a time."""
 
+LOGITS_BYTES_CUDA = 256 << 20
+"""The same on a GPU, which reads the whole output layer for each chunk: 523 rows of 128,256 logits keep it busy."""
+
 ROWS_IN_CACHE = 16
 """Rows of logits that are normalised together on a CPU: few enough that they stay in its cache."""
 
@@ -63,7 +66,7 @@ def layout_log_probs(model: TorchModel, layout: Layout) -> Tensor:
     """Return the log-prob of each of the layout's targets, float32 `[n]`, differentiable."""
     if not len(layout.sources):
         return torch.zeros(0, device=model.device)
-    shape = row_shape(layout, model.device, model.network.dtype)
+    shape = row_shape(layout, model.device, model.network.dtype, masked=model.masks_forks)
     hidden = model.head.hidden_states(on_device(model.device, layout.tokens), **shape)
     selected = hidden.flatten(0, 1).index_select(0, on_device(model.device, layout.sources))
     return head_log_probs(model.head, selected, on_device(model.device, layout.targets))
@@ -193,5 +196,6 @@ def _chunk_log_probs(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def _chunks(head: Head, hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
-    rows = max(LOGITS_BYTES // (4 * head.vocabulary), 1)
+    held = LOGITS_BYTES_CUDA if hidden.device.type == "cuda" else LOGITS_BYTES
+    rows = max(held // (4 * head.vocabulary), 1)
     return list(zip(hidden.split(rows), targets.split(rows), strict=True))

@@ -41,7 +41,6 @@ class Optimizer:
         """Clip the accumulated gradients, apply one update, and clear them."""
         gradients = self._take_gradients()
         norm = get_total_norm(gradients, error_if_nonfinite=False)
-        grad_norm = float(norm)
         # Only scaled gradients are expected to overflow. Without a scale, core sees the norm and stops the run.
         skipped = self.loss_scale is not None and not torch.isfinite(norm).item()
         if not skipped:
@@ -51,7 +50,8 @@ class Optimizer:
         if self.loss_scale is not None:
             self.loss_scale = next_loss_scale(self.loss_scale, self.steps, skipped=skipped)
         self._adamw.zero_grad(set_to_none=True)
-        return Applied(grad_norm, skipped)
+        # Read last: reading waits for the device, which then has the whole update to do meanwhile.
+        return Applied(float(norm), skipped)
 
     def moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         """Return first and second moment of a parameter, in its shape. There are none before the first update."""

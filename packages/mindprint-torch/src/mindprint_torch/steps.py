@@ -12,7 +12,7 @@ from mindprint.contract import Float32, Int32, PreferenceBatch, StepMetrics, Tok
 from mindprint.layouts import groups_of_like_length, pair_lengths, pairs_of, preference_sequences, token_rows
 from mindprint.losses import PairLogProbs, PreferenceLoss
 from mindprint_torch.adapter import dropout, require_adapter
-from mindprint_torch.arrays import TORCH, on_device
+from mindprint_torch.arrays import TORCH, floats_on_device, on_device
 from mindprint_torch.logprobs import batch_layouts, layout_log_probs, placed_log_probs
 from mindprint_torch.model import Adapter, TorchModel
 from mindprint_torch.recompute import recomputed
@@ -82,7 +82,7 @@ def pair_log_probs(model: TorchModel, batch: PreferenceBatch, *, share_prompts: 
 
 
 def _float_tensor(model: TorchModel, values: Float32 | np.ndarray | None) -> Tensor | None:
-    return None if values is None else torch.tensor(np.asarray(values, np.float32), device=model.device)
+    return None if values is None else floats_on_device(model.device, np.asarray(values))
 
 
 def _add_gradient(adapter: Adapter, loss: Tensor) -> Tensor:
