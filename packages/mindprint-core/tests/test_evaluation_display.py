@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 # The fixture is used by its name.
-from test_course import SFT, TOPICS, Project, project, steps, train, weights  # noqa: F401
+from test_course import SFT, TOPICS, Project, answers, project, steps, train, weights  # noqa: F401
 
 import mindprint
 from mindprint.api.progress import Lines
@@ -199,3 +199,9 @@ def test_24_every_held_out_pair_is_read_and_some_prompts_are_answered(project: P
     assert (figures.prompts, figures.pairs) == (3, 6)
     (line,) = [line for line in written if "evaluated at the end" in line]
     assert "reward accuracy " in line and "(share of 6 held-out pairs whose chosen answer gained more)" in line
+
+
+def test_26_a_run_records_which_answers_were_cut(project: Project, tmp_path: Path) -> None:  # noqa: F811
+    config = project | {"evaluation": {"levels": ["final"]}, "generation": {"max_new_tokens": 2}}
+    result = mindprint.train(config, run=tmp_path / "run")
+    assert {answer.cut for answer in answers(result.run)} == {("base", "tuned")}

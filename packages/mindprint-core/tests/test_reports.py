@@ -28,8 +28,8 @@ from mindprint.errors import RunError
 from mindprint.reports import read_run, write_reports
 from mindprint.reports.advice import advice
 from mindprint.reports.content import contents
-from mindprint.reports.curves import MOST_POINTS, boundaries, curves, thinned
-from mindprint.reports.document import Document, DotChart, Paragraph, Table
+from mindprint.reports.curves import MOST_POINTS, boundaries, curves, smoothed, thinned
+from mindprint.reports.document import Document, DotChart, LineChart, Paragraph, Table
 from mindprint.reports.markdown import as_markdown
 from mindprint.reports.page import as_page
 from mindprint.reports.svg import ticks
@@ -104,8 +104,7 @@ def test_what_is_no_run_is_refused_in_one_line(
 
 
 def test_the_first_paragraph_says_what_came_out(run: Path) -> None:
-    paragraph = contents(read_run(run)).sections[0].blocks[0]
-    assert isinstance(paragraph, Paragraph)
+    paragraph = next(block for block in contents(read_run(run)).sections[0].blocks if isinstance(block, Paragraph))
     for words in (
         "from 0.01 (-0.12 to 0.14) before training to 0.83 (0.71 to 0.95) after it: it rose, and more than by chance",
         "612 words of answers to 16 held-out prompts",
@@ -205,9 +204,52 @@ def test_strokes_follow_the_stages_and_mark_what_was_undone(run: Path) -> None:
     record = read_run(run)
     lines = curves(record, "sft", lambda step: step.loss, "SFT loss", "first")
     assert [(line.tone, line.points[0][0], len(line.points)) for line in lines] == [
-        ("undone", 1, 40), ("first", 61, 39), ("first", 121, 40), ("first", 181, 40),
+        ("faint", 41, 39), ("faint", 81, 40), ("faint", 121, 40),
+        ("undone", 1, 40), ("first", 41, 39), ("first", 81, 40), ("first", 121, 40),
     ]  # fmt: skip
-    assert boundaries(record) == (40.5, 60.5, 100.5, 120.5, 160.5, 180.5, 220.5)
+    assert boundaries(record, "sft") == (40.5, 80.5, 120.5)
+
+
+def test_26_each_stage_has_its_own_axis_and_a_smoothed_line(run: Path) -> None:
+    """Line 26: no stage leaves a gap in the chart of the other, and the line is the running mean of faint values."""
+    charts = {
+        block.title: block
+        for section in contents(read_run(run)).sections
+        for block in section.blocks
+        if isinstance(block, LineChart)
+    }
+    assert (charts["SFT loss"].span, charts["DPO loss"].span) == ((1, 160), (1, 80))
+    assert charts["SFT loss"].x_label == "SFT step"
+    assert {line.label for line in charts["SFT loss"].lines} == {"each step", "SFT loss", "SFT loss, rolled back"}
+
+
+def test_26_smoothing_is_a_running_mean_that_shrinks_at_both_ends() -> None:
+    """Means by hand: of 1 value at the ends, of 3 inside. A straight line stays where it is."""
+    points = [(float(x), y) for x, y in enumerate([3.0, 0.0, 3.0, 6.0, 0.0])]
+    assert smoothed(points) == [(0.0, 3.0), (1.0, 2.0), (2.0, 3.0), (3.0, 3.0), (4.0, 0.0)]
+    straight = [(float(x), 2.0 * x) for x in range(100)]
+    assert [y for _, y in smoothed(straight)] == pytest.approx([y for _, y in straight])
+
+
+def test_26_figures_come_first_and_no_column_has_the_name_of_another(run: Path) -> None:
+    document = contents(read_run(run))
+    first = document.sections[0].blocks[0]
+    assert isinstance(first, Table)
+    assert first.rows[0][1:] == ("0.01 (-0.12 to 0.14)", "0.83 (0.71 to 0.95)")
+    assert ("reward accuracy on 16 held-out pairs", "–", "94%") in first.rows
+    tables = [block for section in document.sections for block in section.blocks if isinstance(block, Table)]
+    for table in tables:
+        assert len(set(table.header)) == len(table.header) and all(table.header), table.caption
+
+
+def test_26_an_answer_that_was_cut_is_marked(run: Path) -> None:
+    file = run / "answers.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    write_lines(file, [{**line, "cut": ["tuned"] if place == 0 else []} for place, line in enumerate(lines)])
+    markdown, page = write_reports(run)
+    for text in (markdown.read_text(), page.read_text()):
+        assert text.count("tuned model, cut at its limit of tokens") == 1
+        assert "base model, cut" not in text
 
 
 def test_thinning_keeps_the_extremes_and_the_ends() -> None:

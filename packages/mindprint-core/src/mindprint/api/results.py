@@ -259,7 +259,15 @@ class VerifyResult(Result):
             f"checked: {', '.join(report.checked)}"
         )
         if report.comparisons:
-            header = ("log-probs, nats a token", "tokens", "mean", "greatest", "mean allowed", "greatest", "which is")
+            header = (
+                "log-probs, nats a token",
+                "tokens",
+                "mean",
+                "greatest",
+                "mean allowed",
+                "greatest allowed",
+                "which is",
+            )
             yield Table(header, list(self._compared_rows()), (1, 2, 3, 4, 5))
         if report.effect is not None:
             recorded = report.effect.recorded

@@ -21,7 +21,6 @@ from mindprint.plugins.entries import (
 )
 from mindprint.plugins.hooks import plugin_hooks
 from mindprint.plugins.loading import failure, find_plugin, hook_apis, load_backend_plugin, load_plugin
-from mindprint.plugins.watching import load_trackers
 
 if TYPE_CHECKING:
     from mindprint.contract import BackendInfo
@@ -104,6 +103,8 @@ def _imported(plugin: Plugin) -> dict[str, Any]:
     if plugin.group == SCORERS or (plugin.group == TRACKERS and isinstance(loaded, type)):
         plugin_hooks(plugin, loaded)
     if plugin.group == TRACKERS:
+        from mindprint.plugins.watching import load_trackers  # noqa: PLC0415 (listing needs none of it)
+
         # As a run would make it: a tracker imports its library only then, and without it would seem to work.
         load_trackers([plugin.name])
     return {}

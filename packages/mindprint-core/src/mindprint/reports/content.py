@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from mindprint.config import Config
-from mindprint.contract import STAGES
+from mindprint.contract import STAGES, StageName
 from mindprint.reports import heldout
 from mindprint.reports.advice import advice, topic_flags
 from mindprint.reports.curves import boundaries, curves
@@ -29,6 +29,7 @@ from mindprint.reports.phrases import (
     change,
     interval,
     listed,
+    number,
     percent,
     plural,
     why_missing,
@@ -73,12 +74,27 @@ def contents(record: RunRecord) -> Document:
 def _outcome(record: RunRecord) -> Iterator[Block]:
     if not record.complete:
         yield Paragraph("This run is not complete. The report shows its state when the report was written.")
+    if record.final:
+        yield _figures(record.final.figures)
     yield Paragraph(" ".join([_voice_sentence(record), _topics_sentence(record), _copying_sentence(record)]))
     yield Paragraph("Not proven:")
     yield Bullets(tuple(_not_proven(record)))
     if record.broken:
         yield Paragraph("Could not be read:")
         yield Bullets(record.broken)
+
+
+def _figures(figures: Figures) -> Table:
+    rows: tuple[tuple[str, ...], ...] = (
+        ("voice (0: base model, 1: the person)", interval(figures.base_voice), interval(figures.voice)),
+        ("perplexity of held-out text", number(figures.base_perplexity, 1), number(figures.perplexity, 1)),
+        ("words copied from the training text", NONE, percent(figures.copy_rate)),
+        (f"reward accuracy on {plural(figures.pairs, 'held-out pair')}", NONE, percent(figures.reward_accuracy)),
+    )
+    if figures.questions:
+        concepts = percent(figures.base_concept_coverage), percent(figures.concept_coverage)
+        rows = (*rows, ("key concepts named in quizzes", *concepts))
+    return Table("Figures at the end of the run", ("figure", "base model", "tuned model"), rows, frozenset({1, 2}))
 
 
 def _voice_sentence(record: RunRecord) -> str:
@@ -154,15 +170,20 @@ def _learning(record: RunRecord) -> Iterator[Block]:
     if not record.steps:
         yield Paragraph("No step was taken.")
         return
-    # All stages are on the same x axis, so the borders and the span are those of the whole run.
-    borders = boundaries(record)
     for stage in STAGES:
         label = f"{stage.upper()} loss"
         steps = [step for step in record.steps if step.stage == stage]
         lines = curves(record, stage, lambda step: step.loss, label, "first")
         if lines:
             # The description is also all that the Markdown report shows of the chart.
-            yield LineChart(label, _loss_described(steps, label), STEP, lines, _span(record), borders)
+            yield LineChart(
+                label,
+                _loss_described(steps, label),
+                _axis(stage),
+                lines,
+                _span(record, stage),
+                boundaries(record, stage),
+            )
         elif steps:
             yield Paragraph(f"{label}: none of {len(steps)} steps had a finite loss.")
     # A loss that is not finite has no place on a curve, so the reader is told how many there were.
@@ -177,11 +198,15 @@ def _loss_described(steps: Sequence[Step], label: str) -> str:
     undone = sum(step.undone for step in steps)
     marked = f"; {plural(undone, 'step')} rolled back, drawn dashed" if undone else ""
     ends = f" from {kept[0]:.3f} at the first to {kept[-1]:.3f} at the last" if kept else ""
-    return f"{label} over {plural(len(steps), 'step')}{ends}{marked}. Each vertical line starts another stage."
+    return f"{label} over {plural(len(steps), 'step')}{ends}{marked}. Each vertical line starts a topic or an attempt."
 
 
-def _span(record: RunRecord) -> tuple[float, float]:
-    return float(record.steps[0].step), float(record.steps[-1].step)
+def _span(record: RunRecord, stage: StageName) -> tuple[float, float]:
+    return 1.0, float(sum(step.stage == stage for step in record.steps))
+
+
+def _axis(stage: StageName) -> str:
+    return f"{stage.upper()} step"
 
 
 def _stage_table(record: RunRecord) -> Table:
@@ -202,15 +227,15 @@ def _stage_table(record: RunRecord) -> Table:
                 "rolled back" if undone else "kept",
             )
         )
-    header = ("topic", "stage", "backend", "steps", "loss, first → last", "seconds", "")
+    header = ("topic", "stage", "backend", "steps", "loss, first → last", "seconds", "state")
     return Table("Stages, in the order in which they ran", header, tuple(rows), frozenset({3, 4, 5}))
 
 
 def _rewards(record: RunRecord) -> Iterator[Block]:
     lines = (
-        *curves(record, "dpo", lambda step: step.reward_margin, "margin", "first"),
-        *curves(record, "dpo", lambda step: step.reward_chosen, "chosen", "second"),
-        *curves(record, "dpo", lambda step: step.reward_rejected, "rejected", "third"),
+        *curves(record, "dpo", lambda step: step.reward_margin, "margin", "first", each_step=False),
+        *curves(record, "dpo", lambda step: step.reward_chosen, "chosen", "second", each_step=False),
+        *curves(record, "dpo", lambda step: step.reward_rejected, "rejected", "third", each_step=False),
     )
     if not lines:
         yield Paragraph("No preference step was taken." if not _has_dpo(record) else "No step has rewards.")
@@ -221,7 +246,8 @@ def _rewards(record: RunRecord) -> Iterator[Block]:
         "Mean rewards of a step's chosen and rejected answers, and the margin between them. A reward is beta times the "
         f"log-ratio of policy and reference.{ends}"
     )
-    yield LineChart("Rewards and margins in DPO", description, STEP, lines, _span(record), boundaries(record))
+    span, borders = _span(record, "dpo"), boundaries(record, "dpo")
+    yield LineChart("Rewards and margins in DPO", description, _axis("dpo"), lines, span, borders)
 
 
 def _has_dpo(record: RunRecord) -> bool:
@@ -339,12 +365,12 @@ def _settings(record: RunRecord) -> Iterator[Block]:
     for backend, environment in record.manifest.get("environment", {}).items():
         facts += [(f"{backend}: {key}", str(value)) for key, value in environment.items()]
     facts += [(f"digest of {key}", str(value)) for key, value in record.manifest.get("identity", {}).items()]
-    yield Table("Model, versions and machine", ("", ""), tuple(facts))
+    yield Table("Model, versions and machine", ("fact", "value"), tuple(facts))
     if record.config is not None:
         yield Table("Settings that are not the defaults", ("setting", "value"), tuple(_changed(record.config)))
     splits = record.manifest.get("splits")
     if isinstance(splits, Mapping):
-        yield Table("How text was held out", ("", ""), tuple(flattened(splits)))
+        yield Table("How text was held out", ("fact", "value"), tuple(flattened(splits)))
 
 
 def _changed(config: Config) -> Iterator[tuple[str, str]]:

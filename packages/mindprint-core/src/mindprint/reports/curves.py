@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 
 from mindprint.contract import StageName
 from mindprint.reports.document import Line, Point, Tone
@@ -14,33 +14,71 @@ MOST_POINTS = 3000
 """Points of one curve in a chart. Beyond them each bucket of neighbouring steps keeps its lowest and its highest."""
 
 
+SMOOTHED_FROM = 12
+"""Points from which a line is smoothed. Fewer are read as they are."""
+
+MOST_SMOOTHED = 51
+"""Steps of the longest window of a smoothed line."""
+
+
 def curves(
-    record: RunRecord, stage: StageName, value: Callable[[Step], float | None], label: str, tone: Tone
+    record: RunRecord,
+    stage: StageName,
+    value: Callable[[Step], float | None],
+    label: str,
+    tone: Tone,
+    *,
+    each_step: bool = True,
 ) -> tuple[Line, ...]:
-    """Return one line for each stage that was trained, with separate lines for undone steps. x is the run's step."""
+    """Return one line for each stretch of a stage that was trained, with separate lines for undone steps.
+
+    x counts the steps of this stage alone, so that no other stage leaves a gap. A long line is smoothed, and with
+    `each_step` the values themselves are faint behind it.
+    """
     steps = [step for step in record.steps if step.stage == stage]
     # Every line gets the same share of its points, so that equal stretches of steps stay equally detailed.
     share = MOST_POINTS / max(1, len(steps))
-    lines = []
+    faint, lines, first = [], [], 1
     for undone, group in _strokes(steps):
-        measured = [(step.step, value(step)) for step in group]
+        measured = [(place, value(step)) for place, step in enumerate(group, first)]
+        first += len(group)
         # One value that is not finite would break the whole path of the SVG.
-        points = [(float(step), found) for step, found in measured if found is not None and math.isfinite(found)]
+        points = [(float(place), found) for place, found in measured if found is not None and math.isfinite(found)]
         # A line needs two points to be visible, however small its share is.
-        kept = thinned(points, max(2, int(share * len(points))))
-        if kept:
+        most = max(2, int(share * len(points)))
+        kept = thinned(points, most)
+        if not kept:
+            continue
+        if undone or len(points) < SMOOTHED_FROM:
             lines.append(Line(f"{label}, rolled back" if undone else label, "undone" if undone else tone, tuple(kept)))
-    return tuple(lines)
+            continue
+        if each_step:
+            faint.append(Line("each step", "faint", tuple(kept)))
+        lines.append(Line(label, tone, tuple(thinned(smoothed(points), most))))
+    # What is drawn first is behind.
+    return (*faint, *lines)
 
 
-def boundaries(record: RunRecord) -> tuple[float, ...]:
-    """Return the places where another stage, topic or attempt starts, half a step before its first step."""
-    changes = []
-    for before, after in zip(record.steps, record.steps[1:], strict=False):
-        if before.stretch != after.stretch:
-            # A border halfway between two steps never covers a point of either.
-            changes.append((before.step + after.step) / 2)
-    return tuple(changes)
+def smoothed(points: Sequence[Point]) -> list[Point]:
+    """Return the running mean of the values, over about a tenth of the line on either side together.
+
+    The window shrinks towards both ends and stays symmetric, so that a steady slope stays where it is.
+    """
+    half = min(MOST_SMOOTHED, max(3, len(points) // 10)) // 2
+    sums = [0.0, *accumulate(y for _, y in points)]
+    result = []
+    for place, (x, _) in enumerate(points):
+        reach = min(half, place, len(points) - 1 - place)
+        result.append((x, (sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1)))
+    return result
+
+
+def boundaries(record: RunRecord, stage: StageName) -> tuple[float, ...]:
+    """Return the places where another topic or attempt starts, half a step before its first step of this stage."""
+    steps = [step for step in record.steps if step.stage == stage]
+    # A border halfway between two steps never covers a point of either.
+    pairs = enumerate(pairwise(steps), 1)
+    return tuple(place + 0.5 for place, (before, after) in pairs if before.stretch != after.stretch)
 
 
 def thinned(points: Sequence[Point], most: int) -> list[Point]:

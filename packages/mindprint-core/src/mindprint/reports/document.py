@@ -7,8 +7,8 @@ from typing import Literal
 
 from mindprint.runs.records import Interval
 
-Tone = Literal["first", "second", "third", "undone"]
-"""The style of a line: `undone` is for steps that were rolled back."""
+Tone = Literal["first", "second", "third", "undone", "faint"]
+"""The style of a line: `undone` is for steps that were rolled back, `faint` for the values under a smoothed line."""
 
 Point = tuple[float, float]
 

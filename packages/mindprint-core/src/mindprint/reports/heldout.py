@@ -26,6 +26,10 @@ MOST_CHARACTERS = 1500
 """The most answers in a report, and the most characters of each: answers.jsonl has all."""
 
 
+CUT = ", cut at its limit of tokens"
+"""The mark of an answer that did not end by itself: it is not the model that breaks off in the middle."""
+
+
 def answers(record: RunRecord) -> Iterator[Block]:
     """Yield held-out prompts with the answers of both models and of the person."""
     if not record.answers:
@@ -55,7 +59,11 @@ def _spread(answers: Sequence[AnswerRecord]) -> list[AnswerRecord]:
 
 
 def _side_by_side(record: RunRecord, answer: AnswerRecord) -> SideBySide:
-    texts = (("base model", answer.base), ("tuned model", answer.tuned), ("the person", answer.person))
+    texts = (
+        (f"base model{CUT if 'base' in answer.cut else ''}", answer.base),
+        (f"tuned model{CUT if 'tuned' in answer.cut else ''}", answer.tuned),
+        ("the person", answer.person),
+    )
     note = f"key concepts that the tuned model's answer lacks: {', '.join(answer.missing)}" if answer.missing else ""
     shown = tuple((label, _clipped(text)) for label, text in texts)
     return SideBySide(_clipped(answer.prompt), record.title(answer.topic), shown, note)
@@ -129,8 +137,8 @@ def copying(record: RunRecord) -> Iterator[Block]:
         )
         for name, one in measured
     )
-    header = ("topic", "copied words", "of the person's", "longest overlap", "recited answers", "self-BLEU",
-              "of the person's", "length")  # fmt: skip
+    header = ("topic", "copied words", "the person's copied words", "longest overlap", "recited answers",
+              "self-BLEU", "the person's self-BLEU", "length")  # fmt: skip
     yield Table("Overlap with the training text, of the answers with each other, and length over the person's", header,
                 rows, frozenset(range(1, 8)))  # fmt: skip
 
@@ -156,7 +164,7 @@ def preferences(record: RunRecord) -> Iterator[Block]:
         )
         for name, one in measured
     )
-    header = ("topic", "pairs", "reward accuracy", "reward margin", "perplexity, base model", "tuned model")
+    header = ("topic", "pairs", "reward accuracy", "reward margin", "perplexity, base model", "perplexity, tuned model")
     yield Table(
         "Reward accuracy: share of held-out pairs in which training raised the chosen answer more than the rejected "
         "one. Perplexity: of the person's held-out text",

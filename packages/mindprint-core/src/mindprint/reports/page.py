@@ -88,7 +88,7 @@ def _(block: Table) -> str:
     )
     return (
         f'<div class="scroll" role="region" aria-label="{escape(block.caption)}" tabindex="0"><table>'
-        f"<caption>{escape(block.caption)}</caption>{head}<tbody>{rows}</tbody></table></div>"
+        f"<caption><span>{escape(block.caption)}</span></caption>{head}<tbody>{rows}</tbody></table></div>"
     )
 
 

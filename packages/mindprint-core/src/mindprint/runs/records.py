@@ -169,7 +169,8 @@ class AnswerRecord:
     """A held-out prompt with all three answers: a line of answers.jsonl, written by the final evaluation.
 
     `person` is the person's own text; for a quiz the first reference answer, and `missing` lists the key concepts that
-    the tuned model's answer lacks.
+    the tuned model's answer lacks. `cut` names the models (`base`, `tuned`) whose answer was cut at
+    `generation.max_new_tokens`.
     """
 
     topic: str
@@ -179,6 +180,7 @@ class AnswerRecord:
     tuned: str
     quiz: bool = False
     missing: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
 
 
 def evaluation_from(line: Mapping[str, Any]) -> EvaluationRecord:

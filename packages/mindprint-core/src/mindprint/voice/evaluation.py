@@ -237,7 +237,14 @@ class Evaluator:
         for place, answer in prompts.items():
             prompt = self._prompts[place]
             records.append(
-                AnswerRecord(prompt.topic, text_of(prompt.prompt), prompt.person, base[place].text, answer.text)
+                AnswerRecord(
+                    prompt.topic,
+                    text_of(prompt.prompt),
+                    prompt.person,
+                    base[place].text,
+                    answer.text,
+                    cut=_cut(base[place], answer),
+                )
             )
         for place, answer in questions.items():
             question = self._questions[place]
@@ -251,6 +258,7 @@ class Evaluator:
                     answer.text,
                     quiz=True,
                     missing=coverage(answer.text, concepts).missing if concepts else (),
+                    cut=_cut(base[len(self._prompts) + place], answer),
                 )
             )
         return tuple(records)
@@ -381,6 +389,12 @@ def _unmeasured(figures: Figures, why: str, *names: str) -> Figures:
 
 def _interval(score: VoiceScore | NotScored) -> Interval | None:
     return None if isinstance(score, NotScored) else Interval(score.value, score.low, score.high)
+
+
+def _cut(base: GeneratedAnswer, tuned: GeneratedAnswer) -> tuple[str, ...]:
+    """Return the models whose answer did not end by itself."""
+    sides = {"base": base, "tuned": tuned}
+    return tuple(name for name, answer in sides.items() if answer.generation.stop_reason == "length")
 
 
 def _share(facts: Iterable[bool]) -> float:
