@@ -260,6 +260,16 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session(python=False, requires=["both"], default=False)
+def trust(session: nox.Session) -> None:
+    """All that verify must find and must not: every fault, every sound form, and real models where they are named.
+
+    Set `MINDPRINT_SMOLLM2` and `MINDPRINT_GEMMA3` to the folders of SmolLM2-135M and Gemma 3 270M.
+    """
+    env = {**ONE_THREAD, "MINDPRINT_TRUST": "all"}
+    run_in_both(session, "pytest", "tests/trust", *IN_PARALLEL, "--timeout=0", *session.posargs, env=env)
+
+
+@nox.session(python=False, requires=["both"], default=False)
 def fuzz(session: nox.Session) -> None:
     """The same fuzzers for as long as you like: `nox -s fuzz -- 2000` makes 2000 tries of each, with a seed it prints.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,16 +20,17 @@ from artefacts import (
     copy_tokenizer,
     edit_config,
     edit_factors,
+    edit_json,
     make_adapter,
     make_base,
     merge_with_peft,
     placement,
 )
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from mindprint.adapter.merging import merged_folder
-from mindprint.adapter.peft_format import read_adapter
+from mindprint.adapter.peft_format import CONFIG_FILE, read_adapter
 from mindprint.models.folder import ModelFolder, check_model_folder
 from mindprint.trust.fingerprint import FILE_NAME, read_fingerprint
 from mindprint.trust.report import Report
@@ -127,8 +130,41 @@ def merged_in_bfloat16(it: Artefact) -> None:
     merge_with_peft(it, torch.bfloat16)
 
 
+def adapter_in_float16(it: Artefact) -> None:
+    edit_factors(it, lambda _, values: values.half())
+
+
+def a_target_that_the_base_lacks(it: Artefact) -> None:
+    """As tools write them that have one list for many families."""
+    config = json.loads((it.adapter / CONFIG_FILE).read_text())
+    edit_config(it, target_modules=[*config["target_modules"], "c_attn", "query_key_value_of_another"])
+
+
+def defaults_are_left_out(it: Artefact) -> None:
+    """As tools write config.json that state only what differs from the class."""
+    file = it.base / "config.json"
+    values = json.loads(file.read_text())
+    defaults = CONFIG_MAPPING[values["model_type"]]().to_dict()
+    edit_json(file, {}, tuple(n for n in values if n != "model_type" and n in defaults and values[n] == defaults[n]))
+
+
+def fingerprint_of_format_1(it: Artefact) -> None:
+    file = it.adapter / FILE_NAME
+    content = json.loads(file.read_text())
+    del content["digest"], content["adapter"]["rounded"]
+    del content["tokenizer"]["decoder"], content["tokenizer"]["variables"]
+    file.write_text(json.dumps({**content, "format": 1}))
+
+
+def a_pad_token_is_set(it: Artefact) -> None:
+    """As tools do that pad: the template does not write it."""
+    edit_json(it.base / "tokenizer_config.json", {"pad_token": "<|im_start|>"})
+
+
 NOTES: Mapping[str, set[str]] = {
     "adapter_in_bfloat16": {"precision"},
+    "adapter_in_float16": {"precision"},
+    "a_target_that_the_base_lacks": {"unmatched_targets"},
     "without_fingerprint": {"no_fingerprint"},
 }
 """What the report must say of a treatment though nothing is wrong."""
@@ -148,7 +184,18 @@ TREATMENTS: tuple[Callable[[Artefact], None], ...] = (
 )
 
 
-EVERYWHERE = (as_it_was, converted_to_mlx_lm, merged_by_mindprint)
+THOROUGH = os.environ.get("MINDPRINT_TRUST") == "all"
+"""`nox -s trust` sets it. Plain nox runs a part that has every kind."""
+
+MORE = (
+    adapter_in_float16,
+    a_target_that_the_base_lacks,
+    defaults_are_left_out,
+    fingerprint_of_format_1,
+    a_pad_token_is_set,
+)
+
+EVERYWHERE = (*TREATMENTS, *MORE) if THOROUGH else (as_it_was, converted_to_mlx_lm, merged_by_mindprint)
 """Verified on both backends; the others on the one that did not train the adapter."""
 
 BACKENDS = ("torch", "mlx")
@@ -166,7 +213,9 @@ def verified(it: Artefact, backend: str) -> Report:
     return verify_merged(merged, base, adapter, placement(backend), read_fingerprint(it.adapter))
 
 
-@pytest.mark.parametrize("treatment", TREATMENTS, ids=lambda treatment: treatment.__name__)
+@pytest.mark.parametrize(
+    "treatment", [*TREATMENTS, *(MORE if THOROUGH else ())], ids=lambda treatment: treatment.__name__
+)
 def test_what_is_sound_raises_no_alarm(treatment: Callable[[Artefact], None], sound: Artefact, tmp_path: Path) -> None:
     it = sound.copy(tmp_path)
     treatment(it)
@@ -175,7 +224,7 @@ def test_what_is_sound_raises_no_alarm(treatment: Callable[[Artefact], None], so
     trained_on = fingerprint.measurements[0].backend
     for backend in BACKENDS if treatment in EVERYWHERE else other_than(trained_on):
         report = verified(it, backend)
-        outcomes.sound(treatment.__name__.replace("_", " "), alarm=not report.ok)
+        outcomes.sound(treatment.__name__.replace("_", " "), report)
         assert report.ok, report.findings
         assert {finding.code for finding in report.findings} >= NOTES.get(treatment.__name__, set())
         assert all(comparison.within for comparison in report.comparisons)
@@ -187,7 +236,7 @@ def test_what_is_sound_raises_no_alarm(treatment: Callable[[Artefact], None], so
 def test_in_bfloat16_the_files_decide(backend: str, sound: Artefact) -> None:
     """The dtype's noise hides the effect, and the report says so; a scale that is wrong is found all the same."""
     report = verify_adapter(sound.adapter, ModelFolder(sound.base, "base"), placement(backend, "bfloat16"))
-    outcomes.sound("computed in bfloat16", alarm=not report.ok)
+    outcomes.sound("computed in bfloat16", report)
     assert report.ok, report.findings
     effect, allowed = report.effect, report.comparisons[-1].tolerance
     assert effect is not None and effect.recorded is not None
@@ -211,6 +260,9 @@ def test_in_bfloat16_a_small_effect_cannot_be_told_and_a_wrong_scale_is_found(tm
     assert report.findings[0].factor == pytest.approx(4.0)
 
 
-def test_there_are_sixty_combinations() -> None:
-    everywhere = 2 * (len(EVERYWHERE) + 1)  # and in bfloat16
-    assert len(FAMILIES) * (everywhere + len(TREATMENTS) - len(EVERYWHERE)) >= 60
+def test_there_are_sixty_combinations_and_150_in_the_thorough_session() -> None:
+    in_bfloat16 = 1
+    if THOROUGH:
+        assert len(FAMILIES) * 2 * (len(EVERYWHERE) + in_bfloat16) >= 150
+    else:
+        assert len(FAMILIES) * (len(TREATMENTS) + len(EVERYWHERE) + 2 * in_bfloat16) >= 60

@@ -22,7 +22,7 @@ from mindprint.models.folder import ModelFolder, model_config
 from mindprint.plugins import loading as plugins
 from mindprint.plugins.backend import load_backend
 from mindprint.trust.fingerprint import FILE_NAME, Fingerprint, fingerprint_json, read_fingerprint
-from mindprint.trust.probe import Noise, synthetic_probe, tolerance
+from mindprint.trust.probe import Noise, compared, synthetic_probe, tolerance
 from mindprint.trust.report import Report
 from mindprint.trust.verify import verify_adapter
 
@@ -271,3 +271,39 @@ def test_a_noisy_backend_is_believed_within_bounds(
 def test_a_large_model_is_not_measured_in_float32() -> None:
     assert fits_in_float32(10_000_000)
     assert not fits_in_float32(70_000_000_000)
+
+
+def test_the_tolerance_follows_depth_width_and_the_size_of_a_log_prob() -> None:
+    small = {"num_hidden_layers": 2, "hidden_size": 64}
+    assert tolerance(["float32"], config=small).mean == tolerance(["float32"]).mean == 1e-5
+    deep = tolerance(["float32"], config={"text_config": {"num_hidden_layers": 30, "hidden_size": 576}})
+    error = 2.0**-24 * (30 * 576) ** 0.5
+    assert (deep.mean, deep.greatest) == pytest.approx((2.5 * error, 100 * error))
+    assert deep.reason == "rounding of float32 through 30 layers of width 576"
+    # Noise excuses no more than before, and a narrower dtype keeps its table.
+    assert tolerance(["bfloat16"], config={"n_layer": 30, "n_embd": 576}).relative == 0
+    recorded = np.array([-1.0, -100.0], np.float32)
+    near, far = (compared("", recorded + np.float32(size), recorded, deep).tolerance.greatest for size in (0, 1))
+    assert far == pytest.approx(deep.greatest + 8 * 2.0**-24 * 1.0)
+    assert near <= deep.greatest + 8 * 2.0**-24 * 100.0
+
+
+def test_a_message_quotes_the_figure_that_decided() -> None:
+    recorded = np.zeros(1000, np.float32)
+    found = recorded.copy()
+    found[7] = 1.2e-4
+    comparison = compared("base", found, recorded, tolerance(["float32"]))
+    assert not comparison.within
+    assert comparison.mean < comparison.tolerance.mean
+    assert comparison.deciding == "one log-prob differs by 0.00012 nats, where 0.0001 is allowed"
+    spread = compared("base", recorded + np.float32(5e-5), recorded, tolerance(["float32"]))
+    assert spread.deciding == "log-probs differ by 5e-05 nats a token on average, where 1e-05 is allowed"
+
+
+def test_a_fingerprint_can_be_required(adapter: Path, toy_model: Path) -> None:
+    assert mindprint.verify(adapter, model=str(toy_model), backend="toy", require_fingerprint=True).ok
+    (adapter / FILE_NAME).unlink()
+    assert mindprint.verify(adapter, model=str(toy_model), backend="toy").ok
+    refused = mindprint.verify(adapter, model=str(toy_model), backend="toy", require_fingerprint=True)
+    assert refused.codes == {"no_fingerprint"}
+    assert refused.verdict == "not verified: 1 finding"
