@@ -155,8 +155,8 @@ def merge(
     Args:
         adapter: A project (its newest complete run), a run, or an adapter of Mindprint's, PEFT's or mlx-lm's.
         out: The new model's folder. It must not exist.
-        fix_config: Add the keys to the merged config.json that mlx-lm needs to compute the same model.
         verify: Let a backend compare the merged model with base and adapter. Otherwise only the files are compared.
+        fix_config: Add the keys to the merged config.json that mlx-lm needs to compute the same model.
         model: Where the base model is, if not where the run or the adapter says.
         backend: The backend that verifies. Default: the run's.
         device: `cpu`, `cuda`, `mps`, `metal`. Default: the run's.
