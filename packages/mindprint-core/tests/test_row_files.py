@@ -163,3 +163,10 @@ def test_a_byte_order_mark_is_skipped_wherever_files_were_joined(tmp_path: Path)
     mark = b"\xef\xbb\xbf"
     (tmp_path / "a.jsonl").write_bytes(mark + LINES + mark + LINES)
     assert [record for _, record in records(tmp_path / "a.jsonl")] == ROWS * 2
+
+
+def test_a_link_to_a_device_is_refused_by_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").symlink_to("/dev/zero")
+    config = make_config({"data": {"sft": "rows.jsonl"}, "dpo": {"enabled": False}}, tmp_path)
+    with pytest.raises(DataError, match=r"^rows.jsonl: is not a regular file \(data.sft\)"):
+        read_rows(config)

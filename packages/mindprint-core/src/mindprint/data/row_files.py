@@ -248,7 +248,7 @@ def _line_object(line: bytes, origin: Origin) -> Record:
         value = parse_json(text)
     except json.JSONDecodeError as error:
         advice = _advice(text, error.pos, error.msg, Path(origin.file))
-        raise DataError(f"{origin}: not valid JSON: {error.msg} at column {error.colno}{advice}") from None
+        raise DataError(f"{origin}: not valid JSON: {error.msg} at column {error.pos + 1}{advice}") from None
     except ValueError as error:
         raise DataError(f"{origin}: cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):

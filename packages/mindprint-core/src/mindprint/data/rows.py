@@ -738,6 +738,9 @@ def _records(file: ConfigFile, source: str | Path, part: Part) -> Iterator[tuple
         return file_records(path)
     if path.is_dir():
         raise DataError(f"{shown_path(path)}: data.{part} names a folder: name its files, or set data.path to it")
+    if path.exists():
+        # By the name that the configuration has: a link can lead to a device or a pipe.
+        raise DataError(f"{source}: is not a regular file (data.{part})")
     # `data/sft.jsonl` has the form of a hub name too. The ending shows that a file is meant, which is not there.
     hub = _HUB_NAME.fullmatch(str(source))
     if hub is None or is_row_file(str(source)):
