@@ -45,7 +45,11 @@ fetch() {
 }
 
 run() {
-    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE" "$WHEELS"/*.whl
+    if [ ! -e "$SITE/complete" ]; then
+        "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE" \
+            "$WHEELS"/*.whl
+        touch "$SITE/complete"
+    fi
     # The wheels have our entry points. The code is that of this checkout.
     local sources
     sources=$(printf "$PWD/packages/mindprint-%s/src:" "${PACKAGES[@]}")

@@ -48,7 +48,7 @@ class Sizes:
 
 FULL = Sizes(
     models=("1b", "8b"), lengths=(2048, 8192, 512), step_tokens=8192, steps=4, warm_up=2, product=8192,
-    copied_bytes=4 << 30, head=(4096, 2048, 128256), small="small", loss_steps=10, loss_length=512, prompts=(1, 64),
+    copied_bytes=1 << 30, head=(4096, 2048, 128256), small="small", loss_steps=10, loss_length=512, prompts=(1, 64),
     new_tokens=64,
 )  # fmt: skip
 TINY = Sizes(
@@ -169,18 +169,22 @@ def measure_speed(run: Run, which: int) -> None:
         for length in run.sizes.lengths:
             for stage in ("sft", "dpo"):
                 base = cell(run, model, stage, length, checkpointing=checkpointing)
-                for name, variant in variants(stage, length == run.sizes.lengths[0]):
+                if which == 1:
+                    # Steps of the larger model are long, and vary less.
+                    base |= {"steps": min(base["steps"], 3), "warm_up": 1}
+                first = length == run.sizes.lengths[0]
+                for name, variant in variants(stage, apart=which == 0 or first, precomputed=first):
                     if name in workers:
                         measure_cell(run, f"speed {model}", workers[name], name, {**base, **variant})
 
 
-def variants(stage: str, every: bool) -> list[tuple[str, dict[str, bool]]]:
+def variants(stage: str, *, apart: bool, precomputed: bool) -> list[tuple[str, dict[str, bool]]]:
     """Return the contestants of a cell in turn, each with its special settings."""
     turns: list[tuple[str, dict[str, bool]]] = [(name, {}) for name in CONTESTANTS]
-    if stage == "dpo":
+    if stage == "dpo" and apart:
         turns.insert(1, ("mindprint", {"share_prompts": False}))
-        if every:
-            turns.append(("trl", {"precompute": True}))
+    if stage == "dpo" and precomputed:
+        turns.append(("trl", {"precompute": True}))
     return turns
 
 
@@ -385,9 +389,9 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "speed-1b": lambda run: measure_speed(run, 0),
     "losses": compare_losses,
     "speed-8b": lambda run: measure_speed(run, 1),
-    "checkpointing": compare_checkpointing,
     "parity": compare_devices,
     "generation": measure_generation,
+    "checkpointing": compare_checkpointing,
     "nf4": compare_nf4,
     "conformance": run_conformance,
 }

@@ -3,8 +3,8 @@
 A mask says which token of such a row sees which. But a GPU's fast kernels take no mask, they only know that a token
 sees those before it, and the mask is as large as the row is long, squared. So each layer's queries, keys and values
 are copied into two plain rows, prompt + first and prompt + second completion, for the time of the attention alone.
-There is no padding to mask either, since it lies behind all that counts. Attention to the prompt is computed twice, but
-everything else, which is most, still once.
+Padding needs no mask either, since it lies behind all tokens that count. Attention within the prompt is computed twice,
+but everything else, which is most, still once.
 
 transformers looks attention functions up by name. Here its `sdpa` gets a branch for the masks of `unmasked`, which hold
 no values but the places of tokens. All other masks go to transformers' own function.
