@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from mindprint.contract import AdapterSite, LoadedModel, ModelSpec, Update
 from mindprint_mlx import model
@@ -45,31 +46,79 @@ SMALL: Mapping[str, Any] = {
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
+MIXTURE = {
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+}
+GRANITE = {
+    "logits_scaling": 8.0,
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 6.0,
+    "residual_multiplier": 0.3,
+}
+LAYER_INPUTS = {
+    "head_dim": 16,
+    "sliding_window": 8,
+    "hidden_size_per_layer_input": 12,
+    "vocab_size_per_layer_input": 131,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "final_logit_softcapping": 2.0,
+}
+
 MATRIX: Mapping[str, Mapping[str, Any]] = {
     "apertus": {},
+    "bitnet": {},
     "cohere": {"logit_scale": 0.3},
+    "cohere2": {"head_dim": 16, "sliding_window": 8, "logit_scale": 0.3},
+    "deepseek_v2": {**LATENT, **MIXTURE, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**LATENT, **MIXTURE},
+    "dots1": {**MIXTURE, "head_dim": 16, "sliding_window": 8, "max_window_layers": 2},
     "ernie4_5": {"head_dim": 16},
     "exaone4": {"head_dim": 16, "sliding_window": 8},
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "final_logit_softcapping": 2.0},
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "hidden_size": 72},
+    "gemma3n_text": {**LAYER_INPUTS, "laurel_rank": 8, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+    "gemma4_text": {**LAYER_INPUTS, "global_head_dim": 32, "use_double_wide_mlp": True},
+    "glm": {"head_dim": 16},
     "glm4": {"head_dim": 16},
+    "glm4_moe": {**MIXTURE, "head_dim": 16},
+    "gpt2": {},
+    "gpt_bigcode": {"n_inner": 112},
     "gpt_neox": {"intermediate_size": 256},
-    "granite": {
-        "logits_scaling": 8.0,
-        "attention_multiplier": 0.2,
-        "embedding_multiplier": 6.0,
-        "residual_multiplier": 0.3,
-    },
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "gptj": {"rotary_dim": 8, "n_inner": 256},
+    "granite": GRANITE,
+    "granitemoe": {**GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2},
     "helium": {"head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
+    "internlm3": {"head_dim": 16},
     "llama": {},
+    "ministral3": {"head_dim": 16, "sliding_window": 16},
     "mistral": {"head_dim": 16, "sliding_window": 8},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "nemotron": {},
+    "olmo": {"clip_qkv": 0.3},
     "olmo2": {},
+    "olmo3": {"sliding_window": 8},
+    "olmoe": EXPERTS,
     "phi": {},
     "phi3": {},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2": {},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 48},
     "qwen3": {"head_dim": 24},
@@ -104,7 +153,7 @@ def saved(folder: Path, model_type: str, base: float = 500000.0, **changes: Any)
         reference.save_pretrained(folder)
         tokens = torch.randint(3, 131, (2, TOKENS))
         logits = reference(tokens).logits.float().numpy()
-    linears = {name for name, module in reference.named_modules() if type(module) is torch.nn.Linear}
+    linears = {name for name, module in reference.named_modules() if type(module) in (torch.nn.Linear, Conv1D)}
     return Reference(folder, tokens.numpy(), logits, frozenset(linears))
 
 

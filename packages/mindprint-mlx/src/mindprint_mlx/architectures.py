@@ -21,7 +21,9 @@ import mlx.core as mx
 from mlx import nn
 
 from mindprint.errors import ModelError
+from mindprint_mlx.calls import replace_call, wrap_call
 from mindprint_mlx.configuration import ROPE_FIELDS, WINDOW_FIELDS, Configuration, interpret
+from mindprint_mlx.families import family, own_module
 from mindprint_mlx.imports import mlx_lm_module
 from mindprint_mlx.rope import Rope, frequencies
 from mindprint_mlx.windows import windowed
@@ -31,9 +33,12 @@ MODULES = {"mistral": "llama"}
 
 COMPARED = frozenset(
     {
-        "apertus", "cohere", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "gpt_neox", "granite",
-        "helium", "hunyuan_v1_dense", "llama", "mistral", "mixtral", "nemotron", "olmo2", "phi", "phi3", "qwen2",
-        "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+        "apertus", "bitnet", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5", "exaone4",
+        "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt2",
+        "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe", "helium", "hunyuan_v1_dense",
+        "internlm3", "llama", "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe",
+        "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm",
+        "starcoder2",
     }
 )  # fmt: skip
 """The families whose logits `tests/parity/test_architectures.py` compares with transformers'."""
@@ -56,7 +61,8 @@ INERT = frozenset(
         # outputs, and heads that a language model does not have
         "output_hidden_states", "output_attentions", "return_dict", "torchscript", "id2label", "label2id",
         "num_labels", "problem_type", "finetuning_task", "tokenizer_class", "output_router_logits",
-        "classifier_dropout", "pruned_heads", "chunk_size_feed_forward",
+        "classifier_dropout", "pruned_heads", "chunk_size_feed_forward", "summary_type", "summary_use_proj",
+        "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
         # initialisation and training only; training on a base means without its own dropout
         "initializer_range", "initializer_factor", "init_std", "attention_dropout", "hidden_dropout", "dropout",
         "attn_pdrop", "embd_pdrop", "resid_pdrop", "emb_pdrop", "embedding_dropout", "residual_dropout",
@@ -74,7 +80,7 @@ IN_THE_WEIGHTS = frozenset(
     {
         "attention_bias", "mlp_bias", "use_bias", "qkv_bias", "use_qkv_bias", "attention_out_bias", "lm_head_bias",
         "bias", "head_dim", "intermediate_size", "vocab_size", "tie_word_embeddings", "qk_layernorm", "use_qk_norm",
-        "num_local_experts", "num_experts",
+        "num_local_experts", "num_experts", "n_inner", "num_key_value_heads",
     }
 )  # fmt: skip
 """Fields that decide the tensors and their shapes: a class that misread one could not be loaded."""
@@ -104,16 +110,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 OURS_ALONE = frozenset({"rope_traditional", "rope_scaling", "layer_norm_bias"})
 """Parameters of mlx-lm's classes that no configuration states: constants of the family, or set by us."""
-
-CONSTANTS: Mapping[str, Mapping[str, Any]] = {
-    "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
-    "hunyuan_v1_dense": {"use_qk_norm": True},
-    "olmo2": {"head_dim": None, "mlp_bias": False},
-    "mistral": {"attention_bias": False, "mlp_bias": False},
-    "smollm3": {"head_dim": None},
-    "phi3": {"rope_scaling": None},
-}
-"""Parameters of a class that its family's configuration has no field for."""
 
 ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "silu": ("silu", "swish"),
@@ -147,6 +143,7 @@ MLP_CALLS: Mapping[str, Callable[[Any, mx.array, Any], mx.array]] = {
     "gemma": lambda mlp, x, act: mlp.down_proj(act(mlp.gate_proj(x)) * mlp.up_proj(x)),
     "gemma2": lambda mlp, x, act: mlp.down_proj(act(mlp.gate_proj(x)) * mlp.up_proj(x)),
     "starcoder2": lambda mlp, x, act: mlp.c_proj(act(mlp.c_fc(x))),
+    "gpt_bigcode": lambda mlp, x, act: mlp.c_proj(act(mlp.c_fc(x))),
     "gpt_neox": lambda mlp, x, act: mlp.dense_4h_to_h(act(mlp.dense_h_to_4h(x))),
     "phi": lambda mlp, x, act: mlp.fc2(act(mlp.fc1(x))),
 }
@@ -167,22 +164,11 @@ ATTENTION = ("self_attn", "attention", "attn")
 ROPE_MODULES = ("rope", "rotary_emb")
 """Attentions' names for their rotary embedding."""
 
+MAY_ROTATE = ("cohere2",)
+"""Families whose layers are told after they were built that they do not rotate."""
+
 TRADITIONAL = {"DynamicNTKAlphaRoPE": False}
 """The pairing of dimensions in mlx-lm's own rotary embeddings: True for neighbours, False for halves."""
-
-
-def _unrounded_embedding_scale(module: nn.Module, configuration: Configuration) -> None:
-    """Undo the rounding of the factor of Gemma 3's embedding."""
-    # It is sqrt(hidden), which mlx-lm rounds to bfloat16 even in a float32 model.
-    scale = configuration.fields["hidden_size"] ** 0.5
-    rounded = mx.array(scale, mx.bfloat16).item()
-    layer = module.layers[0]
-    if module.model.embed_tokens.weight.dtype == mx.float32 and rounded != scale:
-        _around(layer, lambda call, x, *rest, **named: call(x * (scale / rounded), *rest, **named))
-
-
-REPAIRS: Mapping[str, Callable[[nn.Module, Configuration], None]] = {"gemma3_text": _unrounded_embedding_scale}
-"""Corrections of the built model, by family."""
 
 
 @dataclass(frozen=True)
@@ -215,17 +201,37 @@ def complete(architecture: Architecture, module: nn.Module) -> int | None:
     """Set into the loaded module all that its class takes no argument for; return its shortest window, if any."""
     configuration = architecture.configuration
     _set_activation(configuration, module)
-    for layer, parameters in zip(_layers(configuration, module), configuration.rope, strict=True):
-        _set_rope(configuration, layer, parameters)
-    for layer, window in zip(_layers(configuration, module), configuration.windows, strict=True):
-        if window:
-            _around(_attention(configuration, layer), windowed(window))
-    if configuration.model_type in REPAIRS:
-        REPAIRS[configuration.model_type](module, configuration)
+    facts = family(configuration.model_type)
+    for index, layer in enumerate(_layers(configuration, module)):
+        if not facts.fixed_rope:
+            _set_rope(configuration, layer, index)
+        window = configuration.windows[index]
+        if window and not facts.own_windows:
+            attention = _attention(configuration, layer)
+            wrap_call(attention, windowed(window, type(attention).__call__))
+    if facts.repair:
+        facts.repair(module, configuration)
     return min(filter(None, configuration.windows), default=None)
 
 
+def build(architecture: Architecture) -> nn.Module:
+    """Return the model, without weights.
+
+    Raises:
+        Exception: Whatever the class raises when its arguments do not fit.
+    """
+    configuration = architecture.configuration
+    module: nn.Module = architecture.model_class(architecture.arguments)
+    prepare = family(configuration.model_type).prepare
+    if prepare:
+        prepare(module, configuration)
+    return module
+
+
 def _module(model_type: str) -> ModuleType:
+    ours = own_module(model_type)
+    if ours is not None:
+        return ours
     try:
         return mlx_lm_module(f"models.{MODULES.get(model_type, model_type)}")
     except ModuleNotFoundError as error:
@@ -282,7 +288,8 @@ def _borrowed(module: ModuleType) -> Iterator[ModuleType]:
 def _account_for(configuration: Configuration, code: _Code, name: str, value: Any) -> None:
     if name in INERT | IN_THE_WEIGHTS | ROPE_FIELDS | WINDOW_FIELDS or name in ACTIVATION_FIELDS:
         return
-    if name in code.reads or value in NEUTRAL.get(name, ()):
+    harmless = family(configuration.model_type).harmless.get(name, ())
+    if name in code.reads or value in harmless or value in NEUTRAL.get(name, ()):
         return
     alias = _other_name(configuration, name)
     if alias in code.reads:
@@ -300,9 +307,11 @@ def _other_name(configuration: Configuration, name: str) -> str | None:
 
 def _check_activation(configuration: Configuration, code: _Code) -> None:
     wanted = _activation(configuration)
-    if wanted is None or code.activations == {wanted} or configuration.model_type in MLP_CALLS:
+    stated = family(configuration.model_type).activation
+    computed = {stated} if stated else code.activations
+    if wanted is None or computed == {wanted} or configuration.model_type in MLP_CALLS:
         return
-    has = ", ".join(sorted(code.activations)) or "none that is known"
+    has = ", ".join(sorted(computed)) or "none that is known"
     raise ModelError(
         f"model_type {configuration.model_type!r}: config.json asks for {wanted}, mlx-lm's class has {has}"
     )
@@ -323,7 +332,9 @@ def _arguments(configuration: Configuration, kind: Any) -> Any:
     """Return the class's arguments: constants, fields of the configuration, and placeholders for parts set later."""
     values = dict(configuration.fields)
     values |= {name: values[own] for name, own in configuration.aliases.items() if own in values}
-    values |= _set_afterwards(configuration) | dict(CONSTANTS.get(configuration.model_type, {}))
+    facts = family(configuration.model_type)
+    values |= _set_afterwards(configuration) | dict(facts.constants)
+    values |= facts.arguments(configuration) if facts.arguments else {}
     given = {}
     for parameter in dataclass_fields(kind):
         if parameter.name in values:
@@ -352,23 +363,8 @@ def _set_afterwards(configuration: Configuration) -> dict[str, Any]:
         "original_max_position_embeddings": 4096,
         "layer_types": None,
         "sliding_window": None,
-        "sliding_window_pattern": _PATTERNS.get(configuration.model_type, lambda _: None)(configuration),
+        "sliding_window_pattern": None,
     }
-
-
-def _rotating_pattern(configuration: Configuration) -> str | None:
-    """Return EXAONE 4's pattern."""
-    # It also decides which layers rotate: those that it calls local, or all without a pattern.
-    if all(rope is not None for rope in configuration.rope):
-        return None
-    return "".join("G" if rope is None else "L" for rope in configuration.rope)
-
-
-_PATTERNS: Mapping[str, Callable[[Configuration], Any]] = {
-    # Every layer global: none slides by the class's pattern, and `complete` gives those that slide their windows.
-    "gemma3_text": lambda _: 1,
-    "exaone4": _rotating_pattern,
-}
 
 
 def _layers(configuration: Configuration, module: nn.Module) -> list[nn.Module]:
@@ -388,20 +384,24 @@ def _attention(configuration: Configuration, layer: nn.Module) -> nn.Module:
     return attentions[0]
 
 
-def _set_rope(configuration: Configuration, layer: nn.Module, parameters: Mapping[str, Any] | None) -> None:
+def _set_rope(configuration: Configuration, layer: nn.Module, index: int) -> None:
     """Replace a layer's rotary embedding, keeping only how it pairs dimensions."""
+    parameters = configuration.rope[index]
     if parameters is None and not any(name in layer for name in ATTENTION):
         return
     attention = _attention(configuration, layer)
     built = {name: child for name, child in attention.items() if name in ROPE_MODULES}
     if parameters is None:
-        if any(isinstance(child, nn.RoPE) for child in built.values()):
+        if any(isinstance(child, nn.RoPE) for child in built.values()) and configuration.model_type not in MAY_ROTATE:
             raise ModelError(f"model_type {configuration.model_type!r}: mlx-lm rotates where its config.json does not")
         return
-    computed = frequencies(parameters, configuration.head_dim, configuration.fields.get("max_position_embeddings"))
+    head_dim = configuration.rotated_head(index)
+    own = family(configuration.model_type).rope_parameters
+    computed = frequencies(parameters, head_dim, configuration.value("max_position_embeddings"), own)
     for name, child in built.items():
         traditional = _is_traditional(child)
-        if traditional is not None and child.dims == 2 * len(computed.inverse):
+        # A class that rotates whole heads takes a rotation of their first dimensions as well.
+        if traditional is not None and child.dims in (2 * len(computed.inverse), head_dim):
             attention[name] = Rope(computed, traditional=traditional)
             return
     raise ModelError(f"model_type {configuration.model_type!r}: mlx-lm has another rotary embedding for it")
@@ -420,19 +420,4 @@ def _set_activation(configuration: Configuration, module: nn.Module) -> None:
         return
     function = FUNCTIONS[wanted]
     for layer in module.layers:
-        _replace_call(layer.mlp, lambda self, x: call(self, x, function))
-
-
-def _around(module: nn.Module, around: Callable[..., Any]) -> None:
-    """Run `around(call, *args)` where the module is called. `call` is the call of its class."""
-    kind = type(module)
-    _replace_call(
-        module, lambda self, *args, **named: around(lambda *a, **n: kind.__call__(self, *a, **n), *args, **named)
-    )
-
-
-def _replace_call(module: nn.Module, call: Callable[..., Any]) -> None:
-    """Replace the call of one module, and nothing else about it."""
-    # Python looks up `__call__` on the class, so that the module gets a class that differs in nothing else.
-    kind = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+        replace_call(layer.mlp, lambda self, x: call(self, x, function))

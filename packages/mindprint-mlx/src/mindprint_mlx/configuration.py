@@ -42,7 +42,12 @@ WINDOW_FIELDS = frozenset(
 )
 """The fields that `_layer_types` reads, and nothing else."""
 
-ALWAYS_MEANT = frozenset({"model_type", "quantization", "quantization_config", "text_config", "vision_config"})
+ALWAYS_MEANT = frozenset(
+    {
+        "model_type", "quantization", "quantization_config", "text_config", "vision_config", "per_layer_config",
+        "global_head_dim", "num_global_key_value_heads",
+    }
+)  # fmt: skip
 """Fields that have a meaning in any family, whether or not its class names them."""
 
 VALUES_RENAMED = (("gemma", "hidden_act", "gelu", "gelu_pytorch_tanh"),)
@@ -68,19 +73,27 @@ class Facts:
 class Configuration:
     """A config.json as transformers reads it, with defaults filled in, and fields under the class's own names.
 
-    `rope` and `windows` have an entry a layer: the parameters of its rotary embedding, if it has one, and how many
-    tokens it looks back, None for all. `aliases` are other names that the class accepts, and the fields that they mean.
+    `rope`, `windows` and `layer_types` have an entry a layer: the parameters of its rotary embedding, if it has one,
+    how many tokens it looks back, None for all, and its kind. `aliases` are other names that the class accepts, and the
+    fields that they mean.
     """
 
     model_type: str
     fields: Fields
     rope: tuple[Fields | None, ...]
     windows: tuple[int | None, ...]
+    layer_types: tuple[str, ...]
     aliases: Mapping[str, str]
 
-    @property
-    def head_dim(self) -> int:
-        return int(self.fields.get("head_dim") or self.fields["hidden_size"] // self.fields["num_attention_heads"])
+    def value(self, name: str) -> Any:
+        """Return the field that most families call `name`, whatever this one calls it."""
+        return self.fields.get(self.aliases.get(name, name))
+
+    def rotated_head(self, layer: int) -> int:
+        """Return how many dimensions of a head a layer's rotary embedding could rotate."""
+        named = ROTATED_HEADS.get(self.model_type, {}).get(self.layer_types[layer])
+        stated = self.fields.get(named or "") or self.fields.get("head_dim")
+        return int(stated or self.value("hidden_size") // self.value("num_attention_heads"))
 
 
 def interpret(config: Fields) -> Configuration:
@@ -92,13 +105,13 @@ def interpret(config: Fields) -> Configuration:
     model_type = str(config["model_type"])
     facts = _all_facts().get(model_type, Facts())
     fields = _completed(model_type, config, facts)
-    layers = fields.get("num_hidden_layers")
+    layers = fields.get(facts.aliases.get("num_hidden_layers", "num_hidden_layers"))
     if not isinstance(layers, int):
         raise ModelError(f"{model_type}: config.json does not say num_hidden_layers")
     types = _layer_types(model_type, fields, layers)
     windows = tuple(fields["sliding_window"] if kind == SLIDING else None for kind in types)
     rope = _rope_by_layer(model_type, config, fields, types, facts)
-    return Configuration(model_type, fields, rope, windows, facts.aliases)
+    return Configuration(model_type, fields, rope, windows, types, facts.aliases)
 
 
 @cache
@@ -123,10 +136,52 @@ def _completed(model_type: str, config: Fields, facts: Facts) -> dict[str, Any]:
     stated |= {facts.aliases[name]: value for name, value in config.items() if name in facts.aliases}
     defaults = {facts.aliases.get(name, name): value for name, value in facts.defaults.items()}
     fields = defaults | {name: _current(model_type, name, value) for name, value in stated.items()}
+    if model_type in DERIVED:
+        fields |= DERIVED[model_type](fields)
+    hidden, heads = (fields.get(facts.aliases.get(name, name)) for name in ("hidden_size", "num_attention_heads"))
     # Configurations older than grouped-query attention do not have the field: each head has its keys.
-    if fields.get("num_key_value_heads") is None and "num_attention_heads" in fields:
-        fields["num_key_value_heads"] = fields["num_attention_heads"]
+    if fields.get("num_key_value_heads") is None and heads:
+        fields["num_key_value_heads"] = heads
+    # Where a family has no such field, its code divides the hidden dimensions among the heads.
+    if fields.get("head_dim") is None and hidden and heads:
+        fields["head_dim"] = hidden // heads
     return fields
+
+
+def _latent_head(fields: Fields) -> Fields:
+    """Return the head of a latent attention, of which a part alone is rotated."""
+    return {"head_dim": fields["qk_rope_head_dim"]}
+
+
+def _gemma4_heads(fields: Fields) -> Fields:
+    """Return Gemma 4's heads of full attention, which transformers 5 writes for each layer."""
+    by_layer = fields.get("per_layer_config") or {}
+    stated = {json.dumps(heads, sort_keys=True) for heads in by_layer.values()}
+    types = fields.get("layer_types") or ()
+    full = {str(layer) for layer, kind in enumerate(types) if kind == FULL}
+    if len(stated) > 1 or (by_layer and set(by_layer) != full):
+        raise ModelError(f"gemma4_text: per_layer_config = {by_layer} is not supported on MLX: it must be one for all")
+    heads = json.loads(next(iter(stated), "{}"))
+    if odd := sorted(heads.keys() - {"head_dim", "num_key_value_heads"}):
+        raise ModelError(f"gemma4_text: per_layer_config states {odd[0]}, which is not supported on MLX")
+    return {
+        "per_layer_config": None,
+        "global_head_dim": heads.get("head_dim") or fields.get("global_head_dim") or 512,
+        "num_global_key_value_heads": heads.get("num_key_value_heads") or fields.get("num_global_key_value_heads"),
+        # transformers makes the last layer one of full attention, whatever the file says.
+        **({"layer_types": [*types[:-1], FULL]} if types else {}),
+    }
+
+
+DERIVED: Mapping[str, Callable[[Fields], Fields]] = {
+    "deepseek_v2": _latent_head,
+    "deepseek_v3": _latent_head,
+    "gemma4_text": _gemma4_heads,
+}
+"""Fields that a family's transformers class computes from others."""
+
+ROTATED_HEADS = {"gemma4_text": {FULL: "global_head_dim"}}
+"""The field of a head's dimensions, by kind of layer, in families where it is not `head_dim`."""
 
 
 def _current(model_type: str, name: str, value: Any) -> Any:
@@ -193,10 +248,15 @@ SLIDING_LAYERS: Mapping[str, Callable[[Fields, int], bool]] = {
     "cohere2": _all_but_each(4),
     "olmo3": _all_but_each(4),
     "smollm3": _without_rope,
+    "ministral3": _everywhere,
+    "phimoe": _everywhere,
+    "gpt_oss": _all_but_each(2),
+    "gemma3n_text": _all_but_each(5),
+    "gemma4_text": _all_but_each(6),
 }
 """Rules for layers that slide where a configuration has no `layer_types`, from each class's `__post_init__`."""
 
-LAYER_TYPES_IGNORED = ("mistral", "mixtral", "phi3", "starcoder2", "qwen3_moe", "llama")
+LAYER_TYPES_IGNORED = ("mistral", "mixtral", "phi3", "starcoder2", "qwen3_moe", "llama", "ministral3", "phimoe")
 """Families whose transformers class does not read `layer_types`."""
 
 
@@ -249,7 +309,7 @@ ROPE_TYPES_RENAMED = {
 }
 """The `rope_type` that transformers takes a stated one for."""
 
-LOCAL_BASE = {"gemma3_text": "rope_local_base_freq"}
+LOCAL_BASE = {"gemma3_text": "rope_local_base_freq", "gemma3n_text": "rope_local_base_freq"}
 """The field of old configurations that holds the base of sliding layers."""
 
 

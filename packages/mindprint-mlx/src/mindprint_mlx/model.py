@@ -23,6 +23,7 @@ from mindprint.loss_scale import initial_loss_scale
 from mindprint.models.folder import weight_files
 from mindprint_mlx import architectures, devices, memory
 from mindprint_mlx.arrays import DTYPES, parameters_of
+from mindprint_mlx.families import family
 from mindprint_mlx.head import Head, read_head
 from mindprint_mlx.imports import mlx_lm_module
 from mindprint_mlx.optimizer import Moments
@@ -32,19 +33,23 @@ from mindprint_mlx.rows import can_continue_rows
 IGNORED_TENSORS = ("rotary_emb.inv_freq", ".masked_bias", ".attention.bias", ".attn.bias")
 """Name endings of buffers that old checkpoints have and no model needs."""
 
+TOKEN_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "embeddings.weight")
+"""Name endings of the table of token embeddings."""
+
 
 @dataclass(frozen=True)
 class Place:
     """A site in the MLX module tree: an attribute of a parent module, and the base layer that is there."""
 
     site: str
-    parent: nn.Module
+    parent: Any
     attribute: str
     layer: nn.Module
 
     def put(self, layer: nn.Module) -> None:
         """Put a layer in place of the one that is there."""
-        setattr(self.parent, self.attribute, layer)
+        # A module is a dict of its parts, some of which are lists.
+        self.parent[int(self.attribute) if isinstance(self.parent, list) else self.attribute] = layer
 
     @property
     def adapter_site(self) -> AdapterSite:
@@ -72,7 +77,7 @@ class Adapter:
 class MlxModel:
     """A loaded base and, once injected, its adapter: everything about one model, so that two share nothing.
 
-    `slides` says that some layers have a sliding window, which we apply. `continues_rows` says that rows of unlike
+    `continues_rows` says that rows of unlike
     lengths can be continued together (`rows.py`). `longest_shared` is how long prompt and completion may be together,
     each the longest of a batch, for a prompt to be read once for both of its completions (`prompts.py`).
     """
@@ -82,7 +87,6 @@ class MlxModel:
     places: tuple[Place, ...]
     device: mx.Device
     loss_scale: float | None
-    slides: bool
     continues_rows: bool = False
     longest_shared: int = 0
     parameters: int = 0
@@ -95,11 +99,10 @@ class MlxModel:
 
     def new_cache(self) -> list[Any]:
         """Return an empty cache for each layer, to generate with."""
-        # Where we apply windows, the class must not forget keys by a window of its choice.
+        # Windows are masks here, and the class must not forget keys by a window of its choice.
         caches = mlx_lm_module("models.cache")
-        if self.slides:
-            return [caches.KVCache() for _ in self.module.layers]
-        return list(caches.make_prompt_cache(self.module))
+        made = caches.make_prompt_cache(self.module)
+        return [caches.KVCache() if isinstance(cache, caches.RotatingKVCache) else cache for cache in made]
 
     @contextmanager
     def in_use(self, *, adapter: bool = True) -> Iterator[None]:
@@ -130,7 +133,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     memory.prepare(devices.device(spec.device))
     with mx.stream(devices.device(spec.device)):
         module = _build(architecture, folder)
-        names = _load_weights(module, _read_weights(folder), DTYPES[spec.dtype], folder)
+        names = _load_weights(architecture, module, _read_weights(folder), DTYPES[spec.dtype], folder)
         window = architectures.complete(architecture, module)
         module.eval()
         head = read_head(module)
@@ -140,7 +143,6 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         places=tuple(_places(module, names)),
         device=devices.device(spec.device),
         loss_scale=initial_loss_scale(spec.dtype),
-        slides=window is not None,
     )
     with model.in_use():
         model.continues_rows = can_continue_rows(module, model.new_cache())
@@ -187,10 +189,9 @@ def _refuse_quantized(spec: ModelSpec, config: Mapping[str, Any]) -> None:
 
 def _build(architecture: architectures.Architecture, folder: Path) -> nn.Module:
     try:
-        module: nn.Module = architecture.model_class(architecture.arguments)
+        return architectures.build(architecture)
     except (Exception, SystemExit) as error:  # a class may raise anything when its arguments do not fit
         raise ModelError(f"{folder}: mlx-lm cannot build this model from its config.json ({error})") from error
-    return module
 
 
 def _read_weights(folder: Path) -> dict[str, mx.array]:
@@ -208,7 +209,13 @@ def _read_shard(shard: Path) -> dict[str, mx.array]:
         raise ModelError(f"{shard}: cannot be read as safetensors ({error})") from error
 
 
-def _load_weights(module: nn.Module, weights: Mapping[str, mx.array], dtype: mx.Dtype, folder: Path) -> dict[str, str]:
+def _load_weights(
+    architecture: architectures.Architecture,
+    module: nn.Module,
+    weights: Mapping[str, mx.array],
+    dtype: mx.Dtype,
+    folder: Path,
+) -> dict[str, str]:
     """Put the checkpoint into the module, and return the transformers name of every parameter that has one."""
     # A class may rename, join or drop tensors (`sanitize`). A tensor that it only renames is the same object
     # afterwards, which maps names for any family. Joined tensors have no single name in transformers.
@@ -216,6 +223,8 @@ def _load_weights(module: nn.Module, weights: Mapping[str, mx.array], dtype: mx.
     _check_complete(module, weights, sanitized, folder)
     original = {id(values): name for name, values in weights.items()}
     names = {name: original[id(values)] for name, values in sanitized.items() if id(values) in original}
+    if stored_name := family(architecture.configuration.model_type).stored_name:
+        names = {name: stored_name(name) for name in sanitized}
     # Cast while nothing is read yet: mx.load is lazy, so that only one dtype of each tensor is ever in memory.
     cast = [(name, values.astype(dtype)) for name, values in sanitized.items()]
     module.load_weights(cast, strict=True)
@@ -249,8 +258,8 @@ def _check_dropped(weights: Mapping[str, mx.array], sanitized: Mapping[str, mx.a
     kept = {id(values) for values in sanitized.values()}
     head = weights.get("lm_head.weight")
     if head is not None and id(head) not in kept:
-        table = weights.get("model.embed_tokens.weight")
-        if table is None or table.shape != head.shape or not mx.array_equal(table, head).item():
+        tables = [values for name, values in weights.items() if name.endswith(TOKEN_EMBEDDINGS)]
+        if not any(table.shape == head.shape and mx.array_equal(table, head).item() for table in tables):
             raise ModelError(f"{folder}: the config ties the LM head to the embedding, but lm_head.weight differs")
         lost -= head.size
     if lost:
@@ -265,14 +274,25 @@ def _places(module: nn.Module, names: Mapping[str, str]) -> Iterator[Place]:
         path = parameter.removesuffix(".weight")
         name = names.get(parameter, "").removesuffix(".weight")
         layer = modules.get(path, module)
+        # Other tables than the tokens', of positions for example, take no LoRA on PyTorch either.
+        if type(layer) is nn.Embedding and not parameter.endswith(TOKEN_EMBEDDINGS):
+            continue
         if name and type(layer) in (nn.Linear, nn.Embedding) and not _is_router(name):
             parent, _, attribute = path.rpartition(".")
-            yield Place(name, modules[parent] if parent else module, attribute, layer)
+            yield Place(name, _part(module, parent), attribute, layer)
+
+
+def _part(module: nn.Module, path: str) -> Any:
+    """Return the module or the list of modules at a path."""
+    part: Any = module
+    for name in filter(None, path.split(".")):
+        part = part[int(name) if isinstance(part, list) else name]
+    return part
 
 
 def _is_router(name: str) -> bool:
     # In transformers a mixture's router is a parameter of a special class, which LoRA cannot be put on.
-    return name.endswith((".mlp.gate", ".block_sparse_moe.gate", ".router"))
+    return name.endswith((".mlp.gate", ".block_sparse_moe.gate", ".router", ".router.layer"))
 
 
 def _listed(names: list[str]) -> str:

@@ -31,18 +31,23 @@ KNOWN = frozenset(
 )  # fmt: skip
 """The parameters that some type takes. An unknown one may change the computation, and is refused."""
 
+LENGTH_SCALES = frozenset({"short_mscale", "long_mscale"})
+"""Parameters of PhiMoE alone: the factors of sine and cosine up to the original length, and beyond."""
+
 
 @dataclass(frozen=True)
 class Frequencies:
     """Inverse frequencies, float32 `[dims / 2]`, and the factor of sine and cosine.
 
-    For inputs of more than `limit` tokens, `long` takes the place of `inverse` (longrope only).
+    For inputs of more than `limit` tokens, `long` takes the place of `inverse` and `long_factor` that of `factor`
+    (longrope only).
     """
 
     inverse: Float32
     factor: float = 1.0
     long: Float32 | None = None
     limit: int | None = None
+    long_factor: float = 1.0
 
 
 class Rope(nn.Module):
@@ -53,13 +58,18 @@ class Rope(nn.Module):
         self.dims = 2 * len(frequencies.inverse)
         self._traditional = traditional
         self._factor = frequencies.factor
+        self._long_factor = frequencies.long_factor
         self._limit = frequencies.limit
-        self._wavelengths = mx.array(1 / frequencies.inverse)
+        # A frequency of 0 is an infinite wavelength, which leaves its dimensions as they are.
+        with np.errstate(divide="ignore"):
+            self._wavelengths = mx.array(1 / frequencies.inverse)
         self._long = None if frequencies.long is None else mx.array(1 / frequencies.long)
 
     def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
-        if self._factor != 1.0:
-            rotated = x[..., : self.dims] * self._factor
+        is_long = self._is_long(x, offset)
+        factor = self._long_factor if is_long else self._factor
+        if factor != 1.0:
+            rotated = x[..., : self.dims] * factor
             x = mx.concatenate([rotated.astype(x.dtype), x[..., self.dims :]], axis=-1)
         return mx.fast.rope(
             x,
@@ -68,7 +78,7 @@ class Rope(nn.Module):
             base=None,
             scale=1.0,
             offset=offset,
-            freqs=self._long if self._is_long(x, offset) else self._wavelengths,
+            freqs=self._long if is_long else self._wavelengths,
         )
 
     def _is_long(self, x: mx.array, offset: int) -> bool:
@@ -92,13 +102,17 @@ def read_rotary_limit(module: nn.Module) -> RotaryLimit | None:
     return RotaryLimit(min(limits), each_length=len(limits) > 1)
 
 
-def frequencies(parameters: Parameters, head_dim: int, max_positions: int | None) -> Frequencies:
+def frequencies(
+    parameters: Parameters, head_dim: int, max_positions: int | None, family: frozenset[str] = frozenset()
+) -> Frequencies:
     """Return the frequencies that transformers computes for these parameters.
+
+    `family` names parameters that only the model's family has.
 
     Raises:
         ModelError: For a type or a parameter that is not supported here.
     """
-    if odd := sorted(name for name, value in parameters.items() if name not in KNOWN and value is not None):
+    if odd := sorted(name for name, value in parameters.items() if name not in KNOWN | family and value is not None):
         raise ModelError(f"rope_parameters say {odd[0]} = {parameters[odd[0]]!r}, which is not supported on MLX")
     compute = _TYPES.get(parameters["rope_type"])
     if compute is None:
@@ -110,7 +124,9 @@ def frequencies(parameters: Parameters, head_dim: int, max_positions: int | None
 
 
 def _unscaled(parameters: Parameters, head_dim: int) -> Float32:
-    dims = int(head_dim * parameters["partial_rotary_factor"])
+    # Proportional embeddings keep the dimensions of the whole head, and leave some of them as they are.
+    partial = 1.0 if parameters["rope_type"] == "proportional" else parameters["partial_rotary_factor"]
+    dims = int(head_dim * partial)
     exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
     return (1 / np.float32(parameters["rope_theta"]) ** exponents).astype(np.float32)
 
@@ -174,7 +190,29 @@ def _longrope(parameters: Parameters, inverse: Float32, max_positions: int | Non
     short, long = (np.asarray(parameters[name], np.float32) for name in ("short_factor", "long_factor"))
     if short.shape != inverse.shape or long.shape != inverse.shape:
         raise ModelError(f"longrope: {short.size} and {long.size} factors for {inverse.size} frequencies")
-    return Frequencies(inverse / short, factor, inverse / long, length)
+    if parameters.keys() >= LENGTH_SCALES:
+        # PhiMoE's code asks for its frequencies without a length, so that they are the short ones at any.
+        return Frequencies(
+            inverse / short, parameters["short_mscale"], inverse / short, length, parameters["long_mscale"]
+        )
+    return Frequencies(inverse / short, factor, inverse / long, length, factor)
+
+
+def _proportional(parameters: Parameters, inverse: Float32, _: int | None) -> Frequencies:
+    """Compute Gemma 4's frequencies: those of the whole head, of which only the first part is not 0."""
+    exponents = np.arange(len(inverse), dtype=np.float32) / np.float32(len(inverse))
+    whole = 1 / np.float32(parameters["rope_theta"]) ** exponents
+    rotated = int(parameters["partial_rotary_factor"] * len(inverse))
+    whole[rotated:] = 0
+    return Frequencies((whole / np.float32(parameters.get("factor") or 1.0)).astype(np.float32))
+
+
+def softmax_scale(parameters: Parameters, scale: float) -> float:
+    """Return the factor of attention scores of DeepSeek's models, which grows with a stretched context."""
+    all_dims = parameters.get("mscale_all_dim")
+    if parameters.get("rope_type", "default") == "default" or not all_dims or parameters["factor"] <= 1:
+        return scale
+    return float(scale * (0.1 * all_dims * math.log(parameters["factor"]) + 1.0) ** 2)
 
 
 def _ntk_alpha(parameters: Parameters, inverse: Float32, _: int | None) -> Frequencies:
@@ -191,4 +229,5 @@ _TYPES: Mapping[str, Callable[[Parameters, Float32, int | None], Frequencies]] =
     "yarn": _yarn,
     "longrope": _longrope,
     "ntk_alpha": _ntk_alpha,
+    "proportional": _proportional,
 }

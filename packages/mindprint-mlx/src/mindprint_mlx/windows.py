@@ -6,6 +6,7 @@ slide are given their masks here, and generating keeps all keys and values.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +17,22 @@ from mindprint_mlx.prompts import Continuation
 from mindprint_mlx.rows import RowCache
 
 
-def windowed(window: int) -> Callable[..., Any]:
-    """Return a wrapper of an attention's call that gives it the mask of its window, where a sequence is longer."""
+def windowed(window: int, attention: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a wrapper of an attention's call that gives it the mask of its window, where a sequence is longer.
 
-    def around(call: Callable[..., Any], x: mx.array, mask: Any = None, cache: Any = None) -> Any:
+    `attention` is the call that is wrapped: classes take mask and cache at different places.
+    """
+    signature = inspect.signature(attention)
+    first, *_ = (name for name in signature.parameters if name != "self")
+
+    def around(call: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        given = signature.bind(None, *args, **named).arguments
+        x, cache = given[first], given.get("cache")
         # Shorter sequences keep the class's own mask, which its fast attention kernels know.
         if _length(x, cache) > window:
-            mask = _mask(x.shape[1], window, cache)
-        return call(x, mask, cache)
+            given["mask"] = _mask(x.shape[1], window, cache)
+        del given["self"]
+        return call(**given)
 
     return around
 
