@@ -6,14 +6,17 @@ loads them, against those of transformers; what can take LoRA, under which names
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from transformers import CONFIG_MAPPING
 
 from architectures import (
     MATRIX,
@@ -30,10 +33,51 @@ from architectures import (
 )
 from mindprint.errors import ModelError
 from mindprint_mlx import architectures
+from mindprint_mlx.configuration import ROPE_LAYERS, SLIDING, interpret
 
 
 def test_the_matrix_is_what_the_backend_says_it_is() -> None:
     assert set(MATRIX) == architectures.COMPARED
+
+
+WRAPPED = ("qwen2_5_vl_text", "qwen3_vl_text")
+"""Families of models with more than text, whose text is read by the rules of one that is in the matrix."""
+
+
+@pytest.mark.parametrize("model_type", sorted([*MATRIX, *WRAPPED]))
+def test_absent_fields_are_what_transformers_derives(model_type: str) -> None:
+    """Of a config.json that names its family alone: layers, heads, windows and rotations, and all defaults."""
+    theirs, ours = CONFIG_MAPPING[model_type](), interpret({"model_type": model_type})
+    kinds = list(getattr(theirs, "layer_types", None) or [""] * theirs.num_hidden_layers)
+    window = getattr(theirs, "sliding_window", None)
+    if getattr(theirs, "layer_types", None):
+        assert ours.windows == tuple(window if kind == SLIDING else None for kind in kinds)
+    else:
+        assert ours.windows == (window,) * theirs.num_hidden_layers
+    for layer, (kind, rope) in enumerate(zip(kinds, ours.rope, strict=True)):
+        heads = theirs.per_layer_config[layer] if model_type == "gemma4_text" else theirs
+        width = getattr(heads, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+        assert ours.rotated_head(layer) == width
+        stated = getattr(theirs, "rope_parameters", None) or {}
+        wanted = stated.get(kind) or stated
+        if rope is None:
+            assert not stated or model_type in ROPE_LAYERS
+            continue
+        assert (rope["rope_type"], rope["rope_theta"]) == (wanted["rope_type"], wanted["rope_theta"])
+        assert rope["partial_rotary_factor"] == (wanted.get("partial_rotary_factor") or 1.0)
+
+
+def test_the_facts_are_those_of_the_installed_transformers() -> None:
+    script = Path(__file__).parents[2] / "packages" / "mindprint-mlx" / "scripts" / "write_transformers_facts.py"
+    spec = spec_from_file_location("write_transformers_facts", script)
+    assert spec is not None
+    assert spec.loader is not None
+    written = module_from_spec(spec)
+    spec.loader.exec_module(written)
+    stored = json.loads(written.TARGET.read_text(encoding="utf-8"))["families"]
+    for model_type in [*MATRIX, *WRAPPED]:
+        now = json.loads(json.dumps(written.facts(model_type)))
+        assert stored[model_type] == now, "run packages/mindprint-mlx/scripts/write_transformers_facts.py"
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 
 from mindprint_mlx.architectures import MODULES
+from mindprint_mlx.families import own_families
 
 TARGET = Path(__file__).parents[1] / "src" / "mindprint_mlx" / "transformers_facts.json"
 
@@ -33,7 +34,7 @@ def families() -> list[str]:
     assert spec is not None
     assert spec.submodule_search_locations is not None
     folder = Path(spec.submodule_search_locations[0]) / "models"
-    modules = {module.name for module in pkgutil.iter_modules([str(folder)])} | set(MODULES)
+    modules = {module.name for module in pkgutil.iter_modules([str(folder)])} | set(MODULES) | own_families()
     return sorted(modules & set(CONFIG_MAPPING))
 
 

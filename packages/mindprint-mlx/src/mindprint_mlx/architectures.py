@@ -26,9 +26,10 @@ from mindprint_mlx.configuration import ROPE_FIELDS, WINDOW_FIELDS, Configuratio
 from mindprint_mlx.families import family, own_module
 from mindprint_mlx.imports import mlx_lm_module
 from mindprint_mlx.rope import Rope, frequencies
+from mindprint_mlx.towers import WRAPPERS
 from mindprint_mlx.windows import windowed
 
-MODULES = {"mistral": "llama"}
+MODULES = {"mistral": "llama", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 """mlx-lm's module for a model type, where it is not of the same name."""
 
 COMPARED = frozenset(
@@ -212,6 +213,17 @@ def complete(architecture: Architecture, module: nn.Module) -> int | None:
     if facts.repair:
         facts.repair(module, configuration)
     return min(filter(None, configuration.windows), default=None)
+
+
+def is_known(model_type: str) -> bool:
+    """Return whether there is a class for a model type, alone or as part of a model with more than text."""
+    if model_type in WRAPPERS:
+        return True
+    try:
+        _module(model_type)
+    except ModelError:
+        return False
+    return True
 
 
 def build(architecture: Architecture) -> nn.Module:

@@ -45,6 +45,7 @@ WINDOW_FIELDS = frozenset(
 ALWAYS_MEANT = frozenset(
     {
         "model_type", "quantization", "quantization_config", "text_config", "vision_config", "per_layer_config",
+        "tie_word_embeddings",
         "global_head_dim", "num_global_key_value_heads",
     }
 )  # fmt: skip
@@ -239,9 +240,11 @@ SLIDING_LAYERS: Mapping[str, Callable[[Fields, int], bool]] = {
     "phi3": _everywhere,
     "starcoder2": _everywhere,
     "qwen2": _upper_layers,
+    "qwen2_5_vl_text": _upper_layers,
     "qwen3": _upper_layers,
     "qwen2_moe": _lower_alternating,
     "qwen3_moe": _if_used,
+    "dots1": lambda fields, layer: bool(fields.get("sliding_window")) and layer >= fields["max_window_layers"],
     "gemma2": _all_but_each(2),
     "gemma3_text": _all_but_each(6),
     "exaone4": _all_but_each(4),
@@ -305,6 +308,8 @@ ROPE_NAMES: Mapping[str, Mapping[str, str]] = {
 
 ROPE_TYPES_RENAMED = {
     "phi3": {"su": "longrope", "yarn": "longrope"},
+    "qwen2_5_vl_text": {"mrope": "default"},
+    "qwen3_vl_text": {"mrope": "default"},
     "hunyuan_v1_dense": {"dynamic": "ntk_alpha"},
 }
 """The `rope_type` that transformers takes a stated one for."""
@@ -353,7 +358,8 @@ def _rope_by_type(model_type: str, config: Fields, fields: Fields, facts: Facts)
 def _default_scaling(facts: Facts) -> Fields:
     """Return the scaling of a family that scales where its configuration states none. A `rope_theta` keeps it."""
     default = facts.rope_parameters or {}
-    return default if default.get("rope_type", "default") != "default" else {}
+    nested = [value for value in default.values() if isinstance(value, dict)]
+    return default if any(each.get("rope_type", "default") != "default" for each in nested or [default]) else {}
 
 
 def _default_thetas(model_type: str, config: Fields, theta: Any, facts: Facts) -> dict[str, Any]:

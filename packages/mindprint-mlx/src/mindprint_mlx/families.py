@@ -207,6 +207,8 @@ LATENT = {
     "moe_layer_freq": (1,),
 }
 
+MULTIPLE_POSITIONS = frozenset({"mrope_section", "mrope_interleaved"})
+
 _FAMILIES: Mapping[str, Family] = {
     "apertus": Family(constants={"mlp_bias": False, "post_norm": False, "qk_norm": True}),
     "bitnet": Family(prepare=_plain_linears, constants={"mlp_bias": False}),
@@ -271,10 +273,18 @@ _FAMILIES: Mapping[str, Family] = {
     "olmo3": Family(arguments=_both_kinds),
     "olmoe": Family(constants={"mlp_bias": False}),
     "phi3": Family(constants={"rope_scaling": None}),
+    # Of text, the three positions of a token are the same, so that it is rotated as by one of them.
+    "qwen2_5_vl_text": Family(rope_parameters=MULTIPLE_POSITIONS),
+    "qwen3_vl_text": Family(rope_parameters=MULTIPLE_POSITIONS),
     "phimoe": Family(
         harmless={"input_jitter_noise": ANYTHING}, rope_parameters=LENGTH_SCALES, prepare=_biases_of_configuration
     ),
 }
+
+
+def own_families() -> frozenset[str]:
+    """Return the families that have a class of ours."""
+    return frozenset(name for name, facts in _FAMILIES.items() if facts.module)
 
 
 def own_module(model_type: str) -> ModuleType | None:

@@ -29,6 +29,7 @@ from mindprint_mlx.imports import mlx_lm_module
 from mindprint_mlx.optimizer import Moments
 from mindprint_mlx.prompts import longest_shared
 from mindprint_mlx.rows import can_continue_rows
+from mindprint_mlx.towers import Tower, language_model
 
 IGNORED_TENSORS = ("rotary_emb.inv_freq", ".masked_bias", ".attention.bias", ".attn.bias")
 """Name endings of buffers that old checkpoints have and no model needs."""
@@ -129,11 +130,13 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     folder = Path(spec.path)
     config = read_config(folder)
     _refuse_quantized(spec, config)
-    architecture = architectures.architecture(config)
+    tower, architecture = _read_architecture(folder, config)
     memory.prepare(devices.device(spec.device))
     with mx.stream(devices.device(spec.device)):
         module = _build(architecture, folder)
-        names = _load_weights(architecture, module, _read_weights(folder), DTYPES[spec.dtype], folder)
+        weights = tower.own_tensors(_read_weights(folder))
+        names = _load_weights(architecture, module, weights, DTYPES[spec.dtype], folder)
+        names = {parameter: tower.site(name) for parameter, name in names.items()}
         window = architectures.complete(architecture, module)
         module.eval()
         head = read_head(module)
@@ -149,6 +152,16 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         model.longest_shared = longest_shared(head, model.new_cache(), window)
     model.parameters = sum(values.size for _, values in parameters_of(module))
     return LoadedModel(model, spec.device, spec.dtype, model.parameters, head.vocabulary, architecture.notes)
+
+
+def _read_architecture(folder: Path, config: Mapping[str, Any]) -> tuple[Tower, architectures.Architecture]:
+    """Return the language model of a configuration, and its class."""
+    try:
+        _refuse_own_code(config)
+        tower = language_model(config)
+        return tower, architectures.architecture(tower.config)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
 
 
 def release(model: MlxModel) -> None:
@@ -176,6 +189,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path}: does not name a model_type")
     return config
+
+
+def _refuse_own_code(config: Mapping[str, Any]) -> None:
+    # Many checkpoints of known classes name such code too, for older versions of transformers.
+    if config.get("auto_map") and not architectures.is_known(config["model_type"]):
+        raise ModelError(
+            f"model_type {config['model_type']!r} is computed by code in the folder (auto_map), which is never run; "
+            "take a model whose class is part of mlx-lm"
+        )
 
 
 def _refuse_quantized(spec: ModelSpec, config: Mapping[str, Any]) -> None:
@@ -237,7 +259,8 @@ def _check_complete(
 ) -> None:
     expected = dict(parameters_of(module))
     if missing := sorted(expected.keys() - sanitized.keys()):
-        raise ModelError(f"{folder}: the weights lack {_listed(missing)}, which mlx-lm's class needs")
+        named = f"; the files have {_listed(others)} instead" if (others := sorted(sanitized.keys() - expected)) else ""
+        raise ModelError(f"{folder}: the weights lack {_listed(missing)}, which mlx-lm's class needs{named}")
     if unexpected := sorted(sanitized.keys() - expected.keys()):
         raise ModelError(f"{folder}: mlx-lm's class has no place for {_listed(unexpected)}")
     wrong = [name for name, values in expected.items() if values.shape != sanitized[name].shape]

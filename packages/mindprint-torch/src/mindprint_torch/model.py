@@ -15,7 +15,7 @@ import transformers
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from mindprint.contract import AdapterSite, Dtype, LoadedModel, LoraConfig, ModelSpec
@@ -27,6 +27,7 @@ from mindprint_torch.optimizer import Optimizer
 from mindprint_torch.prompts import attends_without_mask, longest_shared
 from mindprint_torch.rope import read_rotary_limit
 from mindprint_torch.sites import list_sites
+from mindprint_torch.towers import model_class
 
 TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
     "float32": torch.float32,
@@ -145,13 +146,25 @@ def _read_config(spec: ModelSpec) -> PreTrainedConfig:
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder}: this folder holds an adapter; name the folder of its base model")
     with _loading(spec.path):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        _refuse_own_code(folder)
+        # Without an answer, transformers would ask on the terminal whether to run the folder's own code.
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     scheme = spec.quantization or _quantization(config)
     if scheme:
         raise ModelError(f"{folder}: the base is quantized ({scheme}); training here needs the full-precision base")
     if config.is_encoder_decoder:
         raise ModelError(f"{folder}: {config.model_type} is an encoder-decoder; only causal models can be trained")
     return config
+
+
+def _refuse_own_code(folder: Path) -> None:
+    stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # Many checkpoints of known classes name such code too, for older versions of transformers.
+    if isinstance(stated, dict) and stated.get("auto_map") and stated.get("model_type") not in CONFIG_MAPPING:
+        raise ModelError(
+            f"model_type {stated.get('model_type')!r} is computed by code in the folder (auto_map), which is never run;"
+            " take a model whose class is part of transformers"
+        )
 
 
 def _quantization(config: PreTrainedConfig) -> str | None:
@@ -167,7 +180,7 @@ def _read_weights(spec: ModelSpec, config: PreTrainedConfig) -> tuple[PreTrained
     # transformers chooses the files by the same rule, but follows an index out of the folder and would take a pickle.
     weight_files(Path(spec.path))
     with _loading(spec.path):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = model_class(config).from_pretrained(
             spec.path,
             config=config,
             dtype=TORCH_DTYPES[spec.dtype],
@@ -180,8 +193,10 @@ def _read_weights(spec: ModelSpec, config: PreTrainedConfig) -> tuple[PreTrained
             output_loading_info=True,
         )
     network, report = loaded
-    _check_complete(spec.path, report)
-    unused = sorted(report["unexpected_keys"])
+    # Parts for images and sound are taken out of the class, and their weights stay in the files.
+    left_out = getattr(network, "left_out", ())
+    unused = sorted(name for name in report["unexpected_keys"] if not name.startswith(left_out))
+    _check_complete(spec.path, report, unused)
     if unused:
         notes += (f"{len(unused)} weights in the files are not part of the model: {_listed(unused)}",)
     return network, notes
@@ -194,11 +209,12 @@ def _attention(config: PreTrainedConfig) -> tuple[str | None, tuple[str, ...]]:
     return "eager", ("attention is computed eagerly: SDPA cannot cap its scores as this model's config asks",)
 
 
-def _check_complete(path: str, report: Mapping[str, Any]) -> None:
+def _check_complete(path: str, report: Mapping[str, Any], unused: list[str]) -> None:
     # transformers fills missing weights with random numbers, warns, and continues: here that is an error.
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ModelError(f"{path}: {len(missing)} weights are missing from the files: {_listed(missing)}")
+        named = f"; the files have {_listed(unused)} instead" if unused else ""
+        raise ModelError(f"{path}: {len(missing)} weights are missing from the files: {_listed(missing)}{named}")
     mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
     if mismatched:
         raise ModelError(
@@ -230,6 +246,8 @@ def _loading(path: str) -> Iterator[None]:
         yield
     except json.JSONDecodeError as error:
         raise ModelError(f"{path}: a file is not valid JSON: {error}") from error
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
     except LOAD_FAILURES as error:
         raise ModelError(
             f"{path}: transformers {transformers.__version__} cannot load it: {type(error).__name__}: "

@@ -31,7 +31,8 @@ def _sites(network: PreTrainedModel) -> Iterator[AdapterSite]:
             yield AdapterSite(name, "embedding", module.num_embeddings, module.embedding_dim)
         elif name.rpartition(".")[2] == bypassed:
             continue
-        elif isinstance(module, nn.Linear):
+        # A router may be a linear layer with another forward pass (PhiMoE), which LoRA's would replace.
+        elif isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             yield AdapterSite(name, "linear", module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
             yield AdapterSite(name, "linear", module.nx, module.nf)

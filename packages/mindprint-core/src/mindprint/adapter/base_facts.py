@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mindprint.adapter.module_names import FAMILIES, TRANSPOSED_LINEARS, TRANSPOSED_STACKS, Family
+from mindprint.adapter.module_names import FAMILIES, TRANSPOSED_LINEARS, TRANSPOSED_STACKS, WRAPPERS, Family
 from mindprint.models.folder import model_config
+
+_TIED_IN_TEXT = ("llava", "qwen2_5_vl")
+"""Models with more than text for which it is enough that their `text_config` ties embedding and LM head."""
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 
@@ -28,7 +31,7 @@ class BaseFacts:
     @property
     def family(self) -> Family:
         """Return the names of its modules: transformers' names everywhere for a family that was not compared."""
-        return FAMILIES.get(self.model_type, Family())
+        return FAMILIES.get(self.model_type) or WRAPPERS.get(self.model_type, Family())
 
     @property
     def compared(self) -> bool:
@@ -60,6 +63,9 @@ def _tied(config: Mapping[str, Any]) -> bool | None:
     """Return the configuration's own statement, or the default of its class where it has none."""
     # transformers leaves out what equals the class's default, so silence means the default and not False.
     stated = config.get("tie_word_embeddings")
+    text = config.get("text_config")
+    if config["model_type"] in _TIED_IN_TEXT and isinstance(text, dict):
+        stated = stated or text.get("tie_word_embeddings")
     if stated is not None:
         return bool(stated)
     from transformers import CONFIG_MAPPING  # noqa: PLC0415 (seconds, and most configurations say it)

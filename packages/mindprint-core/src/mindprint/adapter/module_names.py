@@ -82,6 +82,18 @@ FAMILIES: Mapping[str, Family] = {
 }  # fmt: skip
 """The families whose names were compared."""
 
+_INSIDE = Family(file=(("model.language_model.", "language_model.model."), ("lm_head", "language_model.lm_head")))
+
+WRAPPERS: Mapping[str, Family] = {
+    **dict.fromkeys(("gemma3", "llava", "mistral3"), _INSIDE),
+    "qwen2_5_vl": Family(file=(("model.language_model.", "model."),)),
+    **dict.fromkeys(("gemma3n", "gemma4", "qwen3_5", "qwen3_vl"), _SAME),
+}
+"""Models with more than text: the names of their language model's parts in files.
+
+`tests/parity/test_towers.py` loads an adapter of each with PEFT, and merges it.
+"""
+
 TRANSPOSED_LINEARS = frozenset({"gpt2", "openai-gpt"})
 """The families whose linear layers are transformers' `Conv1D`, which keeps its weight as `[in, out]`."""
 

@@ -336,7 +336,7 @@ def _load(folder: Path) -> TokenizersBackend:
     else:
         from transformers import AutoTokenizer  # noqa: PLC0415 (imports torch where it can)
 
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not isinstance(loaded, TokenizersBackend):
         raise TypeError(f"{type(loaded).__name__} has no tokenizer.json and cannot be converted to one")
     return loaded

@@ -113,9 +113,7 @@ def _refuse_special_files(folder: Path) -> None:
 def model_config(folder: Path) -> dict[str, Any]:
     """Return the values of config.json. Raises `ModelError` where it is missing, broken, or names no `model_type`."""
     file = folder / "config.json"
-    config = read_object(
-        file, ModelError, missing=f"{folder}: no config.json: this is not a model folder", constants=INFINITIES
-    )
+    config = read_object(file, ModelError, missing=f"{folder}: {_no_config(folder)}", constants=INFINITIES)
     if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{file}: has no model_type: it must say which architecture this is")
     return config
@@ -214,6 +212,17 @@ def _tensors_of(path: Path) -> dict[str, TensorInfo]:
     except TensorFileError as error:
         remedy = "" if "git lfs" in str(error) else ": download it again"
         raise ModelError(f"{path}: {error}{remedy}") from error
+
+
+def _no_config(folder: Path) -> str:
+    """Return words for a folder without config.json."""
+    if ggufs := sorted(path.name for path in folder.glob("*.gguf")):
+        return (
+            f"holds a model in GGUF ({ggufs[0]}), which cannot be trained: make a folder of it with transformers and "
+            f"the package gguf (AutoModelForCausalLM.from_pretrained(folder, gguf_file={ggufs[0]!r}), then "
+            "save_pretrained, and the same with AutoTokenizer)"
+        )
+    return "no config.json: this is not a model folder"
 
 
 def _no_weights(folder: Path) -> str:

@@ -90,7 +90,7 @@ class Embeddings:
         # The measure is fitted once for each fold and once on all texts, so the model is kept after its first use.
         try:
             library: Any = import_module("sentence_transformers")
-        except ImportError as error:
+        except (ImportError, SystemExit) as error:
             raise ScorerError(
                 "scorer 'embeddings' needs sentence-transformers: pip install 'mindprint-core[embeddings]', or remove "
                 "it from voice.scorers"
