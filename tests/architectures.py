@@ -7,8 +7,10 @@ docs/architectures.md against the same page, so that the documentation shows wha
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -225,9 +227,11 @@ def mlx_lm_alone(reference: Reference) -> str:
     from mlx_lm.utils import load_model  # imports all of mlx-lm, torch included
 
     try:
-        module, _ = load_model(reference.folder)
-        logits = np.array(module(mx.array(reference.tokens)).astype(mx.float32))
-    except Exception as error:  # noqa: BLE001  whatever it raises is what its user sees
+        # A class may print, and end the process (OLMo's does both).
+        with redirect_stdout(io.StringIO()):
+            module, _ = load_model(reference.folder)
+            logits = np.array(module(mx.array(reference.tokens)).astype(mx.float32))
+    except (Exception, SystemExit) as error:  # noqa: BLE001  whatever it raises is what its user sees
         return f"does not load ({type(error).__name__})"
     return "right" if relative_distance(logits, reference.logits) < RELATIVE else "wrong logits, no message"
 

@@ -5,7 +5,9 @@ Small random models of each class, which transformers saves. What is compared is
 
 from __future__ import annotations
 
+import gc
 import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -211,6 +213,47 @@ def log_probs(network: Any, batch: TokenBatch) -> np.ndarray:
             scores = network(input_ids=tokens).logits[0, :-1].log_softmax(-1)
         result[row, 1:length] = scores.gather(-1, tokens[0, 1:, None])[:, 0].numpy()
     return result
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of the process from Linux")
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_peak_memory_of_loading_is_that_of_the_language_model(backend: str, tmp_path: Path) -> None:
+    """The other part is more than twice as large, and none of it gets into memory."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+    text = {"model_type": "llama", **TEXT, **sizes, "num_hidden_layers": 4, "head_dim": 64, "num_key_value_heads": 8}
+    vision = {**WRAPPERS["llava"]["vision_config"], **sizes, "num_hidden_layers": 12}
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["llava"](**{**WRAPPERS["llava"], "text_config": text, "vision_config": vision})
+    network = AutoModelForImageTextToText.from_config(config)
+    network.save_pretrained(tmp_path)
+    del network
+    gc.collect()
+    before, peak, done = anonymous_bytes(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    loaded = load_backend(backend).load_model(ModelSpec(str(tmp_path), "cpu", "float32"))
+    done.set()
+    watcher.join()
+    ratio = (max(peak[0], anonymous_bytes()) - before) / (4 * loaded.parameters)
+    whole = (tmp_path / "model.safetensors").stat().st_size / (4 * loaded.parameters)
+    print(
+        f"{backend}: loading takes {ratio:.2f} times the language model's weights; the file is {whole:.2f} times them"
+    )
+    assert whole > 3
+    assert ratio < 1.1
+
+
+def anonymous_bytes() -> int:
+    """Return the memory of this process that is not a mapped file."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError("no RssAnon")
 
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])

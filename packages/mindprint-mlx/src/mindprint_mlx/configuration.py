@@ -358,7 +358,7 @@ def _rope_by_type(model_type: str, config: Fields, fields: Fields, facts: Facts)
 def _default_scaling(facts: Facts) -> Fields:
     """Return the scaling of a family that scales where its configuration states none. A `rope_theta` keeps it."""
     default = facts.rope_parameters or {}
-    nested = [value for value in default.values() if isinstance(value, dict)]
+    nested: list[Fields] = [value for value in default.values() if isinstance(value, dict)]
     return default if any(each.get("rope_type", "default") != "default" for each in nested or [default]) else {}
 
 
