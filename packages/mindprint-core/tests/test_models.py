@@ -285,3 +285,10 @@ def test_the_config_is_in_the_digest_but_not_where_it_came_from(tmp_path: Path) 
     write_model(tmp_path, rope_theta=500000.0)
     assert config_digest(tmp_path) != before[0]
     assert base_digest(tmp_path) != before[1]
+
+
+def test_a_folder_with_gguf_files_alone_says_how_to_make_a_model_folder_of_them(tmp_path: Path) -> None:
+    (tmp_path / "writer-Q4_K_M.gguf").write_bytes(b"GGUF")
+    words = "holds a model in GGUF.*from_pretrained.folder, gguf_file='writer-Q4_K_M.gguf'.*AutoTokenizer"
+    with pytest.raises(ModelError, match=words):
+        check_model_folder(tmp_path)
