@@ -32,7 +32,7 @@ GRAM = 4
 """Characters of a gram."""
 
 PRIOR = 100
-"""Texts that are added to all counts: so many have to share a gram before it weighs clearly less than a rare one."""
+"""Texts that are added to all counts: about this number must share a gram before it weighs clearly less."""
 
 STEPS = 16
 """Weights are whole numbers, this many to a factor of two, so that comparisons are exact."""
