@@ -23,6 +23,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from mindprint.contract import AdapterSite, LoadedModel, ModelSpec, Update
+from mindprint.models.layer_names import is_fused_output
 from mindprint_mlx import model
 from parity_cases import Opened, open_model, token_batch
 
@@ -45,6 +46,14 @@ SMALL: Mapping[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+}
+HYBRID: Mapping[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
@@ -81,7 +90,38 @@ LAYER_INPUTS = {
     "final_logit_softcapping": 2.0,
 }
 
+RECURRENT: Mapping[str, Mapping[str, Any]] = {
+    "granitemoehybrid": {
+        **GRANITE,
+        "num_local_experts": 4,
+        "shared_intermediate_size": 48,
+        "position_embedding_type": "rope",
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+        "mamba_n_heads": 8,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 16,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"], "block_multiple_of": 16},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2, "chunk_size": 8},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"],
+        "head_dim": 16,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+        "chunk_size": 8,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 48,
+        "moe_shared_expert_intermediate_size": 48,
+    },
+    "qwen3_5_text": HYBRID,
+    "qwen3_next": {**HYBRID, **EXPERTS, "shared_expert_intermediate_size": 48},
+}
+"""Families with layers that are not attention."""
+
 MATRIX: Mapping[str, Mapping[str, Any]] = {
+    **RECURRENT,
     "apertus": {},
     "bitnet": {},
     "cohere": {"logit_scale": 0.3},
@@ -134,7 +174,10 @@ MATRIX: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Reference:
-    """A model that transformers saved: its folder, its logits `[rows, tokens, vocabulary]`, and its linear layers."""
+    """A model that transformers saved: its folder, its logits `[rows, tokens, vocabulary]`, and its linear layers.
+
+    Layers that a kernel reads are not among them.
+    """
 
     folder: Path
     tokens: np.ndarray
@@ -142,10 +185,14 @@ class Reference:
     linears: frozenset[str]
 
 
-def saved(folder: Path, model_type: str, base: float = 500000.0, **changes: Any) -> Reference:
-    """Save a random model of a family and compute its logits with transformers."""
+def saved(folder: Path, model_type: str, base: float = 500000.0, tokens: int = TOKENS, **changes: Any) -> Reference:
+    """Save a random model of a family and compute its logits with transformers on two rows of tokens."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[model_type](**{**SMALL, **MATRIX[model_type], **changes})
+    fields = {**SMALL, **MATRIX[model_type], **changes}
+    for kinds in ("layer_types", "layers_block_type"):
+        if kinds in fields:
+            fields[kinds] = fields[kinds][: fields["num_hidden_layers"]]
+    config = CONFIG_MAPPING[model_type](**fields)
     set_rope_base(config, base)
     reference = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
@@ -153,10 +200,14 @@ def saved(folder: Path, model_type: str, base: float = 500000.0, **changes: Any)
             # Norms and biases too: they start at 1 and 0, where a layer that left one out would not show.
             parameter.add_(0.05 * torch.randn_like(parameter))
         reference.save_pretrained(folder)
-        tokens = torch.randint(3, 131, (2, TOKENS))
-        logits = reference(tokens).logits.float().numpy()
-    linears = {name for name, module in reference.named_modules() if type(module) in (torch.nn.Linear, Conv1D)}
-    return Reference(folder, tokens.numpy(), logits, frozenset(linears))
+        rows = torch.randint(3, 131, (2, tokens))
+        logits = reference(rows).logits.float().numpy()
+    linears = {
+        name
+        for name, module in reference.named_modules()
+        if type(module) in (torch.nn.Linear, Conv1D) and not is_fused_output(model_type, name)
+    }
+    return Reference(folder, rows.numpy(), logits, frozenset(linears))
 
 
 def set_rope_base(config: Any, base: float) -> None:

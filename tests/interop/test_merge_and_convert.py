@@ -37,6 +37,7 @@ from mindprint.adapter.module_names import FAMILIES, TRANSPOSED_LINEARS, TRANSPO
 from mindprint.errors import AdapterError
 from mindprint.models import folder as models
 from mindprint.models.folder import ModelFolder
+from mindprint.models.layer_names import FUSED_OUTPUTS
 from mindprint.models.tensor_files import add_float32, from_float32, read_float32, to_float32
 from mindprint.trust.bases import Doubt
 from mindprint.trust.merged import merge_findings
@@ -67,6 +68,9 @@ def make_case(folder: Path, model_type: str, peft: dict[str, Any] | None = None,
     reference = saved(base, model_type, num_hidden_layers=2, **changes)
     (base / "tokenizer.json").write_text("{}")
     settings: dict[str, Any] = peft or {"target_modules": "all-linear"}
+    if peft is None and model_type in FUSED_OUTPUTS:
+        # PEFT's own all-linear names layers that PEFT then refuses.
+        settings["target_modules"] = sorted({name.rpartition(".")[2] for name in reference.linears} - {"lm_head"})
     if peft is None and model_type in EXPERTS:
         settings["target_parameters"] = STACKS
     network = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")

@@ -29,17 +29,17 @@ from mindprint_mlx.rope import Rope, frequencies
 from mindprint_mlx.towers import WRAPPERS
 from mindprint_mlx.windows import windowed
 
-MODULES = {"mistral": "llama", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+MODULES = {"mistral": "llama", "qwen2_5_vl_text": "qwen2", "qwen3_5_text": "qwen3_5", "qwen3_vl_text": "qwen3"}
 """mlx-lm's module for a model type, where it is not of the same name."""
 
 COMPARED = frozenset(
     {
-        "apertus", "bitnet", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5", "exaone4",
-        "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt2",
-        "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe", "helium", "hunyuan_v1_dense",
-        "internlm3", "llama", "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe",
-        "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm",
-        "starcoder2",
+        "apertus", "bitnet", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5", "exaone4", "gemma",
+        "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode",
+        "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe", "granitemoehybrid", "helium", "hunyuan_v1_dense",
+        "internlm3", "lfm2", "llama", "mamba2", "ministral3", "mistral", "mixtral", "nemotron", "nemotron_h", "olmo",
+        "olmo2", "olmo3", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_text", "qwen3_moe",
+        "qwen3_next", "seed_oss", "smollm3", "stablelm", "starcoder2",
     }
 )  # fmt: skip
 """The families whose logits `tests/parity/test_architectures.py` compares with transformers'."""
@@ -190,12 +190,13 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     """
     configuration = interpret(config)
     module = _module(configuration.model_type)
-    code = _code(module)
+    model_class, arguments_class = (getattr(module, name) for name in family(configuration.model_type).classes)
+    code = _code(module, arguments_class)
     for name, value in configuration.fields.items():
         _account_for(configuration, code, name, value)
     _check_activation(configuration, code)
-    arguments = _arguments(configuration, module.ModelArgs)
-    return Architecture(configuration, module.Model, arguments, _notes(configuration))
+    arguments = _arguments(configuration, arguments_class)
+    return Architecture(configuration, model_class, arguments, _notes(configuration))
 
 
 def complete(architecture: Architecture, module: nn.Module) -> int | None:
@@ -272,7 +273,7 @@ class _Code:
 
 
 @cache
-def _code(module: ModuleType) -> _Code:
+def _code(module: ModuleType, arguments: Any) -> _Code:
     # The source is read, not run: a field that is only stored in the arguments changes nothing.
     trees = [ast.parse(inspect.getsource(part)) for part in (module, *_borrowed(module))]
     nodes = [node for tree in trees for node in ast.walk(tree)]
@@ -280,7 +281,7 @@ def _code(module: ModuleType) -> _Code:
     names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     called = (attributes | names) & ACTIVATIONS_IN_CODE.keys()
-    parameters = frozenset(field.name for field in dataclass_fields(module.ModelArgs))
+    parameters = frozenset(field.name for field in dataclass_fields(arguments))
     activations = {ACTIVATIONS_IN_CODE[name] for name in called}
     if "relu2" in activations:
         activations.discard("relu")  # which the square is written with
@@ -428,7 +429,10 @@ def _set_activation(configuration: Configuration, module: nn.Module) -> None:
     """Give MLPs the configuration's activation where the class has another one in its code."""
     call = MLP_CALLS.get(configuration.model_type)
     wanted = _activation(configuration)
-    if call is None or wanted is None or _code(_module(configuration.model_type)).activations == {wanted}:
+    if call is None or wanted is None:
+        return
+    code = _module(configuration.model_type)
+    if _code(code, code.ModelArgs).activations == {wanted}:
         return
     function = FUNCTIONS[wanted]
     for layer in module.layers:

@@ -38,9 +38,12 @@ WINDOW_FIELDS = frozenset(
         "max_window_layers",
         "sliding_window_pattern",
         "_sliding_window_pattern",
+        "full_attention_interval",
+        "full_attn_idxs",
+        "hybrid_override_pattern",
     }
 )
-"""The fields that `_layer_types` reads, and nothing else."""
+"""The fields from which the kinds of layers and their windows follow, and nothing else."""
 
 ALWAYS_MEANT = frozenset(
     {
@@ -54,7 +57,38 @@ ALWAYS_MEANT = frozenset(
 VALUES_RENAMED = (("gemma", "hidden_act", "gelu", "gelu_pytorch_tanh"),)
 """Family, field, the value that old configurations state, and the value that transformers takes it for."""
 
+OLD_NAMES: Mapping[str, Mapping[str, str]] = {
+    "lfm2": {"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"},
+    "nemotron_h": {
+        "mamba_n_groups": "n_groups",
+        "mamba_d_conv": "conv_kernel",
+        "mamba_expand": "expand",
+        "mamba_dt_min": "time_step_min",
+        "mamba_dt_max": "time_step_max",
+        "mamba_dt_limit": "time_step_limit",
+        "mamba_dt_init_floor": "time_step_floor",
+        "mamba_conv_bias": "use_conv_bias",
+        "mamba_chunk_size": "chunk_size",
+    },
+}
+"""By family, names that its class takes for a field, before the field itself."""
+
 FULL, SLIDING = "full_attention", "sliding_attention"
+LINEAR, CONVOLUTION, MIXTURE, MLP = "linear_attention", "conv", "moe", "mlp"
+"""Kinds of layers. A linear attention is a recurrence: a gated delta network, or Mamba."""
+
+OTHER_KINDS: Mapping[str, frozenset[str]] = {
+    "granitemoehybrid": frozenset({LINEAR}),
+    "lfm2": frozenset({CONVOLUTION}),
+    "mamba2": frozenset({LINEAR}),
+    "nemotron_h": frozenset({LINEAR, MIXTURE, MLP}),
+    "qwen3_5_text": frozenset({LINEAR}),
+    "qwen3_next": frozenset({LINEAR}),
+}
+"""Families with layers that are not attention, and their kinds."""
+
+KINDS_RENAMED = {"mamba": LINEAR, "attention": FULL}
+"""Kinds in old configurations, in any family."""
 
 Fields = Mapping[str, Any]
 
@@ -105,6 +139,9 @@ def interpret(config: Fields) -> Configuration:
     """
     model_type = str(config["model_type"])
     facts = _all_facts().get(model_type, Facts())
+    config = {name: _decoded(value) for name, value in config.items()}
+    old = OLD_NAMES.get(model_type, {})
+    config |= {old[name]: config.pop(name) for name in old if name in config}
     fields = _completed(model_type, config, facts)
     layers = fields.get(facts.aliases.get("num_hidden_layers", "num_hidden_layers"))
     if not isinstance(layers, int):
@@ -125,6 +162,15 @@ def _facts_file() -> dict[str, Any]:
     text = files("mindprint_mlx").joinpath("transformers_facts.json").read_text(encoding="utf-8")
     content: dict[str, Any] = json.loads(text)
     return content
+
+
+def _decoded(value: Any) -> Any:
+    """Return a value with the numbers in it that JSON does not have, which transformers writes as objects."""
+    if isinstance(value, list):
+        return [_decoded(part) for part in value]
+    if isinstance(value, Mapping) and value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return value
 
 
 def _completed(model_type: str, config: Fields, facts: Facts) -> dict[str, Any]:
@@ -174,10 +220,55 @@ def _gemma4_heads(fields: Fields) -> Fields:
     }
 
 
+def _attention_at_intervals(fields: Fields) -> Fields:
+    """Return the kinds of layers of Qwen's hybrids."""
+    period = fields.get("full_attention_interval") or 4
+    kinds = [FULL if (layer + 1) % period == 0 else LINEAR for layer in range(fields["num_hidden_layers"])]
+    return {"layer_types": fields.get("layer_types") or kinds, "mlp_only_layers": fields.get("mlp_only_layers") or []}
+
+
+def _lfm2_kinds(fields: Fields) -> Fields:
+    """Return the kinds of LFM2's layers."""
+    layers = range(fields["num_hidden_layers"])
+    attending = layers if fields.get("full_attn_idxs") is None else fields["full_attn_idxs"]
+    kinds = [FULL if layer in attending else CONVOLUTION for layer in layers]
+    return {"layer_types": fields.get("layer_types") or kinds}
+
+
+def _granite_hybrid_fields(fields: Fields) -> Fields:
+    """Return the kinds of Granite 4's layers, and the size of its Mamba heads."""
+    heads = fields["mamba_d_head"]
+    if heads == "auto":
+        heads = fields["mamba_expand"] * fields["hidden_size"] // fields["mamba_n_heads"]
+    return {
+        "layer_types": fields.get("layer_types") or [LINEAR] * fields["num_hidden_layers"],
+        "mamba_d_head": heads,
+    }
+
+
+NEMOTRON_PATTERN = {"M": LINEAR, "*": FULL, "-": MLP, "E": MIXTURE}
+"""The letters of `hybrid_override_pattern`."""
+
+
+def _nemotron_fields(fields: Fields) -> Fields:
+    """Return the kinds of Nemotron-H's layers, whose number decides how many there are."""
+    kinds = fields.get("layers_block_type")
+    if fields.get("hybrid_override_pattern"):
+        kinds = kinds or [NEMOTRON_PATTERN.get(letter, letter) for letter in fields["hybrid_override_pattern"]]
+    kinds = kinds or [LINEAR, MIXTURE, FULL, MLP]
+    return {"layer_types": kinds, "num_hidden_layers": len(kinds)}
+
+
 DERIVED: Mapping[str, Callable[[Fields], Fields]] = {
     "deepseek_v2": _latent_head,
     "deepseek_v3": _latent_head,
     "gemma4_text": _gemma4_heads,
+    "granitemoehybrid": _granite_hybrid_fields,
+    "lfm2": _lfm2_kinds,
+    "mamba2": lambda fields: {"layer_types": [LINEAR] * fields["num_hidden_layers"]},
+    "nemotron_h": _nemotron_fields,
+    "qwen3_5_text": _attention_at_intervals,
+    "qwen3_next": _attention_at_intervals,
 }
 """Fields that a family's transformers class computes from others."""
 
@@ -276,8 +367,8 @@ def _layer_types(model_type: str, fields: Fields, layers: int) -> tuple[str, ...
 
 
 def _stated_layer_types(model_type: str, fields: Fields, layers: int) -> tuple[str, ...]:
-    types = tuple(fields["layer_types"])
-    if odd := sorted(set(types) - {FULL, SLIDING}):
+    types = tuple(KINDS_RENAMED.get(kind, kind) for kind in fields["layer_types"])
+    if odd := sorted(set(types) - {FULL, SLIDING} - OTHER_KINDS.get(model_type, frozenset())):
         raise ModelError(f"{model_type}: layers of type {odd[0]} are not supported on MLX")
     if len(types) != layers:
         raise ModelError(f"{model_type}: layer_types names {len(types)} of {layers} layers")
@@ -298,6 +389,7 @@ ROPE_LAYERS: Mapping[str, Callable[[Fields, int, str], bool]] = {
     "smollm3": lambda fields, layer, _: _smollm3_rope(fields, layer),
     "exaone4": lambda fields, _, kind: fields.get("sliding_window") is None or kind == SLIDING,
     "cohere2": lambda _fields, _layer, kind: kind == SLIDING,
+    "granitemoehybrid": lambda fields, _layer, _kind: fields["position_embedding_type"] == "rope",
 }
 """Rules for layers that have a rotary embedding, in families where some have none."""
 
@@ -324,7 +416,8 @@ def _rope_by_layer(
     by_type = _rope_by_type(model_type, config, fields, facts)
     rotates = ROPE_LAYERS.get(model_type, lambda *_: True)
     return tuple(
-        by_type.get(kind, by_type.get("")) if rotates(fields, layer, kind) else None for layer, kind in enumerate(types)
+        by_type.get(kind, by_type.get("")) if kind in (FULL, SLIDING) and rotates(fields, layer, kind) else None
+        for layer, kind in enumerate(types)
     )
 
 

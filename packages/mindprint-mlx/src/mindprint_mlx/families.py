@@ -5,6 +5,7 @@ A family that is not here needs nothing but the rules of `architectures.py`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -17,6 +18,16 @@ from mlx import nn
 from mindprint_mlx.calls import replace_method, wrap_call
 from mindprint_mlx.configuration import FULL, SLIDING, Configuration
 from mindprint_mlx.latent_attention import use_latent_attention
+from mindprint_mlx.recurrent import (
+    attention_interval,
+    granite_hybrid_arguments,
+    granite_hybrid_layers,
+    lfm2_arguments,
+    mamba2_arguments,
+    mamba2_norms,
+    nemotron_arguments,
+    use_chunked_delta_rule,
+)
 from mindprint_mlx.rope import LENGTH_SCALES
 from mindprint_mlx.routing import use_grouped_routing
 
@@ -37,7 +48,8 @@ ANYTHING = _Anything()
 class Family:
     """Facts about one family.
 
-    `module` is the name of our own class, where mlx-lm's cannot be used. `constants` are parameters of the class that
+    `module` is the name of our own class, where mlx-lm's cannot be used. `classes` are the names of the module's model
+    and of its arguments. `constants` are parameters of the class that
     the configuration has no field for, `arguments` those that are computed from it. `harmless` are fields that the
     class does not read, and the values for which that changes nothing. `activation` is what the class computes, where
     its source calls several functions. `rope_parameters` are parameters that only this family has. `fixed_rope` says
@@ -47,6 +59,7 @@ class Family:
     """
 
     module: str | None = None
+    classes: tuple[str, str] = ("Model", "ModelArgs")
     constants: Mapping[str, Any] = field(default_factory=dict)
     arguments: Callable[[Configuration], Mapping[str, Any]] | None = None
     harmless: Mapping[str, Any] = field(default_factory=dict)
@@ -262,12 +275,56 @@ _FAMILIES: Mapping[str, Family] = {
         harmless={"swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
     ),
     "gptj": Family(fixed_rope=True, harmless={"n_inner": ANYTHING}),
+    "granitemoehybrid": Family(
+        arguments=granite_hybrid_arguments,
+        constants={"mlp_bias": False},
+        harmless={"mamba_chunk_size": ANYTHING, "mamba_expand": ANYTHING},
+        prepare=granite_hybrid_layers,
+    ),
     "hunyuan_v1_dense": Family(constants={"use_qk_norm": True}),
+    "lfm2": Family(arguments=lfm2_arguments),
+    "mamba2": Family(
+        arguments=mamba2_arguments,
+        # Chunks are how it is computed. The rest is for initialisation, or for residuals of reduced precision.
+        harmless={
+            "chunk_size": ANYTHING,
+            "expand": ANYTHING,
+            "rescale_prenorm_residual": ANYTHING,
+            "residual_in_fp32": ANYTHING,
+            "time_step_floor": ANYTHING,
+            "time_step_max": ANYTHING,
+            "time_step_min": ANYTHING,
+            "time_step_rank": ANYTHING,
+        },
+        prepare=mamba2_norms,
+    ),
     "ministral3": Family(
         arguments=_scaled_queries, rope_parameters=frozenset({"llama_4_scaling_beta", "max_position_embeddings"})
     ),
     "mistral": Family(constants={"attention_bias": False, "mlp_bias": False}),
     "nanochat": Family(harmless={"final_logit_softcapping": (15.0,)}),
+    "nemotron_h": Family(
+        arguments=nemotron_arguments,
+        harmless={
+            "chunk_size": ANYTHING,
+            "expand": ANYTHING,
+            "rescale_prenorm_residual": ANYTHING,
+            "residual_in_fp32": (False,),
+            "use_mamba_kernels": ANYTHING,
+            "mamba_ssm_cache_dtype": ANYTHING,
+            "mamba_hidden_act": ("silu",),
+            "num_logits_to_keep": ANYTHING,
+            "num_nextn_predict_layers": ANYTHING,
+            "mtp_layers_block_type": ANYTHING,
+            "moe_shared_expert_overlap": ANYTHING,
+            "time_step_floor": ANYTHING,
+            "time_step_max": ANYTHING,
+            "time_step_min": ANYTHING,
+            "layers_block_type": ANYTHING,
+        },
+        activation="relu2",
+        stored_name=lambda name: re.sub("^backbone[.]", "model.", name),
+    ),
     "olmo": Family(module="olmo"),
     "olmo2": Family(constants={"mlp_bias": False}),
     "olmo3": Family(arguments=_both_kinds),
@@ -279,6 +336,23 @@ _FAMILIES: Mapping[str, Family] = {
     "phimoe": Family(
         harmless={"input_jitter_noise": ANYTHING}, rope_parameters=LENGTH_SCALES, prepare=_biases_of_configuration
     ),
+    "qwen3_5_text": Family(
+        classes=("TextModel", "TextModelArgs"),
+        arguments=attention_interval,
+        constants={
+            "num_experts": 0,
+            "num_experts_per_tok": 0,
+            "decoder_sparse_step": 1,
+            "shared_expert_intermediate_size": 0,
+            "moe_intermediate_size": 0,
+            "norm_topk_prob": True,
+        },
+        # Of text, all three positions are the same.
+        rope_parameters=frozenset({"mrope_section", "mrope_interleaved"}),
+        harmless={"mlp_only_layers": ([],)},
+        repair=use_chunked_delta_rule,
+    ),
+    "qwen3_next": Family(arguments=attention_interval, repair=use_chunked_delta_rule),
 }
 
 

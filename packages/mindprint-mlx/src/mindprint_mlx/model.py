@@ -17,10 +17,12 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from mindprint.adapter.targets import is_router
 from mindprint.contract import AdapterSite, LoadedModel, LoraConfig, ModelSpec
 from mindprint.errors import ModelError
 from mindprint.loss_scale import initial_loss_scale
 from mindprint.models.folder import weight_files
+from mindprint.models.layer_names import is_fused_output
 from mindprint_mlx import architectures, devices, memory
 from mindprint_mlx.arrays import DTYPES, parameters_of
 from mindprint_mlx.families import family
@@ -36,6 +38,9 @@ IGNORED_TENSORS = ("rotary_emb.inv_freq", ".masked_bias", ".attention.bias", ".a
 
 TOKEN_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "embeddings.weight")
 """Name endings of the table of token embeddings."""
+
+IGNORED_PARTS = ("mtp.",)
+"""Beginnings of names of tensors that transformers ignores: layers that guess several tokens at once."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     model = MlxModel(
         module=module,
         head=head,
-        places=tuple(_places(module, names)),
+        places=tuple(_places(architecture.configuration.model_type, module, names)),
         device=devices.device(spec.device),
         loss_scale=initial_loss_scale(spec.dtype),
     )
@@ -221,7 +226,11 @@ def _read_weights(folder: Path) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     for shard in weight_files(folder):
         weights |= _read_shard(shard)
-    return {name: values for name, values in weights.items() if not name.endswith(IGNORED_TENSORS)}
+    return {
+        name: values
+        for name, values in weights.items()
+        if not name.endswith(IGNORED_TENSORS) and not name.startswith(IGNORED_PARTS)
+    }
 
 
 def _read_shard(shard: Path) -> dict[str, mx.array]:
@@ -290,7 +299,7 @@ def _check_dropped(weights: Mapping[str, mx.array], sanitized: Mapping[str, mx.a
         raise ModelError(f"{folder}: mlx-lm's class drops {lost} elements of the checkpoint (among {_listed(names)})")
 
 
-def _places(module: nn.Module, names: Mapping[str, str]) -> Iterator[Place]:
+def _places(model_type: str, module: nn.Module, names: Mapping[str, str]) -> Iterator[Place]:
     """Yield every linear layer and embedding whose weight has one name in transformers, in the model's order."""
     modules: dict[str, nn.Module] = dict(module.named_modules())
     for parameter, _ in parameters_of(module):
@@ -300,7 +309,9 @@ def _places(module: nn.Module, names: Mapping[str, str]) -> Iterator[Place]:
         # Other tables than the tokens', of positions for example, take no LoRA on PyTorch either.
         if type(layer) is nn.Embedding and not parameter.endswith(TOKEN_EMBEDDINGS):
             continue
-        if name and type(layer) in (nn.Linear, nn.Embedding) and not _is_router(name):
+        if type(layer) not in (nn.Linear, nn.Embedding) or is_router(name) or is_fused_output(model_type, name):
+            continue
+        if name:
             parent, _, attribute = path.rpartition(".")
             yield Place(name, _part(module, parent), attribute, layer)
 
@@ -311,11 +322,6 @@ def _part(module: nn.Module, path: str) -> Any:
     for name in filter(None, path.split(".")):
         part = part[int(name) if isinstance(part, list) else name]
     return part
-
-
-def _is_router(name: str) -> bool:
-    # In transformers a mixture's router is a parameter of a special class, which LoRA cannot be put on.
-    return name.endswith((".mlp.gate", ".block_sparse_moe.gate", ".router", ".router.layer"))
 
 
 def _listed(names: list[str]) -> str:

@@ -9,10 +9,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mindprint.contract import AdapterSite
+from mindprint.models.layer_names import is_fused_output
 from mindprint_torch.head import embedding_layer
-
-BYPASSED = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), "out_proj")
-"""Layers whose weight Mamba's fused kernels read directly. LoRA would do nothing there, and PEFT refuses them."""
 
 
 def list_sites(network: PreTrainedModel) -> tuple[AdapterSite, ...]:
@@ -24,12 +22,12 @@ def list_sites(network: PreTrainedModel) -> tuple[AdapterSite, ...]:
 
 
 def _sites(network: PreTrainedModel) -> Iterator[AdapterSite]:
-    embedding, bypassed = embedding_layer(network), BYPASSED.get(network.config.model_type)
+    embedding = embedding_layer(network)
     # The order of modules is the order of tensors in adapter files, and so the same on every machine.
     for name, module in network.named_modules():
         if module is embedding and isinstance(module, nn.Embedding):
             yield AdapterSite(name, "embedding", module.num_embeddings, module.embedding_dim)
-        elif name.rpartition(".")[2] == bypassed:
+        elif is_fused_output(network.config.model_type, name):
             continue
         # A router may be a linear layer with another forward pass (PhiMoE), which LoRA's would replace.
         elif isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:

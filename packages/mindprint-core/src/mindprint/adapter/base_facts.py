@@ -56,6 +56,8 @@ def read_base_facts(folder: Path) -> BaseFacts:
     parts = (config, text) if isinstance(text, dict) else (config,)
     # Models of text and images keep the text part's sizes in `text_config`.
     layers = next((part[name] for part in parts for name in _LAYERS if isinstance(part.get(name), int)), None)
+    # Nemotron-H names the kind of each layer instead.
+    layers = layers or len(config.get("layers_block_type") or config.get("hybrid_override_pattern") or ()) or None
     return BaseFacts(config["model_type"], layers, _tied(config))
 
 

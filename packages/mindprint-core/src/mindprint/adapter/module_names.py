@@ -66,7 +66,7 @@ FAMILIES: Mapping[str, Family] = {
         _SAME,
     ),
     **dict.fromkeys(("cohere", "gemma", "gemma2"), Family(mlx_lm_head=False)),
-    **dict.fromkeys(("olmoe", "qwen2_moe", "qwen3_moe"), Family(experts=Experts())),
+    **dict.fromkeys(("olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next"), Family(experts=Experts())),
     "mixtral": _MIXTRAL,
     # GPT-NeoX calls its head `embed_out` in files. transformers 5 calls the module `lm_head`.
     "gpt_neox": Family(
@@ -77,6 +77,8 @@ FAMILIES: Mapping[str, Family] = {
         ),
         file=(("lm_head", "embed_out"),),
     ),
+    # The files of Nemotron-H have the name that its first code gave the body.
+    "nemotron_h": Family(mlx_lm=(("model.", "backbone."),), file=(("model.", "backbone."),)),
     # The published GPT-2 files were saved from the model without its head, so their names lack `transformer.`.
     "gpt2": Family(mlx_lm=(("transformer.", "model."),), file=(("transformer.", ""),), mlx_lm_head=False),
 }  # fmt: skip
