@@ -141,7 +141,13 @@ class Soak:
             if task.words[0] == "train" and task.run and last_step(task.run):
                 self.counts["killed after a checkpoint"] += 1
             return
-        if task.process.returncode == 2 and task.words[0] == "merge" and "exists already" in messages:
+        # A run that does not say its folder yet can be taken for one that was killed. Its lock refuses the second.
+        refusal = "exists already" if task.words[0] == "merge" else "another process is training this run"
+        if (
+            task.process.returncode == 2
+            and refusal in messages
+            and (task.words[0] == "merge" or "--resume" in task.words)
+        ):
             self.counts["refused"] += 1
             return
         assert task.process.returncode == 0, f"{task.words} ended with {task.process.returncode}:\n{messages[-3000:]}"
@@ -172,9 +178,6 @@ class Soak:
         """Return the runs that were killed and that nobody continues at the moment."""
         busy = {task.run for task in self.running} | {Path(task.words[1]) for task in self.running}
         runs = sorted((self.project / "runs").iterdir())
-        # A run that does not yet say its folder could be any of those without a manifest, or with one.
-        if any(task.words[0] == "train" and task.run is None for task in self.running):
-            return []
         return [run for run in runs if run not in busy and RunFolder(run).holds_run and not RunFolder(run).complete]
 
 
