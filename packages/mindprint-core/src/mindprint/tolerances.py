@@ -46,7 +46,7 @@ roundings of a log-prob's own size are allowed on top. docs/fingerprint.md has t
 
 
 def float32_error(layers: int, width: int) -> float:
-    """Return the expected error of a log-prob that float32 computes through so many layers of such a width.
+    """Return the expected error of a log-prob that float32 computes through `layers` layers of `width` units.
 
     A product over `width` terms collects `width` roundings of 2^-24 with random signs, which grow as their square root
     (Higham 2002, section 2.8). The layers of a residual stream add errors that are independent: a square root again.

@@ -28,7 +28,7 @@ LONGEST_ROW = 2**24
 """Bytes of the longest line or object: some millions of tokens. A longer one is not a row, and fills the memory."""
 
 FREE_BYTES, LARGEST_RATIO = 2**24, 100
-"""A compressed file may hold this many bytes in any case, and at most this multiple of its own size.
+"""A compressed file may unpack to the larger of these many bytes and this multiple of its own size.
 
 Text shrinks to a third or a tenth, and rows that repeat each other to a fiftieth. Files that are made to fill a memory
 (decompression bombs) shrink to a thousandth.
