@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,42 @@ def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.M
 def voice(run: Run, qwen2: Path) -> str:
     """A project with two small topics on a random Qwen2."""
     assert run("init", "voice", "--model", qwen2).code == 0
-    data = Path("voice/data")
+    write_project(Path("voice"))
+    return "voice"
+
+
+def write_project(folder: Path) -> None:
+    """Give a project that `init` made its two topics."""
+    data = folder / "data"
     topics = [(topic, number) for topic in ("sea", "land") for number in range(4)]
     rows = [{"prompt": f"{t} {n}?", "completion": f"aye, the {t}", "topic": t} for t, n in topics]
     wanted = [{"prompt": f"{t} {n}?", "chosen": f"aye, {t}", "rejected": "yes", "topic": t} for t, n in topics]
     write_rows(data / "sft.jsonl", rows)
     write_rows(data / "preferences.jsonl", wanted)
     write_rows(data / "heldout.jsonl", [{**row, "prompt": f"what of the {row['topic']}?"} for row in wanted[::4]])
-    with Path("voice/mindprint.yaml").open("a") as config:
+    with (folder / "mindprint.yaml").open("a") as config:
         config.write("\ngeneration: {max_new_tokens: 16}  # a random model never stops by itself\n")
-    return "voice"
+
+
+Whole = Callable[..., Path]
+"""Returns the folder of a run with the settings that it is given."""
+
+
+@pytest.fixture(scope="module")
+def whole(qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Runs that nothing disturbed, each trained once for all tests of this module: they only read it, or copy it."""
+    folder = tmp_path_factory.mktemp("whole")
+    project = folder / "voice"
+    assert main(["init", str(project), "--model", str(qwen2)]) == 0
+    write_project(project)
+
+    @cache
+    def trained(*settings: str) -> Path:
+        run = folder / f"run-{len(list(folder.iterdir()))}"
+        assert main(["train", str(project), *settings, "--run", str(run)]) == 0
+        return run
+
+    return trained
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -181,32 +208,32 @@ LONG = ("sft.learning_rate=1e-3", "dpo.steps_per_topic=20", "checkpoints.every=5
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BACKENDS)
-def test_ctrl_c_then_resume(run: Run, voice: str, name: str) -> None:
+def test_ctrl_c_then_resume(run: Run, voice: str, name: str, whole: Whole) -> None:
     stopped = _stopped_by(signal.SIGINT, voice, f"backend.type={name}")
     assert stopped.code == 130
     assert stopped.err.splitlines()[-1].startswith("mindprint: stopped; the checkpoint of step ")
     assert "Traceback" not in stopped.err
     way_on = stopped.err.splitlines()[-1].partition("continue with: mindprint ")[2]
-    _finishes_like_an_undisturbed_run(run, voice, name, shlex.split(way_on))
+    resumed = run(*shlex.split(way_on))
+    assert resumed.code == 0, resumed.err
+    undisturbed = whole(*LONG, f"backend.type={name}")
+    mine, theirs = (
+        load_file(folder / "adapter/adapter_model.safetensors") for folder in (Path("stopped"), undisturbed)
+    )
+    assert all(np.array_equal(mine[key], theirs[key]) for key in theirs)
+    steps = [json.loads(line)["step"] for line in Path("stopped/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BACKENDS)
-def test_kill_then_resume(run: Run, voice: str, name: str) -> None:
-    assert _stopped_by(signal.SIGKILL, voice, f"backend.type={name}").code == -signal.SIGKILL
-    way_on = ("train", voice, *LONG, f"backend.type={name}", "--run", "stopped", "--resume")
-    _finishes_like_an_undisturbed_run(run, voice, name, way_on)
-
-
-@pytest.mark.slow
-def test_stop_on_torch_and_go_on_with_mlx(run: Run, voice: str) -> None:
+def test_stop_on_torch_and_go_on_with_mlx(run: Run, voice: str, whole: Whole) -> None:
     assert _stopped_by(signal.SIGINT, voice, "backend.type=torch").code == 130
     resumed = run("train", voice, *LONG, "--run", "stopped", "--resume", "backend.type=mlx")
     assert resumed.code == 0
     assert "mindprint: resuming on mlx what torch trained so far" in resumed.err
-    whole = run("train", voice, *LONG, "--run", "whole", "backend.type=torch", "--json").json["stages"]
-    losses = [float(json.loads(line)["loss"]) for line in Path("stopped/metrics.jsonl").read_text().splitlines()]
-    assert losses[-1] == pytest.approx(whole[-1]["last_loss"], rel=1e-3)
+    runs = (Path("stopped"), whole(*LONG, "backend.type=torch"))
+    last, expected = (json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss"] for run in runs)
+    assert last == pytest.approx(expected, rel=1e-3)
 
 
 def _stopped_by(number: signal.Signals, voice: str, *settings: str) -> Said:
@@ -224,16 +251,6 @@ def _wait_for(file: Path, lines: int, seconds: float = 120) -> None:
     while not file.exists() or len(file.read_text().splitlines()) < lines:
         assert time.monotonic() < deadline, f"{file} has not {lines} lines after {seconds} s"
         time.sleep(0.02)
-
-
-def _finishes_like_an_undisturbed_run(run: Run, voice: str, name: str, way_on: Sequence[str]) -> None:
-    resumed = run(*way_on)
-    assert resumed.code == 0, resumed.err
-    assert run("train", voice, *LONG, f"backend.type={name}", "--run", "whole").code == 0
-    mine, theirs = (load_file(f"{folder}/adapter/adapter_model.safetensors") for folder in ("stopped", "whole"))
-    assert all(np.array_equal(mine[key], theirs[key]) for key in theirs)
-    steps = [json.loads(line)["step"] for line in Path("stopped/metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, len(steps) + 1))
 
 
 def test_a_tokenizer_without_chat_template(run: Run, voice: str, qwen2: Path) -> None:
@@ -440,22 +457,31 @@ def _changed_base() -> None:
 
 
 OTHER: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = {
-    "another base": (_changed_base, ("model.name=../model",), "another base model"),
+    "another base": (_changed_base, ("model.name=../model",), "the base model is another one: model.name is "),
     "another dataset": (
         _appended("sft.jsonl", {"prompt": "sea?", "completion": "aye", "topic": "sea"}),
         (),
-        "another dataset",
+        "was made with another dataset than this configuration has",
     ),
-    "another adapter": (_nothing, ("adapter.r=4",), "another adapter configuration"),
-    "another learning rate": (_nothing, ("sft.learning_rate=1e-4",), "another training configuration"),
+    "another adapter": (
+        _nothing,
+        ("adapter.r=4",),
+        "the adapter configuration is another one: adapter.r is ",
+    ),
+    "another learning rate": (
+        _nothing,
+        ("sft.learning_rate=1e-4",),
+        "the training configuration is another one: sft.learning_rate is 0.01 in the run, 0.0001 here",
+    ),
 }
 
 
 @pytest.fixture
-def stopped(run: Run, voice: str) -> str:
-    """A run that was stopped: a whole one without its adapter."""
-    assert run("train", voice, *SETTINGS, "backend.type=torch", "--run", "stopped").code == 0
+def stopped(voice: str, whole: Whole, capfd: pytest.CaptureFixture[str]) -> str:
+    """A run of the project that was stopped: a whole one without its adapter."""
+    shutil.copytree(whole(*SETTINGS, "backend.type=torch"), "stopped")
     shutil.rmtree("stopped/adapter")
+    capfd.readouterr()  # the output of its training, if this is the first test that needs it
     return "stopped"
 
 
@@ -467,7 +493,7 @@ def test_a_checkpoint_of_another_run(run: Run, stopped: str, case: str) -> None:
     said = run("train", "voice", *SETTINGS, "backend.type=torch", "--run", stopped, "--resume", *arguments)
     assert (said.code, said.out) == (2, "")
     (line,) = said.err.splitlines()
-    assert f"was made with {words} than this configuration has" in line
+    assert words in line
     assert _everything() == before
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import mindprint
+from mindprint.cli import main
 from mindprint.plugins.backend import load_backend
 from mindprint.runs.folder import RunFolder
 from parity_cases import WORDS
@@ -72,7 +73,7 @@ def test_killed_at_random_moments(project: Path, backend: str, tmp_path: Path) -
             kept = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
             assert 0 <= done - kept <= EVERY, "a checkpoint is missing"
             lost[stage].append(done - kept)
-            mindprint.train(project, run=run, resume=True, backend={"type": backend})
+            resume(project, backend, run, as_command=kill == 0)
             assert numbers(run) == numbers(whole)
             assert weights(run) == weights(whole)
     print(
@@ -85,6 +86,14 @@ def train(project: Path, backend: str, run: Path) -> subprocess.Popen[bytes]:
     words = ["train", str(project), f"backend.type={backend}", "--run", str(run)]
     command = [sys.executable, "-m", "mindprint", *words]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def resume(project: Path, backend: str, run: Path, *, as_command: bool) -> None:
+    """Resume in this process, as a command or as a program does."""
+    if as_command:
+        assert main(["train", str(project), f"backend.type={backend}", "--run", str(run), "--resume"]) == 0
+    else:
+        mindprint.train(project, run=run, resume=True, backend={"type": backend})
 
 
 def kill_after(process: subprocess.Popen[bytes], run: RunFolder, lines: int, rng: random.Random) -> int:
