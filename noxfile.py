@@ -195,7 +195,7 @@ def wheels(session: nox.Session) -> None:
         uninstalled(session, dist, constraints)
 
 
-SHORT = ("sft.steps_per_topic=2", "dpo.steps_per_topic=2",
+SHORT = ("curriculum.max_topics=2", "sft.steps_per_topic=2", "dpo.steps_per_topic=2",
          "evaluation.prompts_per_topic=1", "evaluation.levels=[final]", "generation.max_new_tokens=16")  # fmt: skip
 
 ALONE = {
