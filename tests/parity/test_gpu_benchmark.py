@@ -124,6 +124,8 @@ def test_nothing_begins_without_time(tmp_path: Path) -> None:
     worker: Any = None
     with pytest.raises(OutOfTime):
         run.ask(worker, "about", 10)
+    with pytest.raises(OutOfTime):
+        SECTIONS["conformance"](run)
 
 
 def test_every_call_of_a_section_exists() -> None:
