@@ -193,7 +193,7 @@ BROKEN = {
     "SystemExit in a hook": (backend_code(body="sys.exit(0)"), "mindprint_backend_info raised SystemExit: 0"),
     "BaseException in a hook": (backend_code(body="raise BaseException('odd')"), "raised BaseException: odd"),
     "an exception in a hook": (backend_code(body="1 / 0"), "mindprint_backend_info raised ZeroDivisionError"),
-    "no answer": (backend_code(body="return None"), "mindprint_backend_info returned NoneType"),
+    "no answer": (backend_code(body="return None"), "mindprint_backend_info returned None"),
     "devices that are none": (backend_code("devices=('cpu',)"), "states devices[0] = 'cpu', .* asks for a DeviceInfo"),
     "devices in no tuple": (backend_code("devices=3"), "states devices = 3"),
     "a reason that is none": (backend_code("(DeviceInfo('cpu', True),)"), "devices[0].reason = True"),

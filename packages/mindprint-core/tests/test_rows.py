@@ -276,7 +276,11 @@ def test_files_that_are_not_there(tmp_path: Path, data: dict[str, Any], message:
 @pytest.mark.parametrize("part", ["sft", "heldout"])
 @pytest.mark.parametrize(
     ("target", "words"),
-    [("/dev/zero", "a pipe or a device"), ("nowhere", "a link that leads to no file|no such file"), (".", "a folder")],
+    [
+        ("/dev/zero", "a pipe or a device|is not a regular file"),
+        ("nowhere", "a link that leads to no file|no such file"),
+        (".", "a folder"),
+    ],
 )
 def test_a_link_that_leads_to_no_file_is_named(tmp_path: Path, part: str, target: str, words: str, named: bool) -> None:
     """Also for held-out rows, which would be missing without a word."""

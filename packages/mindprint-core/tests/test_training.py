@@ -214,15 +214,21 @@ def test_nothing_to_resume(project: Project, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"adapter": {"alpha": 3.0}}, "adapter configuration"),
-        ({"sft": {"learning_rate": 1e-3}}, "training configuration"),
-        ({"seed": 1}, "training configuration"),
-        ({"data": {"max_length": 12}}, "dataset"),
+        (
+            {"adapter": {"alpha": 3.0}},
+            r"adapter configuration is another one: adapter.alpha is 16.0 in the run, 3.0 here",
+        ),
+        (
+            {"sft": {"learning_rate": 1e-3}},
+            r"training configuration is another one: sft.learning_rate is .* 0.001 here",
+        ),
+        ({"seed": 1}, r"training configuration is another one: seed is 0 in the run, 1 here"),
+        ({"data": {"max_length": 12}}, r"dataset is another one: data.max_length is 1024 in the run, 12 here"),
     ],
 )
 def test_a_checkpoint_of_something_else(project: Project, tmp_path: Path, change: Project, part: str) -> None:
     stopped(project, tmp_path / "run", 5)
-    with pytest.raises(CheckpointError, match=f"was made with another {part}"):
+    with pytest.raises(CheckpointError, match=part):
         mindprint.train(project, run=tmp_path / "run", resume=True, **change)
 
 
@@ -231,7 +237,7 @@ def test_a_checkpoint_of_another_base(project: Project, tmp_path: Path) -> None:
 
     stopped(project, tmp_path / "run", 5)
     other = write_toy_model(tmp_path / "other", seed=1)
-    with pytest.raises(CheckpointError, match="was made with another base model"):
+    with pytest.raises(CheckpointError, match="the base model is another one: model.name is "):
         mindprint.train(project, run=tmp_path / "run", resume=True, model={"name": str(other)})
 
 
