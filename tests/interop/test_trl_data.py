@@ -219,7 +219,7 @@ def test_pairs_of_conversations(trainers: MakePeers, tmp_path: Path, kind: str, 
     peers = trainers(kind, name)
     records = [
         {"prompt": chat[:-1], "chosen": chat[-1:], "rejected": [assistant(text)]}
-        for chat, text in zip(CONVERSATIONS, ["Tea.", "It does not.", *TEXTS[:2]], strict=True)
+        for chat, text in zip(CONVERSATIONS, ["Tea.", "It does not.", TEXTS[0], TEXTS[4]], strict=True)
     ]
     assert_same_pairs(our_pairs(tmp_path, peers, records), peers.trl_dpo(records))
 

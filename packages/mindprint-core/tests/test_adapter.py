@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mindprint.adapter.initial import initial_adapter
+from mindprint.adapter.module_names import FAMILIES, WRAPPERS, file_names, from_file
 from mindprint.adapter.peft_format import adapter_digest, read_adapter, write_adapter
 from mindprint.adapter.targets import resolve_targets
 from mindprint.contract import AdapterSite, AdapterState, LoraConfig, LoraFactors
@@ -131,3 +132,25 @@ def _adapter() -> AdapterState:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 3)).astype(np.float32), rng.normal(size=(5, 2)).astype(np.float32)
     return AdapterState(LoraConfig(2, 8.0, ("m.q",)), {"m.q": LoraFactors(a, b)})
+
+
+@pytest.mark.parametrize(
+    ("family", "site", "file"),
+    [
+        ("nemotron_h", "model.layers.1.mixer.k_proj", "backbone.layers.1.mixer.k_proj"),
+        ("mixtral", "model.layers.0.mlp.gate", "model.layers.0.block_sparse_moe.gate"),
+        ("gpt_neox", "lm_head", "embed_out"),
+        ("gpt2", "transformer.h.0.attn.c_attn", "h.0.attn.c_attn"),
+        ("gpt2", "transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_attn"),
+        ("gpt2", "lm_head", "lm_head"),
+        ("llava", "model.language_model.layers.0.mlp.up_proj", "language_model.model.layers.0.mlp.up_proj"),
+        ("llava", "lm_head", "language_model.lm_head"),
+        ("qwen2_5_vl", "model.language_model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"),
+        ("qwen2_5_vl", "model.language_model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"),
+        ("llama", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"),
+    ],
+)
+def test_a_module_has_one_name_whatever_the_files_call_it(family: str, site: str, file: str) -> None:
+    known = {**FAMILIES, **WRAPPERS}[family]
+    assert from_file(file, known) == site
+    assert f"{file}.weight" in file_names(site, known)

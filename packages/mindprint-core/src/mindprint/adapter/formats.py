@@ -7,6 +7,7 @@ from typing import Literal
 
 from mindprint.adapter import mlx_lm_format, peft_format
 from mindprint.adapter.base_facts import read_base_facts
+from mindprint.adapter.module_names import from_file
 from mindprint.adapter.peft_settings import read_config
 from mindprint.contract import AdapterState
 from mindprint.errors import AdapterError, ModelError
@@ -70,9 +71,12 @@ def unmatched_note(folder: Path, base: Path) -> str | None:
 
 
 def _modules(base: Path) -> frozenset[str] | None:
-    """Return the base's modules that have a matrix, None for a folder that has only a config.json."""
+    """Return the base's modules that have a matrix, by transformers' names, None for a folder without weights."""
     try:
         stored = tensors(base)
-        return frozenset(name.removesuffix(".weight") for name, info in stored.items() if len(info.shape) > 1)
+        family = read_base_facts(base).family
+        names = (name.removesuffix(".weight") for name, info in stored.items() if len(info.shape) > 1)
+        # PEFT matches its targets with the names of modules, and some families have other names in their files.
+        return frozenset(from_file(name, family) for name in names)
     except ModelError:
         return None

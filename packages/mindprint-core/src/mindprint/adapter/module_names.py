@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mindprint.adapter.targets import is_stack
-from mindprint.models.layer_names import is_embedding
+from mindprint.models.layer_names import is_embedding, is_lm_head
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,17 @@ def file_names(site: str, known: Family) -> tuple[str, ...]:
     if site.count(".") > 1 or is_embedding(site):
         names.append(site.partition(".")[2] or site)
     return tuple(dict.fromkeys(f"{name}.weight" for name in names))
+
+
+def from_file(name: str, known: Family) -> str:
+    """Return the site of a module that a checkpoint's files call `name`. A name that is a site already stays."""
+    for site, file in known.file:
+        if site.startswith("."):
+            if name.endswith(file):
+                return name.removesuffix(file) + site
+        elif name.startswith(file) and not name.startswith(site) and (file or not is_lm_head(name)):
+            return site + name.removeprefix(file)
+    return name
 
 
 def split_stack(site: str, experts: Experts) -> tuple[str, str] | None:
