@@ -19,6 +19,9 @@ from typing import Any
 CPU_SECONDS = 10
 """A command on files this small takes less than one, and one that runs longer hangs."""
 
+TRAINING_SECONDS = 40
+"""For a command that loads, trains, evaluates and fingerprints: it takes five on a machine that does nothing else."""
+
 WALL_SECONDS = 30
 """For what waits without computing, such as for a pipe. A command that computes may take longer on a busy machine."""
 
@@ -52,7 +55,7 @@ class Ended:
             assert any(name in errors[0] for name in names), f"names none of {names}: {errors[0]}"
 
 
-def in_child(work: Callable[[], int], folder: Path) -> Ended:
+def in_child(work: Callable[[], int], folder: Path, seconds: int = CPU_SECONDS) -> Ended:
     """Run `work` in a fork of this process, within limits, and return how it ended.
 
     Forking keeps what is imported: a try takes milliseconds where a new process takes seconds. But a fork can inherit a
@@ -60,20 +63,20 @@ def in_child(work: Callable[[], int], folder: Path) -> Ended:
     input that really hangs a command does it again.
     """
     try:
-        return _in_fork(work, folder)
+        return _in_fork(work, folder, seconds)
     except HangsError:
-        return _in_fork(work, folder)
+        return _in_fork(work, folder, seconds)
 
 
 class HangsError(AssertionError):
     """A command that does not end."""
 
 
-def _in_fork(work: Callable[[], int], folder: Path) -> Ended:
+def _in_fork(work: Callable[[], int], folder: Path, seconds: int) -> Ended:
     outputs = folder / "stdout", folder / "stderr"
     child = os.fork()
     if not child:
-        _become_command(work, outputs)
+        _become_command(work, outputs, seconds)
     started = progressed = time.monotonic()
     ticks = 0
     while True:
@@ -91,7 +94,7 @@ def _in_fork(work: Callable[[], int], folder: Path) -> Ended:
     out, err = (file.read_text(encoding="utf-8", errors="surrogateescape") for file in outputs)
     if os.WIFSIGNALED(status):
         name = signal.Signals(os.WTERMSIG(status)).name
-        raise AssertionError(f"ended by {name} (SIGXCPU: more than {CPU_SECONDS} s of computing):\n{err[-2000:]}")
+        raise AssertionError(f"ended by {name} (SIGXCPU: more than {seconds} s of computing):\n{err[-2000:]}")
     return Ended(os.WEXITSTATUS(status), out, err)
 
 
@@ -104,7 +107,7 @@ def processor_ticks(process: int) -> int:
     return sum(map(int, fields[11:15]))
 
 
-def _become_command(work: Callable[[], int], outputs: tuple[Path, Path]) -> None:
+def _become_command(work: Callable[[], int], outputs: tuple[Path, Path], seconds: int) -> None:
     code = 99
     try:
         for number, file in enumerate(outputs, 1):
@@ -112,7 +115,7 @@ def _become_command(work: Callable[[], int], outputs: tuple[Path, Path]) -> None
             os.dup2(handle, number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8") for number in (1, 2))
         sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
         size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
         code = work()

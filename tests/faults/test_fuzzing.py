@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from attacked import TRAIN, command, in_child, make_samples, prepared, untouched
+from attacked import CPU_SECONDS, TRAIN, TRAINING_SECONDS, command, in_child, make_samples, prepared, untouched
 from edits import HOSTILE, TEMPLATES, file_edits, json_edits, rewrite
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -78,7 +78,12 @@ def attacked(samples: Path, name: str) -> Iterator[tuple[Path, Path]]:
 
 
 def attack(
-    samples: Path, name: str, file: str, edit: Callable[[Path], None], work: Callable[[Path, Path], Callable[[], int]]
+    samples: Path,
+    name: str,
+    file: str,
+    edit: Callable[[Path], None],
+    work: Callable[[Path, Path], Callable[[], int]],
+    seconds: int = CPU_SECONDS,
 ) -> None:
     """Edit one file of a copied sample, run a command on it, and check how it ends."""
     if spent():
@@ -86,7 +91,7 @@ def attack(
     with attacked(samples, name) as (folder, copy):
         plant(copy, folder / "outside")
         edit(copy / file)
-        in_child(work(folder, copy), folder).check((str(folder), Path(file).name, *SETTINGS))
+        in_child(work(folder, copy), folder, seconds).check((str(folder), Path(file).name, *SETTINGS))
 
 
 SETTINGS = ("model.name", "topic", "data/", "dataset ", "builtin:tiny")
@@ -161,7 +166,7 @@ def test_model_folders(samples: Path, data: st.DataObject) -> None:
             return command(*words)
         return prepared(folder / "inside" / "voice", f"model.name={copy}")
 
-    attack(samples, "model", file, edit, work)
+    attack(samples, "model", file, edit, work, TRAINING_SECONDS if trained else CPU_SECONDS)
 
 
 @given(template=st.sampled_from(TEMPLATES))
@@ -298,7 +303,7 @@ def test_run_folders(samples: Path, data: st.DataObject) -> None:
             command("report", copy) if name == "report" else command("eval", "--compare", copy, samples / "voice/run")
         )
 
-    attack(samples, "voice", f"run/{file}", edit, work)
+    attack(samples, "voice", f"run/{file}", edit, work, TRAINING_SECONDS if name == "resume" else CPU_SECONDS)
 
 
 @given(value=st.sampled_from([value for value in HOSTILE if isinstance(value, str) and "\0" not in value]))

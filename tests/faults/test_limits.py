@@ -33,6 +33,17 @@ def with_template(folder: Path, template: str) -> Tokenizer:
     return load_tokenizer(folder)
 
 
+def test_a_template_that_computes_powers_is_refused(tmp_path: Path) -> None:
+    """One power takes longer than any limit, and nothing interrupts it. Unpacking and bold text look alike."""
+    for template in ("{{ 10 ** 100000000 }}", "{% set x = 9\n** 9 %}{{ x }}"):
+        with pytest.raises(DataError, match=r"the chat template computes powers \(\*\*\)"):
+            with_template(tmp_path, template).render_all([CHAT], generation_prompt=True)
+    sound = "**bold**{{ dict(**{'a': 1}).a }}{{ dict(b=2, **{'a': 1}).b }}"
+    tokenizer = with_template(tmp_path, sound)
+    (ids,) = tokenizer.render_all([CHAT], generation_prompt=True)
+    assert tokenizer.decode(ids.tolist()) == "**bold**12"
+
+
 def test_a_loop_without_end_is_stopped() -> None:
     started = time.monotonic()
     with pytest.raises(LimitError, match="more than 1 s"), limited(1.0):

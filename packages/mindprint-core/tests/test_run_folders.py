@@ -238,3 +238,15 @@ def test_a_folder_that_a_killed_process_was_replacing_is_put_back(tmp_path: Path
     moved.mkdir(parents=True)
     with RunFolder(tmp_path).locked():
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000002"]
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [("environment", 1), ("environment", {"toy": []}), ("model", "name"), ("identity", [1]), ("model", None)],
+)
+def test_a_section_of_the_manifest_of_another_type_is_named(tmp_path: Path, section: str, value: object) -> None:
+    run = write_sample_run(tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps({**manifest, section: value}))
+    with pytest.raises(RunError, match=rf"manifest\.json: {section}.*: input should be .*; restore the file"):
+        read_run(run)

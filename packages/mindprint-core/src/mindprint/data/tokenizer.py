@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -187,6 +188,11 @@ class Tokenizer:
 
         if self._refused is not None:
             raise self._refused
+        if self._raises_to_powers:
+            raise DataError(
+                f"{self._folder}: the chat template computes powers (**), which no limit on time can stop: take the "
+                "model's own template"
+            )
         chats = [[{"role": m.role, "content": m.content} for m in messages] for messages in conversations]
         try:
             with limited(SECONDS + SECONDS_A_CONVERSATION * len(chats)):
@@ -203,6 +209,24 @@ class Tokenizer:
         except Exception as error:  # a template is a program of somebody else's, and can raise anything
             raise DataError(f"the chat template refuses this conversation: {_one_line(error)}") from error
         return list(rendered[0])  # annotated as a string, in fact texts and the spans of `{% generation %}`
+
+    @cached_property
+    def _raises_to_powers(self) -> bool:
+        """Whether the template has the operator `**`, which Python computes in one step that no signal interrupts.
+
+        `10 ** 100000000` takes ten seconds, already when the template is compiled. No template of a model needs powers.
+        """
+        import jinja2  # noqa: PLC0415 (quick next to transformers, and only rendering needs it)
+
+        before = ""
+        # Broken templates are refused where they are rendered.
+        with suppress(jinja2.TemplateSyntaxError):
+            for _, kind, value in jinja2.Environment(autoescape=False).lex(self._clockless):  # noqa: S701 (renders nothing)
+                # In a call, `**` before the first argument or behind a comma unpacks a mapping.
+                if kind == "operator" and value == "**" and before not in ("(", ","):
+                    return True
+                before = before if kind == "whitespace" else value
+        return False
 
     @cached_property
     def digest(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,6 +49,15 @@ class Step:
     def stretch(self) -> Stretch:
         """Return the group of steps that it belongs to: a stage of a topic, in one attempt, undone or not."""
         return self.topic, self.stage, self.attempt, self.undone
+
+
+@dataclass(frozen=True)
+class _Sections:
+    """The parts of a manifest that readers go through by name. A run of an older version may lack any of them."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, dict[str, Any]] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -177,6 +186,10 @@ def _about(record: EvaluationRecord, topic: str) -> bool:
 def _manifest(file: Path) -> Mapping[str, Any]:
     content = read_object(file, RunError, remedy="; it is the run's own record and cannot be rebuilt")
     check_format(file, content.get("format", 1), RUN_FORMAT)
+    try:
+        typed(_Sections, content)
+    except ValueError as error:
+        raise RunError(f"{file}: {error}; restore the file from a copy") from error
     return content
 
 
