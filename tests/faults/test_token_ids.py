@@ -131,6 +131,9 @@ def test_a_fingerprints_probe_is_checked_on_every_backend(name: str, token: int,
     shutil.copytree(trained, copy)
     values = json.loads((copy / "fingerprint.json").read_text())
     values["probe"]["rows"][0][5] = token
+    # Format 1 has no digest of the whole, which would name the edit before anybody reads a token.
+    values["format"] = 1
+    del values["digest"], values["adapter"]["rounded"]
     (copy / "fingerprint.json").write_text(json.dumps(values))
     with pytest.raises(MindprintError, match=f"probe uses token {token}") as caught:
         mindprint.verify(copy, model="builtin:tiny", backend=name)
