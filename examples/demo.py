@@ -120,7 +120,7 @@ def one_backend(project: Path, name: str, prompts: list[str], threads: int) -> M
 
 def show_answers(answers: list[dict[str, Any]]) -> None:
     for answer in answers:
-        print(f"\n  {answer['prompt']}\n    before: {answer['base']}\n    after:  {answer['adapter']}")
+        print(f"\n  {answer['prompt']}\n    before: {answer['base']}\n    after:  {answer['tuned']}")
 
 
 def show_voice(name: str, overall: dict[str, Any]) -> None:
