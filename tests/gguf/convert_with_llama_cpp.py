@@ -68,7 +68,7 @@ def adapt_classes(settings: dict[str, Any]) -> None:
             model.hparams = model.hparams | settings
             set_parameters(model)
 
-        # A class of its own for each job: the converter's classes are shared by the families of a module.
+        # A new class for each job, because the families of a module share the converter's classes.
         parts = {
             "set_vocab": set_vocab,
             "set_gguf_parameters": set_gguf_parameters,

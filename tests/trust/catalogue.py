@@ -1063,7 +1063,7 @@ def _edit_fingerprint(it: Artefact, change: Callable[[dict[str, Any]], Any]) -> 
 
 
 def _merge_in(it: Artefact, dtype: torch.dtype, noise: float) -> None:
-    """Round the merged model to a dtype, with noise so many times as large as the change in its adapted weights."""
+    """Round the merged model to a dtype, with noise of a given multiple of the change in its adapted weights."""
     generator = torch.Generator().manual_seed(2)
 
     def noisy(found: Tensors) -> Tensors:

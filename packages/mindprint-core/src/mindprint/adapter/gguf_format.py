@@ -245,6 +245,6 @@ def _notes(multiplied: list[str], alpha: float, base_name: str) -> Iterator[str]
             f"{len(multiplied)} modules is in their B, rounded once to float32"
         )
     yield (
-        f"put the GGUF file of {base_name} next to it as {BASE_FILE}, or name it in {MODELFILE}; then: "
+        f"put the GGUF file of {base_name} next to {ADAPTER_FILE} as {BASE_FILE}, or name it in {MODELFILE}; then: "
         f"llama-cli -m {BASE_FILE} --lora {ADAPTER_FILE}, or ollama create my-voice"
     )
