@@ -24,6 +24,14 @@ FLOATS: Mapping[str, np.dtype[Any]] = {
 }
 """The float dtypes of the format that are read here, and the NumPy dtype of their bits."""
 
+INTEGERS: Mapping[str, np.dtype[Any]] = {
+    "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
+    "U32": np.dtype("<u4"),
+    "I32": np.dtype("<i4"),
+}
+"""The integer dtypes in which quantized weights are stored."""
+
 FLOAT_DTYPES: Mapping[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Those that a base can be computed in, by their names in the contract."""
 
@@ -160,7 +168,7 @@ def _entries(file: BinaryIO) -> tuple[Mapping[str, Any], int]:
 
 def _info(entry: Mapping[str, Any], path: Path, offset: int) -> TensorInfo:
     dtype, shape, (start, end) = entry["dtype"], tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
-    bits = FLOATS.get(dtype)
+    bits = {**FLOATS, **INTEGERS}.get(dtype)
     if not 0 <= start <= end or (bits is not None and end - start != bits.itemsize * math.prod(shape)):
         raise ValueError(f"{dtype}{list(shape)} does not fit its bytes")
     return TensorInfo(dtype, shape, path, offset + start, offset + end)
