@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from mindprint.config import DataConfig
 from mindprint.data.render import render_preferences, render_prompt, render_sft
 from mindprint.data.row_files import Origin
-from mindprint.data.rows import PreferenceRow, Rows, SftRow
+from mindprint.data.rows import Message, PreferenceRow, Rows, SftRow
 from mindprint.data.tokenizer import Tokenizer, load_tokenizer
 from mindprint.text.thoughts import opens_thought, thought_markers, without_thoughts
 from mindprint.voice.answers import training_voice
@@ -105,7 +105,10 @@ def test_a_generation_prompt_that_is_not_a_prefix_gets_a_warning_and_the_switch_
         assert warning.startswith("in 1 rows the template's generation prompt is not a prefix of what is trained: ")
         assert "data.chat_template_kwargs" in warning
     own = replace(row(), variables=json.dumps({"enable_thinking": True}))
-    assert render_sft([own], off, DataConfig()).warnings == ()
+    (warning,) = render_sft([own], off, DataConfig()).warnings
+    assert warning.startswith("in 1 rows the row's own chat_template_kwargs change how the answer is opened: ")
+    same = thinking_tokenizer(tmp_path, ADDS_ONLY_IF_ASKED, {"enable_thinking": True})
+    assert render_sft([own], same, DataConfig()).warnings == ()
     assert state(thinking_tokenizer(tmp_path, ADDS_ONLY_IF_ASKED)) == ("", "Yo<|im_end|>\n", [])
 
 
@@ -121,7 +124,64 @@ def test_a_template_that_drops_a_trained_thought_gets_a_warning(tmp_path: Path) 
 def test_a_thought_opened_by_the_prompt_that_no_answer_has_gets_a_warning(tmp_path: Path) -> None:
     asked, trained, warnings = state(thinking_tokenizer(tmp_path, OPENS_IN_THE_PROMPT))
     assert (asked, trained) == ("<think>\n", "Yo<|im_end|>\n")
-    assert len(warnings) == 1
+    (warning,) = warnings
+    # The template has no switch, so the remedy is not to set one.
+    assert "chat_template_kwargs" not in warning
+    assert "write what it opens (such as a thought) at the beginning of the answers" in warning
+    written = "<think>\n\n</think>\n\nYo"
+    assert state(thinking_tokenizer(tmp_path, OPENS_IN_THE_PROMPT), written)[2] == []
+
+
+def joining_tokenizer(folder: Path, template: str, variables: dict[str, Any] | None = None) -> Tokenizer:
+    """A tokenizer to which a blank line is one token, as to those of GPT-2, Llama 3 and Qwen."""
+    thinking_tokenizer(folder, template)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    model = content["model"]
+    model["vocab"]["ĊĊ"] = model["vocab"].pop("<unused258>")
+    model["merges"].append(["Ċ", "Ċ"])
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return load_tokenizer(folder, variables)
+
+
+CLOSES_IN_THE_PROMPT = EACH + (
+    "{% if message.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}" + CONTENT + "{% endfor %}" + ASK
+    + "<think>\n\n</think>\n{% endif %}"
+)  # fmt: skip
+"""The prompt closes its thought, and the answer begins with a line break."""
+
+
+@pytest.mark.parametrize(
+    ("template", "asked", "trained"),
+    [
+        (THINKS_ALWAYS, "<think>\n", "\n</think>\n\nYo<|im_end|>\n"),
+        (CLOSES_IN_THE_PROMPT, "<think>\n\n</think>\n", "\nYo<|im_end|>\n"),
+    ],
+)
+def test_an_answer_continues_the_tokens_of_a_prompt_with_a_thought(
+    tmp_path: Path, template: str, asked: str, trained: str
+) -> None:
+    """Where the tokenizer joins line breaks: what the model is asked with is what comes before the trained tokens."""
+    tokenizer = joining_tokenizer(tmp_path, template)
+    assert tokenizer.encode("\n\n") == [258]
+    assert state(tokenizer) == (asked, trained, [])
+    prompt = render_prompt("Hi", tokenizer).tolist()
+    (example,) = render_sft([row()], tokenizer, DataConfig()).examples
+    assert example.tokens[: len(prompt)].tolist() == prompt
+    assert example.loss_mask.tolist() == [False] * len(prompt) + [True] * (len(example.tokens) - len(prompt))
+    (pair,) = render_preferences([PreferenceRow("tea", "Hi", "Yo", "Sir", LINE)], tokenizer, DataConfig()).examples
+    assert pair.prompt.tolist() == prompt
+    assert pair.chosen.tolist() == example.tokens[len(prompt) :].tolist()
+
+
+def test_each_answer_of_a_conversation_continues_what_it_is_asked_with(tmp_path: Path) -> None:
+    """The joined tokens of the history are no prefix of the later turn: an example for each turn."""
+    tokenizer = joining_tokenizer(tmp_path, THINKS_ALWAYS)
+    messages = (Message("user", "Hi"), Message("assistant", "Yo"), Message("user", "So?"), Message("assistant", "Ay"))
+    rendered = render_sft([SftRow("tea", None, messages, LINE)], tokenizer, DataConfig())
+    for example, length in zip(rendered.examples, (1, 3), strict=True):
+        prompt = render_prompt(messages[:length], tokenizer).tolist()
+        assert example.tokens[: len(prompt)].tolist() == prompt
+        assert example.loss_mask.sum() == len(example.tokens) - len(prompt)
 
 
 @pytest.mark.parametrize("special", [False, True])

@@ -8,6 +8,7 @@ tokens of the prompt are not a prefix of the whole, the common prefix decides, e
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -145,6 +146,7 @@ class _Tally:
     same: Counter[str] = field(default_factory=Counter)
     same_once_cut: int = 0
     shortened: int = 0
+    asked_otherwise: int = 0
     unread: dict[str, None] = field(default_factory=dict)
 
     def look_for(self, answer: str, text: str) -> None:
@@ -181,7 +183,9 @@ def _chat_sequences(
         tally.look_for(messages[-1].content, text)
     _note_unread(variables, tokenizer, tally)
     asked = _render(prompts, origins, variables, tokenizer, generation_prompt=True)
-    rendered = map(_Turn, tokenizer.encode_rendered(asked), tokenizer.encode_rendered(texts))
+    _note_other_states(prompts, origins, variables, asked, tokenizer, tally)
+    prompt_ids = tokenizer.encode_rendered(asked)
+    rendered = map(_Turn, prompt_ids, encode_answers(tokenizer, prompts, asked, prompt_ids, texts))
     for row, turns in zip(rows, ends, strict=True):
         yield _conversation(row, [next(rendered) for _ in turns], tally)
 
@@ -262,7 +266,67 @@ def _chat_pairs(rows: Sequence[PreferenceRow], tokenizer: Tokenizer, tally: _Tal
     for messages, text in zip(chosen, texts[1], strict=True):
         tally.look_for(messages[-1].content, text)
     _note_unread(variables, tokenizer, tally)
-    return zip(*map(tokenizer.encode_rendered, texts), strict=True)
+    asked, *answered = texts
+    _note_other_states(prompts, origins, variables, asked, tokenizer, tally)
+    prompt_ids = tokenizer.encode_rendered(asked)
+    answers = [encode_answers(tokenizer, prompts, asked, prompt_ids, wholes) for wholes in answered]
+    return zip(prompt_ids, *answers, strict=True)
+
+
+def encode_answers(
+    tokenizer: Tokenizer,
+    prompts: Sequence[Messages],
+    asked: Sequence[str],
+    prompt_ids: Sequence[Int32],
+    wholes: Sequence[str],
+) -> list[Int32]:
+    """Encode conversations `wholes` that continue the rendered prompts `asked`, whose ids are `prompt_ids`.
+
+    Where a generation prompt writes a thought's marker, the answer continues the prompt's own tokens. A tokenizer may
+    join the prompt's last line break with the answer's first, and then what the model is asked with (`<think>` and one
+    line break) would never be trained. Any other conversation is encoded as a whole, as TRL does.
+    """
+    encoded = tokenizer.encode_rendered(wholes)
+    parted = [
+        place
+        for place, (messages, prompt, ids) in enumerate(zip(prompts, asked, prompt_ids, strict=True))
+        if common_prefix(ids, encoded[place]) < len(ids)
+        and wholes[place].startswith(prompt)
+        and _writes_thought(prompt, messages, tokenizer)
+    ]
+    rest = tokenizer.encode_rendered([wholes[place].removeprefix(asked[place]) for place in parted])
+    for place, answer in zip(parted, rest, strict=True):
+        encoded[place] = np.concatenate([prompt_ids[place], answer])
+    return encoded
+
+
+def _writes_thought(asked: str, messages: Messages, tokenizer: Tokenizer) -> bool:
+    """Return whether the template writes a thought's marker after the last message of a prompt."""
+    opening = _opening(asked, messages)
+    return any(marker in opening for pair in tokenizer.thought_markers for marker in pair)
+
+
+def _opening(asked: str, messages: Messages) -> str:
+    """Return the text that a template writes after the last message of a prompt: the opening of the answer."""
+    # Templates trim what they write, so the words are looked for without the space around them.
+    return asked.rpartition(messages[-1].content.strip())[2] if messages else asked
+
+
+def _note_other_states(
+    prompts: Sequence[Messages],
+    origins: Sequence[Origin],
+    variables: Sequence[str],
+    asked: Sequence[str],
+    tokenizer: Tokenizer,
+    tally: _Tally,
+) -> None:
+    """Count rows whose own variables open the answer in another way than a prompt without a row is asked."""
+    for own in dict.fromkeys(filter(None, variables)):
+        places = [place for place, text in enumerate(variables) if text == own]
+        first = places[0]
+        (general,) = _render([prompts[first]], [origins[first]], [""], tokenizer, generation_prompt=True)
+        if _opening(general, prompts[first]) != _opening(asked[first], prompts[first]):
+            tally.asked_otherwise += len(places)
 
 
 def _note_unread(variables: Sequence[str], tokenizer: Tokenizer, tally: _Tally) -> None:
@@ -412,8 +476,13 @@ def _warnings(
     if tally.diverging:
         yield (
             f"in {tally.diverging} rows the template's generation prompt is not a prefix of what is trained: trained "
-            "from where they part, so the model is asked in another state than it is trained in; set a variable of the "
-            "template that makes them equal (data.chat_template_kwargs={enable_thinking: false}, say)"
+            f"from where they part, so the model is asked in another state than it is trained in; {_remedy(tokenizer)}"
+        )
+    if tally.asked_otherwise:
+        yield (
+            f"in {tally.asked_otherwise} rows the row's own chat_template_kwargs change how the answer is opened: "
+            "prompts that come without a row (generate, chat) are asked in another state; set them for the project "
+            "(data.chat_template_kwargs)"
         )
     if tally.shortened:
         yield (
@@ -432,6 +501,21 @@ def _warnings(
             "answers run to generation.max_new_tokens; write eos_token after the assistant's message in "
             "chat_template.jinja, or set data.format=raw"
         )
+
+
+# The usual names of a template's switch for thoughts.
+_SWITCH = re.compile(r"\b(enable_thinking|thinking|add_thoughts|skip_thinking|reasoning_effort|thinking_budget)\b")
+
+
+def _remedy(tokenizer: Tokenizer) -> str:
+    """Return what the user can do where a template asks in another state than it trains."""
+    if named := _SWITCH.search(tokenizer.template):
+        example = "={enable_thinking: false}, say" if named[0] == "enable_thinking" else f", which has {named[0]}"
+        return f"set a variable of the template that makes them equal (data.chat_template_kwargs{example})"
+    return (
+        "write what it opens (such as a thought) at the beginning of the answers, or take the opening out of the "
+        "generation prompt in chat_template.jinja"
+    )
 
 
 def _trained_tokens(example: SftExample | PreferenceExample, max_length: int) -> Int32:
