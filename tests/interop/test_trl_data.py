@@ -22,7 +22,6 @@ from mindprint.data.render import PreferenceExample, Rendered, SftExample, rende
 from mindprint.data.rows import Origin, preference_row, read_rows
 from mindprint.data.tokenizer import Tokenizer, load_tokenizer
 
-pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL itself
 
 TEXTS = ["What time is tea?", "At four, and not a minute later.", "Is it raining?", "It is, and it will.", "No thanks."]

@@ -40,7 +40,6 @@ from trl_curves import (
     write,
 )
 
-pytest.importorskip("trl")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),  # TRL itself

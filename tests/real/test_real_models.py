@@ -25,13 +25,12 @@ from mindprint.training.prepare import prepare
 from parity_cases import open_model
 from trl_curves import Curve, core_initial_adapter, our_curve, train_ours, trl_curve, trl_dpo, trl_sft, write
 
-FOLDER = Path(os.environ.get("MINDPRINT_REAL", ""))
+FOLDER = Path(os.environ["MINDPRINT_REAL"])
 STEPS = int(os.environ.get("MINDPRINT_REAL_STEPS", "30"))
-MODELS = os.environ.get("MINDPRINT_REAL_MODELS", "").split()
+MODELS = os.environ["MINDPRINT_REAL_MODELS"].split()
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not MODELS, reason="needs the folders of pretrained models: nox -s real"),
     pytest.mark.timeout(3600),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),  # TRL itself
 ]
