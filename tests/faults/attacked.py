@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 CPU_SECONDS = 10
 """A command on files this small takes less than one, and one that runs longer hangs."""
@@ -22,148 +19,107 @@ CPU_SECONDS = 10
 TRAINING_SECONDS = 40
 """For a command that loads, trains, evaluates and fingerprints: it takes five on a machine that does nothing else."""
 
-WALL_SECONDS = 30
-"""For what waits without computing, such as for a pipe. A command that computes may take longer on a busy machine."""
-
-LONGEST_SECONDS = 300
-"""For what computes a little now and then, and never ends."""
-
 MEMORY = 2**30
+"""The most memory that a command may take, in bytes, with all that it has imported."""
 
 TRAIN = ["sft.steps_per_topic=1", "dpo.steps_per_topic=1", "curriculum.max_topics=1", "checkpoints.every=1",
          "evaluation.prompts_per_topic=1", "evaluation.levels=[final]", "generation.max_new_tokens=4"]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
+class Work:
+    """What a try runs: a command line, or what `train` does before a model is loaded."""
 
-    code: int
+    kind: Literal["command", "prepare"]
+    words: tuple[str, ...]
+
+
+def command(*words: str | Path) -> Work:
+    """Return a command line as a try."""
+    return Work("command", tuple(map(str, words)))
+
+
+def prepared(project: Path, *overrides: str) -> Work:
+    """Return what `train` does before a model is loaded: most of what can be wrong, in a tenth of the time."""
+    return Work("prepare", (str(project), *overrides))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a try ended. `code` is None where a signal ended it, `hang` says how long it waited before it was killed."""
+
+    code: int | None
+    signal: str | None
+    hang: str | None
+    seconds: float
+    memory: int
     out: str
     err: str
 
-    def check(self, names: tuple[str, ...]) -> None:
-        """Assert the promise: exit 0, 1 or 2, and a wrong input in one clear line that names the file."""
-        assert self.code in (0, 1, 2), f"exit {self.code}:\n{self.err[-3000:]}"
-        assert "Traceback" not in self.err
-        steering = [sign for sign in self.out + self.err if ord(sign) < 32 and sign not in "\n\t\r"]
-        assert not steering, f"control characters are printed raw: {steering[:5]}"
-        errors = [line for line in self.err.splitlines() if line.startswith("mindprint: error: ")]
+    def faults(self, names: tuple[str, ...]) -> Iterator[str]:
+        """Yield what breaks the promise: exit 0, 1 or 2, bounds, and a wrong input in one line that names the file."""
+        if self.hang:
+            yield self.hang
+        elif self.signal:
+            yield f"ended by {self.signal} (SIGXCPU: too long a time of computing)"
+        elif self.code not in (0, 1, 2):
+            yield f"exit {self.code}"
+        if self.memory > MEMORY:
+            yield f"took {self.memory / 2**20:.0f} MB of memory"
+        if "Traceback" in self.err:
+            yield "a traceback is printed"
+        if steering := [sign for sign in self.out + self.err if ord(sign) < 32 and sign not in "\n\t\r"]:
+            yield f"control characters are printed raw: {steering[:5]}"
         if self.code == 2:
-            assert len(errors) == 1, self.err[-3000:]
-            assert len(errors[0]) < 3000, f"the line has {len(errors[0])} characters: {errors[0][:300]}"
-            assert any(name in errors[0] for name in names), f"names none of {names}: {errors[0]}"
+            yield from self._faults_of_the_line(names)
+
+    def _faults_of_the_line(self, names: tuple[str, ...]) -> Iterator[str]:
+        errors = [line for line in self.err.splitlines() if line.startswith("mindprint: error: ")]
+        if len(errors) != 1:
+            yield f"{len(errors)} lines of errors and not one"
+        elif len(errors[0]) >= 3000:
+            yield f"the line has {len(errors[0])} characters"
+        elif not any(name in errors[0] for name in names):
+            yield f"the line names none of {names}"
 
 
-def in_child(work: Callable[[], int], folder: Path, seconds: int = CPU_SECONDS) -> Ended:
-    """Run `work` in a fork of this process, within limits, and return how it ended.
+class ForkServer:
+    """A process that has one thread and all imports, and that runs each try in a fork: see fork_server.py."""
 
-    Forking keeps what is imported: a try takes milliseconds where a new process takes seconds. But a fork can inherit a
-    lock that a thread of this process held, and wait for it for ever (fork(2)). So what hangs is tried once more: an
-    input that really hangs a command does it again.
-    """
-    try:
-        return _in_fork(work, folder, seconds)
-    except HangsError:
-        return _in_fork(work, folder, seconds)
+    def __init__(self, project: Path) -> None:
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        script = Path(__file__).with_name("fork_server.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), str(project)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.seconds = 0.0
+        """Processor time of all tries so far."""
+        self.tries = 0
 
+    def run(self, work: Work, folder: Path, limit: int = CPU_SECONDS) -> Ended:
+        """Run one try, with its output in files of `folder`, and return how it ended."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        request = {"work": work.kind, "words": work.words, "folder": str(folder), "limit": limit}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"the fork server ended with exit code {self._process.wait(10)}"
+        texts = [(folder / name).read_text(encoding="utf-8", errors="surrogateescape") for name in ("stdout", "stderr")]
+        ended = Ended(*(json.loads(answer)[name] for name in ("code", "signal", "hang", "seconds", "memory")), *texts)
+        self.seconds += ended.seconds
+        self.tries += 1
+        return ended
 
-class HangsError(AssertionError):
-    """A command that does not end."""
-
-
-def _in_fork(work: Callable[[], int], folder: Path, seconds: int) -> Ended:
-    outputs = folder / "stdout", folder / "stderr"
-    child = os.fork()
-    if not child:
-        _become_command(work, outputs, seconds)
-    started = progressed = time.monotonic()
-    ticks = 0
-    while True:
-        ended, status, _ = os.wait4(child, os.WNOHANG)
-        if ended:
-            break
-        now = time.monotonic()
-        if (spent := processor_ticks(child)) != ticks:
-            ticks, progressed = spent, now
-        if now - progressed > WALL_SECONDS or now - started > LONGEST_SECONDS:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            raise HangsError(f"hangs: {now - started:.0f} s, the last {now - progressed:.0f} s without computing")
-        time.sleep(0.002)
-    out, err = (file.read_text(encoding="utf-8", errors="surrogateescape") for file in outputs)
-    if os.WIFSIGNALED(status):
-        name = signal.Signals(os.WTERMSIG(status)).name
-        raise AssertionError(f"ended by {name} (SIGXCPU: more than {seconds} s of computing):\n{err[-2000:]}")
-    return Ended(os.WEXITSTATUS(status), out, err)
-
-
-def processor_ticks(process: int) -> int:
-    """Return the processor time of a process, its threads and its ended children, in ticks of the system (proc(5))."""
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return sum(map(int, fields[11:15]))
-
-
-def _become_command(work: Callable[[], int], outputs: tuple[Path, Path], seconds: int) -> None:
-    code = 99
-    try:
-        for number, file in enumerate(outputs, 1):
-            handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(handle, number)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8") for number in (1, 2))
-        sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-        code = work()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BaseException as error:  # noqa: BLE001 (a fork must never return into the tests of its parent)
-        import traceback
-
-        os.write(2, "".join(traceback.format_exception(error)).encode(errors="replace"))
-    finally:
-        os._exit(code)
-
-
-def command(*words: str | Path) -> Callable[[], int]:
-    """Return a command line as `in_child` runs it."""
-    from mindprint.cli import main
-
-    return lambda: main([str(word) for word in words])
-
-
-def prepared(project: Path, *overrides: str) -> Callable[[], int]:
-    """Return what `train` does before a model is loaded: most of what can be wrong, in a tenth of the time."""
-
-    def work() -> int:
-        from mindprint import cli
-        from mindprint.config import load_config
-        from mindprint.printing import tell
-        from mindprint.training.prepare import prepare
-
-        try:
-            prepare(load_config(project, overrides))
-        except Exception as error:
-            failure = cli._failure(error) or cli._internal(error)
-            tell(failure.line)
-            if failure.exit_code == cli.INTERNAL:
-                raise
-            return failure.exit_code
-        return 0
-
-    return work
-
-
-def in_process(*words: str | Path) -> Ended:
-    """Run a command as a user does, in a real process."""
-    done = subprocess.run(
-        [sys.executable, "-m", "mindprint", *map(str, words)], capture_output=True, timeout=120, check=False
-    )
-    return Ended(done.returncode, done.stdout.decode(), done.stderr.decode())
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(60)
 
 
 @contextmanager
@@ -181,11 +137,44 @@ def snapshot(folder: Path) -> Mapping[str, Any]:
     }
 
 
+def difference(before: bytes, file: Path) -> str:
+    """Describe an edited file by the place where it differs from what it was."""
+    if file.is_symlink():
+        return f"the file is a link to {file.readlink()}"
+    if not file.is_file():
+        return (
+            "the file is a folder" if file.is_dir() else "the file is a pipe" if file.exists() else "the file is gone"
+        )
+    if file.stat().st_size > 100_000_000 or not file.stat().st_mode & 0o400:
+        return f"the file has {file.stat().st_size} bytes, mode {file.stat().st_mode:o}"
+    after = file.read_bytes()
+    # An edit of values writes the whole file in another layout: compared in one layout, only the values differ.
+    with suppress(ValueError, RecursionError):
+        before, after = (json.dumps(json.loads(text)).encode() for text in (before, after))
+    start = same_length(before, after)
+    end = same_length(before[start:][::-1], after[start:][::-1])
+    was, now = before[start : len(before) - end], after[start : len(after) - end]
+    context = before[max(0, start - 60) : start]
+    return f"behind {context!r} at byte {start}, {shortened(was)} became {shortened(now)}"
+
+
+def same_length(first: bytes, second: bytes) -> int:
+    """Return how many bytes two texts have in common at their beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
+def shortened(content: bytes, most: int = 400) -> str:
+    return repr(content) if len(content) <= most else f"{content[:most]!r}… ({len(content)} bytes)"
+
+
 def make_samples(folder: Path) -> None:
     """Make a project with a finished run on the built-in model, and a copy of that model."""
-    words = ["train", "voice", "--backend", "mlx", *TRAIN, "--run", "voice/run"]
-    for command_line in (["init", "voice"], words):
-        subprocess.run([sys.executable, "-m", "mindprint", *command_line], cwd=folder, check=True, capture_output=True)
+    run_command(folder, "init", "voice")
+    # A try reads and evaluates the whole project, so a few rows are enough.
+    for name, rows in {"sft": 8, "preferences": 6, "heldout": 2}.items():
+        keep_rows(folder / "voice" / "data" / f"{name}.jsonl", topics=2, rows=rows)
+    run_command(folder, "train", "voice", "--backend", "mlx", *TRAIN, "--run", "voice/run")
     import mindprint
 
     shutil.copytree(Path(str(mindprint.__file__)).parent / "resources" / "tiny", folder / "model")
@@ -193,3 +182,16 @@ def make_samples(folder: Path) -> None:
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(folder / "model")
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+
+
+def run_command(folder: Path, *words: str) -> None:
+    """Run a command line of Mindprint in a new process."""
+    subprocess.run([sys.executable, "-m", "mindprint", *words], cwd=folder, check=True, capture_output=True)
+
+
+def keep_rows(file: Path, topics: int, rows: int) -> None:
+    """Keep the first rows of the first topics of a file."""
+    by_topic: dict[str, list[str]] = {}
+    for line in file.read_text().splitlines(keepends=True):
+        by_topic.setdefault(json.loads(line)["topic"], []).append(line)
+    file.write_text("".join(line for lines in list(by_topic.values())[:topics] for line in lines[:rows]))

@@ -16,56 +16,68 @@ from pathlib import Path
 
 import pytest
 import yaml
-from attacked import CPU_SECONDS, TRAIN, TRAINING_SECONDS, command, in_child, make_samples, prepared, untouched
-from edits import HOSTILE, TEMPLATES, file_edits, json_edits, rewrite
+from attacked import (
+    CPU_SECONDS,
+    TRAIN,
+    TRAINING_SECONDS,
+    ForkServer,
+    Work,
+    command,
+    difference,
+    make_samples,
+    prepared,
+    untouched,
+)
+from edits import HOSTILE, TEMPLATES, Edit, file_edits, json_edits, rewrite
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-TRIES = int(os.environ.get("MINDPRINT_FUZZ", "30"))
-
-BUDGET = float("inf") if "MINDPRINT_FUZZ" in os.environ else 6.0
-"""Seconds of processor time, tries included, that a test may take in CI; further tries are skipped.
-
-Not of the clock: on a machine that does other things as well there would be fewer tries, or none.
-"""
+TRIES = int(os.environ.get("MINDPRINT_FUZZ", "0"))
+"""Tries of each test. In CI each has the number that is written at it, about a minute of processor time together."""
 
 pytestmark = pytest.mark.slow
 
-_begun: dict[str, float] = {}
 
-
-def spent() -> bool:
-    """Say whether the running test has used up its time."""
-    now = sum(os.times()[:4])
-    return now - _begun.setdefault(os.environ["PYTEST_CURRENT_TEST"], now) > BUDGET
-
-
-fuzzing = settings(
-    max_examples=TRIES,
-    deadline=None,
-    database=None,
-    derandomize="MINDPRINT_FUZZ" not in os.environ,
-    # Shrinking tries hundreds of times more, and a try of what hangs takes its whole limit.
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
+def fuzzing(tries: int) -> settings:
+    """Return Hypothesis' settings for a test that makes `tries` tries in CI."""
+    return settings(
+        max_examples=TRIES or tries,
+        deadline=None,
+        database=None,
+        derandomize=not TRIES,
+        # Shrinking tries hundreds of times more, and a try of what hangs takes its whole limit.
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with a run, an adapter and a model, which the tries copy."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    """Make a project with a run, an adapter and a model, which the tries copy."""
     folder = tmp_path_factory.mktemp("samples")
     make_samples(folder)
-    # What a command imports is imported before the first fork, so that a try takes milliseconds.
-    for work in (prepared(folder / "voice"), command("verify", folder / "adapter", "--help")):
-        work()
     return folder
+
+
+@pytest.fixture(scope="module")
+def server(samples: Path) -> Iterator[ForkServer]:
+    """Start the process whose forks are the tries."""
+    server = ForkServer(samples / "voice")
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def cost(server: ForkServer) -> Iterator[None]:
+    """Print the processor time of a test's tries."""
+    tries, seconds = server.tries, server.seconds
+    yield
+    print(f"{server.tries - tries} tries, {server.seconds - seconds:.1f} s of processor time")
 
 
 @contextmanager
 def attacked(samples: Path, name: str) -> Iterator[tuple[Path, Path]]:
-    """Give a folder of its own with a copy of one sample in it, next to a folder that must stay as it is."""
+    """Yield a new folder with a copy of one sample in it, next to a folder that must stay as it is."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         outside = folder / "outside"
@@ -78,20 +90,32 @@ def attacked(samples: Path, name: str) -> Iterator[tuple[Path, Path]]:
 
 
 def attack(
+    server: ForkServer,
     samples: Path,
     name: str,
     file: str,
-    edit: Callable[[Path], None],
-    work: Callable[[Path, Path], Callable[[], int]],
-    seconds: int = CPU_SECONDS,
+    edit: Edit,
+    work: Callable[[Path, Path], Work],
+    limit: int = CPU_SECONDS,
 ) -> None:
     """Edit one file of a copied sample, run a command on it, and check how it ends."""
-    if spent():
-        return
     with attacked(samples, name) as (folder, copy):
         plant(copy, folder / "outside")
+        before = (copy / file).read_bytes() if (copy / file).is_file() else b""
         edit(copy / file)
-        in_child(work(folder, copy), folder, seconds).check((str(folder), Path(file).name, *SETTINGS))
+        change = f"{name}/{file}: {difference(before, copy / file)}"
+        check(server, work(folder, copy), folder, (str(folder), Path(file).name, *SETTINGS), change, limit)
+
+
+def check(
+    server: ForkServer, work: Work, folder: Path, names: tuple[str, ...], change: str, limit: int = CPU_SECONDS
+) -> None:
+    """Run a try, and fail with its input and its outcome where it breaks the promise."""
+    ended = server.run(work, folder, limit)
+    if faults := "; ".join(ended.faults(names)):
+        spent = f"{ended.seconds:.1f} s of computing, {ended.memory / 2**20:.0f} MB"
+        lines = (faults, f"try: {work.kind} {list(work.words)}", f"input: {change}", f"exit {ended.code}, {spent}")
+        pytest.fail("\n".join((*lines, ended.out[-1500:], ended.err[-4000:])), pytrace=False)
 
 
 SETTINGS = ("model.name", "topic", "data/", "dataset ", "builtin:tiny")
@@ -111,14 +135,14 @@ def files(folder: Path, *patterns: str) -> list[str]:
 
 
 @given(data=st.data())
-@fuzzing
-def test_adapters(samples: Path, data: st.DataObject) -> None:
+@fuzzing(30)
+def test_adapters(server: ForkServer, samples: Path, data: st.DataObject) -> None:
     file = data.draw(st.sampled_from(["adapter_config.json", "adapter_config.json", "adapter_model.safetensors"]))
     edit = data.draw(file_edits((samples / "adapter" / file).read_bytes()))
     if file.endswith(".safetensors") and data.draw(st.booleans()):
         edit = data.draw(header_edits((samples / "adapter" / file).read_bytes()))
     words = data.draw(st.sampled_from(["convert", "merge", "verify"]))
-    attack(samples, "adapter", file, edit, lambda folder, copy: command(*adapter_command(words, folder, copy)))
+    attack(server, samples, "adapter", file, edit, lambda folder, copy: command(*adapter_command(words, folder, copy)))
 
 
 def adapter_command(name: str, folder: Path, adapter: Path) -> list[str | Path]:
@@ -142,41 +166,48 @@ def header_edits(draw: st.DrawFn, content: bytes) -> Callable[[Path], None]:
 
 
 @given(data=st.data())
-@fuzzing
-def test_fingerprints(samples: Path, data: st.DataObject) -> None:
+@fuzzing(30)
+def test_fingerprints(server: ForkServer, samples: Path, data: st.DataObject) -> None:
     edit = data.draw(file_edits((samples / "adapter" / "fingerprint.json").read_bytes()))
-    attack(samples, "adapter", "fingerprint.json", edit, lambda _, copy: command("verify", copy, "--backend", "mlx"))
+    attack(
+        server,
+        samples,
+        "adapter",
+        "fingerprint.json",
+        edit,
+        lambda _, copy: command("verify", copy, "--backend", "mlx"),
+    )
 
 
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 
 
 @given(data=st.data())
-@fuzzing
-def test_model_folders(samples: Path, data: st.DataObject) -> None:
+@fuzzing(30)
+def test_model_folders(server: ForkServer, samples: Path, data: st.DataObject) -> None:
     file = data.draw(st.sampled_from(MODEL_FILES))
     content = (samples / "model" / file).read_bytes()
     edit = data.draw(header_edits(content) if file.endswith("safetensors") else file_edits(content))
     trained = data.draw(st.integers(0, 9)) == 0
 
-    def work(folder: Path, copy: Path) -> Callable[[], int]:
+    def work(folder: Path, copy: Path) -> Work:
         shutil.copytree(samples / "voice", folder / "inside" / "voice", ignore=shutil.ignore_patterns("run"))
         if trained:
             words = ["train", folder / "inside" / "voice", "--backend", "mlx", f"model.name={copy}", *TRAIN]
             return command(*words)
         return prepared(folder / "inside" / "voice", f"model.name={copy}")
 
-    attack(samples, "model", file, edit, work, TRAINING_SECONDS if trained else CPU_SECONDS)
+    attack(server, samples, "model", file, edit, work, TRAINING_SECONDS if trained else CPU_SECONDS)
 
 
 @given(template=st.sampled_from(TEMPLATES))
-@settings(fuzzing, max_examples=max(TRIES, len(TEMPLATES)))
-def test_chat_templates(samples: Path, template: str) -> None:
-    def work(folder: Path, copy: Path) -> Callable[[], int]:
+@fuzzing(len(TEMPLATES))
+def test_chat_templates(server: ForkServer, samples: Path, template: str) -> None:
+    def work(folder: Path, copy: Path) -> Work:
         shutil.copytree(samples / "voice", folder / "inside" / "voice", ignore=shutil.ignore_patterns("run"))
         return prepared(folder / "inside" / "voice", f"model.name={copy}")
 
-    attack(samples, "model", "chat_template.jinja", lambda path: rewrite(path, template.encode()), work)
+    attack(server, samples, "model", "chat_template.jinja", lambda path: rewrite(path, template.encode()), work)
 
 
 YAML = (
@@ -228,10 +259,15 @@ YAML = (
 
 
 @given(text=st.sampled_from(YAML), name=st.sampled_from(["mindprint.yaml", "data/curriculum.yaml"]))
-@settings(fuzzing, max_examples=max(TRIES, 2 * len(YAML)))
-def test_yaml_of_an_enemy(samples: Path, text: str, name: str) -> None:
+@fuzzing(2 * len(YAML))
+def test_yaml_of_an_enemy(server: ForkServer, samples: Path, text: str, name: str) -> None:
     attack(
-        samples, "voice", "mindprint.yaml", lambda path: write(path.parent / name, text), lambda _, copy: prepared(copy)
+        server,
+        samples,
+        "voice",
+        "mindprint.yaml",
+        lambda path: write(path.parent / name, text),
+        lambda _, copy: prepared(copy),
     )
 
 
@@ -240,22 +276,22 @@ def write(path: Path, text: str) -> None:
 
 
 @given(data=st.data())
-@fuzzing
-def test_settings(samples: Path, data: st.DataObject) -> None:
+@fuzzing(30)
+def test_settings(server: ForkServer, samples: Path, data: st.DataObject) -> None:
     """Each setting with each hostile value."""
     whole = yaml.safe_load((samples / "voice" / "run" / "config.yaml").read_text())
     whole["data"]["path"], whole["model"]["name"] = "data", "builtin:tiny"
     text = data.draw(json_edits(json.loads(json.dumps(whole))))
-    attack(samples, "voice", "mindprint.yaml", lambda path: rewrite(path, text),
+    attack(server, samples, "voice", "mindprint.yaml", lambda path: rewrite(path, text),
            lambda _, copy: prepared(copy))  # fmt: skip
 
 
 @given(data=st.data())
-@fuzzing
-def test_rows(samples: Path, data: st.DataObject) -> None:
+@fuzzing(30)
+def test_rows(server: ForkServer, samples: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["sft.jsonl", "preferences.jsonl", "heldout.jsonl"]))
     edit = data.draw(file_edits((samples / "voice" / "data" / name).read_bytes()))
-    attack(samples, "voice", f"data/{name}", edit, lambda _, copy: prepared(copy))
+    attack(server, samples, "voice", f"data/{name}", edit, lambda _, copy: prepared(copy))
 
 
 OTHER_ROWS = {
@@ -267,8 +303,8 @@ OTHER_ROWS = {
 
 
 @given(data=st.data())
-@fuzzing
-def test_other_rows(samples: Path, data: st.DataObject) -> None:
+@fuzzing(30)
+def test_other_rows(server: ForkServer, samples: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(OTHER_ROWS)))
     edit = data.draw(file_edits(OTHER_ROWS[name]))
 
@@ -277,7 +313,7 @@ def test_other_rows(samples: Path, data: st.DataObject) -> None:
         edit(path)
 
     chosen = [] if name == "quiz.json" else ["dpo.enabled=false", f"data.sft=data/{name}"]
-    attack(samples, "voice", f"data/{name}", edited, lambda _, copy: prepared(copy, *chosen))
+    attack(server, samples, "voice", f"data/{name}", edited, lambda _, copy: prepared(copy, *chosen))
 
 
 RUN_FILES = (
@@ -287,14 +323,14 @@ RUN_FILES = (
 
 
 @given(data=st.data())
-@fuzzing
-def test_run_folders(samples: Path, data: st.DataObject) -> None:
+@fuzzing(30)
+def test_run_folders(server: ForkServer, samples: Path, data: st.DataObject) -> None:
     run = samples / "voice" / "run"
     file = data.draw(st.sampled_from(files(run, *RUN_FILES)))
     edit = data.draw(file_edits((run / file).read_bytes()))
     name = data.draw(st.sampled_from(["report", "report", "report", "eval", "resume"]))
 
-    def work(_: Path, copy: Path) -> Callable[[], int]:
+    def work(_: Path, copy: Path) -> Work:
         copy = copy / "run"
         if name == "resume":
             shutil.rmtree(copy / "adapter")
@@ -303,15 +339,13 @@ def test_run_folders(samples: Path, data: st.DataObject) -> None:
             command("report", copy) if name == "report" else command("eval", "--compare", copy, samples / "voice/run")
         )
 
-    attack(samples, "voice", f"run/{file}", edit, work, TRAINING_SECONDS if name == "resume" else CPU_SECONDS)
+    attack(server, samples, "voice", f"run/{file}", edit, work, TRAINING_SECONDS if name == "resume" else CPU_SECONDS)
 
 
 @given(value=st.sampled_from([value for value in HOSTILE if isinstance(value, str) and "\0" not in value]))
-@fuzzing
-def test_words_of_the_command_line(samples: Path, value: str) -> None:
+@fuzzing(30)
+def test_words_of_the_command_line(server: ForkServer, samples: Path, value: str) -> None:
     word = value.encode("utf-8", "surrogatepass").decode("utf-8", "surrogateescape")
     with attacked(samples, "adapter") as (folder, copy):
-        if spent():
-            return
         for words in (["verify", copy, "--model", word], ["train", word], ["convert", copy, word], ["report", word]):
-            in_child(command(*words), folder).check((word[:20], str(folder), "mindprint", "\\"))
+            check(server, command(*words), folder, (word[:20], str(folder), "mindprint", "\\"), repr(word))
