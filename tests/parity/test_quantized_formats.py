@@ -113,8 +113,9 @@ def test_4bit_weights_are_those_of_bitsandbytes(tmp_path: Path, method: str, dou
         "bnb_4bit_use_double_quant": double,
     }
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": section}))
-    # Rows that are whole blocks, that end within one, and that are so odd that a byte has elements of two rows.
-    for shape, size in (((24, 64), 64), ((24, 96), 64), ((12, 100), 64), ((7, 33), 64), ((300, 128), 128)):
+    # Rows that are whole blocks, and that end within one. Odd rows are in core's tests: bitsandbytes compiles its
+    # kernel for those, which takes half a minute.
+    for shape, size in (((24, 64), 64), ((24, 96), 64), ((12, 100), 64), ((300, 128), 128)):
         packed, state = bnb.quantize_4bit(
             torch.from_numpy(weights(*shape)), blocksize=size, quant_type=method, compress_statistics=double
         )

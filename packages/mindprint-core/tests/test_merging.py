@@ -193,7 +193,7 @@ def test_an_embedding_changed_alone_cannot_be_merged_where_it_is_the_head(tmp_pa
     [
         (make_adapter({Q: (6, 7)}), {}, r"q_proj: the adapter is for a weight \[6, 7\], .* of the base is \[6, 6\]"),
         (make_adapter({"model.layers.9.x": (6, 6)}), {}, "layers.9.x: the base has no weight model.layers.9.x.weight"),
-        (make_adapter(TWO), {"quantization_config": {"quant_method": "bitsandbytes"}}, "is quantized .bitsandbytes"),
+        (make_adapter(TWO), {"quantization_config": {"quant_method": "gptq"}}, "quant_method 'gptq' is not known here"),
         (NOT_FINITE, {}, "NaN or infinite"),
     ],
     ids=["shape", "name", "quantized", "nan"],

@@ -11,7 +11,7 @@ from mindprint.adapter.module_names import from_file
 from mindprint.adapter.peft_settings import read_config
 from mindprint.contract import AdapterState
 from mindprint.errors import AdapterError, ModelError
-from mindprint.models.folder import tensors
+from mindprint.models.quantized import dense_weights
 
 Format = Literal["peft", "mlx-lm"]
 """Whose adapters are read."""
@@ -73,7 +73,7 @@ def unmatched_note(folder: Path, base: Path) -> str | None:
 def _modules(base: Path) -> frozenset[str] | None:
     """Return the base's modules that have a matrix, by transformers' names, None for a folder without weights."""
     try:
-        stored = tensors(base)
+        stored = dense_weights(base)
         family = read_base_facts(base).family
         names = (name.removesuffix(".weight") for name, info in stored.items() if len(info.shape) > 1)
         # PEFT matches its targets with the names of modules, and some families have other names in their files.

@@ -2,6 +2,8 @@
 
 Every shard keeps its header: names, dtypes and shapes stay. Tensors that the adapter does not touch are
 copied byte for byte. A weight that it touches becomes `W + scale · B @ A`, summed in float32 and rounded to its dtype.
+The weights of a quantized base are written in full precision (`rewriting`), because its grid has no place for the
+change.
 """
 
 from __future__ import annotations
@@ -10,25 +12,25 @@ import fnmatch
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
 
 import numpy as np
 
 from mindprint import atomic
 from mindprint._version import __version__
 from mindprint.adapter.base_facts import read_base_facts
+from mindprint.adapter.file_threads import FileThreads, write_at
 from mindprint.adapter.peft_format import adapter_digest
+from mindprint.adapter.rewriting import RewrittenWeights, grids_of, rewritten_config
 from mindprint.adapter.weight_changes import WeightChange, weight_changes
 from mindprint.contract import AdapterState, Float32, LoraFactors
 from mindprint.errors import AdapterError, ModelError, RunError
 from mindprint.input_files import read_json, typed
 from mindprint.models import folder as models
+from mindprint.models.quantized import QuantizedWeight, StoredTensor, dense_weights
 from mindprint.models.tensor_files import FLOATS, TensorInfo, add_float32
 
 RECORD_FILE = "mindprint_merge.json"
@@ -47,13 +49,13 @@ SERIAL_PRODUCTS = 2**19
 """Multiplications in a product that is too small for BLAS to start threads for it. Its threads and ours would wait for
 each other."""
 
-COPY_BYTES = 2**24
-WORKERS = min(4, os.cpu_count() or 1)
-
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """The record of a merge, left in the merged folder so that it can be verified against base and adapter."""
+    """The record of a merge, left in the merged folder so that it can be verified against base and adapter.
+
+    `into` is whether the base is another one than the adapter was trained on, by the user's wish.
+    """
 
     base: str
     revision: str | None
@@ -62,6 +64,7 @@ class MergeRecord:
     adapter_digest: str
     mindprint: str = __version__
     format: int = FORMAT
+    into: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,38 +76,69 @@ class Merged:
 
 
 @contextmanager
-def merged_folder(out: Path, base: models.ModelFolder, adapter: AdapterState, source: Path) -> Iterator[Merged]:
+def merged_folder(
+    out: Path,
+    base: models.ModelFolder,
+    adapter: AdapterState,
+    source: Path,
+    *,
+    into: bool = False,
+    grid: Path | None = None,
+) -> Iterator[Merged]:
     """Write `base` with `adapter` in it under another name; it becomes `out` when the block ends well.
 
-    `source` is the adapter's folder, for the record. Raises a `MindprintError` before anything is written for a base
-    that is quantized, an adapter that does not fit, an `out` that exists; nothing is left behind when anything fails.
+    A quantized base becomes one in full precision. Raises a `MindprintError` before anything is written for an adapter
+    that does not fit, weights that cannot be read, an `out` that exists; nothing is left behind when anything fails.
+
+    Args:
+        out: The new folder.
+        base: The base to merge into.
+        adapter: The adapter.
+        source: The adapter's folder, for the record.
+        into: Whether `base` is not the base that the adapter was trained on, for the record.
+        grid: A quantized base whose format the result is rounded to. Such a merge has to be measured.
     """
     refuse_taken(out)
-    tensors = models.tensors(base.path)
-    _refuse_quantized(base)
+    weights = dense_weights(base.path)
     try:
-        changes = weight_changes(adapter, tensors, read_base_facts(base.path))
+        changes = weight_changes(adapter, weights, read_base_facts(base.path))
     except AdapterError as error:
         raise AdapterError(f"{source}: {error}") from error
-    _require_floats(changes, tensors)
-    _require_space(out, base.path)
+    _require_floats(changes, weights)
+    grids = {} if grid is None else grids_of(grid)
+    rewritten = None
+    if grids or any(isinstance(weight, QuantizedWeight) for weight in weights.values()):
+        rewritten = RewrittenWeights(weights, changes, grids)
+    _require_space(out, _file_bytes(base.path) if rewritten is None else rewritten.size)
     record = MergeRecord(
         base=base.name,
         revision=base.revision,
         base_digest=models.base_digest(base.path),
         adapter=os.path.relpath(source.resolve(), out.resolve()),
         adapter_digest=adapter_digest(adapter),
+        into=into,
     )
     with atomic.new_folder(out, replace=False) as aside:
-        with _Threads() as threads:
-            for shard in models.weight_files(base.path):
-                _write_shard(aside / shard.name, shard, tensors, changes, threads)
+        with FileThreads() as threads:
+            if rewritten is None:
+                tensors = {name: info for name, info in weights.items() if isinstance(info, TensorInfo)}
+                for shard in models.weight_files(base.path):
+                    _write_shard(aside / shard.name, shard, tensors, changes, threads)
+            else:
+                rewritten.write(aside, threads)
         (aside / RECORD_FILE).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
         # config.json comes last: a folder that a killed process left without it is not taken for a model's.
         for file in sorted(_kept(base.path), key=lambda file: file.name == "config.json"):
             target = aside / file.relative_to(base.path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+            if rewritten is None:
+                shutil.copyfile(file, target)
+            elif file.name == "config.json":
+                text = json.dumps(rewritten_config(base.path, grid), indent=2)
+                target.write_text(f"{text}\n", encoding="utf-8")
+            # The index of the base names its files, and these are others.
+            elif file.name != models.INDEX_FILE:
+                shutil.copyfile(file, target)
         yield Merged(aside, tuple(sorted(changes)))
 
 
@@ -129,25 +163,20 @@ def refuse_taken(out: Path) -> None:
         raise RunError(f"{out}: {out.parent} is not a folder; make it first")
 
 
-def _refuse_quantized(base: models.ModelFolder) -> None:
-    if scheme := models.quantization(base.path):
-        raise ModelError(
-            f"{base.path}: is quantized ({scheme}), and rounding to so few bits would lose the adapter's change: merge "
-            "into the full-precision model that it was made of, then quantize the result"
-        )
-
-
-def _require_floats(changes: Iterable[str], tensors: Mapping[str, TensorInfo]) -> None:
+def _require_floats(changes: Iterable[str], weights: Mapping[str, StoredTensor]) -> None:
     for name in changes:
-        if tensors[name].dtype not in ("F32", "F16", "BF16"):
+        if weights[name].dtype not in ("F32", "F16", "BF16"):
             raise ModelError(
-                f"{tensors[name].file}: {name} is {tensors[name].dtype}; an adapter is merged into float32, bfloat16 "
+                f"{weights[name].file}: {name} is {weights[name].dtype}; an adapter is merged into float32, bfloat16 "
                 "or float16: take the full-precision model"
             )
 
 
-def _require_space(out: Path, base: Path) -> None:
-    needed = sum(file.stat().st_size for file in models.weight_files(base))
+def _file_bytes(base: Path) -> int:
+    return sum(file.stat().st_size for file in models.weight_files(base))
+
+
+def _require_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out.resolve().parent).free
     # A disk that fills up near the end of a large merge would cost the whole time that it took.
     if free < needed:
@@ -163,45 +192,12 @@ def _kept(base: Path) -> Iterator[Path]:
             yield file
 
 
-class _Threads:
-    """Two pools of threads: one works on parts of files, few at a time, the other flushes files in the background."""
-
-    def __init__(self) -> None:
-        self._work, self._flush = ThreadPoolExecutor(WORKERS), ThreadPoolExecutor(1)
-        self._waiting: deque[Future[None]] = deque()
-        self._flushed: list[Future[None]] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, failed: object, *_: object) -> None:
-        for pool in (self._work, self._flush):
-            # After a failure the rest of the work is dropped, because its folder is removed anyway.
-            pool.shutdown(cancel_futures=failed is not None)
-        if failed is None:
-            for flushed in self._flushed:
-                flushed.result()  # the kernel tells of a failed write once, to whoever flushes first
-
-    def do(self, task: Callable[..., None], *arguments: Any) -> None:
-        self._waiting.append(self._work.submit(task, *arguments))
-        # A bounded queue: parts that wait hold copies of their factors, and a shard can have thousands.
-        if len(self._waiting) > 4 * WORKERS:
-            self._waiting.popleft().result()
-
-    def wait(self) -> None:
-        while self._waiting:
-            self._waiting.popleft().result()
-
-    def flush(self, path: Path) -> None:
-        self._flushed.append(self._flush.submit(atomic.sync, path))
-
-
 def _write_shard(
     target: Path,
     shard: Path,
     tensors: Mapping[str, TensorInfo],
     changes: Mapping[str, Sequence[WeightChange]],
-    threads: _Threads,
+    threads: FileThreads,
 ) -> None:
     """Write a shard with its changed weights in place. The bytes between them, header included, are copied."""
     # In the order of the file, so that the gaps between changed weights can be copied in one pass.
@@ -211,31 +207,16 @@ def _write_shard(
         # Positions are absolute (pread, pwrite), so threads need no lock on the files.
         size, at = shard.stat().st_size, 0
         for start, name in changed:
-            _copy(threads, files, at, start)
+            threads.copy(*files, (at, start), at)
             for change in changes[name]:
                 place = change.weight.locate(tensors[name])
+                assert isinstance(place, TensorInfo)
                 for first, factors in _blocks(change.factors):
                     threads.do(_merge_block, files, place, first, factors, change.scale)
             at = tensors[name].end
-        _copy(threads, files, at, size)
+        threads.copy(*files, (at, size), at)
         threads.wait()
     threads.flush(target)
-
-
-def _copy(threads: _Threads, files: tuple[int, int], start: int, stop: int) -> None:
-    for at in range(start, stop, COPY_BYTES):
-        threads.do(_copy_part, files, at, min(COPY_BYTES, stop - at))
-
-
-def _copy_part(files: tuple[int, int], start: int, length: int) -> None:
-    source, target = files
-    _write(target, os.pread(source, length, start), start)
-
-
-def _write(target: int, content: bytes | memoryview, start: int) -> None:
-    while content:
-        written = os.pwrite(target, content, start)
-        content, start = content[written:], start + written
 
 
 def _blocks(factors: LoraFactors) -> Iterator[tuple[int, LoraFactors]]:
@@ -266,4 +247,4 @@ def _merge_block(files: tuple[int, int], info: TensorInfo, first: int, factors: 
         part = slice(row, row + step)
         change: Float32 = scaled[part] @ factors.a
         add_float32(block[part], change, info.dtype)
-    _write(target, content, start)
+    write_at(target, content, start)

@@ -17,7 +17,7 @@ from mindprint.adapter.module_names import file_names, split_stack
 from mindprint.contract import AdapterState, LoraFactors
 from mindprint.errors import AdapterError
 from mindprint.models.layer_names import is_embedding, is_lm_head
-from mindprint.models.tensor_files import TensorInfo
+from mindprint.models.quantized import QuantizedWeight, StoredTensor
 
 HALVES = "gate_up_proj"
 """The stacked parameter that files keep as two, gate before up."""
@@ -39,10 +39,12 @@ class StoredWeight:
     tensor: str
     expert: int | None = None
 
-    def locate(self, info: TensorInfo) -> TensorInfo:
+    def locate(self, info: StoredTensor) -> StoredTensor:
         """Return where the matrix is in the file of its tensor `info`."""
         if self.expert is None:
             return info
+        if isinstance(info, QuantizedWeight):
+            return info.expert(self.expert)
         size = (info.end - info.start) // info.shape[0]
         start = info.start + self.expert * size
         return info._replace(shape=info.shape[1:], start=start, end=start + size)
@@ -62,7 +64,7 @@ class WeightChange:
 
 
 def weight_changes(
-    adapter: AdapterState, tensors: Mapping[str, TensorInfo], base: BaseFacts
+    adapter: AdapterState, tensors: Mapping[str, StoredTensor], base: BaseFacts
 ) -> dict[str, tuple[WeightChange, ...]]:
     """Return, by tensor name, the changes to write when `adapter` is merged into a base with these `tensors`.
 
@@ -86,7 +88,7 @@ def weight_changes(
 
 
 def site_changes(
-    adapter: AdapterState, site: str, tensors: Mapping[str, TensorInfo], base: BaseFacts
+    adapter: AdapterState, site: str, tensors: Mapping[str, StoredTensor], base: BaseFacts
 ) -> tuple[WeightChange, ...]:
     """Return what `adapter` changes at one site, matrix by matrix of a base with these `tensors`.
 
@@ -118,7 +120,7 @@ def stored_tensors(site: str, tensors: Collection[str], base: BaseFacts) -> tupl
 
 
 def _placed(
-    site: str, pair: LoraFactors, tensors: Mapping[str, TensorInfo], base: BaseFacts
+    site: str, pair: LoraFactors, tensors: Mapping[str, StoredTensor], base: BaseFacts
 ) -> Iterator[tuple[StoredWeight, LoraFactors]]:
     names = stored_tensors(site, tensors, base)
     if not names:
@@ -127,11 +129,15 @@ def _placed(
     # that transformers keeps as [out, in] even in the families whose other linear layers are Conv1D, [in, out].
     flipped = is_embedding(site) or (base.transposed_linears and not is_lm_head(site))
     for name in names:
+        weight = tensors[name]
+        # bitsandbytes turns the weights of Conv1D into those of linear layers, and the files do not say that.
+        if flipped and isinstance(weight, QuantizedWeight) and weight.scheme.method in ("nf4", "fp4", "int8"):
+            raise NotStoredError(f"{site}: bitsandbytes keeps the weights of {base.model_type} transposed; not merged")
         yield StoredWeight(name), _transposed(pair) if flipped else pair
 
 
 def _placed_stack(
-    site: str, pair: LoraFactors, tensors: Mapping[str, TensorInfo], base: BaseFacts
+    site: str, pair: LoraFactors, tensors: Mapping[str, StoredTensor], base: BaseFacts
 ) -> Iterator[tuple[StoredWeight, LoraFactors]]:
     """Yield each expert's matrices: parts of the same stack, or a tensor for each expert with gate and up apart."""
     if site in tensors:
@@ -157,7 +163,7 @@ def _placed_stack(
         raise AdapterError(f"{site}: the adapter has {len(pair.a)} experts, the base has more; is it another base?")
 
 
-def _is_transposed_stack(site: str, pair: LoraFactors, info: TensorInfo, base: BaseFacts) -> bool:
+def _is_transposed_stack(site: str, pair: LoraFactors, info: StoredTensor, base: BaseFacts) -> bool:
     """Return whether the files keep a stack as `[experts, in, out]`: its shape tells, or for a square one the family.
 
     Raises `AdapterError` where neither does.
@@ -174,7 +180,7 @@ def _is_transposed_stack(site: str, pair: LoraFactors, info: TensorInfo, base: B
     raise NotStoredError(f"{site}: is square, and whether the file keeps it transposed is not known; not merged")
 
 
-def _require_shape(change: WeightChange, info: TensorInfo) -> None:
+def _require_shape(change: WeightChange, info: StoredTensor) -> None:
     a, b = change.factors
     shape = len(b), a.shape[1]
     stored = change.weight.locate(info).shape

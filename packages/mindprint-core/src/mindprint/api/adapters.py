@@ -26,7 +26,7 @@ from mindprint.api.options import Notices, OnNotice, backend_section
 from mindprint.api.results import ConvertResult, MergeResult, VerifyResult
 from mindprint.config import BackendConfig, ModelConfig
 from mindprint.contract import AdapterState, Dtype
-from mindprint.errors import AdapterError, GuardError
+from mindprint.errors import AdapterError, BackendError, GuardError
 from mindprint.models import folder as models
 from mindprint.plugins.entries import BACKENDS, installed
 from mindprint.runs.opened import Located, find_base, locate_adapter, placement_for, read_located
@@ -59,6 +59,7 @@ def verify(
     device: str | None = None,
     dtype: Dtype | None = None,
     require_fingerprint: bool = False,
+    any_quantization: bool = False,
     on_notice: OnNotice | None = None,
 ) -> VerifyResult:
     """Recompute an adapter's fingerprint and name what differs.
@@ -71,6 +72,8 @@ def verify(
         device: `cpu`, `cuda`, `mps`, `metal`. Default: the run's.
         dtype: What to compute in. Default: float32 where it fits.
         require_fingerprint: Let an adapter without a fingerprint fail, instead of checking what can be checked.
+        any_quantization: Accept a base in full precision or in other bits than the adapter was trained on, if the
+            adapter has at least 0.95 of its effect there.
         on_notice: Receives messages about loading as they come.
 
     Returns:
@@ -93,14 +96,22 @@ def verify(
     notices = Notices(on_notice)
     folder = Path(path)
     if is_merged(folder):
+        source = Path(adapter) if adapter else None
         report = _verify_merge(
-            folder, Path(adapter) if adapter else None, model, chosen, dtype, notices, require_fingerprint
+            folder, source, model, chosen, dtype, notices, require_fingerprint, any_quantization=any_quantization
         )
     else:
         located = locate_adapter(folder)
         base = find_base(located, model)
         placement = placement_for(located, chosen, dtype, base)
-        report = verify_adapter(located.adapter, base, placement, notices, require_fingerprint=require_fingerprint)
+        report = verify_adapter(
+            located.adapter,
+            base,
+            placement,
+            notices,
+            require_fingerprint=require_fingerprint,
+            any_quantization=any_quantization,
+        )
     return VerifyResult(report, notices.heard)
 
 
@@ -118,6 +129,8 @@ def _verify_merge(
     dtype: Dtype | None,
     notices: Notices,
     require_fingerprint: bool,
+    *,
+    any_quantization: bool,
 ) -> Report:
     record = read_record(path)
     # The record holds a path relative to the merged model, so that both can be moved together.
@@ -127,14 +140,25 @@ def _verify_merge(
     if adapter is None and not source.is_dir():
         raise AdapterError(f"{path}: the adapter that it came from is no longer at {source}; name it with --adapter")
     located = locate_adapter(source)
-    base, state = read_located(located, model)
+    # A merge into another base than the adapter's own says which.
+    into = record.base if record is not None and record.into else None
+    base, state = read_located(located, model or into)
     # Another adapter at the recorded path would make a sound merge look broken.
     if adapter is None and record is not None and peft_format.adapter_digest(state) != record.adapter_digest:
         raise AdapterError(f"{source}: is no longer the adapter that was merged into {path}; name that with --adapter")
     merged = models.resolve_model(ModelConfig(name=str(path.resolve())), Path.cwd())
     placement = placement_for(located, section, dtype, base)
     fingerprint = read_fingerprint(located.adapter)
-    return verify_merged(merged, base, state, placement, fingerprint, notices, require_fingerprint=require_fingerprint)
+    return verify_merged(
+        merged,
+        base,
+        state,
+        placement,
+        fingerprint,
+        notices,
+        require_fingerprint=require_fingerprint,
+        any_quantization=any_quantization or into is not None,
+    )
 
 
 def merge(
@@ -144,13 +168,16 @@ def merge(
     verify: bool = True,
     fix_config: bool = False,
     model: str | None = None,
+    into: str | None = None,
+    quantize: bool = False,
     backend: str | None = None,
     device: str | None = None,
     on_notice: OnNotice | None = None,
 ) -> MergeResult:
     """Write the base model with the adapter in it to a new folder, and verify it.
 
-    Only the verification computes with a framework. A merge that does not verify is removed.
+    Only the verification computes with a framework. A merge that does not verify is removed. A quantized base is
+    written in full precision: `dequantized weight + s·B·A`, rounded once.
 
     Args:
         adapter: A project (its newest complete run), a run, or an adapter of Mindprint's, PEFT's or mlx-lm's.
@@ -158,6 +185,10 @@ def merge(
         verify: Let a backend compare the merged model with base and adapter. Otherwise only the files are compared.
         fix_config: Add the keys to the merged config.json that mlx-lm needs to compute the same model.
         model: Where the base model is, if not where the run or the adapter says.
+        into: Another form of the base model to merge into, such as the full-precision model of a quantized base. The
+            adapter's effect on it is measured.
+        quantize: Quantize the result in the format of the base that the adapter was trained on. It is kept only if it
+            has at least 0.95 of the adapter's effect.
         backend: The backend that verifies. Default: the run's.
         device: `cpu`, `cuda`, `mps`, `metal`. Default: the run's.
         on_notice: Receives messages about the work as they come.
@@ -168,7 +199,7 @@ def merge(
     Raises:
         NotVerifiedError: The merged model computes something else. Nothing is left behind.
         RunError: `out` exists already, or the folder that it is to be in does not.
-        MindprintError: The adapter or its base model cannot be read, or the base model is quantized.
+        MindprintError: The adapter or its base model cannot be read.
 
     Example:
         >>> result = mindprint.merge("my-voice", "my-model")
@@ -182,17 +213,21 @@ def merge(
     refuse_taken(target)
     notices = Notices(on_notice)
     located = locate_adapter(adapter)
-    base, state = read_located(located, model)
+    trained, state = read_located(located, model)
+    base = trained if into is None else models.resolve_model(ModelConfig(name=into), Path.cwd())
     _refuse_own_weights(located.adapter, base)
     if note := unmatched_note(located.adapter, base.path):
         notices(note)
     # A merge without a backend is still useful on a machine that only stores models.
     computes = verify and bool(installed(BACKENDS))
+    if quantize and not computes:
+        raise BackendError("a merge that is quantized again has to be measured: install a backend, and let it verify")
     if verify and not computes:
         notices("no backend is installed: the files are compared, nothing is computed", warning=True)
     verification = None
     # The folder gets its name only when the block ends well, so a failed verification leaves nothing.
-    with merged_folder(target, base, state, located.adapter) as merged:
+    grid = trained.path if quantize else None
+    with merged_folder(target, base, state, located.adapter, into=into is not None, grid=grid) as merged:
         if keys := missing_keys(base.path):
             if fix_config:
                 _write_corrected(merged.folder, base)
@@ -200,7 +235,9 @@ def merge(
                 notices(f"{mlx_lm_note(keys)}, or merge with --fix-config")
         if computes:
             section = backend_section(backend, device)
-            verification = _verified(located, merged.folder, target, base, state, section, notices)
+            verification = _verified(
+                located, merged.folder, target, base, state, section, notices, into=into is not None
+            )
         else:
             _compare_files(merged.folder, target, base, state)
     return MergeResult(target, base.name, tuple(merged.changed), verification, notices.heard)
@@ -214,11 +251,14 @@ def _verified(
     state: AdapterState,
     section: BackendConfig | None,
     notices: Notices,
+    *,
+    into: bool,
 ) -> VerifyResult:
     """Compute with the merged model, and compare with base model and adapter."""
     merged = models.resolve_model(ModelConfig(name=str(folder.resolve())), Path.cwd())
     placement = placement_for(located, section, None, base)
-    report = verify_merged(merged, base, state, placement, read_fingerprint(located.adapter), notices)
+    fingerprint = read_fingerprint(located.adapter)
+    report = verify_merged(merged, base, state, placement, fingerprint, notices, any_quantization=into)
     # The merge was verified under a temporary name. The report has to name the final one.
     verification = VerifyResult(replace(report, subject=str(out)))
     if not verification.ok:

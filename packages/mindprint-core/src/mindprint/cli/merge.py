@@ -14,6 +14,8 @@ from mindprint.cli.output import json_option, say, show, tell_notice
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--model", help="Where the base model is, if not where the run or the adapter says.")
+@click.option("--into", help="Another form of the base to merge into, such as the full-precision model of a 4-bit one.")
+@click.option("--quantize", is_flag=True, help="Quantize the result as the base was; kept if the effect survives.")
 @click.option("--backend", help="What verifies the result: auto, torch, mlx, ...; default: the run's.")
 @click.option("--device", help="auto, cpu, cuda, mps, metal; default: the run's.")
 @click.option("--no-verify", is_flag=True, help="Compare the files only; compute nothing.")
@@ -24,6 +26,8 @@ def command(
     adapter: Path,
     out: Path,
     model: str | None,
+    into: str | None,
+    quantize: bool,
     backend: str | None,
     device: str | None,
     no_verify: bool,
@@ -33,7 +37,8 @@ def command(
     """Write the base of ADAPTER with the adapter in it to the new folder OUT, and verify it.
 
     ADAPTER is a project (its newest complete run), a run, or an adapter of Mindprint's, PEFT's or mlx-lm's. Nothing is
-    computed by a framework but the verification. A merge that does not verify is removed: exit code 1.
+    computed by a framework but the verification. A merge that does not verify is removed: exit code 1. A quantized
+    base becomes a model in full precision, because its grid has no place for the adapter's change.
     """
     try:
         result = merge(
@@ -42,6 +47,8 @@ def command(
             verify=not no_verify,
             fix_config=fix_config,
             model=model,
+            into=into,
+            quantize=quantize,
             backend=backend,
             device=device,
             on_notice=tell_notice,

@@ -23,6 +23,7 @@ from mindprint.cli.output import json_option, show, tell_notice
     help="What to compute in; default: float32 where it fits.",
 )
 @click.option("--require-fingerprint", is_flag=True, help="Let an adapter without a fingerprint fail.")
+@click.option("--any-quantization", is_flag=True, help="Accept a base in other bits, if 0.95 of the effect is left.")
 @json_option
 def command(
     *,
@@ -33,6 +34,7 @@ def command(
     device: str | None,
     dtype: Literal["float32", "bfloat16", "float16"] | None,
     require_fingerprint: bool,
+    any_quantization: bool,
     as_json: bool,
 ) -> int:
     """Recompute an adapter's fingerprint and name what differs.
@@ -48,6 +50,7 @@ def command(
         device=device,
         dtype=dtype,
         require_fingerprint=require_fingerprint,
+        any_quantization=any_quantization,
         on_notice=tell_notice,
     )
     show(result, as_json=as_json)

@@ -27,6 +27,7 @@ from mindprint.errors import AdapterError, MindprintError, RunError
 from mindprint.models import folder as models
 from mindprint.models.engine import Engine, Placement, Placements, fits_in_float32
 from mindprint.models.folder import GGUF, is_gguf
+from mindprint.models.quantized import QuantizedWeight, dense_weights
 from mindprint.models.token_ids import check_token_ids
 from mindprint.plugins.backend import Backend
 from mindprint.runs.folder import RunFolder, newest_run
@@ -294,8 +295,12 @@ def placement_for(
     """Choose where to compute: as asked, or as the run did, in float32 unless that is too large for this machine."""
     if section is None:
         section = located.config.config.backend if located.config else BackendConfig()
-    # From the headers: the size has to be known before the model is loaded.
-    elements = sum(math.prod(info.shape) for info in models.tensors(base.path).values())
+    # From the headers: the size has to be known before the model is loaded. Packed weights stay packed, whatever the
+    # dtype that is computed in.
+    elements = sum(
+        weight.stored_bytes // 4 if isinstance(weight, QuantizedWeight) else math.prod(weight.shape)
+        for weight in dense_weights(base.path).values()
+    )
     if dtype is not None:
         section = section.model_copy(update={"dtype": dtype})
     elif fits_in_float32(elements):

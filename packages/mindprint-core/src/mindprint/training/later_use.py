@@ -12,7 +12,7 @@ from mindprint.adapter.base_facts import read_base_facts
 from mindprint.adapter.weight_changes import weight_changes
 from mindprint.contract import AdapterSite, AdapterState, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError
-from mindprint.models.folder import quantization, tensors
+from mindprint.models.quantized import dense_weights
 
 
 def refused_uses(base: Path, sites: Sequence[AdapterSite], lora: LoraConfig) -> str | None:
@@ -20,15 +20,12 @@ def refused_uses(base: Path, sites: Sequence[AdapterSite], lora: LoraConfig) -> 
 
     It is a warning and not an error: PEFT and Mindprint compute with such an adapter.
     """
-    # Backends name the sites of a quantized base by what they unpack. A merge into it is refused by another message.
-    if quantization(base):
-        return None
     by_name = {site.name: site for site in sites}
     # Zeros take no memory before they are written, and only the shapes are looked at.
     factors = {name: _factors(by_name[name], lora) for name in lora.target_modules if by_name[name].kind != "experts"}
     adapter = AdapterState(replace(lora, target_modules=tuple(factors)), factors)
     try:
-        weight_changes(adapter, tensors(base), read_base_facts(base))
+        weight_changes(adapter, dense_weights(base), read_base_facts(base))
     except AdapterError as error:
         return (
             f"merge and convert will refuse this adapter: {error}. If you need them, leave the module out of "

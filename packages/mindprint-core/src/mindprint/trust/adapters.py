@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from mindprint.adapter.peft_format import adapter_digest, base_copies
 from mindprint.adapter.weight_changes import stored_tensors
 from mindprint.contract import AdapterState, LoraFactors
 from mindprint.models import folder as models
-from mindprint.models.tensor_files import read_float32
+from mindprint.models.quantized import dense_weights, read_rows
 from mindprint.trust.changes import SAME, Change, change, changes, exchanged, reshaped, rounding_error
 from mindprint.trust.fingerprint import AdapterRecord
 from mindprint.trust.report import Finding, listed
@@ -73,7 +74,7 @@ def copy_findings(folder: Path, base: models.ModelFolder) -> Iterator[Finding]:
     """Compare weights of the base that PEFT saved along with the base's: PEFT puts them into it on loading."""
     if adapter_format(folder) != "peft":
         return
-    weights, copies, facts = models.tensors(base.path), base_copies(folder), read_base_facts(base.path)
+    weights, copies, facts = dense_weights(base.path), base_copies(folder), read_base_facts(base.path)
     stored = {site: stored_tensors(site, weights.keys(), facts) for site in copies}
     other = tuple(
         site for site, names in stored.items() if not all(same_values(copies[site], weights[name]) for name in names)
@@ -85,13 +86,15 @@ def copy_findings(folder: Path, base: models.ModelFolder) -> Iterator[Finding]:
 
 def strength_findings(adapter: AdapterState, base: models.ModelFolder) -> Iterator[Finding]:
     """Compare the size of the change with that of the weights that it changes, for an adapter without a fingerprint."""
-    weights, found, facts = models.tensors(base.path), changes(adapter), read_base_facts(base.path)
+    weights, found, facts = dense_weights(base.path), changes(adapter), read_base_facts(base.path)
     stored = {site: stored_tensors(site, weights.keys(), facts) for site in found}
     sites = [site for site, names in stored.items() if names]
     ratios = []
     # A sample is enough: alpha taken for the scale makes every module too strong by the same factor.
     for site in sites[:: max(1, len(sites) // WEIGHED)]:
-        norm = float(np.linalg.norm(read_float32(weights[stored[site][0]]).astype(np.float64)))
+        weight = weights[stored[site][0]]
+        values = read_rows(weight, 0, math.prod(weight.shape[:-1]))
+        norm = float(np.linalg.norm(values.astype(np.float64)))
         ratios.append(found[site].norm / max(norm, 1e-300))
     ratio = float(np.median(ratios)) if ratios else 0.0
     if ratio >= IMPLAUSIBLE:

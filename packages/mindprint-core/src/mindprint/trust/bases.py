@@ -11,6 +11,7 @@ from mindprint.data.tokenizer import load_tokenizer
 from mindprint.models import folder as models
 from mindprint.models.tensor_files import FLOATS, read_float32
 from mindprint.trust.digests import (
+    QUANTIZATION,
     Difference,
     WeightsDigest,
     computed_settings,
@@ -37,9 +38,21 @@ class Doubt:
 
 
 def base_findings(base: models.ModelFolder, recorded: BaseRecord) -> Iterator[Finding | Doubt]:
-    """Compare weights and config.json with the record. Raises `ModelError` for files that cannot be read."""
-    yield from _weights(digest_weights(base.path, recorded.weights.method), recorded.weights, base)
+    """Compare weights and config.json with the record. Raises `ModelError` for files that cannot be read.
+
+    The weights of a base that is quantized otherwise are other weights. The probe judges them (`other_quantization`).
+    """
+    if other_quantization(base, recorded) is None:
+        yield from _weights(digest_weights(base.path, recorded.weights.method), recorded.weights, base)
     yield from settings_findings(differences(recorded.settings, computed_settings(base.path)), "the base's")
+
+
+def other_quantization(base: models.ModelFolder, recorded: BaseRecord) -> str | None:
+    """Return words for a base that is quantized otherwise than the recorded one, None if it is not."""
+    was, now = (
+        settings.get(QUANTIZATION) or "full precision" for settings in (recorded.settings, computed_settings(base.path))
+    )
+    return None if was == now else f"the adapter was trained on a base in {was}, and {base.name} is in {now}"
 
 
 def _weights(found: WeightsDigest, recorded: WeightsDigest, base: models.ModelFolder) -> Iterator[Finding | Doubt]:
@@ -80,7 +93,11 @@ def _laid_out_alike(part: str, found: WeightsDigest, recorded: WeightsDigest) ->
 
 
 def settings_findings(changed: Sequence[Difference], whose: str) -> Iterator[Finding | Doubt]:
-    """Report settings that differ. A one-sided one is left to the probe, unless it acts beyond the probe."""
+    """Report settings that differ. A one-sided one is left to the probe, unless it acts beyond the probe.
+
+    Another quantization is not among them: what it does to the adapter is measured.
+    """
+    changed = [each for each in changed if each.setting != QUANTIZATION]
     for one_sided in (False, True):
         for of_rope in (True, False):
             these = [each for each in changed if (each.one_sided, each.of_rope) == (one_sided, of_rope)]

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from mindprint.input_files import MALFORMED
 from mindprint.models.folder import model_config, tensors
+from mindprint.models.quantized import read_quantization
 from mindprint.models.tensor_files import TensorInfo
 
 READ_WHOLE = 4 * 2**30
@@ -98,6 +99,9 @@ def _stretches(size: int, method: Method) -> Iterator[tuple[int, int]]:
 
 ROPE = "rope"
 
+QUANTIZATION = "quantization"
+"""The setting that names the quantization of a base."""
+
 _NOT_COMPUTED = frozenset(
     (
         "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "attention_probs_dropout_prob",
@@ -105,7 +109,7 @@ _NOT_COMPUTED = frozenset(
         "classifier_dropout", "dtype", "embd_pdrop", "embedding_dropout", "eos_token_id", "gradient_checkpointing",
         "hidden_dropout", "hidden_dropout_prob", "id2label", "initializer_range", "is_encoder_decoder", "label2id",
         "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp",
-        "problem_type", "quantization", "quantization_config", "resid_pdrop", "residual_dropout", "return_dict",
+        "problem_type", "quantization_config", "resid_pdrop", "residual_dropout", "return_dict",
         "router_aux_loss_coef", "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
     )
 )  # fmt: skip
@@ -142,8 +146,14 @@ class Difference:
 
 
 def computed_settings(folder: Path) -> dict[str, Any]:
-    """Return config.json's settings of the computation, in one spelling: old names of rope settings become new ones."""
-    return _in_one_spelling(model_config(folder))
+    """Return config.json's settings of the computation, in one spelling: old names of rope settings become new ones.
+
+    `quantization` is there only for a quantized base, and in words: two libraries write the same in other ways.
+    """
+    config = {name: value for name, value in model_config(folder).items() if name != QUANTIZATION}
+    stated = read_quantization(folder)
+    # By layer the packed tensors tell, and their digests are recorded as well.
+    return _in_one_spelling(config if stated is None else {**config, QUANTIZATION: str(stated)})
 
 
 def _in_one_spelling(config: Mapping[str, Any]) -> dict[str, Any]:

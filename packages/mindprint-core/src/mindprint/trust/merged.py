@@ -19,9 +19,7 @@ from numpy.typing import NDArray
 from mindprint.adapter.base_facts import read_base_facts
 from mindprint.adapter.weight_changes import NotStoredError, site_changes
 from mindprint.contract import AdapterState, Float32, LoraFactors
-from mindprint.errors import ModelError
-from mindprint.models import folder as models
-from mindprint.models.tensor_files import TensorInfo
+from mindprint.models.quantized import QuantizedWeight, StoredTensor, dense_weights
 from mindprint.trust.adapters import strength_finding
 from mindprint.trust.bases import Doubt
 from mindprint.trust.report import Code, Finding, listed
@@ -86,14 +84,12 @@ class _Sums:
 def merge_findings(merged: Path, base: Path, adapter: AdapterState) -> Iterator[Finding | Doubt]:
     """Yield the faults of a merge. Only the probe can judge tensors that have other names.
 
-    Raises `ModelError` for a folder that cannot be read, or that was quantized after merging, and `AdapterError` for an
-    adapter whose shapes are not those of the base.
+    The weights of a quantized base count as the values that they stand for. The adapted weights of a quantized merge
+    are not compared: rounding to few bits moves them by more than an adapter does, and only the probe can tell what is
+    left of it. Raises `ModelError` for a folder that cannot be read, and `AdapterError` for an adapter whose shapes are
+    not those of the base.
     """
-    if scheme := models.quantization(merged):
-        raise ModelError(
-            f"{merged}: is quantized ({scheme}), so that no weight can be compared: verify it before quantizing"
-        )
-    found, wanted = models.tensors(merged), models.tensors(base)
+    found, wanted = dense_weights(merged), dense_weights(base)
     shared = sorted(found.keys() & wanted.keys())
     facts = read_base_facts(base)
     adapted: set[str] = set()
@@ -107,17 +103,31 @@ def merge_findings(merged: Path, base: Path, adapter: AdapterState) -> Iterator[
             continue
         for change in changes:
             name, place = change.weight.tensor, change.weight.locate
-            if name in found and found[name].shape == wanted[name].shape and found[name].dtype in EPSILON:
+            if name not in found or found[name].shape != wanted[name].shape:
+                continue
+            if isinstance(found[name], QuantizedWeight):
+                adapted.add(name)
+                if same_values(found[name], wanted[name]):
+                    fates[str(change.weight)] = Merge("swallowed", 0.0)
+            elif found[name].dtype in EPSILON:
                 adapted.add(name)
                 fates[str(change.weight)] = judge(place(found[name]), place(wanted[name]), change.factors, change.scale)
-    rest = [name for name in shared if name not in adapted]
+    rest = [name for name in shared if name not in adapted and _is_comparable(found[name], wanted[name])]
     yield from _described(fates)
     yield from _elsewhere(not_stored)
     yield from _untouched(tuple(name for name in rest if not same_values(found[name], wanted[name])))
     yield from _names(found.keys(), wanted.keys())
 
 
-def judge(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: float) -> Merge:
+def _is_comparable(found: StoredTensor, wanted: StoredTensor) -> bool:
+    """Return whether a weight that no adapter touches has to have the base's values."""
+    # One that was quantized on the way has others, whether or not the adapter touches it.
+    if isinstance(found, QuantizedWeight):
+        return isinstance(wanted, QuantizedWeight) and found.scheme == wanted.scheme
+    return True
+
+
+def judge(found: StoredTensor, base: StoredTensor, factors: LoraFactors, scale: float) -> Merge:
     """Compare one weight `[out, in]` of the merged model with the base's plus the change."""
     sums = _summed(found, base, factors, scale)
     if not sums.finite:
@@ -152,7 +162,7 @@ def _fault(sums: _Sums, epsilon: float, elements: int) -> Fate:
     return "other"
 
 
-def _summed(found: TensorInfo, base: TensorInfo, factors: LoraFactors, scale: float) -> _Sums:
+def _summed(found: StoredTensor, base: StoredTensor, factors: LoraFactors, scale: float) -> _Sums:
     sums = _Sums()
     a, b = factors
     # Only a square weight can have the transpose of its change added without an error.

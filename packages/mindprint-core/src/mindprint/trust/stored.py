@@ -8,20 +8,21 @@ from collections.abc import Iterator
 import numpy as np
 
 from mindprint.contract import Float32
+from mindprint.models.quantized import QuantizedWeight, StoredTensor, read_rows
 from mindprint.models.tensor_files import FLOATS, TensorInfo, from_float32, to_float32
 
 BLOCK_ELEMENTS = 2**22
 BLOCK_BYTES = 2**24
 
 
-def blocks(base: TensorInfo, found: TensorInfo) -> Iterator[tuple[int, Float32, Float32]]:
+def blocks(base: StoredTensor, found: StoredTensor) -> Iterator[tuple[int, Float32, Float32]]:
     """Yield row blocks of two tensors of one shape: first row, and values in both, `[rows, columns]`."""
-    rows, columns = found.shape[0], math.prod(found.shape[1:])
+    rows, columns = math.prod(found.shape[:-1]), found.shape[-1] if found.shape else 1
     # Blocks bound the memory, whatever the size of the model.
     step = max(1, BLOCK_ELEMENTS // max(columns, 1))
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        yield start, _rows(base, start, stop, columns), _rows(found, start, stop, columns)
+        yield start, read_rows(base, start, stop), read_rows(found, start, stop)
 
 
 def rounded(values: Float32, dtype: str) -> Float32:
@@ -29,24 +30,24 @@ def rounded(values: Float32, dtype: str) -> Float32:
     return to_float32(from_float32(values, dtype), dtype)
 
 
-def same_values(found: TensorInfo, base: TensorInfo) -> bool:
+def same_values(found: StoredTensor, base: StoredTensor) -> bool:
     """Return whether two tensors hold the same values: bit for bit, or after rounding to the found one's dtype."""
     if found.shape != base.shape:
         return False
-    if found.dtype == base.dtype:
+    if isinstance(found, QuantizedWeight):
+        return isinstance(base, QuantizedWeight) and _same_parts(found, base)
+    if isinstance(base, TensorInfo) and found.dtype == base.dtype:
         return _same_bytes(found, base)
     if found.dtype not in FLOATS or base.dtype not in FLOATS:
         return False
-    flat = [info._replace(shape=(math.prod(info.shape), 1)) for info in (base, found)]
-    return all(np.array_equal(rounded(weight, found.dtype), other) for _, weight, other in blocks(*flat))
+    return all(np.array_equal(rounded(weight, found.dtype), other) for _, weight, other in blocks(base, found))
 
 
-def _rows(info: TensorInfo, start: int, stop: int, columns: int) -> Float32:
-    bits = FLOATS[info.dtype]
-    with info.file.open("rb") as file:
-        file.seek(info.start + start * columns * bits.itemsize)
-        values = np.fromfile(file, bits, (stop - start) * columns)
-    return to_float32(values, info.dtype).reshape(stop - start, columns)
+def _same_parts(found: QuantizedWeight, base: QuantizedWeight) -> bool:
+    """Return whether two weights have the same packed elements and scales."""
+    if found.scheme != base.scheme or found.parts.keys() != base.parts.keys():
+        return False
+    return all(_same_bytes(info, base.parts[role]) for role, info in found.parts.items())
 
 
 def _same_bytes(found: TensorInfo, base: TensorInfo) -> bool:

@@ -19,10 +19,12 @@ from mindprint.data.tokenizer import load_tokenizer
 from mindprint.errors import AdapterError, GuardError, ModelError, NotFiniteError, TransposedError
 from mindprint.models import folder as models
 from mindprint.models.engine import Engine, Placement
+from mindprint.models.quantized import read_quantization
 from mindprint.models.tensor_files import FLOAT_DTYPES
 from mindprint.trust.adapters import copy_findings, strength_findings, target_findings, value_findings
-from mindprint.trust.bases import Doubt, base_findings, settings_findings, tokenizer_findings
+from mindprint.trust.bases import Doubt, base_findings, other_quantization, settings_findings, tokenizer_findings
 from mindprint.trust.digests import computed_settings, differences
+from mindprint.trust.effects import LEAST_KEPT, kept_effect
 from mindprint.trust.fingerprint import Fingerprint, Measurement, mean_effect, read_fingerprint
 from mindprint.trust.measurement import record_tokenizer
 from mindprint.trust.merged import merge_findings
@@ -52,8 +54,12 @@ def verify_adapter(
     notice: Notice = lambda _: None,
     *,
     require_fingerprint: bool = False,
+    any_quantization: bool = False,
 ) -> Report:
     """Verify the adapter in `folder` on `base`, against its fingerprint if it has one or if that is required.
+
+    On a base that is quantized otherwise than in training, the share of the effect that is left is measured. It fails
+    unless `any_quantization` asks for such a base, and then if too little is left.
 
     Raises a `MindprintError` for files that cannot be read, or that cannot belong to each other at all.
     """
@@ -73,7 +79,9 @@ def verify_adapter(
     here = _scored(
         judgement, probe, base, placement, adapter, notice, _differs_from(fingerprint, placement.dtype, base)
     )
-    if fingerprint is not None:
+    if fingerprint is not None and (words := other_quantization(base, fingerprint.base)):
+        _judge_quantization(judgement, here, fingerprint.measurement(placement.dtype), words, asked=any_quantization)
+    elif fingerprint is not None:
         _compare_adapter(judgement, here, fingerprint, placement.dtype, base)
     elif here.adapter is not None:
         _judge_effect(judgement, here)
@@ -89,11 +97,14 @@ def verify_merged(
     notice: Notice = lambda _: None,
     *,
     require_fingerprint: bool = False,
+    any_quantization: bool = False,
 ) -> Report:
     """Verify that `merged` is `base` with `adapter` in it: weight by weight from the files, then by the probe.
 
-    With a fingerprint the probe is compared with the measurement after training, otherwise with base and
-    adapter computed here. Raises a `MindprintError` for files that cannot be read.
+    A quantized merge is judged by the share of the adapter's effect that is left. With a fingerprint the probe is
+    compared with the measurement after training, otherwise with base and adapter computed here.
+
+    Raises a `MindprintError` for files that cannot be read.
     """
     judgement = _Judgement()
     if fingerprint is None and require_fingerprint:
@@ -105,7 +116,7 @@ def verify_merged(
     judgement.add(settings_findings(settings, "the merged model's"), "merged config.json")
     tokenizer = record_tokenizer(load_tokenizer(base.path))
     judgement.add(tokenizer_findings(merged, tokenizer), "merged tokenizer and chat template")
-    _probe_merge(judgement, merged, base, adapter, placement, fingerprint, notice)
+    _probe_merge(judgement, merged, base, adapter, placement, fingerprint, notice, any_quantization=any_quantization)
     return judgement.report(merged.path, "merged model", base, placement)
 
 
@@ -214,6 +225,24 @@ def _compare_adapter(
         _judge_comparison(judgement, both, recorded.base, recorded.adapter, here.adapter)
 
 
+def _judge_quantization(judgement: _Judgement, here: _Scores, trained: Measurement, words: str, *, asked: bool) -> None:
+    """Say how much of its effect an adapter has on a base that is quantized otherwise than in training."""
+    if here.base is None or here.adapter is None:
+        judgement.findings.append(Finding("other_quantization", f"{words}; what is left of it was not measured"))
+        return
+    judgement.effect = Effect(trained.effect, mean_effect(here.base, here.adapter))
+    kept = kept_effect((trained.base, trained.adapter), (here.base, here.adapter))
+    message = f"{words}: it has {kept} there"
+    if not kept.enough:
+        message += f", where {LEAST_KEPT} to {1 / LEAST_KEPT:.2f} is the same adapter"
+    elif not asked:
+        message += "; ask for it with --any-quantization if that is meant"
+    judgement.settle(same=kept.enough)
+    judgement.findings.append(
+        Finding("other_quantization", message, fails=not (asked and kept.enough), factor=kept.share)
+    )
+
+
 def _compared_with_adapter(
     judgement: _Judgement, here: _Scores, recorded: Measurement, allowed: Tolerance
 ) -> Comparison | None:
@@ -231,6 +260,8 @@ def _for_rounded_factors(judgement: _Judgement, allowed: Tolerance, before: Floa
 
 def _narrower(base: models.ModelFolder, fingerprint: Fingerprint) -> list[Dtype]:
     """Return the dtypes that the base is stored in, except the recorded one."""
+    if read_quantization(base.path) is not None:
+        return []
     # A base that was cast since has lost digits, whatever the dtype that computes with it.
     stored = {info.dtype for info in models.tensors(base.path).values()} - {fingerprint.base.weights.dtype}
     return [FLOAT_DTYPES[dtype] for dtype in stored if dtype in FLOAT_DTYPES]
@@ -255,34 +286,70 @@ def _probe_merge(
     placement: Placement,
     fingerprint: Fingerprint | None,
     notice: Notice,
+    *,
+    any_quantization: bool,
 ) -> None:
     probe = fingerprint.probe if fingerprint else _own_probe(base)
     after: Float32 | None
     noise: Noise | None
     stored = {FLOAT_DTYPES[info.dtype] for info in models.tensors(merged.path).values() if info.dtype in FLOAT_DTYPES}
-    if fingerprint is not None:
-        recorded = fingerprint.measurement(placement.dtype)
+    recorded = fingerprint.measurement(placement.dtype) if fingerprint else None
+    other = other_quantization(base, fingerprint.base) if fingerprint else None
+    if fingerprint is not None and recorded is not None and other is None:
         before, after, noise = recorded.base, recorded.adapter, recorded.noise
         stored |= {recorded.dtype, *_narrower(base, fingerprint)}
     else:
         # A backend may not be able to hold an adapter (of stacked experts, say) that files can judge.
         measure = _differs_from(None, placement.dtype, base)
         here = _scored(judgement, probe, base, placement, adapter, notice, measure, needed=False)
+        if recorded is not None and other is not None:
+            _judge_quantization(judgement, here, recorded, other, asked=any_quantization)
         if here.base is None:
             return
         before, after, noise = here.base, here.adapter, here.noise
     now = _scored(judgement, probe, merged, placement, None, notice).base
     if now is None:
         return
+    quantized = read_quantization(merged.path)
     if after is None:
         judgement.effect = Effect(None, mean_effect(before, now))
+        if quantized:
+            message = f"the merged model is in {quantized}, and what is left of the adapter's effect was not measured"
+            judgement.findings.append(Finding("requantized", message))
         return
     judgement.effect = Effect(mean_effect(before, after), mean_effect(before, now))
     allowed = tolerance([placement.dtype, *stored], noise, config=models.model_config(base.path))
+    if quantized:
+        _judge_requantized(judgement, (before, after, now), allowed, str(quantized))
+        return
     allowed = _for_rounded_factors(judgement, allowed, before, after)
     both = compared("merged model", now, after, allowed)
     judgement.settle(same=both.within)
     _judge_comparison(judgement, both, before, after, now)
+
+
+def _judge_requantized(
+    judgement: _Judgement, scores: tuple[Float32, Float32, Float32], allowed: Tolerance, scheme: str
+) -> None:
+    """Judge a merge that was rounded onto a quantized grid by the share of the adapter's effect that is left.
+
+    `scores` are the probe's log-probs of the base, of the base with the adapter, and of the merged model.
+    """
+    before, after, now = scores
+    kept = kept_effect((before, after), (before, now))
+    effect = mean_effect(before, after)
+    tells = effect >= allowed.mean
+    sound = kept.enough and tells
+    judgement.settle(same=sound)
+    message = f"the merged model is in {scheme}, and the rounding leaves {kept}"
+    if not tells:
+        message += f", which moves the probe by {effect:.2g} nats a token: too little to be measured in this dtype"
+    elif not sound:
+        message += (
+            f": at least {LEAST_KEPT} is needed. Merge into full precision with `mindprint merge`, which writes the "
+            "weights dequantized, or serve the adapter on the quantized base"
+        )
+    judgement.findings.append(Finding("requantized", message, fails=not sound, factor=kept.share))
 
 
 def _judge_comparison(judgement: _Judgement, both: Comparison, before: Float32, after: Float32, now: Float32) -> None:

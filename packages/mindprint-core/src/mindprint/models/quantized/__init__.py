@@ -5,7 +5,14 @@ kernels of the others are compared with them.
 """
 
 from mindprint.models.quantized.scheme import METHODS, Method, Quantization, Scheme, read_quantization
-from mindprint.models.quantized.weights import QuantizedWeight, dense_weights, quantized_weights
+from mindprint.models.quantized.weights import (
+    QuantizedWeight,
+    StoredTensor,
+    dense_weights,
+    load_dense,
+    quantized_weights,
+    read_rows,
+)
 
 __all__ = [
     "METHODS",
@@ -13,7 +20,10 @@ __all__ = [
     "Quantization",
     "QuantizedWeight",
     "Scheme",
+    "StoredTensor",
     "dense_weights",
+    "load_dense",
     "quantized_weights",
     "read_quantization",
+    "read_rows",
 ]

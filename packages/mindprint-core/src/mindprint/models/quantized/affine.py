@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mindprint.contract import Float32
+from mindprint.models.tensor_files import from_float32, to_float32
 
 # Elements of 3, 5 and 6 bits cross bytes. After so many bytes the pattern repeats.
 _PERIODS = {3: 3, 5: 5, 6: 3}
@@ -64,10 +65,13 @@ def dequantize(packed: NDArray[Any], scales: Float32, biases: Float32, bits: int
     return values.reshape(elements.shape)
 
 
-def quantize(values: Float32, bits: int, group_size: int) -> tuple[NDArray[np.uint32], Float32, Float32]:
+def quantize(
+    values: Float32, bits: int, group_size: int, dtype: str = "F32"
+) -> tuple[NDArray[np.uint32], Float32, Float32]:
     """Return packed elements, scales and biases of rows of values, by the rule of `mlx.core.quantize`.
 
     One end of a group's range is hit exactly, the one of greater size, so that a group's greatest weight survives.
+    Scales and biases are rounded to `dtype`, in which they are to be stored, before elements are chosen for them.
     """
     groups = values.reshape(*values.shape[:-1], -1, group_size)
     low, high = groups.min(-1), groups.max(-1)
@@ -81,5 +85,6 @@ def quantize(values: Float32, bits: int, group_size: int) -> tuple[NDArray[np.ui
     whole = count != 0
     scales = np.where(whole, edge / np.where(whole, count, 1), scales).astype(np.float32)
     biases = np.where(whole, edge, 0).astype(np.float32)
+    scales, biases = (to_float32(from_float32(part, dtype), dtype) for part in (scales, biases))
     elements = np.rint((groups - biases[..., None]) / scales[..., None]).clip(0, steps).astype(np.uint8)
     return pack(elements.reshape(values.shape), bits), scales, biases

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ from mindprint.input_files import MALFORMED
 from mindprint.models.folder import model_config, tensors
 from mindprint.models.quantized import affine, bitsandbytes, microscaled
 from mindprint.models.quantized.scheme import Quantization, Scheme, read_quantization
-from mindprint.models.tensor_files import FLOATS, INTEGERS, TensorInfo, to_float32
+from mindprint.models.tensor_files import FLOATS, INTEGERS, TensorFileError, TensorInfo, to_float32
 
 BLOCK_ELEMENTS = 2**20
 """Elements of a block that `QuantizedWeight.blocks` reads at a time."""
@@ -86,6 +86,16 @@ class QuantizedWeight:
                 scales = self._scales("SCB", start, stop)
                 return bitsandbytes.dequantize_int8(self._read("weight", start, stop), scales)
             return self._4bit_rows(start, stop)
+
+    def expert(self, number: int) -> QuantizedWeight:
+        """Return one matrix of a stack of experts."""
+        shapes = {role: info.shape for role, info in self.parts.items()}
+        # A scale of the whole stack is not cut: it has no row for each expert.
+        parts = {
+            role: _slice(info, number) if shapes[role][:1] == self.shape[:1] else info
+            for role, info in self.parts.items()
+        }
+        return replace(self, name=f"{self.name}[{number}]", shape=self.shape[1:], parts=parts)
 
     def blocks(self, elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, Float32]]:
         """Yield the whole weight as blocks of rows, each with the number of its first row."""
@@ -182,13 +192,60 @@ class QuantizedWeight:
 _KINDS: Mapping[str, np.dtype[Any]] = {**FLOATS, **INTEGERS}
 
 
+StoredTensor = TensorInfo | QuantizedWeight
+"""A weight as a base's files have it."""
+
+
+def _slice(info: TensorInfo, number: int) -> TensorInfo:
+    size = (info.end - info.start) // info.shape[0]
+    start = info.start + number * size
+    return info._replace(shape=info.shape[1:], start=start, end=start + size)
+
+
+def read_rows(weight: StoredTensor, start: int, stop: int) -> Float32:
+    """Return rows of a weight in float32, `[stop - start, columns]`. The rows of a stack's matrices follow one another.
+
+    Raises `TensorFileError` for a dtype that holds no floats, and `ModelError` for scales that are not finite.
+    """
+    if isinstance(weight, QuantizedWeight):
+        return weight.rows(start, stop)
+    if weight.dtype not in FLOATS:
+        raise TensorFileError(f"holds {weight.dtype}, no floating-point numbers")
+    columns, kind = weight.shape[-1] if weight.shape else 1, FLOATS[weight.dtype]
+    with weight.file.open("rb") as file:
+        file.seek(weight.start + start * columns * kind.itemsize)
+        bits = np.fromfile(file, kind, (stop - start) * columns)
+    return to_float32(bits, weight.dtype).reshape(-1, columns)
+
+
 def quantized_weights(folder: Path) -> dict[str, QuantizedWeight]:
     """Return the quantized weights of a base by the name that each has in full precision. Empty for full precision.
 
     Raises `ModelError` where config.json and tensors do not fit each other: an unknown format, a shape that does not
     fit bits and group size, scales that are missing or of another length, packed tensors without a section.
     """
-    stated, stored = read_quantization(folder), tensors(folder)
+    return _quantized(folder, tensors(folder))
+
+
+def dense_weights(folder: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a base by its name in full precision, a quantized weight in place of its parts."""
+    stored = tensors(folder)
+    found = _quantized(folder, stored)
+    parts = {info for weight in found.values() for info in weight.parts.values()}
+    # In the order of the files, so that a copy has the order of the original.
+    return {name: found.get(name, info) for name, info in stored.items() if name in found or info not in parts}
+
+
+def load_dense(folder: str | Path) -> dict[str, Float32]:
+    """Return every weight of a base in float32, dequantized: for a backend that computes with no packed weights."""
+    return {
+        name: read_rows(weight, 0, math.prod(weight.shape[:-1])).reshape(weight.shape)
+        for name, weight in dense_weights(Path(folder)).items()
+    }
+
+
+def _quantized(folder: Path, stored: Mapping[str, TensorInfo]) -> dict[str, QuantizedWeight]:
+    stated = read_quantization(folder)
     if stated is None:
         _refuse_unstated(stored)
         return {}
@@ -199,13 +256,6 @@ def quantized_weights(folder: Path) -> dict[str, QuantizedWeight]:
             "section, or download the model again"
         )
     return found
-
-
-def dense_weights(folder: Path) -> dict[str, TensorInfo | QuantizedWeight]:
-    """Return every tensor of a base by its name in full precision, a quantized weight in place of its parts."""
-    found, stored = quantized_weights(folder), tensors(folder)
-    parts = {info for weight in found.values() for info in weight.parts.values()}
-    return {name: info for name, info in stored.items() if info not in parts} | found
 
 
 def _of_mlx(folder: Path, stated: Quantization, stored: Mapping[str, TensorInfo]) -> dict[str, QuantizedWeight]:
