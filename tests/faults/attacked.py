@@ -99,6 +99,8 @@ class ForkServer:
         self.seconds = 0.0
         """Processor time of all tries so far."""
         self.tries = 0
+        self.longest = 0.0
+        """Processor time of the longest try since a test set it to zero."""
 
     def run(self, work: Work, folder: Path, limit: int = CPU_SECONDS) -> Ended:
         """Run one try, with its output in files of `folder`, and return how it ended."""
@@ -112,6 +114,7 @@ class ForkServer:
         ended = Ended(*(json.loads(answer)[name] for name in ("code", "signal", "hang", "seconds", "memory")), *texts)
         self.seconds += ended.seconds
         self.tries += 1
+        self.longest = max(self.longest, ended.seconds)
         return ended
 
     def close(self) -> None:

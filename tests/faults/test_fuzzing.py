@@ -71,8 +71,10 @@ def server(samples: Path) -> Iterator[ForkServer]:
 def cost(server: ForkServer) -> Iterator[None]:
     """Print the processor time of a test's tries."""
     tries, seconds = server.tries, server.seconds
+    server.longest = 0.0
     yield
-    print(f"{server.tries - tries} tries, {server.seconds - seconds:.1f} s of processor time")
+    spent = f"{server.seconds - seconds:.1f} s of processor time, the longest {server.longest:.1f} s"
+    print(f"{server.tries - tries} tries, {spent}")
 
 
 @contextmanager
@@ -276,7 +278,7 @@ def write(path: Path, text: str) -> None:
 
 
 @given(data=st.data())
-@fuzzing(30)
+@fuzzing(60)
 def test_settings(server: ForkServer, samples: Path, data: st.DataObject) -> None:
     """Each setting with each hostile value."""
     whole = yaml.safe_load((samples / "voice" / "run" / "config.yaml").read_text())
@@ -287,7 +289,7 @@ def test_settings(server: ForkServer, samples: Path, data: st.DataObject) -> Non
 
 
 @given(data=st.data())
-@fuzzing(30)
+@fuzzing(60)
 def test_rows(server: ForkServer, samples: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["sft.jsonl", "preferences.jsonl", "heldout.jsonl"]))
     edit = data.draw(file_edits((samples / "voice" / "data" / name).read_bytes()))
@@ -303,7 +305,7 @@ OTHER_ROWS = {
 
 
 @given(data=st.data())
-@fuzzing(30)
+@fuzzing(60)
 def test_other_rows(server: ForkServer, samples: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(OTHER_ROWS)))
     edit = data.draw(file_edits(OTHER_ROWS[name]))
@@ -323,7 +325,7 @@ RUN_FILES = (
 
 
 @given(data=st.data())
-@fuzzing(30)
+@fuzzing(20)
 def test_run_folders(server: ForkServer, samples: Path, data: st.DataObject) -> None:
     run = samples / "voice" / "run"
     file = data.draw(st.sampled_from(files(run, *RUN_FILES)))
@@ -343,7 +345,7 @@ def test_run_folders(server: ForkServer, samples: Path, data: st.DataObject) -> 
 
 
 @given(value=st.sampled_from([value for value in HOSTILE if isinstance(value, str) and "\0" not in value]))
-@fuzzing(30)
+@fuzzing(12)
 def test_words_of_the_command_line(server: ForkServer, samples: Path, value: str) -> None:
     word = value.encode("utf-8", "surrogatepass").decode("utf-8", "surrogateescape")
     with attacked(samples, "adapter") as (folder, copy):
