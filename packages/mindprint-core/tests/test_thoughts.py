@@ -173,6 +173,14 @@ def test_an_answer_continues_the_tokens_of_a_prompt_with_a_thought(
     assert pair.chosen.tolist() == example.tokens[len(prompt) :].tolist()
 
 
+def test_a_prompt_without_a_word_is_rendered(tmp_path: Path) -> None:
+    """Its own variables are compared with the project's all the same."""
+    tokenizer = thinking_tokenizer(tmp_path, ADDS_ONLY_IF_ASKED)
+    empty = SftRow("tea", (Message("user", ""),), "Yo", LINE, json.dumps({"enable_thinking": False}))
+    _, warning = render_sft([empty], tokenizer, DataConfig()).warnings
+    assert warning.startswith("in 1 rows the row's own chat_template_kwargs change how the answer is opened")
+
+
 def test_each_answer_of_a_conversation_continues_what_it_is_asked_with(tmp_path: Path) -> None:
     """The joined tokens of the history are no prefix of the later turn: an example for each turn."""
     tokenizer = joining_tokenizer(tmp_path, THINKS_ALWAYS)

@@ -309,7 +309,8 @@ def _writes_thought(asked: str, messages: Messages, tokenizer: Tokenizer) -> boo
 def _opening(asked: str, messages: Messages) -> str:
     """Return the text that a template writes after the last message of a prompt: the opening of the answer."""
     # Templates trim what they write, so the words are looked for without the space around them.
-    return asked.rpartition(messages[-1].content.strip())[2] if messages else asked
+    last = messages[-1].content.strip() if messages else ""
+    return asked.rpartition(last)[2] if last else asked
 
 
 def _note_other_states(
