@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from mindprint.contract import QUANTIZED_FORMATS
 from mindprint_hello.model_folder import write_model
 from mindprint_testing import BackendConformance
 
 
 class TestConformance(BackendConformance):
     backend_name = "hello"
-    capabilities = frozenset({"sampling"})
+    capabilities = frozenset({"sampling", *QUANTIZED_FORMATS})
 
     @pytest.fixture
     def model_folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = tmp_path_factory.getbasetemp() / "hello"
-        return folder if folder.exists() else write_model(folder, hidden=16)
+        return folder if folder.exists() else write_model(folder, hidden=32)

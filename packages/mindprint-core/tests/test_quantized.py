@@ -16,10 +16,11 @@ from mindprint.adapter.base_facts import read_base_facts
 from mindprint.adapter.file_threads import FileThreads
 from mindprint.adapter.merging import merged_folder
 from mindprint.adapter.weight_changes import weight_changes
-from mindprint.contract import AdapterSite, AdapterState, LoraConfig, LoraFactors
+from mindprint.contract import CAPABILITIES, QUANTIZED_FORMATS, AdapterSite, AdapterState, LoraConfig, LoraFactors
 from mindprint.errors import ModelError
 from mindprint.models.folder import INDEX_FILE, model_config, tensors
 from mindprint.models.quantized import (
+    METHODS,
     Scheme,
     affine,
     bitsandbytes,
@@ -345,6 +346,11 @@ def test_quantization_is_a_setting_of_the_computation(tmp_path: Path) -> None:
 def test_a_kept_effect_is_a_factor_and_a_likeness() -> None:
     before, effect = np.zeros(4, np.float32), np.float32([1, -2, 3, 4])
     half = kept_effect((before, effect), (before + 1, before + 1 + effect / 2))
-    assert (half.share, half.likeness, half.enough) == (pytest.approx(0.5), pytest.approx(1.0), False)
+    assert (half.share, half.likeness, half.as_strong) == (pytest.approx(0.5), pytest.approx(1.0), False)
     noisy = kept_effect((before, effect), (before, effect + np.float32([2, 1, 0, 0])))
-    assert noisy.share == pytest.approx(1.0) and noisy.likeness < 0.95 and noisy.enough
+    assert noisy.share == pytest.approx(1.0) and noisy.likeness < 0.95 and noisy.as_strong and not noisy.alike
+
+
+def test_every_format_is_a_capability() -> None:
+    assert METHODS == QUANTIZED_FORMATS
+    assert set(METHODS) <= CAPABILITIES

@@ -50,14 +50,22 @@ DEFECTS = (
     defect(
         "an accelerator behind the CPU",
         "auto_can_choose_a_device",
-        ('"hello", (cpu,), frozenset', '"hello", (cpu, DeviceInfo("npu", None, accelerator=True)), frozenset'),
+        ('"hello", (cpu,), able', '"hello", (cpu, DeviceInfo("npu", None, accelerator=True)), able'),
     ),
     defect(
         "a device that cannot be used, without a reason",
         "devices_are_stated",
-        ('"hello", (cpu,), frozenset', '"hello", (cpu, DeviceInfo("npu", " ")), frozenset'),
+        ('"hello", (cpu,), able', '"hello", (cpu, DeviceInfo("npu", " ")), able'),
     ),
-    defect("a capability that it lacks", "capabilities_are_those_claimed_here", ('{"sampling"}', '{"dropout"}')),
+    defect(
+        "packed weights in another order",
+        "packed_weights_are_cores_numbers",
+        (
+            "    if missing :=",
+            "    if spec.quantization:\n        weights[UP] = weights[UP][:, ::-1]\n    if missing :=",
+        ),
+    ),
+    defect("a capability that it lacks", "capabilities_are_those_claimed_here", ('{"sampling", *', '{"dropout", *')),
     defect(
         "the framework is imported with the plugin",
         "importing_the_plugin_imports_no_framework",
@@ -507,16 +515,17 @@ DEFECTS = (
 
 MODULE = """
 import pytest
+from mindprint.contract import QUANTIZED_FORMATS
 from mindprint_hello.model_folder import write_model
 from mindprint_testing import BackendConformance
 
 class Defective:
-    capabilities = frozenset({{"sampling"}})
+    capabilities = frozenset({{"sampling", *QUANTIZED_FORMATS}})
 
     @pytest.fixture
     def model_folder(self, tmp_path_factory):
         folder = tmp_path_factory.getbasetemp() / "hello"
-        return folder if folder.exists() else write_model(folder, hidden=16)
+        return folder if folder.exists() else write_model(folder, hidden=32)
 
 for number in range({count}):
     bases = (Defective, BackendConformance)

@@ -30,7 +30,7 @@ class TestHello(BackendConformance):
     backend_name = "hello-here"
     @pytest.fixture
     def model_folder(self, tmp_path):
-        return write_model(tmp_path / "hello", hidden=16)
+        return write_model(tmp_path / "hello", hidden=32)
 """
 
 

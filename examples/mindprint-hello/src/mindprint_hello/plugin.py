@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
 from mindprint.contract import (
     AdapterFacts,
@@ -40,6 +39,7 @@ from mindprint.errors import AdapterError, ModelError
 from mindprint.hookspecs import hookimpl
 from mindprint.layouts import preference_rows
 from mindprint.losses import NUMPY, PairLogProbs, PreferenceLoss
+from mindprint.models.quantized import METHODS, load_dense
 
 MINDPRINT_HOOK_APIS = (1,)
 
@@ -63,8 +63,8 @@ class HelloModel:
 
 @hookimpl
 def mindprint_backend_info() -> BackendInfo:
-    cpu = DeviceInfo("cpu", None, "NumPy")
-    return BackendInfo("hello", (cpu,), frozenset({"sampling"}), {"numpy": np.__version__}, ("it is an example",))
+    cpu, able = DeviceInfo("cpu", None, "NumPy"), frozenset({"sampling", *METHODS})
+    return BackendInfo("hello", (cpu,), able, {"numpy": np.__version__}, ("it is an example",))
 
 
 @hookimpl
@@ -72,7 +72,7 @@ def mindprint_load_model(spec: ModelSpec) -> LoadedModel:
     kind = json.loads((Path(spec.path) / "config.json").read_text(encoding="utf-8")).get("model_type")
     if kind != "hello":
         raise ModelError(f"{spec.path}: backend 'hello' computes only models of type 'hello', this is {kind!r}")
-    weights = {name.removesuffix(".weight"): w for name, w in load_file(f"{spec.path}/model.safetensors").items()}
+    weights = {name.removesuffix(".weight"): values for name, values in load_dense(spec.path).items()}
     if missing := {EMBEDDING, *SITES} - set(weights):
         raise ModelError(f"{spec.path}: the weights of {', '.join(sorted(missing))} are missing")
     elements = sum(values.size for values in weights.values())

@@ -27,13 +27,18 @@ STAGES: tuple[StageName, ...] = get_args(StageName)
 """The stages in the order in which a topic takes them."""
 SiteKind = Literal["linear", "embedding", "experts"]
 
-CAPABILITIES = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding", "experts"})
+QUANTIZED_FORMATS = ("affine", "mxfp4", "mxfp8", "nvfp4", "nf4", "fp4", "int8")
+"""The formats of quantized bases. Core defines the numbers that each stands for, in `mindprint.models.quantized`."""
+
+CAPABILITIES = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding", "experts", *QUANTIZED_FORMATS})
 """The optional parts of the contract, beyond the minimum of float32, greedy generation and LoRA on linear layers.
 
 - `dropout`: LoRA dropout in SFT steps, keyed by `Update.seed` and the index of the micro-batch.
 - `bfloat16`, `float16`: a base in that dtype, adapter and moments in float32, and for float16 a dynamic loss scale.
 - `sampling`: draws at a temperature above 0 and with `top_p`, reproducible for a seed.
 - `embedding`: sites of the kind `embedding`, and LoRA on them.
+- `affine`, `mxfp4`, `mxfp8`, `nvfp4`, `nf4`, `fp4`, `int8`: a base quantized in that format, with the numbers that
+  core's dequantizer gives. A backend without a kernel for packed weights may take them from `load_dense`.
 - `experts`: reserved. Core does not train stacked experts yet.
 """
 

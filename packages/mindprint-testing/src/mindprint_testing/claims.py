@@ -13,6 +13,12 @@ NEEDS: Mapping[str, str] = {
     "float16": "the same in float16, with `contract.TrainingState`'s loss scale, and overflowing steps skipped",
     "sampling": "draws at `temperature` within `top_p` that follow from seed and prompt alone",
     "embedding": "sites of the kind `embedding`, with LoRA on them as PEFT defines it",
+    "affine": "a base in MLX's affine format, its quantized embedding included, with the numbers of core's dequantizer",
+    **{
+        method: f"the same for linear layers in {whose} {method}"
+        for whose, methods in (("MLX's", ("mxfp4", "mxfp8", "nvfp4")), ("bitsandbytes'", ("nf4", "fp4", "int8")))
+        for method in methods
+    },
     "experts": "nothing yet: the name is reserved, core does not drive it, and no test of it exists",
 }
 """For each capability of `mindprint.contract.CAPABILITIES`, the work that a backend must do before it may claim it."""

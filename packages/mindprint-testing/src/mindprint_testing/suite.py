@@ -18,13 +18,16 @@ from mindprint_testing.optimizer import Optimizer
 from mindprint_testing.optional import Optional
 from mindprint_testing.override import conformance_tests, refuse_quiet_overrides
 from mindprint_testing.preference import Preference
+from mindprint_testing.quantized import Quantized
 from mindprint_testing.state import State
 from mindprint_testing.stating import Stating
 from mindprint_testing.tiny import write_tiny_model
 from mindprint_testing.training import Sft
 
 
-class BackendConformance(Stating, Loading, Injection, Forward, Sft, Optimizer, Preference, State, Generation, Optional):
+class BackendConformance(
+    Stating, Loading, Injection, Forward, Sft, Optimizer, Preference, State, Generation, Optional, Quantized
+):
     """Every test of the contract. Subclass it in a test module, name the backend, and state its capabilities.
 
     `backend_name` is its entry point's name. `capabilities` are the optional parts that it claims, none unless stated:

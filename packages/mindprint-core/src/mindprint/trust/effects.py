@@ -9,7 +9,8 @@ import numpy as np
 from mindprint.contract import Float32
 
 LEAST_KEPT = 0.95
-"""The share of its effect that an adapter has to keep. A rounding that loses more was too coarse for it."""
+"""The share of its effect that an adapter has to keep, and the likeness of a merge that was quantized again. A rounding
+that loses more, or that adds more noise than this leaves room for (a third of the effect), was too coarse."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,15 @@ class KeptEffect:
     likeness: float
 
     @property
-    def enough(self) -> bool:
+    def as_strong(self) -> bool:
         """Whether the effect is there, neither weaker nor stronger than the tolerance allows."""
         return LEAST_KEPT <= self.share <= 1 / LEAST_KEPT
+
+    @property
+    def alike(self) -> bool:
+        """Whether it is as strong, and little of what changes is noise."""
+        # Rounding errors that point in all directions leave the share as it is, and only the likeness shows them.
+        return self.as_strong and self.likeness >= LEAST_KEPT
 
     def __str__(self) -> str:
         return f"{self.share:.2f} of the adapter's effect (likeness {self.likeness:.2f})"

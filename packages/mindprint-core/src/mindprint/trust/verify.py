@@ -19,7 +19,7 @@ from mindprint.data.tokenizer import load_tokenizer
 from mindprint.errors import AdapterError, GuardError, ModelError, NotFiniteError, TransposedError
 from mindprint.models import folder as models
 from mindprint.models.engine import Engine, Placement
-from mindprint.models.quantized import read_quantization
+from mindprint.models.quantized import Quantization, read_quantization
 from mindprint.models.tensor_files import FLOAT_DTYPES
 from mindprint.trust.adapters import copy_findings, strength_findings, target_findings, value_findings
 from mindprint.trust.bases import Doubt, base_findings, other_quantization, settings_findings, tokenizer_findings
@@ -233,13 +233,13 @@ def _judge_quantization(judgement: _Judgement, here: _Scores, trained: Measureme
     judgement.effect = Effect(trained.effect, mean_effect(here.base, here.adapter))
     kept = kept_effect((trained.base, trained.adapter), (here.base, here.adapter))
     message = f"{words}: it has {kept} there"
-    if not kept.enough:
+    if not kept.as_strong:
         message += f", where {LEAST_KEPT} to {1 / LEAST_KEPT:.2f} is the same adapter"
     elif not asked:
         message += "; ask for it with --any-quantization if that is meant"
-    judgement.settle(same=kept.enough)
+    judgement.settle(same=kept.as_strong)
     judgement.findings.append(
-        Finding("other_quantization", message, fails=not (asked and kept.enough), factor=kept.share)
+        Finding("other_quantization", message, fails=not (asked and kept.as_strong), factor=kept.share)
     )
 
 
@@ -293,6 +293,7 @@ def _probe_merge(
     after: Float32 | None
     noise: Noise | None
     stored = {FLOAT_DTYPES[info.dtype] for info in models.tensors(merged.path).values() if info.dtype in FLOAT_DTYPES}
+    quantized = read_quantization(merged.path)
     recorded = fingerprint.measurement(placement.dtype) if fingerprint else None
     other = other_quantization(base, fingerprint.base) if fingerprint else None
     if fingerprint is not None and recorded is not None and other is None:
@@ -305,27 +306,33 @@ def _probe_merge(
         if recorded is not None and other is not None:
             _judge_quantization(judgement, here, recorded, other, asked=any_quantization)
         if here.base is None:
+            _require_measured(judgement, quantized)
             return
         before, after, noise = here.base, here.adapter, here.noise
     now = _scored(judgement, probe, merged, placement, None, notice).base
     if now is None:
+        _require_measured(judgement, quantized)
         return
-    quantized = read_quantization(merged.path)
     if after is None:
         judgement.effect = Effect(None, mean_effect(before, now))
-        if quantized:
-            message = f"the merged model is in {quantized}, and what is left of the adapter's effect was not measured"
-            judgement.findings.append(Finding("requantized", message))
+        _require_measured(judgement, quantized)
         return
     judgement.effect = Effect(mean_effect(before, after), mean_effect(before, now))
     allowed = tolerance([placement.dtype, *stored], noise, config=models.model_config(base.path))
-    if quantized:
+    if quantized is not None:
         _judge_requantized(judgement, (before, after, now), allowed, str(quantized))
         return
     allowed = _for_rounded_factors(judgement, allowed, before, after)
     both = compared("merged model", now, after, allowed)
     judgement.settle(same=both.within)
     _judge_comparison(judgement, both, before, after, now)
+
+
+def _require_measured(judgement: _Judgement, quantized: Quantization | None) -> None:
+    """Let a quantized merge fail that no probe has judged: its files alone prove nothing."""
+    if quantized is not None:
+        message = f"the merged model is in {quantized}, and the adapter's effect that the rounding leaves is not known"
+        judgement.findings.append(Finding("requantized", f"{message}: no backend has measured it"))
 
 
 def _judge_requantized(
@@ -339,15 +346,15 @@ def _judge_requantized(
     kept = kept_effect((before, after), (before, now))
     effect = mean_effect(before, after)
     tells = effect >= allowed.mean
-    sound = kept.enough and tells
+    sound = kept.alike and tells
     judgement.settle(same=sound)
     message = f"the merged model is in {scheme}, and the rounding leaves {kept}"
     if not tells:
         message += f", which moves the probe by {effect:.2g} nats a token: too little to be measured in this dtype"
     elif not sound:
         message += (
-            f": at least {LEAST_KEPT} is needed. Merge into full precision with `mindprint merge`, which writes the "
-            "weights dequantized, or serve the adapter on the quantized base"
+            f": at least {LEAST_KEPT} of both is needed. Merge into full precision with `mindprint merge`, which "
+            "writes the weights dequantized, or serve the adapter on the quantized base"
         )
     judgement.findings.append(Finding("requantized", message, fails=not sound, factor=kept.share))
 

@@ -16,6 +16,21 @@ from mindprint.contract import Float32
 INT8_STEP = np.float32(7.874015718698502e-3)
 """1 / 127 as bitsandbytes writes it."""
 
+NF4: Float32 = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
+"""NF4's values: the quantiles of a normal distribution, scaled to [-1, 1]. Files have the table as well."""
+
+FP4: Float32 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / np.float32(
+    12
+)
+"""FP4's values: a sign, two bits of exponent and one of fraction, scaled to [-1, 1]."""
+
 
 def block_scales(
     absmax: NDArray[np.uint8], nested_absmax: Float32, nested_code: Float32, offset: float, nested_size: int, first: int
