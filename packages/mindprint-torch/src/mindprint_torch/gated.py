@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mindprint_torch.lora import NAME, is_fusible
+from mindprint_torch.packed import Weight, add_multiplied_back, multiply, multiply_back
+from mindprint_torch.packed_layers import frozen_weight
 
 PROBE_TOKENS = 4
 
@@ -60,48 +62,59 @@ def _forward(block: Any, x: Tensor) -> Tensor:
 
 def _gated(block: Any, x: Tensor) -> Tensor:
     layers: tuple[lora.Linear, ...] = (block.gate_proj, block.up_proj, block.down_proj)
-    tensors = [
-        tensor
-        for layer in layers
-        for tensor in (layer.base_layer.weight, layer.lora_A[NAME].weight, layer.lora_B[NAME].weight)
-    ]
+    weights = tuple(frozen_weight(layer.base_layer) for layer in layers)
+    factors = [factor for layer in layers for factor in (layer.lora_A[NAME].weight, layer.lora_B[NAME].weight)]
     scales = tuple(layer.scaling[NAME] for layer in layers)
-    output: Tensor = GatedBlock.apply(x, scales, *tensors)  # type: ignore[no-untyped-call]
+    output: Tensor = GatedBlock.apply(x, scales, weights, *factors)  # type: ignore[no-untyped-call]
     return output
 
 
 class GatedBlock(torch.autograd.Function):
-    """`down(silu(gate(x)) * up(x))` for `x` `[..., in]`, and W, A and B of gate, up and down in turn, W frozen."""
+    """`down(silu(gate(x)) * up(x))` for `x` `[..., in]`, and A and B of gate, up and down in turn.
+
+    Their frozen weights, packed or not, come as a tuple.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: tuple[float, float, float], *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scales: tuple[float, float, float],
+        weights: tuple[Weight, Weight, Weight],
+        *factors: Tensor,
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        gate_w, gate_a, gate_b, up_w, up_a, up_b, down_w, down_a, down_b = (part.to(x.dtype) for part in tensors)
+        gate_w, up_w, down_w = weights
+        gate_a, gate_b, up_a, up_b, down_a, down_b = (factor.to(x.dtype) for factor in factors)
         # Gate and up read the same input: one product with both of their A's behind one another.
         low = rows @ torch.cat([gate_a, up_a]).T
         gate_low, up_low = low.split([len(gate_a), len(up_a)], dim=1)
-        gate = (rows @ gate_w.T).addmm_(gate_low, gate_b.T, alpha=scales[0])
-        up = (rows @ up_w.T).addmm_(up_low, up_b.T, alpha=scales[1])
+        gate, up = (x.new_empty(len(rows), weight.shape[0]) for weight in (gate_w, up_w))
+        multiply(rows, gate_w, None, gate)
+        gate.addmm_(gate_low, gate_b.T, alpha=scales[0])
+        multiply(rows, up_w, None, up)
+        up.addmm_(up_low, up_b.T, alpha=scales[1])
         inner = functional.silu(gate).mul_(up)
         down_low = inner @ down_a.T
         # Filled through a view, not returned as one: a model may change it in place (see `LoraProduct`).
         output = torch.empty_like(x, memory_format=torch.contiguous_format)
         flat = output.view(rows.shape)
-        torch.mm(inner, down_w.T, out=flat)
+        multiply(inner, down_w, None, flat)
         flat.addmm_(down_low, down_b.T, alpha=scales[2])
-        ctx.save_for_backward(rows, low, gate, up, down_low, *tensors)
-        ctx.scales = scales
+        ctx.save_for_backward(rows, low, gate, up, down_low, *factors)
+        ctx.scales, ctx.weights = scales, weights
         return output
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
-        rows, low, gate, up, down_low, *tensors = ctx.saved_tensors
-        gate_w, gate_a, gate_b, up_w, up_a, up_b, down_w, down_a, down_b = (part.to(rows.dtype) for part in tensors)
+        rows, low, gate, up, down_low, *factors = ctx.saved_tensors
+        gate_w, up_w, down_w = ctx.weights
+        gate_a, gate_b, up_a, up_b, down_a, down_b = (factor.to(rows.dtype) for factor in factors)
         gate_scale, up_scale, down_scale = ctx.scales
         gradient = outer[0].reshape(rows.shape)
         # Each of the three layers differentiates as in `LoraProduct`; `by_` names a gradient by the thing after it.
         by_down_low = (gradient @ down_b).mul_(down_scale)
-        by_inner = (gradient @ down_w).addmm_(by_down_low, down_a)
+        by_inner = multiply_back(gradient, down_w).addmm_(by_down_low, down_a)
         activated = functional.silu(gate)
         by_down_a = by_down_low.T @ (activated * up)
         by_down_b = (down_low.T @ gradient).mul_(down_scale).T
@@ -118,7 +131,8 @@ class GatedBlock(torch.autograd.Function):
         by_up_b = (up_low.T @ by_up).mul_(up_scale).T
         by_x = None
         if ctx.needs_input_grad[0]:
-            by_x = (by_gate @ gate_w).addmm_(by_up, up_w).addmm_(by_low, both_a).view(outer[0].shape)
-        factors = (by_gate_a, by_gate_b, by_up_a, by_up_b, by_down_a, by_down_b)
-        ga, gb, ua, ub, da, db = (factor.float() for factor in factors)
-        return by_x, None, None, ga, gb, None, ua, ub, None, da, db
+            by_x = multiply_back(by_gate, gate_w)
+            add_multiplied_back(by_x, by_up, up_w)
+            by_x = by_x.addmm_(by_low, both_a).view(outer[0].shape)
+        by_factors = (by_gate_a, by_gate_b, by_up_a, by_up_b, by_down_a, by_down_b)
+        return by_x, None, None, *(gradient.float() for gradient in by_factors)

@@ -20,6 +20,8 @@ from mindprint_torch.adapter import adapter_enabled
 from mindprint_torch.arrays import on_device
 from mindprint_torch.head import Head
 from mindprint_torch.model import TorchModel
+from mindprint_torch.packed import multiply_back
+from mindprint_torch.packed_layers import PackedLinear, frozen_weight
 from mindprint_torch.prompts import row_shape
 
 LOGITS_BYTES = 64 << 20
@@ -76,7 +78,7 @@ def head_log_probs(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     """Return `log softmax(head(hidden))[targets]`, float32 `[n]`, for hidden states `[n, hidden]`, targets `[n]`."""
     if head.trainable:
         return _checkpointed(head, hidden, targets)
-    if head.plain and fused_head_usable(hidden.device):
+    if head.plain and fused_head_usable(hidden.device) and not isinstance(head.layer, PackedLinear):
         return fused_log_probs(head.layer, hidden, targets)
     values: Tensor = _FrozenHead.apply(hidden, targets, head)  # type: ignore[no-untyped-call]
     return values
@@ -152,8 +154,7 @@ def _with_gradient(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor,
 
 def _plain_with_gradient(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Compute as `_with_gradient` where the head is its output layer: no graph, and one array of float32 logits."""
-    layer: Any = head.layer
-    weight: Tensor = layer.weight
+    weight = frozen_weight(head.layer)
     logits = head(hidden).float()
     values = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     together = ROWS_IN_CACHE if hidden.device.type == "cpu" else len(targets)
@@ -162,7 +163,7 @@ def _plain_with_gradient(head: Head, hidden: Tensor, targets: Tensor) -> tuple[T
         _replace_by_gradient(logits[rows], targets[rows], values[rows])
     scale = _gradient_scale(weight.dtype)
     by_logits = logits if scale == 1.0 else logits.mul_(scale)
-    return values, (by_logits.to(weight.dtype) @ weight).float().div_(-scale)
+    return values, multiply_back(by_logits.to(weight.dtype), weight).float().div_(-scale)
 
 
 def _replace_by_gradient(logits: Tensor, targets: Tensor, values: Tensor) -> None:

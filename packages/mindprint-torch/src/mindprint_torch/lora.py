@@ -15,6 +15,9 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from mindprint_torch.packed import Weight, multiply, multiply_back
+from mindprint_torch.packed_layers import PackedLinear, frozen_weight
+
 NAME = "default"
 """PEFT's name for the one adapter that a model has."""
 
@@ -23,7 +26,7 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def fuse_lora(layers: Iterable[lora.LoraLayer]) -> None:
-    """Make every plain linear layer with plain LoRA compute in one piece.
+    """Make every plain linear layer with plain LoRA, packed or not, compute in one piece.
 
     Transposed layers, embeddings and other dtypes keep PEFT's own forward pass.
     """
@@ -37,7 +40,9 @@ def is_fusible(layer: Any) -> TypeGuard[lora.Linear]:
     if type(layer) is not lora.Linear:
         return False
     base = layer.get_base_layer()
-    return type(base) is nn.Linear and base.weight.dtype in FUSED_DTYPES and NAME not in layer.lora_variant
+    return (
+        type(base) in (nn.Linear, PackedLinear) and base.weight.dtype in FUSED_DTYPES and NAME not in layer.lora_variant
+    )
 
 
 def _forward(layer: lora.Linear, x: Tensor) -> Tensor:
@@ -48,18 +53,18 @@ def _forward(layer: lora.Linear, x: Tensor) -> Tensor:
     if layer.lora_dropout[NAME].training:
         return type(layer).forward(layer, x)
     a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-    output: Tensor = LoraProduct.apply(x, base.weight, base.bias, a, b, layer.scaling[NAME])  # type: ignore[no-untyped-call]
+    output: Tensor = LoraProduct.apply(x, frozen_weight(base), base.bias, a, b, layer.scaling[NAME])  # type: ignore[no-untyped-call]
     return output
 
 
 class LoraProduct(torch.autograd.Function):
     """`x W^T + bias + scale (x A^T) B^T` for `x` `[..., in]`, a frozen `W` `[out, in]`, A `[r, in]` and B `[out, r]`.
 
-    All products are in the dtype of `x`. A, B and their gradients are float32.
+    All products are in the dtype of `x`. A, B and their gradients are float32. A packed W stays packed in between.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         a, b = a.to(x.dtype), b.to(x.dtype)
         low = rows @ a.T
@@ -67,12 +72,11 @@ class LoraProduct(torch.autograd.Function):
         # would refuse models that change it in place, as OLMo does with `clip_qkv` and Gemma 3n with its keys.
         output = x.new_empty(*x.shape[:-1], weight.shape[0])
         flat = output.view(-1, weight.shape[0])
-        if bias is None:
-            torch.mm(rows, weight.T, out=flat)
-        else:
-            torch.addmm(bias, rows, weight.T, out=flat)
+        multiply(rows, weight, bias, flat)
         flat.addmm_(low, b.T, alpha=scale)
-        ctx.save_for_backward(rows, low, weight, a, b)
+        ctx.save_for_backward(rows, low, a, b)
+        # Not through autograd, which saves tensors alone. The weight is frozen, and so nobody changes it in between.
+        ctx.weight = weight
         ctx.scale = scale
         return output
 
@@ -80,12 +84,12 @@ class LoraProduct(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         # With y = x W^T + s (x A^T) B^T and g = dL/dy: dL/dx = g W + s (g B) A, dL/dA = s (g B)^T x and
         # dL/dB = s g^T (x A^T). `by_low` is s (g B), which two of them share.
-        rows, low, weight, a, b = ctx.saved_tensors
+        rows, low, a, b = ctx.saved_tensors
         gradient = outer[0].reshape(-1, outer[0].shape[-1])
         by_low = (gradient @ b).mul_(ctx.scale)
         by_x = None
         if ctx.needs_input_grad[0]:
-            by_x = (gradient @ weight).addmm_(by_low, a).view(*outer[0].shape[:-1], -1)
+            by_x = multiply_back(gradient, ctx.weight).addmm_(by_low, a).view(*outer[0].shape[:-1], -1)
         # Both as [r, ...]: a product with few rows is much faster than one with few columns.
         by_a = by_low.T @ rows
         by_b = (low.T @ gradient).mul_(ctx.scale).T

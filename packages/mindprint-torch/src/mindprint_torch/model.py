@@ -21,13 +21,15 @@ from transformers.utils import logging
 from mindprint.contract import AdapterSite, Dtype, LoadedModel, LoraConfig, ModelSpec
 from mindprint.errors import ModelError, first_line
 from mindprint.models.folder import weight_files
+from mindprint.models.quantized import Quantization, read_quantization
 from mindprint_torch.head import Head, embedding_layer, read_head
 from mindprint_torch.lora import NAME
 from mindprint_torch.optimizer import Optimizer
 from mindprint_torch.prompts import attends_without_mask, longest_shared
+from mindprint_torch.quantized import packed_elements, packed_tensors, read_quantized_base
 from mindprint_torch.rope import read_rotary_limit
 from mindprint_torch.sites import list_sites
-from mindprint_torch.towers import model_class
+from mindprint_torch.towers import concrete_class, model_class
 
 TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
     "float32": torch.float32,
@@ -126,7 +128,8 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     if model.longest_shared and model.device.type == "cuda":
         model.masks_forks = not attends_without_mask(head)
     vocabulary = embedding_layer(network).num_embeddings
-    return LoadedModel(model, spec.device, spec.dtype, network.num_parameters(), vocabulary, notes)
+    parameters = network.num_parameters() + packed_elements(network)
+    return LoadedModel(model, spec.device, spec.dtype, parameters, vocabulary, notes)
 
 
 def release(model: TorchModel) -> None:
@@ -149,9 +152,6 @@ def _read_config(spec: ModelSpec) -> PreTrainedConfig:
         _refuse_own_code(folder)
         # Without an answer, transformers would ask on the terminal whether to run the folder's own code.
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    scheme = spec.quantization or _quantization(config)
-    if scheme:
-        raise ModelError(f"{folder}: the base is quantized ({scheme}); training here needs the full-precision base")
     if config.is_encoder_decoder:
         raise ModelError(f"{folder}: {config.model_type} is an encoder-decoder; only causal models can be trained")
     return config
@@ -167,32 +167,32 @@ def _refuse_own_code(folder: Path) -> None:
         )
 
 
-def _quantization(config: PreTrainedConfig) -> str | None:
-    settings = getattr(config, "quantization_config", None) or getattr(config, "quantization", None)
-    if not settings:
-        return None
-    fields = settings if isinstance(settings, dict) else vars(settings)
-    return str(fields.get("quant_method") or "config.json states a quantization")
-
-
 def _read_weights(spec: ModelSpec, config: PreTrainedConfig) -> tuple[PreTrainedModel, tuple[str, ...]]:
     attention, notes = _attention(config)
     # transformers chooses the files by the same rule, but follows an index out of the folder and would take a pickle.
     weight_files(Path(spec.path))
-    with _loading(spec.path):
-        loaded: Any = model_class(config).from_pretrained(
-            spec.path,
-            config=config,
-            dtype=TORCH_DTYPES[spec.dtype],
-            attn_implementation=attention,
-            device_map=None if spec.device == "cpu" else {"": spec.device},
-            local_files_only=True,
-            use_safetensors=True,
-            # Mismatches come back in the report, which names the weights; by itself transformers only says "above".
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+    settings = {
+        "config": config,
+        "dtype": TORCH_DTYPES[spec.dtype],
+        "attn_implementation": attention,
+        "device_map": None if spec.device == "cpu" else {"": spec.device},
+        "local_files_only": True,
+        # Mismatches come back in the report, which names the weights; by itself transformers only says "above".
+        "ignore_mismatched_sizes": True,
+        "output_loading_info": True,
+    }
+    stated = read_quantization(Path(spec.path))
+    if spec.quantization and stated is None:
+        raise ModelError(
+            f"{spec.path}: the base is quantized ({spec.quantization}), and its config.json does not say how"
         )
-    network, report = loaded
+    with _loading(spec.path):
+        if stated is not None:
+            network, report = _read_quantized(spec, config, stated, settings)
+            notes += (f"the base is quantized ({stated}), stays packed, and is computed with in {spec.dtype}",)
+        else:
+            loaded: Any = model_class(config).from_pretrained(spec.path, use_safetensors=True, **settings)
+            network, report = loaded
     # Parts for images and sound are taken out of the class, and their weights stay in the files.
     left_out = getattr(network, "left_out", ())
     unused = sorted(name for name in report["unexpected_keys"] if not name.startswith(left_out))
@@ -200,6 +200,23 @@ def _read_weights(spec: ModelSpec, config: PreTrainedConfig) -> tuple[PreTrained
     if unused:
         notes += (f"{len(unused)} weights in the files are not part of the model: {_listed(unused)}",)
     return network, notes
+
+
+def _read_quantized(
+    spec: ModelSpec, config: PreTrainedConfig, stated: Quantization, settings: Mapping[str, Any]
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """Return a network over packed weights, and transformers' report on the other weights."""
+    # Seen by transformers, the section would make it load the weights in its own way.
+    for part in (config, config.get_text_config()):
+        for key in ("quantization", "quantization_config"):
+            vars(part).pop(key, None)
+    base = read_quantized_base(Path(spec.path), stated)
+    kind = base.class_with_places(concrete_class(config))
+    loaded: Any = kind.from_pretrained(None, state_dict=dict(base.dense), **settings)
+    network, report = loaded
+    base.fill(network, TORCH_DTYPES[spec.dtype], torch.device(spec.device))
+    report["unexpected_keys"] = {*report["unexpected_keys"], *base.unused(network)}
+    return network, report
 
 
 def _attention(config: PreTrainedConfig) -> tuple[str | None, tuple[str, ...]]:
@@ -233,7 +250,7 @@ def _weights(network: PreTrainedModel) -> dict[str, Tensor]:
     weights: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in network.state_dict(keep_vars=True).items():
         weights.setdefault(id(tensor), (name, tensor.detach()))
-    return dict(weights.values())
+    return dict(weights.values()) | packed_tensors(network)
 
 
 @contextmanager

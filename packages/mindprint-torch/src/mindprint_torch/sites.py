@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from mindprint.contract import AdapterSite
 from mindprint.models.layer_names import is_fused_output
 from mindprint_torch.head import embedding_layer
+from mindprint_torch.packed_layers import PackedLinear
 
 
 def list_sites(network: PreTrainedModel) -> tuple[AdapterSite, ...]:
@@ -30,7 +31,7 @@ def _sites(network: PreTrainedModel) -> Iterator[AdapterSite]:
         elif is_fused_output(network.config.model_type, name):
             continue
         # A router may be a linear layer with another forward pass (PhiMoE), which LoRA's would replace.
-        elif isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        elif isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, PackedLinear.forward):
             yield AdapterSite(name, "linear", module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
             yield AdapterSite(name, "linear", module.nx, module.nf)

@@ -28,6 +28,19 @@ def model_class(config: PreTrainedConfig) -> Any:
     return _language_model(_named_class(config))
 
 
+def concrete_class(config: PreTrainedConfig) -> Any:
+    """Return transformers' own class for a base, or the subclass of it that has only its language model.
+
+    Raises:
+        ModelError: For a checkpoint that has no language model.
+    """
+    kind = model_class(config)
+    if kind is not AutoModelForCausalLM:
+        return kind
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    return mapping[type(config)]
+
+
 def _named_class(config: PreTrainedConfig) -> Any:
     """Return the class that the checkpoint names, or else transformers' class for such a configuration."""
     named = [getattr(transformers, name, None) for name in config.architectures or ()]
