@@ -92,7 +92,7 @@ def test_no_weights_at_all(backend: Backend, copy: Path) -> None:
 def test_truncated_weights(backend: Backend, copy: Path) -> None:
     whole = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    assert "SafetensorError" in refusal(backend, copy)
+    assert "is truncated" in refusal(backend, copy)
 
 
 def test_no_config(backend: Backend, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_encoder_decoder(backend: Backend, copy: Path) -> None:
 
 def test_quantized_base_by_its_config(backend: Backend, copy: Path) -> None:
     edit_config(copy, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "quantized (gptq); training here needs the full-precision base" in refusal(backend, copy)
+    assert "quant_method 'gptq' is not known here" in refusal(backend, copy)
 
 
 def test_quantized_base_by_the_spec(backend: Backend, copy: Path) -> None:

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from mindprint.contract import AdapterSite, Dtype, LoadedModel, LoraConfig, ModelSpec
 from mindprint.errors import ModelError, first_line
 from mindprint.models.folder import weight_files
-from mindprint.models.quantized import Quantization, read_quantization
+from mindprint.models.quantized import Quantization, quantized_weights, read_quantization
 from mindprint_torch.head import Head, embedding_layer, read_head
 from mindprint_torch.lora import NAME
 from mindprint_torch.optimizer import Optimizer
@@ -182,6 +182,8 @@ def _read_weights(spec: ModelSpec, config: PreTrainedConfig) -> tuple[PreTrained
         "output_loading_info": True,
     }
     stated = read_quantization(Path(spec.path))
+    # This refuses packed tensors without a word in config.json, which would be read as numbers.
+    quantized_weights(Path(spec.path))
     if spec.quantization and stated is None:
         raise ModelError(
             f"{spec.path}: the base is quantized ({spec.quantization}), and its config.json does not say how"

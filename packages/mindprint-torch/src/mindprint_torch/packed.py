@@ -40,7 +40,7 @@ class PackedWeight(ABC):
 
     @abstractmethod
     def values(self, rows: Rows) -> Tensor:
-        """Return some rows as numbers, float32 `[n, in]`, in memory of their own."""
+        """Return some rows as numbers, float32 `[n, in]`. The memory is new, so that it may be overwritten."""
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return the rows between two numbers, `[stop - start, in]`, in the dtype of the computation."""

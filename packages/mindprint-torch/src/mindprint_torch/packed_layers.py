@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from functools import cache
 from typing import Any
 
@@ -20,7 +19,7 @@ class _PackedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Stand in for the weight: right in shape, dtype and device, NaN in value, and one element in memory.
+        """Return a substitute for the weight: right in shape, dtype and device, NaN in value, and one element in memory.
 
         PEFT and transformers ask a layer's weight where it is and of which dtype. Whoever computes with it shall see.
         """
@@ -96,8 +95,7 @@ def prepare_packed(layer: Any) -> None:
     """Turn a layer into one over a packed weight, to be given as `packed`. Its dense weight is dropped."""
     del layer._parameters["weight"]
     layer.packed = None
-    kind: Hashable = type(layer)
-    layer.__class__ = _packed_class(kind)
+    layer.__class__ = _packed_class(type(layer))  # type: ignore[arg-type]  # a class is hashable
 
 
 @cache

@@ -42,8 +42,8 @@ STORED_DTYPES: Mapping[str, torch.dtype] = {
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor that is read from its file when transformers wants it, as it wants slices of its own files."""
+class LazyTensor:
+    """A tensor that is read from its file when transformers indexes it, as transformers does with its own files."""
 
     info: TensorInfo
     change: Change = "none"
@@ -60,7 +60,7 @@ class QuantizedBase:
     """A quantized base's tensors: packed ones by the name of their module, and the others by their own names."""
 
     packed: Mapping[str, QuantizedWeight]
-    dense: Mapping[str, StoredTensor]
+    dense: Mapping[str, LazyTensor]
 
     def class_with_places(self, kind: Any) -> Any:
         """Return a subclass of transformers' class for the base, whose layers are ready for the packed weights."""
@@ -91,7 +91,7 @@ class QuantizedBase:
             if path in modules:
                 _require_place(modules[path], weight)
                 prepare_packed(modules[path])
-        # A head that is the embedding has no tensor of its own in these files.
+        # These files have no tensor for a head that is the embedding.
         ties = dict(network.all_tied_weights_keys)
         packed = {f"{path}.weight" for path in self.packed}
         network.packed_ties = {
@@ -124,7 +124,7 @@ def read_quantized_base(folder: Any, stated: Quantization) -> QuantizedBase:
                 raise ModelError(f"{content.file}: {stored} is a stack of experts, which is not trained in packed form")
             packed[name.removesuffix(".weight")] = content
         else:
-            dense[name] = StoredTensor(content, names.change(stored, content.shape))
+            dense[name] = LazyTensor(content, names.change(stored, content.shape))
     return QuantizedBase(packed, dense)
 
 
