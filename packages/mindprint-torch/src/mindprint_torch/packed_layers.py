@@ -19,9 +19,9 @@ class _PackedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Return a substitute for the weight: right in shape, dtype and device, NaN in value, and one element in memory.
+        """Return a substitute for the weight, of its shape, dtype and device. It is NaN, and one element in memory.
 
-        PEFT and transformers ask a layer's weight where it is and of which dtype. Whoever computes with it shall see.
+        PEFT and transformers ask a layer's weight where it is and of which dtype. A product with this one is NaN.
         """
         shape = self._weight_shape()
         packed = self.packed
