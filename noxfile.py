@@ -260,6 +260,17 @@ def faults(session: nox.Session) -> None:
     run_in_both(session, "pytest", "tests/faults", *IN_PARALLEL, *session.posargs, env=ONE_THREAD)
 
 
+@nox.session(python=PYTHON, default=False)
+def voice(session: nox.Session) -> None:
+    """The voice score on real authors: `nox -s voice -- FOLDER`, which has a folder of two works for each of four."""
+    if not session.posargs:
+        session.error("name the folder of the authors: nox -s voice -- FOLDER")
+    install(session, ("core",), *TESTS)
+    folder = str(Path(session.posargs[0]).resolve())
+    session.run("pytest", "-s", "tests/voice", "--timeout=0", env={**ONE_THREAD, "MINDPRINT_AUTHORS": folder})
+    session.run("python", "benchmarks/voice.py", folder, env=ONE_THREAD)
+
+
 @nox.session(python=False, requires=["both"], default=False)
 def trust(session: nox.Session) -> None:
     """All that verify must find and must not: every fault, every sound form, and real models where they are named.

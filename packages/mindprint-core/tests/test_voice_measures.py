@@ -9,8 +9,9 @@ from mindprint.contract import Measure
 from mindprint.text.ngrams import characters, count_matrix, document_frequencies, grams, joined, word_tokens
 from mindprint.text.words import passages, plain, words
 from mindprint.voice.measures import (
-    CharacterModel,
     CosineDelta,
+    Surprise,
+    SymbolModel,
     Tfidf,
     TfidfCosine,
     ZScores,
@@ -112,15 +113,15 @@ def _primal(rows: np.ndarray, labels: np.ndarray, share: np.ndarray, penalty: fl
 
 def test_the_character_model_by_hand() -> None:
     """Read ` ab ` (no context): 4 symbols, 3 kinds: p(a) = (1 + 3/128)/7, p(space) = (2 + 3/128)/7, p(z) = 3/128/7."""
-    model = CharacterModel.of(["ab"], order=0)
+    model = SymbolModel.of([characters("ab")], 0, 128)
     a, space, z = ((count + 3 / 128) / 7 for count in (1, 2, 0))
-    assert model.log_prob("a") == pytest.approx((math.log(a) + 2 * math.log(space)) / 3)
-    assert model.log_prob("z") == pytest.approx((math.log(z) + 2 * math.log(space)) / 3)
+    assert model.log_probs([characters("a")])[-1, 0] == pytest.approx((math.log(a) + 2 * math.log(space)) / 3)
+    assert model.log_probs([characters("z")])[-1, 0] == pytest.approx((math.log(z) + 2 * math.log(space)) / 3)
 
 
 def test_the_character_model_interpolates_by_hand() -> None:
     """Of ` aab `, after `a`: a and b once each. p(a | a) = (1 + 2·p(a)) / 4, with p(a) = (2 + 3/128) / 8."""
-    model = CharacterModel.of(["aab"], order=1)
+    model = SymbolModel.of([characters("aab")], 1, 128)
     one = {sign: (count + 3 / 128) / 8 for sign, count in ((" ", 2), ("a", 2), ("b", 1))}
     after_space = 1 + 1  # a space (the padding) and an `a`
     p = [
@@ -130,7 +131,7 @@ def test_the_character_model_interpolates_by_hand() -> None:
         (1 + 2 * one["b"]) / (2 + 2),
         (1 + one[" "]) / (1 + 1),
     ]
-    assert model.log_prob("aab") == pytest.approx(float(np.log(p).mean()))
+    assert model.log_probs([characters("aab")])[-1, 0] == pytest.approx(float(np.log(p).mean()))
 
 
 @pytest.mark.parametrize("measure", measures(), ids=lambda measure: measure.name)
@@ -140,6 +141,18 @@ def test_every_measure_prefers_the_person(measure: Measure) -> None:
     assert own > other
     assert decide([]).shape == (0,)
     assert np.isfinite(decide(["", "?!", "ξένος"])).all()
+
+
+@pytest.mark.parametrize("symbols", ["characters", "words"])
+def test_a_model_decides_on_each_text_as_a_fit_without_its_fold(symbols: str) -> None:
+    own = [*OWN, "and so on and so the cat", "the dog and so", ""]
+    measure = Surprise("surprise", symbols, 2, 128)
+    decided = measure.left_out(own, OTHERS, 2)
+    assert decided.shape == (7,)
+    for fold in (0, 1):
+        fitted = measure.fit(own[1 - fold :: 2], OTHERS[1 - fold :: 2])
+        assert decided[:5][fold::2] == pytest.approx(fitted(own[fold::2]), abs=1e-12)
+        assert decided[5:][fold::2] == pytest.approx(fitted(OTHERS[fold::2]), abs=1e-12)
 
 
 def test_unit_rows_leave_nothing_alone() -> None:

@@ -54,12 +54,15 @@ def test_it_tells_writers_apart_and_better_than_chance_alone() -> None:
 
 
 def test_text_that_set_no_end_scores_one_and_nought() -> None:
-    ends = scale()
-    own, others = score(ends.score(HELD_OUT[1::2])), score(ends.score(HELD_OUT_OTHERS[1::2]))
+    # The standard error of 15 texts is about the tolerance. Both the ends and the scored texts are more here.
+    more = writer(1, 150, WORDS)
+    ends = scorer().calibrated(HELD_OUT_OTHERS[::2], more[::2])
+    assert isinstance(ends, Scale)
+    own, others = score(ends.score(more[1::2])), score(ends.score(HELD_OUT_OTHERS[1::2]))
     assert own.value == pytest.approx(1, abs=0.15) and own.low < 1 < own.high
     assert others.value == pytest.approx(0, abs=0.15) and others.low < 0 < others.high
-    assert set(own.measures) == {"characters", "words", "delta", "surprise"}
-    assert (own.texts, own.words, own.empty) == (15, 15 * WORDS, 0)
+    assert set(own.measures) == {"characters", "words", "delta", "surprise", "phrases"}
+    assert (own.texts, own.words, own.empty) == (75, 75 * WORDS, 0)
 
 
 def test_fitted_text_left_out_in_turn_is_as_good_an_end() -> None:

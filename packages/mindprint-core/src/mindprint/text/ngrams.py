@@ -6,6 +6,7 @@ Keys are hashes. Two n-grams share a key with a probability of 1 in 2^64, and th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 
 import numpy as np
@@ -27,9 +28,21 @@ def characters(text: str) -> UInt64:
     return np.frombuffer(f" {plain(text)} ".encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
 
 
+# Each measure reads every text, and one with folds several times.
+@lru_cache(maxsize=1024)
 def word_tokens(text: str) -> UInt64:
-    """Return a symbol per word (case folded) or sign of punctuation, the same in every process: uint64 `[tokens]`."""
-    return np.array([_symbol(token) for token in tokens(plain(text).casefold())], dtype=np.uint64)
+    """Return a symbol per word (case folded) or sign of punctuation, the same in every process: uint64 `[tokens]`.
+
+    The array cannot be written to, because all callers share it.
+    """
+    symbols = word_symbols(tokens(plain(text).casefold()))
+    symbols.setflags(write=False)
+    return symbols
+
+
+def word_symbols(words: Sequence[str]) -> UInt64:
+    """Return a symbol per word, the same in every process: uint64 `[words]`."""
+    return np.array([_symbol(word) for word in words], dtype=np.uint64)
 
 
 def grams(symbols: UInt64, lowest: int, highest: int) -> list[UInt64]:
@@ -88,6 +101,8 @@ def _extended(hashed: UInt64, symbols: UInt64) -> UInt64:
     return ((mixed ^ (mixed >> _SHIFT)) + symbols) * _FINISH
 
 
+# Texts say the same words again and again. The bound keeps a long run from filling the memory.
+@lru_cache(maxsize=2**16)
 def _symbol(token: str) -> int:
     # Python's `hash` of a string differs from process to process.
     return int.from_bytes(blake2b(token.encode(), digest_size=8).digest(), "little")

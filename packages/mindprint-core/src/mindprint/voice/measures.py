@@ -1,6 +1,6 @@
 """The measures of a voice: each is fitted on a person against a background, and then gives every text a number.
 
-Four measures make different errors. `scoring` standardises and averages them:
+Five measures make different errors. `scoring` standardises and averages them:
 
 - `characters`: 1- to 5-grams of characters, TF-IDF, a ridge classifier. Character n-grams with TF-IDF are the baseline
   of PAN's authorship verification tasks (Kestemont et al. 2020), there compared by cosine.
@@ -8,8 +8,9 @@ Four measures make different errors. `scoring` standardises and averages them:
 - `delta`: z-scores of word frequencies, as in Burrows's Delta (2002), a ridge classifier in place of a distance.
 - `surprise`: nats per character under a character model of the background, less those under the person's: compression
   as attribution (Teahan & Harper 2003), with interpolated Witten-Bell smoothing (1991).
+- `phrases`: the same per word, with two words of context: a language model for each author (Huang et al. 2024).
 
-`TfidfCosine` and `CosineDelta` are the classical forms. benchmarks/voice.py compares them with the four.
+`TfidfCosine` and `CosineDelta` are the classical forms. benchmarks/voice.py compares them with the five.
 """
 
 from __future__ import annotations
@@ -40,9 +41,6 @@ VOCABULARY = 10_000
 
 RIDGE = 1.0
 """Weight of the ridge penalty in units of the mean squared length of the centred rows."""
-
-MODEL_ORDER = 3
-"""Characters of context in `surprise`."""
 
 
 class Rows(Protocol):
@@ -218,8 +216,8 @@ class _Order:
 
 
 @dataclass(frozen=True, eq=False)
-class CharacterModel:
-    """A character model, each order interpolated with the one below (Witten & Bell 1991, method C).
+class SymbolModel:
+    """A model of symbols, each order interpolated with the one below (Witten & Bell 1991, method C).
 
     `p_n(c | h) = (count(h c) + kinds(h) · p_{n-1}(c | h')) / (total(h) + kinds(h))`, with 1 / `alphabet` at the bottom.
     """
@@ -228,18 +226,25 @@ class CharacterModel:
     alphabet: int
 
     @classmethod
-    def of(cls, texts: Sequence[str], order: int = MODEL_ORDER, alphabet: int = 128) -> CharacterModel:
-        """Count the n-grams of texts, with up to `order` characters of context."""
+    def of(cls, texts: Sequence[UInt64], order: int, alphabet: int) -> SymbolModel:
+        """Count the n-grams of texts, with up to `order` symbols of context."""
         symbols = [_padded(text, order) for text in texts]
         return cls(tuple(_order(symbols, n, order) for n in range(order + 1)), alphabet)
 
-    def log_prob(self, text: str) -> float:
-        """Return the mean log-prob of the plain text's characters, in nats."""
+    def log_probs(self, texts: Sequence[UInt64]) -> Float64:
+        """Return the mean log-prob of each text's symbols under each order, in nats: float64 `[orders, texts]`.
+
+        The first order has no context, the last one the longest. A text without symbols gets 0.
+        """
         order = len(self.orders) - 1
-        symbols = _padded(text, order)
-        p = np.full(len(symbols) - order, 1 / self.alphabet)
-        for n, level in enumerate(self.orders):
-            contexts, keys = _with_contexts(symbols, n, order)
+        symbols = [_padded(text, order) for text in texts]
+        owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+        sizes = np.maximum(np.bincount(owner, minlength=len(texts)), 1)
+        p = np.full(len(owner), 1 / self.alphabet)
+        means = np.zeros((order + 1, len(texts)))
+        # All texts are read in one go: a call of NumPy for each text and order would take longer than the sums.
+        for n, level in enumerate(self.orders if texts else ()):
+            contexts, keys = _joined_contexts(symbols, n, order)
             place, known = lookup(level.contexts, contexts)
             # `lookup` returns a place for unknown keys too. The product with `known` makes their counts 0.
             total, kinds = level.totals[place] * known, level.kinds[place] * known
@@ -247,28 +252,34 @@ class CharacterModel:
             count = level.counts[place] * seen
             # A context that was never seen says nothing, so the probability of the order below stays.
             p = np.where(known, (count + kinds * p) / np.maximum(total + kinds, 1), p)
-        return float(np.log(p).mean())
+            means[n] = np.bincount(owner, weights=np.log(p), minlength=len(texts)) / sizes
+        return means
 
 
-def _padded(text: str, order: int) -> UInt64:
-    """Return the characters after `order` spaces, so that the first has a context too. Never empty."""
-    return np.concatenate([np.full(order, ord(" "), dtype=np.uint64), characters(text)])
+def _padded(text: UInt64, order: int) -> UInt64:
+    """Return the symbols after `order` spaces, so that the first has a context too."""
+    return np.concatenate([np.full(order, ord(" "), dtype=np.uint64), text])
 
 
 def _with_contexts(symbols: UInt64, n: int, order: int) -> tuple[UInt64, UInt64]:
-    """Return for each character after the padding the key of the `n` before it, and the key of those with it."""
-    # Each order starts at its own context's first character, so that every order has one entry per character.
+    """Return for each symbol after the padding the key of the `n` before it, and the key of those with it."""
+    # Each order starts at its own context's first symbol, so that every order has one entry per symbol.
     length = len(symbols) - order
     keys = grams(symbols[order - n :], n + 1, n + 1)[0]
     if n == 0:
         return np.zeros(length, dtype=np.uint64), keys
-    # The last n-gram would be the context of a character after the end of the text.
+    # The last n-gram would be the context of a symbol after the end of the text.
     return grams(symbols[order - n :], n, n)[0][:length], keys
 
 
-def _order(texts: Sequence[UInt64], n: int, order: int) -> _Order:
+def _joined_contexts(texts: Sequence[UInt64], n: int, order: int) -> tuple[UInt64, UInt64]:
     parts = [_with_contexts(symbols, n, order) for symbols in texts]
     contexts, keys = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
+    return contexts, keys
+
+
+def _order(texts: Sequence[UInt64], n: int, order: int) -> _Order:
+    contexts, keys = _joined_contexts(texts, n, order)
     unique, first, counts = np.unique(keys, return_index=True, return_counts=True)
     # Each different key is one kind of symbol after its context. So the keys of a context count its kinds, and their
     # counts add up to its total.
@@ -279,18 +290,60 @@ def _order(texts: Sequence[UInt64], n: int, order: int) -> _Order:
 
 @dataclass(frozen=True)
 class Surprise:
-    """The surprise of a text under a model of the background less that under the person's, in nats per character."""
+    """The surprise of a text under a model of the background less that under the person's, in nats per symbol."""
 
-    name: str = "surprise"
+    name: str
+    symbols: str  # "characters" or "words"
+    order: int
+    alphabet: int
 
     def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:
-        """Fit a character model on each side."""
-        person, others = CharacterModel.of(own), CharacterModel.of(background)
+        """Fit a model of symbols on each side."""
+        person, others = (SymbolModel.of([self._read(text) for text in side], self.order, self.alphabet)
+                          for side in (own, background))  # fmt: skip
 
         def decide(texts: Sequence[str]) -> Float64:
-            return np.array([person.log_prob(text) - others.log_prob(text) for text in texts], dtype=np.float64)
+            symbols = [self._read(text) for text in texts]
+            difference: Float64 = person.log_probs(symbols)[-1] - others.log_probs(symbols)[-1]
+            return difference
 
         return decide
+
+    def left_out(self, own: Sequence[str], background: Sequence[str], folds: int) -> Float64:
+        """Return the decisions on all fitted texts, own first, each by models without that text's fold."""
+        texts = [self._read(text) for text in (*own, *background)]
+        sides = np.repeat([0, 1], [len(own), len(background)])
+        fold = np.concatenate([np.arange(len(own)) % folds, np.arange(len(background)) % folds])
+        owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+        if not len(owner):
+            return np.zeros(len(texts))
+        symbols = [_padded(text, self.order) for text in texts]
+        p = np.full((2, len(owner)), 1 / self.alphabet)
+        for n in range(self.order + 1):
+            contexts, keys = _joined_contexts(symbols, n, self.order)
+            _, first, key = np.unique(keys, return_index=True, return_inverse=True)
+            heads, context = np.unique(contexts, return_inverse=True)
+            head = context[first]
+            # The n-grams are numbered once, and counted by side and fold. The counts of all folds but one are then a
+            # sum, where a model for each fold would sort the n-grams again.
+            part = (sides * folds + fold)[owner] * len(first) + key
+            counts = np.bincount(part, minlength=2 * folds * len(first)).reshape(2, folds, len(first))
+            for side in (0, 1):
+                whole = counts[side].sum(axis=0)
+                for number in range(folds):
+                    here = np.flatnonzero(fold[owner] == number)
+                    count = whole - counts[side, number]
+                    total = np.bincount(head, weights=count, minlength=len(heads))[context[here]]
+                    kinds = np.bincount(head, weights=count > 0, minlength=len(heads))[context[here]]
+                    below = p[side, here]
+                    seen = (count[key[here]] + kinds * below) / np.maximum(total + kinds, 1)
+                    p[side, here] = np.where(total > 0, seen, below)
+        sizes = np.maximum(np.bincount(owner, minlength=len(texts)), 1)
+        decided: Float64 = np.bincount(owner, weights=np.log(p[0] / p[1]), minlength=len(texts)) / sizes
+        return decided
+
+    def _read(self, text: str) -> UInt64:
+        return characters(text) if self.symbols == "characters" else word_tokens(text)
 
 
 @dataclass(frozen=True)
@@ -346,5 +399,6 @@ def measures() -> tuple[Measure, ...]:
         RidgeMeasure("characters", _NGrams("characters", 1, 5), "tfidf"),
         RidgeMeasure("words", _NGrams("words", 1, 2), "hellinger"),
         RidgeMeasure("delta", _NGrams("words", 1, 1), "zscores"),
-        Surprise(),
+        Surprise("surprise", "characters", 3, 128),
+        Surprise("phrases", "words", 2, 20_000),
     )

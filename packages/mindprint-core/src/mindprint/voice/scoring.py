@@ -11,8 +11,10 @@ never a number. docs/voice.md has the limits of the score.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from statistics import median
 
@@ -20,7 +22,8 @@ import numpy as np
 
 from mindprint.contract import Bool, Fitted, Float64, Measure
 from mindprint.text.words import passages, word_count
-from mindprint.voice.measures import FittedRidge, measures
+from mindprint.voice.gates import EMPTY, NO_GATES, Gates, fit_gates
+from mindprint.voice.measures import FittedRidge, Surprise, measures
 
 MIN_FITTED_WORDS = 500
 """Words that a fit needs of the person, and of the background."""
@@ -36,6 +39,13 @@ ENOUGH_PASSAGES = 20
 
 SHORTEST_PASSAGE, LONGEST_PASSAGE = 20, 500
 """Limits of the words of a passage, which otherwise has the median length of the person's texts."""
+
+CERTAINTY = 3.0
+"""Log odds at the two ends of the scale: text like the person's average counts 0.95 before it is placed between them.
+
+A straight line would count a caricature more than the person, and the middle between two people as half of one. The
+curve is that of a posterior probability. It was fixed before it was measured on the authors of docs/voice.md.
+"""
 
 FOLDS = 5
 RESAMPLES = 1000
@@ -68,7 +78,8 @@ class VoiceScore:
 
     `value` is 0 at the floor and 1 at the ceiling. `low` and `high` are its 95 % bootstrap interval over texts, where
     floor and ceiling are drawn again too. `words` and `texts` were scored. `empty` of the texts have no word and count
-    as at the floor. `measures` has each measure by itself, on the same scale.
+    as at the floor. So do those that failed a gate: `failed` has the number of texts by reason, the empty ones
+    included. `measures` has each measure by itself, on a straight scale.
     """
 
     value: float
@@ -78,10 +89,16 @@ class VoiceScore:
     texts: int
     empty: int
     measures: Mapping[str, float]
+    failed: Mapping[str, int] = field(default_factory=dict)
 
 
 def fit_scorer(
-    reference: VoiceReference, *, extra: Sequence[Measure] = (), passage_words: int | None = None, seed: int = 0
+    reference: VoiceReference,
+    *,
+    extra: Sequence[Measure] = (),
+    passage_words: int | None = None,
+    seed: int = 0,
+    gates: Gates | None = None,
 ) -> VoiceScorer | NotScored:
     """Fit every measure on the person against the background.
 
@@ -90,6 +107,7 @@ def fit_scorer(
         extra: Measures of plugins. They are reported, and never averaged into the score.
         passage_words: The length to which texts are cut. Default: the median length of the person's texts.
         seed: The seed of the bootstrap draws.
+        gates: What an answer must pass for its voice to count. Default: gates fitted on the reference.
 
     Returns:
         A scorer, or a `NotScored` if the person or the background has too few words.
@@ -104,7 +122,8 @@ def fit_scorer(
     for whose, pieces in (("the person's training text", own), ("the background", background)):
         if len(pieces) < FOLDS:
             return NotScored(f"{whose} makes {len(pieces)} passages of {length} words: {FOLDS} are needed")
-    return VoiceScorer(tuple(_standardised(m, own, background) for m in (*measures(), *extra)), length, seed)
+    fitted = tuple(_standardised(m, own, background) for m in (*measures(), *extra))
+    return VoiceScorer(fitted, length, seed, fit_gates(own, background, seed=seed) if gates is None else gates)
 
 
 End = tuple[Float64, Sequence[str] | None]
@@ -137,6 +156,7 @@ class VoiceScorer:
     fitted: tuple[Standardised, ...]
     passage_words: int
     seed: int = 0
+    gates: Gates = NO_GATES
 
     def decisions(self, texts: Sequence[str]) -> Float64:
         """Return the combined decision on each text, float64 `[texts]`: higher is more like the person.
@@ -184,8 +204,9 @@ class VoiceScorer:
         # All measures are NaN for the same texts, those without a word, so the first measure shows which.
         scale = Scale(self, *(found[:, ~np.isnan(found[0])] for found, _ in (floor, ceiling)))
         low, high = scale.drawn_ends()
-        # The ceiling must be above the floor in 97.5 % of the draws: else a score would divide by chance.
-        if np.quantile(high - low, 0.025) <= 0:
+        # The ceiling must be above the floor in 97.5 % of the draws: else a score would divide by chance. Where it is
+        # below, the curve between them would fall, and its draws would look right.
+        if scale.length <= 0 or np.quantile(high - low, 0.025) <= 0:
             return NotScored(
                 "the person's held-out text cannot be told from the floor, so there is not a scale between them"
             )
@@ -221,48 +242,83 @@ class Scale:
             return NotScored(f"all {len(texts)} answers are empty" if texts else "there are no answers")
         if count < MIN_SCORED_WORDS:
             return NotScored(f"{count} words in {len(texts)} answers: {MIN_SCORED_WORDS} are needed", count)
+        reasons = self.scorer.gates.reasons(texts)
+        failed = empty | np.array([reason is not None for reason in reasons])
         floor, ceiling = self.floor.mean(axis=1, keepdims=True), self.ceiling.mean(axis=1, keepdims=True)
-        # Without empty answers the mean would reward a model that is silent wherever its voice fails.
-        found = np.where(empty, floor, found)
-        shares = (found - floor).mean(axis=1) / _away_from_zero((ceiling - floor)[:, 0])
-        draws = self._drawn_values(found, empty)
+        # Without these answers the mean would reward a model that is silent, or loops, wherever its voice fails.
+        shares = np.where(failed, 0, found - floor).mean(axis=1) / _away_from_zero((ceiling - floor)[:, 0])
+        shown = np.where(failed, self._end_values[0], self.values(found))
+        draws = self._drawn_scores(shown, failed)
+        low_end, high_end = self._end_values
         return VoiceScore(
-            value=self._value(found),
+            value=(float(shown.mean()) - low_end) / (high_end - low_end),
             low=float(np.quantile(draws, 0.025)),
             high=float(np.quantile(draws, 0.975)),
             words=count,
             texts=len(texts),
             empty=int(empty.sum()),
             measures={m.name: float(share) for m, share in zip(self.scorer.fitted, shares, strict=True)},
+            failed=dict(Counter(reason or EMPTY for reason, fails in zip(reasons, failed, strict=True) if fails)),
         )
+
+    @cached_property
+    def _end_means(self) -> tuple[float, float]:
+        floor, ceiling = (float(self.scorer.combined(end).mean()) for end in (self.floor, self.ceiling))
+        return floor, ceiling
+
+    @property
+    def length(self) -> float:
+        """Return the ceiling's mean decision less the floor's, before the curve."""
+        floor, ceiling = self._end_means
+        return ceiling - floor
+
+    @cached_property
+    def _end_values(self) -> tuple[float, float]:
+        floor, ceiling = (float(self.values(end).mean()) for end in (self.floor, self.ceiling))
+        return floor, ceiling
+
+    def values(self, found: Float64) -> Float64:
+        """Return how far each text reads as the person's, between 0 and 1: float64 `[measures, texts]` to `[texts]`."""
+        floor, _ = self._end_means
+        place = (self.scorer.combined(found) - floor) / float(_away_from_zero(np.array(self.length)))
+        shares: Float64 = 1 / (1 + np.exp(-2 * self._certainty * (np.clip(place, -10, 10) - 0.5)))
+        return shares
+
+    @cached_property
+    def _certainty(self) -> float:
+        """Return the log odds at the ends of the scale: those of two normal distributions, at most `CERTAINTY`."""
+        floor, ceiling = (float(self.scorer.combined(end).var()) for end in (self.floor, self.ceiling))
+        # The log odds at either mean of two normals with one variance are d'² / 2 (Green & Swets 1966).
+        return min(CERTAINTY, self.length**2 / max(floor + ceiling, 1e-12))
 
     def drawn_ends(self) -> tuple[Float64, Float64]:
         """Return bootstrap means of floor and ceiling, `[RESAMPLES]` each, with the same draws at every call."""
         # The ends have a random stream for themselves, so all scores on a scale use the same drawn ends.
         rng = np.random.default_rng([self.scorer.seed, 0])
-        floor, ceiling = (_resampled(self.scorer.combined(end), rng) for end in (self.floor, self.ceiling))
+        floor, ceiling = (_resampled(self.values(end), rng) for end in (self.floor, self.ceiling))
         return floor.mean(axis=1), ceiling.mean(axis=1)
 
-    def _value(self, found: Float64) -> float:
-        text, floor, ceiling = (float(self.scorer.combined(end).mean()) for end in (found, self.floor, self.ceiling))
-        return (text - floor) / (ceiling - floor)
-
-    def _drawn_values(self, found: Float64, empty: Bool) -> Float64:
+    def _drawn_scores(self, values: Float64, failed: Bool) -> Float64:
         floor, ceiling = self.drawn_ends()
         rng = np.random.default_rng([self.scorer.seed, 1])
-        above = self.scorer.combined(found)[:, None]
-        picks = rng.integers(0, len(above), (RESAMPLES, len(above)))
-        # An empty text is at the floor of its draw, so that it counts as 0 in each draw and not only on average.
-        drawn = np.where(empty[picks], floor[:, None], above[picks, 0]).mean(axis=1)
-        values: Float64 = (drawn - floor) / _away_from_zero(ceiling - floor)
-        return values
+        picks = rng.integers(0, len(values), (RESAMPLES, len(values)))
+        # A failed text is at the floor of its draw, so that it counts as 0 in each draw and not only on average.
+        drawn = np.where(failed[picks], floor[:, None], values[picks]).mean(axis=1)
+        scores: Float64 = (drawn - floor) / _away_from_zero(ceiling - floor)
+        return scores
 
 
 def _standardised(measure: Measure, own: Sequence[str], background: Sequence[str]) -> Standardised:
     fitted = measure.fit(own, background)
     # A fit is too sure of the passages that it has seen, so each is decided by a fit without it. A ridge classifier
-    # has those decisions already. Any other measure is fitted again for each fold.
-    decided = fitted.learned.left_out if isinstance(fitted, FittedRidge) else _by_folds(measure, own, background)
+    # has those decisions already, and a model of symbols counts once for all folds. Any other measure is fitted again
+    # for each fold.
+    if isinstance(fitted, FittedRidge):
+        decided = fitted.learned.left_out
+    elif isinstance(measure, Surprise):
+        decided = measure.left_out(own, background, FOLDS)
+    else:
+        decided = _by_folds(measure, own, background)
     person, others = decided[: len(own)], decided[len(own) :]
     centre = float(others.mean())
     # A measure that gives all passages one number has no spread. Divided by 1 it stays at 0.
