@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from mindprint.contract import QUANTIZED_FORMATS
 from mindprint_testing import BackendConformance
 
 
@@ -11,4 +12,4 @@ class TestConformance(BackendConformance):
     backend_name = "torch"
     # On a machine with a GPU, `MINDPRINT_TEST_DEVICE=cuda` runs the same suite there.
     device = os.environ.get("MINDPRINT_TEST_DEVICE", "cpu")
-    capabilities = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding"})
+    capabilities = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding", *QUANTIZED_FORMATS})

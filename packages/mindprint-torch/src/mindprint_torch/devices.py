@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from mindprint.contract import BackendInfo, DeviceInfo, Dtype
+from mindprint.contract import QUANTIZED_FORMATS, BackendInfo, DeviceInfo, Dtype
 
 LIBRARIES = ("torch", "transformers", "peft", "trl")
 MPS_NOTE = (
@@ -24,7 +24,7 @@ def backend_info() -> BackendInfo:
     return BackendInfo(
         name="torch",
         devices=(_cuda(), _cpu(), mps),
-        capabilities=frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding"}),
+        capabilities=frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding", *QUANTIZED_FORMATS}),
         libraries={name: _version(name) for name in LIBRARIES} | {"threads": str(torch.get_num_threads())},
         notes=(MPS_NOTE,) if mps.usable else (),
     )
