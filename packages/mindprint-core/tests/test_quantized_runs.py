@@ -81,6 +81,9 @@ def scaled(run: Path, factor: float) -> Path:
 def test_a_run_on_a_quantized_base_is_verified_and_merged_into_full_precision(trained: Path, bases: Path) -> None:
     fingerprint = json.loads((trained / "adapter" / "fingerprint.json").read_text())
     assert fingerprint["base"]["settings"]["quantization"] == "affine, 4 bits, groups of 32"
+    card = (trained / "adapter" / "README.md").read_text()
+    assert "The base was quantized in training (affine, 4 bits, groups of 32)." in card
+    assert "mindprint convert path/to/this/folder converted --to mlx-lm" in card
     assert mindprint.verify(trained).findings == ()
     merged = mindprint.merge(trained, "merged")
     assert merged.verification is not None and merged.verification.findings == ()

@@ -21,7 +21,16 @@ from mindprint.adapter.weight_changes import WeightChange
 from mindprint.contract import Float32
 from mindprint.errors import ModelError
 from mindprint.models.folder import INDEX_FILE, SINGLE_FILE, model_config
-from mindprint.models.quantized import QuantizedWeight, Scheme, StoredTensor, affine, quantized_weights, read_rows
+from mindprint.models.quantized import (
+    QuantizedWeight,
+    Scheme,
+    StoredTensor,
+    affine,
+    quantized_weights,
+    read_quantization,
+    read_rows,
+)
+from mindprint.models.quantized.mlx_names import MlxNames, mlx_names
 from mindprint.models.tensor_files import FLOATS, INTEGERS, TensorInfo, from_float32
 
 SHARD_BYTES = 5 * 10**9
@@ -146,6 +155,23 @@ def rewritten_config(base: Path, grid: Path | None) -> dict[str, Any]:
         stated = model_config(grid)
         config |= {name: stated[name] for name in SECTIONS if name in stated}
     return config
+
+
+def layout_note(base: Path) -> str | None:
+    """Return a note on a merge of a base whose tensors mlx-lm gave other names or values than transformers."""
+    stated = read_quantization(base)
+    if stated is None or stated.family != "mlx":
+        return None
+    try:
+        names = mlx_names(model_config(base))
+    except ModelError:
+        names = None
+    if names == MlxNames():
+        return None
+    return (
+        "the merged model keeps the names and values that mlx-lm gave the base's tensors: load it with mlx-lm. For "
+        "transformers, merge with --into and the model that the base was made of"
+    )
 
 
 def _without_sections(config: Mapping[str, Any]) -> dict[str, Any]:

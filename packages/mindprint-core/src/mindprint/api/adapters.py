@@ -21,6 +21,7 @@ from mindprint.adapter.formats import (
 )
 from mindprint.adapter.merging import merged_folder, read_record, refuse_taken
 from mindprint.adapter.mlx_lm_config import corrected_config, missing_keys, mlx_lm_note
+from mindprint.adapter.rewriting import layout_note
 from mindprint.adapter.targets import is_router, is_stack
 from mindprint.api.options import Notices, OnNotice, backend_section
 from mindprint.api.results import ConvertResult, MergeResult, VerifyResult
@@ -218,6 +219,8 @@ def merge(
     _refuse_own_weights(located.adapter, base)
     if note := unmatched_note(located.adapter, base.path):
         notices(note)
+    if note := layout_note(base.path):
+        notices(note, warning=True)
     # A merge without a backend is still useful on a machine that only stores models.
     computes = verify and bool(installed(BACKENDS))
     if quantize and not computes:

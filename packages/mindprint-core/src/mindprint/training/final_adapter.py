@@ -10,6 +10,7 @@ from mindprint.adapter.peft_format import write_adapter
 from mindprint.config import Config
 from mindprint.contract import AdapterState
 from mindprint.models.folder import ModelFolder
+from mindprint.models.quantized import read_quantization
 from mindprint.training.objectives import OBJECTIVES
 from mindprint.trust.fingerprint import FILE_NAME as FINGERPRINT_FILE
 from mindprint.trust.fingerprint import Fingerprint, fingerprint_json
@@ -41,14 +42,37 @@ tags: [lora, mindprint]
 A LoRA adapter trained by Mindprint {__version__} with {" then ".join(stages)}: rank {lora.r}, alpha {lora.alpha:g},
 {len(lora.target_modules)} modules, {adapter.elements:,} elements in float32.
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("{model.name}")
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
-```
-
+{_loading(model)}
 `{FINGERPRINT_FILE}` records its digests, and the log-probs that it computed where it was trained.
 You can recompute them anywhere with `mindprint verify path/to/this/folder`.
 """
+
+
+_PEFT = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{name}")
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+"""
+
+_MLX_LM = """```
+mindprint convert path/to/this/folder converted --to mlx-lm
+mlx_lm.generate --model {name} --adapter-path converted --prompt "..."
+```
+"""
+
+
+def _loading(model: ModelFolder) -> str:
+    """Return how to load the adapter, with a word on the bits of a quantized base."""
+    stated = read_quantization(model.path)
+    if stated is None:
+        return _PEFT.format(name=model.name)
+    # transformers does not read the folders that mlx-lm quantized.
+    example = _MLX_LM if stated.family == "mlx" else _PEFT
+    bits = (
+        f"\nThe base was quantized in training ({stated}). On other bits the adapter has another effect.\n"
+        "`mindprint verify path/to/this/folder --any-quantization --model BASE` measures how much of it is there.\n"
+    )
+    return example.format(name=model.name) + bits
