@@ -72,6 +72,7 @@ def test_other_held_out_text_and_other_bases_are_cautioned(
     [
         (["--compare", "{first}"], "two or more runs"),
         (["{first}", "{first}"], "one PATH is measured at a time"),
+        (["{first}", "generation.seed=1"], "generation.seed=1 is a setting, and eval takes none"),
         (["--compare", "{first}", "{first}/nothing"], "no such folder"),
     ],
 )

@@ -40,18 +40,23 @@ known to 2^-7 in float16 and to 2^-4 in bfloat16, and the mean error over many t
 FLOAT32_ROUNDING = 2.0**-24
 """Half a unit in the last place of float32, relative to the value."""
 
+ROUNDINGS: Mapping[Dtype, float] = {"float32": FLOAT32_ROUNDING, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+"""Half a unit in the last place of each dtype, relative to the value."""
+
 MEAN_ERRORS, GREATEST_ERRORS, LOG_PROB_ROUNDINGS = 2.5, 100.0, 8.0
-"""How many times `float32_error` two float32 evaluations may differ, on average and at one token, and how many
-roundings of a log-prob's own size are allowed on top. docs/fingerprint.md has the measurements."""
+"""How many times `log_prob_error` two evaluations may differ, on average and at one token, and how many roundings of a
+log-prob's own size are allowed on top in float32. docs/fingerprint.md has the measurements."""
 
 
-def float32_error(layers: int, width: int) -> float:
-    """Return the expected error of a log-prob that float32 computes through `layers` layers of `width` units.
+def log_prob_error(dtype: Dtype, layers: int, width: int) -> float:
+    """Return the expected error of a log-prob that a dtype computes through `layers` layers of `width` units.
 
-    A product over `width` terms collects `width` roundings of 2^-24 with random signs, which grow as their square root
-    (Higham 2002, section 2.8). The layers of a residual stream add errors that are independent: a square root again.
+    In float32 a product over `width` terms collects `width` roundings of 2^-24 with random signs, which grow as their
+    square root (Higham 2002, section 2.8). In 16 bits products are summed in float32, and what is rounded is the
+    residual stream, twice in each layer. The layers add errors that are independent: a square root again.
     """
-    return FLOAT32_ROUNDING * math.sqrt(layers * width)
+    roundings = layers * width if dtype == "float32" else 2 * layers
+    return ROUNDINGS[dtype] * math.sqrt(roundings)
 
 
 SFT_TOLERANCE = 1e-5

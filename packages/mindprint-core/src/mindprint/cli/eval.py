@@ -52,6 +52,12 @@ def command(
     if compare:
         show_compared(paths, as_json=as_json)
         return 0
+    # A run is measured with its own settings. `eval.x=1` of other commands must not be taken for a second folder.
+    if given := [str(path) for path in paths if "=" in str(path) and not path.exists()]:
+        raise click.UsageError(
+            f"{given[0]} is a setting, and eval takes none: a run is measured with the settings of its config.yaml; "
+            "train with others, or use --heldout, --no-answers, --backend, --device and --model"
+        )
     if len(paths) > 1:
         raise click.UsageError("one PATH is measured at a time; --compare shows runs side by side")
     path = paths[0] if paths else Path()

@@ -28,7 +28,7 @@ from mindprint.tolerances import (
     LOG_PROB_ROUNDINGS,
     MEAN_ERRORS,
     PROBE_TOLERANCES,
-    float32_error,
+    log_prob_error,
 )
 from mindprint.trust.report import Comparison, Tolerance
 
@@ -105,7 +105,7 @@ def measure_noise(backend: Backend, model: LoadedModel, probe: Probe, alone: Flo
 def tolerance(dtypes: Sequence[Dtype], *noises: Noise | None, config: Mapping[str, Any] | None = None) -> Tolerance:
     """Return the allowed difference of two evaluations: the coarser dtype's bound, or the measured noise if wider.
 
-    `config` is the base's config.json. In float32 a deeper and wider base rounds more, and the bound grows with both.
+    `config` is the base's config.json. A deeper base rounds more, in float32 a wider one too, and the bound grows.
     """
     # The coarser of two computations decides how far they can agree.
     coarsest = max(dtypes, key=lambda dtype: PROBE_TOLERANCES[dtype])
@@ -115,14 +115,13 @@ def tolerance(dtypes: Sequence[Dtype], *noises: Noise | None, config: Mapping[st
     wider = max(1.0, min(max(measured, default=0.0), MOST))
     reason = f"rounding of {coarsest}" if wider <= 1 else f"{NOISE_FACTOR:g} times the measured noise"
     allowed = Tolerance(wider * mean, wider * greatest, reason)
-    if coarsest != "float32":
-        return allowed
-    relative = LOG_PROB_ROUNDINGS * FLOAT32_ROUNDING
     layers, width = _configured(config or {}, *_LAYERS), _configured(config or {}, *_WIDTHS)
-    error = float32_error(layers, width) if layers and width else 0.0
+    error = log_prob_error(coarsest, layers, width) if layers and width else 0.0
     if MEAN_ERRORS * error > allowed.mean or GREATEST_ERRORS * error > allowed.greatest:
-        reason = f"rounding of float32 through {layers} layers of width {width}"
+        reason = f"rounding of {coarsest} through {layers} layers of width {width}"
     mean, greatest = max(allowed.mean, MEAN_ERRORS * error), max(allowed.greatest, GREATEST_ERRORS * error)
+    # The bounds of 16 bits have the size of log-probs in them. In float32 they are small enough for it to count.
+    relative = LOG_PROB_ROUNDINGS * FLOAT32_ROUNDING if coarsest == "float32" else 0.0
     return Tolerance(mean, greatest, reason, relative)
 
 
