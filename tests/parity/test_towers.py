@@ -88,6 +88,20 @@ WRAPPERS: Mapping[str, Mapping[str, Any]] = {
         "image_token_index": 130,
     },
     "qwen2_5_vl": {"text_config": {**TEXT, "rope_parameters": POSITIONS}, "vision_config": QWEN_VISION, **IMAGES},
+    "qwen3_5": {
+        "text_config": {
+            **TEXT,
+            "layer_types": ["linear_attention", "full_attention"],
+            "head_dim": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "rope_parameters": {**POSITIONS, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]},
+        },
+        "vision_config": QWEN_VISION,
+        **IMAGES,
+    },
     "qwen3_vl": {
         "text_config": {**TEXT, "rope_parameters": POSITIONS},
         "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0]},
@@ -216,22 +230,30 @@ def log_probs(network: Any, batch: TokenBatch) -> np.ndarray:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of the process from Linux")
-def test_peak_memory_of_loading_is_that_of_the_language_model(tmp_path: Path) -> None:
-    """The other part is more than twice as large, and none of it gets into memory."""
+@pytest.mark.parametrize(("backend", "stored"), [("torch", torch.float32), ("mlx", torch.bfloat16)])
+def test_peak_memory_of_loading_is_that_of_the_language_model(
+    backend: str, stored: torch.dtype, tmp_path: Path
+) -> None:
+    """The other part is more than twice as large, and none of it gets into memory.
+
+    MLX reads another dtype than it keeps here, which must not cost memory either. PyTorch maps files into memory, so
+    that the system counts their pages too for as long as it has room for them.
+    """
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
     text = {"model_type": "llama", **TEXT, **sizes, "num_hidden_layers": 4, "head_dim": 64, "num_key_value_heads": 8}
     vision = {**WRAPPERS["llava"]["vision_config"], **sizes, "num_hidden_layers": 12}
     torch.manual_seed(0)
     config = CONFIG_MAPPING["llava"](**{**WRAPPERS["llava"], "text_config": text, "vision_config": vision})
-    network = AutoModelForImageTextToText.from_config(config)
+    network = AutoModelForImageTextToText.from_config(config, dtype=stored)
     network.save_pretrained(tmp_path)
-    # In a process of its own, which has nothing freed that it could use again.
+    # In another process, which has nothing freed that it could use again.
     done = subprocess.run(
-        [sys.executable, "-c", LOADING, "torch", str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", LOADING, backend, str(tmp_path)], capture_output=True, text=True, check=True
     )
     grown, parameters = map(int, done.stdout.split())
-    ratio, whole = grown / (4 * parameters), (tmp_path / "model.safetensors").stat().st_size / (4 * parameters)
-    print(f"torch: loading takes {ratio:.2f} times the language model's weights, the file has {whole:.2f}")
+    ratio = grown / (4 * parameters)
+    whole = (tmp_path / "model.safetensors").stat().st_size / (stored.itemsize * parameters)
+    print(f"{backend}: loading takes {ratio:.2f} times the language model's weights, the file has {whole:.2f}")
     assert whole > 3
     assert 0.9 < ratio < 1.1
 

@@ -136,7 +136,13 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     config = read_config(folder)
     _refuse_quantized(spec, config)
     tower, architecture = _read_architecture(folder, config)
-    memory.prepare(devices.device(spec.device))
+    with memory.loading(devices.device(spec.device)):
+        return _load(spec, tower, architecture)
+
+
+def _load(spec: ModelSpec, tower: Tower, architecture: architectures.Architecture) -> LoadedModel:
+    """Build the model, read its weights, and try out how it can be called."""
+    folder = Path(spec.path)
     with mx.stream(devices.device(spec.device)):
         module = _build(architecture, folder)
         weights = tower.own_tensors(_read_weights(folder))
@@ -243,11 +249,14 @@ def _read_shard(shard: Path) -> dict[str, mx.array]:
 def _load_weights(
     architecture: architectures.Architecture,
     module: nn.Module,
-    weights: Mapping[str, mx.array],
+    weights: dict[str, mx.array],
     dtype: mx.Dtype,
     folder: Path,
 ) -> dict[str, str]:
-    """Put the checkpoint into the module, and return the transformers name of every parameter that has one."""
+    """Put the checkpoint into the module, and return the transformers name of every parameter that has one.
+
+    `weights` is empty afterwards.
+    """
     # A class may rename, join or drop tensors (`sanitize`). A tensor that it only renames is the same object
     # afterwards, which maps names for any family. Joined tensors have no single name in transformers.
     sanitized = module.sanitize(dict(weights)) if hasattr(module, "sanitize") else dict(weights)
@@ -256,11 +265,19 @@ def _load_weights(
     names = {name: original[id(values)] for name, values in sanitized.items() if id(values) in original}
     if stored_name := family(architecture.configuration.model_type).stored_name:
         names = {name: stored_name(name) for name in sanitized}
-    # Cast while nothing is read yet: mx.load is lazy, so that only one dtype of each tensor is ever in memory.
-    cast = [(name, values.astype(dtype)) for name, values in sanitized.items()]
-    module.load_weights(cast, strict=True)
-    mx.eval(module.parameters())
+    # Nothing is read yet, because mx.load is lazy. Read and cast one parameter after the other, and keep no tensor of
+    # the files, so that the files' dtype and the one asked for are never both in memory for more than one parameter.
+    weights.clear()
+    module.load_weights([(name, _read_cast(sanitized, name, dtype)) for name in list(sanitized)], strict=True)
     return names
+
+
+def _read_cast(lazy: dict[str, mx.array], name: str, dtype: mx.Dtype) -> mx.array:
+    """Take a tensor out of those that are not read yet, read it, and return it in a dtype."""
+    stored = lazy.pop(name)
+    values = stored.astype(dtype)
+    mx.eval(values)
+    return values
 
 
 def _check_complete(
