@@ -2,7 +2,8 @@
 
     python benchmarks/rounding.py [FOLDER]
 
-Of the fixed probe of a base, by default `builtin:tiny`: in nats a token, and as a share of the tolerance of `verify`.
+For the fixed probe of a base, most of which is random token ids, and for some sentences. The base is `builtin:tiny` by
+default. Errors are in nats a token, and as a share of the tolerance of `verify`.
 """
 
 from __future__ import annotations
@@ -20,26 +21,41 @@ from mindprint.models.engine import Engine, Placement
 from mindprint.models.folder import ModelFolder, model_config, resolve_model
 from mindprint.plugins.backend import load_backend
 from mindprint.trust.probe import Probe, compared, score, synthetic_probe, tolerance
+from mindprint.trust.report import Tolerance
+
+SENTENCES = (
+    "The ferry leaves at noon and comes back with the tide, and nobody on the island sets a clock by it any more.",
+    "My grandmother counted her eggs in the old language and her money in the new one, and made no mistake in it.",
+    "When the lambs are sold and the rain forgets us for a day, we go down to the harbour and look at the boats.",
+    "My brother tells the story of the storm that took the roof of the school in the year that he was born.",
+)
+"""Plain text that no model was trained on."""
 
 
 def main() -> None:
-    """Print a line a pair."""
+    """Print a line for each pair of computations, and for each kind of text."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("base", nargs="?", default="builtin:tiny")
     base = resolve_model(ModelConfig(name=parser.parse_args().base), Path.cwd())
     config = model_config(base.path)
-    probe = synthetic_probe(load_tokenizer(base.path), config)
+    tokenizer = load_tokenizer(base.path)
+    text = Probe(tuple(np.array(tokenizer.encode(sentence), np.int32) for sentence in SENTENCES))
+    for kind, probe in (("probe", synthetic_probe(tokenizer, config)), ("text", text)):
+        print_errors(base, kind, probe, tolerance(["float32"], config=config))
+
+
+def print_errors(base: ModelFolder, kind: str, probe: Probe, allowed: Tolerance) -> None:
+    """Score a probe on both backends and in float64, and print how far each is from each."""
     values = {name: on_backend(name, base, probe) for name in ("torch", "mlx")}
     values["float64"] = in_float64(base, probe)
-    allowed = tolerance(["float32"], config=config)
-    print(f"{base.name}: {probe.tokens} tokens, {allowed.reason}")
+    print(f"{base.name}, {kind}: {probe.tokens} tokens, {allowed.reason}")
     for first, second in (("torch", "mlx"), ("torch", "float64"), ("mlx", "float64")):
-        found = compared("", values[first], values[second], allowed)
+        comparison = compared("", values[first], values[second], allowed)
         apart = np.abs(values[first].astype(np.float64) - values[second])
         print(
-            f"{first:6s} {second:8s} rms {np.sqrt((apart**2).mean()):.1e}, mean {found.mean:.1e} "
-            f"({found.mean / found.tolerance.mean:.2f}), greatest {found.greatest:.1e} "
-            f"({found.greatest / found.tolerance.greatest:.2f})"
+            f"{first:6s} {second:8s} rms {np.sqrt((apart**2).mean()):.1e}, mean {comparison.mean:.1e} "
+            f"({comparison.mean / comparison.tolerance.mean:.2f}), greatest {comparison.greatest:.1e} "
+            f"({comparison.greatest / comparison.tolerance.greatest:.2f})"
         )
 
 
