@@ -104,7 +104,7 @@ def hello(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def torch(session: nox.Session) -> None:
     """The PyTorch backend's tests, where mlx is not installed."""
-    install(session, ("core", "torch", "testing"), *TESTS)
+    install(session, ("core", "torch", "testing"), *TESTS, "bitsandbytes")
     forbid(session, "mlx")
     session.run("pytest", "packages/mindprint-torch/tests", *IN_PARALLEL, *session.posargs, env=ONE_THREAD)
 
@@ -120,7 +120,7 @@ def mlx(session: nox.Session) -> None:
 @nox.session(python=PYTHON, default=False)
 def both(session: nox.Session) -> None:
     """The environment that the sessions below share: both backends, all of core's scorers, and the tools for tests."""
-    tools = (*TESTS, *NOTEBOOK, "hypothesis", "mypy", "types-PyYAML")
+    tools = (*TESTS, *NOTEBOOK, "bitsandbytes", "hypothesis", "mypy", "types-PyYAML")
     install(session, PACKAGES, "packages/mindprint-core[all,embeddings,gguf]", *tools)
 
 

@@ -12,4 +12,6 @@ class TestConformance(BackendConformance):
     backend_name = "torch"
     # On a machine with a GPU, `MINDPRINT_TEST_DEVICE=cuda` runs the same suite there.
     device = os.environ.get("MINDPRINT_TEST_DEVICE", "cpu")
-    capabilities = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding", *QUANTIZED_FORMATS})
+    capabilities = frozenset(
+        {"dropout", "bfloat16", "float16", "sampling", "embedding", "quantize", *QUANTIZED_FORMATS}
+    )

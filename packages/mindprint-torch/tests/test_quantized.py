@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from mindprint.contract import AdapterState, LoadedModel, LoraConfig, LoraFactors, ModelSpec, Sampling, TokenBatch
 from mindprint.contract import Update as Step
 from mindprint.errors import ModelError
-from mindprint.models.quantized import quantized_weights
+from mindprint.models.quantized import affine, quantized_weights
 from mindprint.plugins.backend import Backend
 from mindprint_torch import packed
 from mindprint_torch.packed import PackedWeight
@@ -222,3 +222,35 @@ def test_bases_that_are_refused(
     with pytest.raises(ModelError, match=words) as caught:
         opened(backend, broken)
     assert str(broken) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["nf4", "4bit", "8bit"])
+def test_a_full_precision_base_is_packed_while_it_is_loaded(
+    method: Any, backend: Backend, pair: Callable[..., Path], make_adapter: Make, token_batch: Make
+) -> None:
+    """Linear layers are packed, but for the head and those whose rows are no whole number of groups of 64."""
+    folder = pair("affine 4") / "dense"
+    model = backend.load_model(ModelSpec(str(folder), "cpu", "float32", quantize=method))
+    layers, stored = dict(packed_layers(model.handle.network)), load_file(folder / "model.safetensors")
+    assert len(layers) == 12 and not any("down_proj" in path or "embed" in path for path in layers)
+    for path, layer in layers.items():
+        weight = stored[f"{path}.weight"]
+        if method == "nf4":
+            functional = pytest.importorskip("bitsandbytes.functional")
+            values = torch.from_numpy(weight)
+            expected = functional.dequantize_4bit(
+                *functional.quantize_4bit(values, blocksize=64, compress_statistics=True, quant_type="nf4")
+            )
+        else:
+            expected = torch.from_numpy(
+                affine.dequantize(*affine.quantize(weight, int(method[0]), 64), int(method[0]), 64)
+            )
+        assert torch.equal(layer.packed.rows(0, len(weight)), expected)
+    backend.inject_adapter(model, make_adapter(model))
+    batch = token_batch()
+    losses = [backend.sft_step(model, [batch], Step(3e-3, tokens=batch.loss_tokens)).loss for _ in range(3)]
+    assert losses[2] < losses[0]
+    dense = opened(backend, folder)
+    assert model.parameters == dense.parameters
+    far = np.abs(backend.log_probs(model, batch, adapter=False) - backend.log_probs(dense, batch, adapter=False)).max()
+    assert 0 < far < 2

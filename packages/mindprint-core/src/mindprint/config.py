@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from mindprint.contract import AdamW
+from mindprint.contract import AdamW, QuantizeMethod
 from mindprint.errors import ConfigError
 from mindprint.input_files import read_text, resolve_path
 from mindprint.losses import PreferenceLoss, PreferenceLossName, default_sft_weight, takes_label_smoothing
@@ -49,6 +49,9 @@ class ModelConfig(Section):
 
     name: str = Field("builtin:tiny", description="Hub id, folder (relative to this file), or `builtin:tiny`.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    quantize: QuantizeMethod | None = Field(
+        None, description="Pack a full-precision base's linear layers at loading: `nf4`, `4bit` or `8bit`."
+    )
 
 
 class BackendConfig(Section):

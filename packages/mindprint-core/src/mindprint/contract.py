@@ -25,12 +25,15 @@ StageName = Literal["sft", "dpo"]
 # Derived from the type, so that a stage cannot be in one of the two and not in the other.
 STAGES: tuple[StageName, ...] = get_args(StageName)
 """The stages in the order in which a topic takes them."""
+QuantizeMethod = Literal["nf4", "4bit", "8bit"]
 SiteKind = Literal["linear", "embedding", "experts"]
 
 QUANTIZED_FORMATS = ("affine", "mxfp4", "mxfp8", "nvfp4", "nf4", "fp4", "int8")
 """The formats of quantized bases. Core defines the numbers that each stands for, in `mindprint.models.quantized`."""
 
-CAPABILITIES = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding", "experts", *QUANTIZED_FORMATS})
+CAPABILITIES = frozenset(
+    {"dropout", "bfloat16", "float16", "sampling", "embedding", "experts", "quantize", *QUANTIZED_FORMATS}
+)
 """The optional parts of the contract, beyond the minimum of float32, greedy generation and LoRA on linear layers.
 
 - `dropout`: LoRA dropout in SFT steps, keyed by `Update.seed` and the index of the micro-batch.
@@ -39,6 +42,7 @@ CAPABILITIES = frozenset({"dropout", "bfloat16", "float16", "sampling", "embeddi
 - `embedding`: sites of the kind `embedding`, and LoRA on them.
 - `affine`, `mxfp4`, `mxfp8`, `nvfp4`, `nf4`, `fp4`, `int8`: a base quantized in that format, with the numbers that
   core's dequantizer gives. A backend without a kernel for packed weights may take them from `load_dense`.
+- `quantize`: a full-precision base whose linear layers are packed while they are loaded, as `ModelSpec.quantize` says.
 - `experts`: reserved. Core does not train stacked experts yet.
 """
 
@@ -107,12 +111,16 @@ class ModelSpec:
         dtype: The dtype of the base's weights, never `auto`.
         quantization: The base's own quantization scheme as its config.json states it. None for full precision. A
             backend that cannot train on it raises `ModelError`.
+        quantize: How to pack the linear layers of a full-precision base while it is loaded. Core asks only backends
+            that claim `quantize` for it. `nf4` is NF4 with double quantization, `4bit` and `8bit` are MLX's affine format
+            in groups of 64. Embeddings, routers and the output layer stay in full precision.
     """
 
     path: str
     device: str
     dtype: Dtype
     quantization: str | None = None
+    quantize: QuantizeMethod | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ NEEDS: Mapping[str, str] = {
         for whose, methods in (("MLX's", ("mxfp4", "mxfp8", "nvfp4")), ("bitsandbytes'", ("nf4", "fp4", "int8")))
         for method in methods
     },
+    "quantize": "the linear layers of a full-precision base packed while they are loaded, by `ModelSpec.quantize`",
     "experts": "nothing yet: the name is reserved, core does not drive it, and no test of it exists",
 }
 """For each capability of `mindprint.contract.CAPABILITIES`, the work that a backend must do before it may claim it."""

@@ -27,6 +27,7 @@ from mindprint_torch.lora import NAME
 from mindprint_torch.optimizer import Optimizer
 from mindprint_torch.prompts import attends_without_mask, longest_shared
 from mindprint_torch.quantized import packed_elements, packed_tensors, read_quantized_base
+from mindprint_torch.quantizing import base_to_quantize
 from mindprint_torch.rope import read_rotary_limit
 from mindprint_torch.sites import list_sites
 from mindprint_torch.towers import concrete_class, model_class
@@ -189,9 +190,11 @@ def _read_weights(spec: ModelSpec, config: PreTrainedConfig) -> tuple[PreTrained
             f"{spec.path}: the base is quantized ({spec.quantization}), and its config.json does not say how"
         )
     with _loading(spec.path):
-        if stated is not None:
-            network, report = _read_quantized(spec, config, stated, settings)
-            notes += (f"the base is quantized ({stated}), stays packed, and is computed with in {spec.dtype}",)
+        if stated is not None or spec.quantize is not None:
+            network, report = _read_packed(spec, config, stated, settings)
+            notes += (
+                f"the base is quantized ({stated or spec.quantize}), stays packed, and is computed with in {spec.dtype}",
+            )
         else:
             loaded: Any = model_class(config).from_pretrained(spec.path, use_safetensors=True, **settings)
             network, report = loaded
@@ -204,17 +207,21 @@ def _read_weights(spec: ModelSpec, config: PreTrainedConfig) -> tuple[PreTrained
     return network, notes
 
 
-def _read_quantized(
-    spec: ModelSpec, config: PreTrainedConfig, stated: Quantization, settings: Mapping[str, Any]
+def _read_packed(
+    spec: ModelSpec, config: PreTrainedConfig, stated: Quantization | None, settings: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """Return a network over packed weights, and transformers' report on the other weights."""
     # Seen by transformers, the section would make it load the weights in its own way.
     for part in (config, config.get_text_config()):
         for key in ("quantization", "quantization_config"):
             vars(part).pop(key, None)
-    base = read_quantized_base(Path(spec.path), stated)
-    kind = base.class_with_places(concrete_class(config))
-    loaded: Any = kind.from_pretrained(None, state_dict=dict(base.dense), **settings)
+    kind = concrete_class(config)
+    if spec.quantize is None:
+        assert stated is not None, "one of the two is why weights are packed"
+        base = read_quantized_base(Path(spec.path), stated)
+    else:
+        base = base_to_quantize(Path(spec.path), kind, config, spec.quantize)
+    loaded: Any = base.class_with_places(kind).from_pretrained(None, state_dict=dict(base.dense), **settings)
     network, report = loaded
     base.fill(network, TORCH_DTYPES[spec.dtype], torch.device(spec.device))
     report["unexpected_keys"] = {*report["unexpected_keys"], *base.unused(network)}

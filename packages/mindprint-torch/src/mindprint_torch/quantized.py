@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -55,11 +56,26 @@ class LazyTensor:
         return values.float() - 1 if self.change == "plus_one" else values
 
 
+class ReadableWeight(Protocol):
+    """A weight that packs itself when it is read."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def file(self) -> Path: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, dtype: torch.dtype, device: torch.device) -> PackedWeight: ...
+
+
 @dataclass(frozen=True)
 class QuantizedBase:
     """A quantized base's tensors: packed ones by the name of their module, and the others by their own names."""
 
-    packed: Mapping[str, QuantizedWeight]
+    packed: Mapping[str, QuantizedWeight | ReadableWeight]
     dense: Mapping[str, LazyTensor]
 
     def class_with_places(self, kind: Any) -> Any:
@@ -76,7 +92,9 @@ class QuantizedBase:
         """Read every packed weight into its layer."""
         for path, layer in packed_layers(network):
             if path in self.packed:
-                layer.packed = read_weight(self.packed[path], dtype, device)
+                weight = self.packed[path]
+                quantized = isinstance(weight, QuantizedWeight)
+                layer.packed = read_weight(weight, dtype, device) if quantized else weight.read(dtype, device)
         for target, source in network.packed_ties.items():
             network.get_submodule(target).packed = network.get_submodule(source).packed
 
@@ -186,7 +204,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
     return torch.from_numpy(content).view(dtype).view(info.shape)
 
 
-def _require_place(module: nn.Module, weight: QuantizedWeight) -> None:
+def _require_place(module: nn.Module, weight: QuantizedWeight | ReadableWeight) -> None:
     """Raise `ModelError` unless a layer can compute with a packed weight of this shape."""
     if not can_pack(module):
         raise ModelError(

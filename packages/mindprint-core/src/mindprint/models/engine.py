@@ -23,7 +23,7 @@ from mindprint.contract import (
     StageName,
     TrainingState,
 )
-from mindprint.errors import BackendError, ContractError, GuardError
+from mindprint.errors import BackendError, ContractError, GuardError, ModelError
 from mindprint.models.folder import ModelFolder, quantization
 from mindprint.models.token_ids import embedding_rows
 from mindprint.plugins.answers import quoted
@@ -116,7 +116,9 @@ class Engine:
     def load(self, placement: Placement) -> None:
         """Load the bare base at `placement`, after releasing the model in memory."""
         self.release()
-        spec = ModelSpec(str(self._folder.path), placement.device, placement.dtype, quantization(self._folder.path))
+        stated, quantize = quantization(self._folder.path), self._folder.quantize
+        check_quantize(placement.backend, self._folder, stated)
+        spec = ModelSpec(str(self._folder.path), placement.device, placement.dtype, stated, quantize)
         self._placement = placement
         self._model = placement.backend.load_model(spec)
         check_vocabulary(placement.backend.name, self._model, self._folder.path)
@@ -191,6 +193,19 @@ class Engine:
             self.backend.release(self._model)
         self._model = self._placement = self._injected = None
         self.compared_losses = set()
+
+
+def check_quantize(backend: Backend, folder: ModelFolder, stated: str | None) -> None:
+    """Raise if a base cannot be quantized while it is loaded: one that already is, or a backend that does not do it."""
+    if folder.quantize is None:
+        return
+    if stated is not None:
+        raise ModelError(f"{folder.path}: is quantized already ({stated}): remove model.quantize ({folder.quantize})")
+    if "quantize" not in backend.info.capabilities:
+        raise BackendError(
+            f"backend {backend.name!r} cannot quantize a base while loading it (model.quantize: {folder.quantize}): take "
+            "a folder that is quantized, or another backend"
+        )
 
 
 def check_injection(adapter: AdapterState, facts: AdapterFacts) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mindprint.config import ModelConfig
+from mindprint.contract import QuantizeMethod
 from mindprint.data.tokenizer import TOKENIZER_FILES
 from mindprint.errors import ModelError, first_line
 from mindprint.input_files import INFINITIES, LARGEST_FILE, read_object, resolve_path
@@ -46,11 +47,15 @@ NEEDED_FILES = (
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A complete model folder. `name` is what other tools load it by, `revision` only a hub model's."""
+    """A complete model folder. `name` is what other tools load it by, `revision` only a hub model's.
+
+    `quantize` is how a run packs it while loading it.
+    """
 
     path: Path
     name: str
     revision: str | None = None
+    quantize: QuantizeMethod | None = None
 
 
 def resolve_model(config: ModelConfig, folder: Path) -> ModelFolder:
@@ -59,7 +64,7 @@ def resolve_model(config: ModelConfig, folder: Path) -> ModelFolder:
     Raises `ModelError` with one line for a name that leads nowhere, a failed download, or an incomplete folder.
     """
     if config.name.startswith("builtin:"):
-        return ModelFolder(check_model_folder(_builtin(config.name)), config.name)
+        return ModelFolder(check_model_folder(_builtin(config.name)), config.name, quantize=config.quantize)
     try:
         path = resolve_path(folder, config.name)
     except ValueError as error:
@@ -67,10 +72,11 @@ def resolve_model(config: ModelConfig, folder: Path) -> ModelFolder:
     if path.is_dir():
         if config.revision is not None:
             raise ModelError(f"{path}: is a folder, and model.revision is for models on the hub: remove it")
-        return ModelFolder(check_model_folder(path), str(path))
+        return ModelFolder(check_model_folder(path), str(path), quantize=config.quantize)
     if _looks_like_path(config.name) or is_gguf(path):
         raise ModelError(f"{config.name}: {_no_folder(path)}; a hub model is written owner/name")
-    return ModelFolder(check_model_folder(_download(config.name, config.revision)), config.name, config.revision)
+    downloaded = check_model_folder(_download(config.name, config.revision))
+    return ModelFolder(downloaded, config.name, config.revision, config.quantize)
 
 
 GGUF = "is a GGUF file, which llama.cpp runs and nothing here trains"

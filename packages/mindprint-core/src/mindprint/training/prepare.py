@@ -364,7 +364,8 @@ def _identity(
     if start is not None:
         adapter["start"] = adapter_digest(start)
     return {
-        "base model": models.base_digest(model.path),
+        # A base that is packed at loading is another one.
+        "base model": models.base_digest(model.path) + (f" {model.quantize}" if model.quantize else ""),
         "tokenizer": tokenizer.digest,
         "chat template": tokenizer.template_digest,
         "dataset": dataset.hexdigest(),
