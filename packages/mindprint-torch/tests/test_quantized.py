@@ -237,14 +237,11 @@ def test_a_full_precision_base_is_packed_while_it_is_loaded(
         weight = stored[f"{path}.weight"]
         if method == "nf4":
             functional = pytest.importorskip("bitsandbytes.functional")
-            values = torch.from_numpy(weight)
-            expected = functional.dequantize_4bit(
-                *functional.quantize_4bit(values, blocksize=64, compress_statistics=True, quant_type="nf4")
-            )
+            settings = {"blocksize": 64, "compress_statistics": True, "quant_type": "nf4"}
+            expected = functional.dequantize_4bit(*functional.quantize_4bit(torch.from_numpy(weight), **settings))
         else:
-            expected = torch.from_numpy(
-                affine.dequantize(*affine.quantize(weight, int(method[0]), 64), int(method[0]), 64)
-            )
+            bits = int(method[0])
+            expected = torch.from_numpy(affine.dequantize(*affine.quantize(weight, bits, 64), bits, 64))
         assert torch.equal(layer.packed.rows(0, len(weight)), expected)
     backend.inject_adapter(model, make_adapter(model))
     batch = token_batch()

@@ -112,8 +112,8 @@ class ModelSpec:
         quantization: The base's own quantization scheme as its config.json states it. None for full precision. A
             backend that cannot train on it raises `ModelError`.
         quantize: How to pack the linear layers of a full-precision base while it is loaded. Core asks only backends
-            that claim `quantize` for it. `nf4` is NF4 with double quantization, `4bit` and `8bit` are MLX's affine format
-            in groups of 64. Embeddings, routers and the output layer stay in full precision.
+            that claim `quantize` for it. `nf4` is NF4 with double quantization, `4bit` and `8bit` are MLX's affine
+            format in groups of 64. Embeddings, routers and the output layer stay in full precision.
     """
 
     path: str

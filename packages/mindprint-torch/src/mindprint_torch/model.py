@@ -192,9 +192,8 @@ def _read_weights(spec: ModelSpec, config: PreTrainedConfig) -> tuple[PreTrained
     with _loading(spec.path):
         if stated is not None or spec.quantize is not None:
             network, report = _read_packed(spec, config, stated, settings)
-            notes += (
-                f"the base is quantized ({stated or spec.quantize}), stays packed, and is computed with in {spec.dtype}",
-            )
+            scheme = stated or spec.quantize
+            notes += (f"the base is quantized ({scheme}), stays packed, and is computed with in {spec.dtype}",)
         else:
             loaded: Any = model_class(config).from_pretrained(spec.path, use_safetensors=True, **settings)
             network, report = loaded

@@ -93,8 +93,10 @@ class QuantizedBase:
         for path, layer in packed_layers(network):
             if path in self.packed:
                 weight = self.packed[path]
-                quantized = isinstance(weight, QuantizedWeight)
-                layer.packed = read_weight(weight, dtype, device) if quantized else weight.read(dtype, device)
+                if isinstance(weight, QuantizedWeight):
+                    layer.packed = read_weight(weight, dtype, device)
+                else:
+                    layer.packed = weight.read(dtype, device)
         for target, source in network.packed_ties.items():
             network.get_submodule(target).packed = network.get_submodule(source).packed
 

@@ -56,13 +56,11 @@ class WeightToQuantize:
         shape, values = (self.shape[0], self.shape[1]), read_float32(self.info)
         if self.method == "nf4":
             return _nf4(shape, dtype, torch.from_numpy(values).to(device))
-        packed, *scales = affine.quantize(values, BITS[self.method], GROUP_SIZE)
+        packed, scales, biases = affine.quantize(values, BITS[self.method], GROUP_SIZE)
         # As in a folder of MLX, scales have the dtype that the weight had.
         stored = STORED_DTYPES[self.info.dtype]
         parts = {"weight": torch.from_numpy(packed.view("<i4"))}
-        parts |= {
-            name: torch.from_numpy(part).to(stored) for name, part in zip(("scales", "biases"), scales, strict=True)
-        }
+        parts |= {name: torch.from_numpy(part).to(stored) for name, part in (("scales", scales), ("biases", biases))}
         return AffineWeight(shape, dtype, {name: part.to(device) for name, part in parts.items()}, BITS[self.method])
 
 

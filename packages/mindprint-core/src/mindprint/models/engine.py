@@ -203,8 +203,8 @@ def check_quantize(backend: Backend, folder: ModelFolder, stated: str | None) ->
         raise ModelError(f"{folder.path}: is quantized already ({stated}): remove model.quantize ({folder.quantize})")
     if "quantize" not in backend.info.capabilities:
         raise BackendError(
-            f"backend {backend.name!r} cannot quantize a base while loading it (model.quantize: {folder.quantize}): take "
-            "a folder that is quantized, or another backend"
+            f"backend {backend.name!r} cannot quantize a base while loading it (model.quantize: {folder.quantize}): "
+            "take a folder that is quantized, or another backend"
         )
 
 
