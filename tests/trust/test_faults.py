@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import outcomes
 import pytest
 from artefacts import Artefact, convert_to_mlx_lm, edit_json, make_adapter, make_base, merge_with_peft, placement
 from catalogue import FAULTS, THOROUGH, Fault
+from catalogue.edits import edit_tokenizer
 
 from mindprint.adapter.peft_format import read_adapter
 from mindprint.errors import MindprintError
@@ -27,9 +29,20 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
     template = artefact.base / "chat_template.jinja"
     template.write_text("{{ bos_token }}" + template.read_text())
     edit_json(artefact.base / "tokenizer_config.json", {"bos_token": "<|im_start|>"})
+    edit_tokenizer(artefact.base, add_special_token)
     make_adapter(artefact)
     merge_with_peft(artefact)
     return artefact
+
+
+def add_special_token(tokenizer: dict[str, Any]) -> None:
+    """Make the last word of the vocabulary special, as a model's own markers are.
+
+    Those that tokenizer_config.json names are special whatever tokenizer.json says: transformers makes them so.
+    """
+    text, number = max(tokenizer["model"]["vocab"].items(), key=lambda entry: entry[1])
+    first = tokenizer["added_tokens"][0]
+    tokenizer["added_tokens"].append({**first, "id": number, "content": text, "special": True})
 
 
 def verified(fault: Fault, artefact: Artefact) -> Report:

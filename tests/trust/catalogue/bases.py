@@ -216,7 +216,7 @@ def a_token_is_added(it: Artefact) -> None:
 
 @fault("base", "a special token is no longer one", "tokenizer_changed")
 def a_token_is_no_longer_special(it: Artefact) -> None:
-    edit_tokenizer(it.base, lambda tokenizer: tokenizer["added_tokens"][1].update(special=False))
+    edit_tokenizer(it.base, lambda tokenizer: tokenizer["added_tokens"][-1].update(special=False))
 
 
 @fault("base", "trailing bytes: transformers cannot open the file", refusal="bytes follow the last tensor")
