@@ -22,6 +22,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from mindprint.adapter.targets import STACKED_FAMILIES
 from mindprint.contract import AdapterSite, LoadedModel, ModelSpec, Update
 from mindprint.models.layer_names import is_fused_output
 from mindprint_mlx import model
@@ -338,6 +339,9 @@ You can train other families too. A family that passes every check of
 [mindprint-mlx](../packages/mindprint-mlx/README.md#which-models) is loaded with a note that it is not in this table.
 If the class would drop or default a field of your configuration that changes the computation, loading stops and names
 field and value.
+
+Both backends also train the stacked experts of {mixtures}, if you
+[ask for them](adapters.md#stacked-experts). `tests/parity/test_experts.py` compares their numbers with those of PEFT.
 """
 
 
@@ -347,7 +351,9 @@ def architectures_page(rows: Sequence[Compared]) -> str:
     start = PAGE_START.format(count=len(rows), relative=RELATIVE, ten_steps=TEN_STEPS, **libraries)
     right, alone = sum(row.right for row in rows), sum(row.mlx_lm == "right" for row in rows)
     total = f"| **right** | | | | **{right} of {len(rows)}** | **{alone} of {len(rows)}** |\n"
-    return start + "".join(_table_row(row) for row in rows) + total + PAGE_END
+    return (
+        start + "".join(_table_row(row) for row in rows) + total + PAGE_END.format(mixtures=", ".join(STACKED_FAMILIES))
+    )
 
 
 def _table_row(row: Compared) -> str:

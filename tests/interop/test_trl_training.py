@@ -152,7 +152,7 @@ def adapter_in(trainer: Any, sites: tuple[str, ...], name: str = "default") -> d
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(trainer.model, adapter_name=name)
-    return from_tensors({key: value.detach().numpy() for key, value in state.items()}, sites)
+    return from_tensors({key: value.detach().numpy() for key, value in state.items()}, dict.fromkeys(sites, 0))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from mindprint.adapter.initial import initial_adapter
 from mindprint.adapter.module_names import FAMILIES, WRAPPERS, file_names, from_file
-from mindprint.adapter.peft_format import adapter_digest, read_adapter, write_adapter
+from mindprint.adapter.peft_format import adapter_digest, from_tensors, read_adapter, to_tensors, write_adapter
 from mindprint.adapter.targets import resolve_targets
 from mindprint.contract import AdapterSite, AdapterState, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError
@@ -21,7 +21,8 @@ SITES = [
     AdapterSite("model.layers.1.mlp.gate", "linear", 8, 4),
     AdapterSite("model.layers.1.mlp.shared_expert_gate", "linear", 8, 1),
     AdapterSite("model.layers.1.mlp.shared_expert.down_proj", "linear", 16, 8),
-    AdapterSite("model.layers.1.mlp.experts", "experts", 8, 16, 4),
+    AdapterSite("model.layers.1.mlp.experts.gate_up_proj", "experts", 8, 32, 4),
+    AdapterSite("model.layers.1.mlp.experts.down_proj", "experts", 16, 8, 4),
     AdapterSite("model.layers.1.mlp.experts.0.up_proj", "linear", 8, 16),
     AdapterSite("model.layers.2.block_sparse_moe.gate", "linear", 8, 4),
     AdapterSite("lm_head", "linear", 8, 100),
@@ -65,6 +66,79 @@ def test_an_embedding_that_files_would_not_know_for_one_is_refused() -> None:
     with pytest.raises(AdapterError, match="model.tokens cannot be adapted: its kind does not show in its name"):
         resolve_targets([AdapterSite("model.tokens", "embedding", 100, 8)], ["tokens"])
     assert resolve_targets(SITES, ["embed_tokens"]) == ("model.embed_tokens",)
+
+
+@pytest.mark.parametrize(
+    ("names", "parameters"),
+    [
+        (["experts"], ["down_proj", "gate_up_proj"]),
+        (["mlp.experts"], ["down_proj", "gate_up_proj"]),
+        (["experts.down_proj"], ["down_proj"]),
+        (["model.layers.1.mlp.experts.gate_up_proj"], ["gate_up_proj"]),
+    ],
+)
+def test_stacks_of_experts_are_named_by_their_parameters(names: list[str], parameters: list[str]) -> None:
+    stacks = [f"model.layers.1.mlp.experts.{parameter}" for parameter in parameters]
+    assert resolve_targets(SITES, [], names) == tuple(stacks)
+    assert set(resolve_targets(SITES, "all-linear", names)) == {*resolve_targets(SITES, "all-linear"), *stacks}
+
+
+def test_names_of_modules_are_not_those_of_stacks() -> None:
+    assert resolve_targets(SITES, ["down_proj"]) == ("model.layers.1.mlp.shared_expert.down_proj",)
+
+
+@pytest.mark.parametrize(
+    ("modules", "parameters", "words"),
+    [
+        (
+            "all-linear",
+            ["up_proj"],
+            "no stack of experts of this base is called 'up_proj'; this base has: experts.down",
+        ),
+        (["gate_up_proj"], [], "'gate_up_proj' is not a module but the parameters of stacked experts"),
+        (["experts"], [], "name it in adapter.target_parameters"),
+        ([], [], "adapter.target_modules is empty"),
+    ],
+)
+def test_targets_that_mean_nothing_are_refused(modules: str | list[str], parameters: list[str], words: str) -> None:
+    with pytest.raises(AdapterError, match=words):
+        resolve_targets(SITES, modules, parameters)
+
+
+def test_a_base_without_stacks_is_named() -> None:
+    with pytest.raises(
+        AdapterError, match=r"this base has no stacked experts .*gpt_oss, mixtral, .*leave the setting out"
+    ):
+        resolve_targets(SITES[:3], "all-linear", ["experts"])
+
+
+def test_stacks_start_as_linear_layers_do_and_each_expert_otherwise() -> None:
+    site = AdapterSite("m.experts.down_proj", "experts", 400, 30, 3)
+    a, b = initial_adapter([site], config(site.name, r=8), seed=5).tensors[site.name]
+    assert (a.shape, b.shape) == ((3, 8, 400), (3, 30, 8))
+    assert not b.any()
+    assert np.abs(a).max() <= 1 / 20
+    assert len({part.tobytes() for part in a}) == 3
+
+
+def test_moments_of_stacks_lie_in_files_as_their_factors_do() -> None:
+    """`down_proj` is outermost in PEFT's file, and `gate_up_proj` within it."""
+    random = np.random.default_rng(0)
+    ranks = {"m.experts.down_proj": 2, "m.experts.gate_up_proj": 3, "m.q": 2}
+    shapes = {"m.experts.down_proj": (4, 16, 8), "m.experts.gate_up_proj": (4, 8, 32), "m.q": (8, 8)}
+    moments = {}
+    for site, rank in ranks.items():
+        *experts, columns, rows = shapes[site]
+        a, b = (*experts, rank, columns), (*experts, rows, rank)
+        moments[site] = LoraFactors(*(random.normal(size=shape).astype(np.float32) for shape in (a, b)))
+    flat = to_tensors(moments, "first.")
+    assert flat["first.base_model.model.m.experts.lora_A.weight"].shape == (8, 16)
+    assert flat["first.base_model.model.m.experts.base_layer.lora_B.weight"].shape == (32, 12)
+    again = from_tensors(flat, ranks, "first.")
+    assert all(np.array_equal(x, y) for site in ranks for x, y in zip(moments[site], again[site], strict=True))
+    del flat["first.base_model.model.m.experts.base_layer.lora_B.weight"]
+    with pytest.raises(AdapterError, match="experts.base_layer.lora_B.weight is missing"):
+        from_tensors(flat, ranks, "first.")
 
 
 def test_the_initial_adapter_changes_nothing_and_has_pefts_distribution() -> None:

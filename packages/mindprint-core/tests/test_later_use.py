@@ -54,3 +54,17 @@ def test_uses_that_would_be_refused_are_said_before_training(
         assert refusal is not None
         assert refusal.startswith("merge and convert will refuse this adapter: ")
         assert re.search(words, refusal)
+
+
+def test_stacks_of_experts_that_cannot_be_merged_are_said(tmp_path: Path) -> None:
+    """Whether files keep a square stack transposed is known for some families only."""
+    folder = base(tmp_path, tied=False)
+    stack = "model.layers.0.mlp.experts.down_proj"
+    config = {"model_type": "unheard_of", "num_hidden_layers": 1, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({stack: np.zeros((3, 8, 8), np.float32)}, folder / "model.safetensors")
+    refusal = refused_uses(folder, [AdapterSite(stack, "experts", 8, 8, 3)], LoraConfig(2, 4.0, (stack,)))
+    assert refusal is not None
+    assert re.search("is square, and whether the file keeps it transposed is not known", refusal)
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt_oss"}))
+    assert refused_uses(folder, [AdapterSite(stack, "experts", 8, 8, 3)], LoraConfig(2, 4.0, (stack,))) is None

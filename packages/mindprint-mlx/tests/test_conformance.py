@@ -7,4 +7,4 @@ from mindprint_testing import BackendConformance
 
 class TestConformance(BackendConformance):
     backend_name = "mlx"
-    capabilities = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding"})
+    capabilities = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding", "experts"})

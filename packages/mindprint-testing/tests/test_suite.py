@@ -85,10 +85,10 @@ def test_the_needs_of_a_capability_are_on_the_page() -> None:
     assert [name for name, needs in NEEDS.items() if f"| `{name}` | {needs} |" not in page] == []
 
 
-def test_a_capability_without_tests_cannot_be_claimed(tmp_path: Path) -> None:
-    output = run(tmp_path, "    capabilities = frozenset({'sampling', 'experts'})\n", "-k", "test_capability")
-    assert "1 failed, 1 passed" in output
-    assert "experts: reserved, no core drives it yet and no test of it exists" in output
+def test_experts_are_tested_where_they_are_claimed(tmp_path: Path) -> None:
+    """The backend of this test computes no Mixtral, so that none of their tests passes."""
+    output = run(tmp_path, "    capabilities = frozenset({'sampling', 'experts'})\n", "-k", "of_stacks or are_listed")
+    assert "2 failed" in output or "2 errors" in output
 
 
 @pytest.mark.parametrize(

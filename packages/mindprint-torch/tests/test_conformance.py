@@ -13,5 +13,5 @@ class TestConformance(BackendConformance):
     # On a machine with a GPU, `MINDPRINT_TEST_DEVICE=cuda` runs the same suite there.
     device = os.environ.get("MINDPRINT_TEST_DEVICE", "cpu")
     capabilities = frozenset(
-        {"dropout", "bfloat16", "float16", "sampling", "embedding", "quantize", *QUANTIZED_FORMATS}
+        {"dropout", "bfloat16", "float16", "sampling", "embedding", "quantize", "experts", *QUANTIZED_FORMATS}
     )

@@ -124,12 +124,24 @@ class AdapterConfig(Section):
     target_modules: str | list[str] = Field(
         "all-linear", description="`all-linear`, or a list of module names or their endings (`q_proj`)."
     )
+    target_parameters: list[str] = Field(
+        [],
+        description="Stacks of experts to adapt as well: `[experts]` for all of them, or endings of their parameters' "
+        "names (`experts.down_proj`). They need a dropout of 0.",
+    )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead (rank-stabilised LoRA).")
     start_from: str | None = Field(
         None,
         description="Folder of an adapter of PEFT's, mlx-lm's or Mindprint's to continue from. Its rank, alpha and "
         "modules must be those given here.",
     )
+
+    @model_validator(mode="after")
+    def _no_dropout_on_experts(self) -> AdapterConfig:
+        # PEFT adds the change to the parameter before its product with any input, so that no input can be dropped.
+        if self.target_parameters and self.dropout:
+            raise ValueError("target_parameters needs dropout: 0, because PEFT has no dropout on parameters")
+        return self
 
 
 SHORT_FORMS = {"backend": "type", "model": "name", "data": "path"}

@@ -43,7 +43,7 @@ CAPABILITIES = frozenset(
 - `affine`, `mxfp4`, `mxfp8`, `nvfp4`, `nf4`, `fp4`, `int8`: a base quantized in that format, with the numbers that
   core's dequantizer gives. A backend without a kernel for packed weights may take them from `load_dense`.
 - `quantize`: a full-precision base whose linear layers are packed while they are loaded, as `ModelSpec.quantize` says.
-- `experts`: reserved. Core does not train stacked experts yet.
+- `experts`: sites of the kind `experts` where a base has stacks of experts, and LoRA on them.
 """
 
 
@@ -146,12 +146,13 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class AdapterSite:
-    """A place that can take LoRA, under the name that the module has in transformers.
+    """A place that can take LoRA, under the name that it has in transformers.
 
     Args:
-        name: The module's path in transformers' class for the base, such as `model.layers.0.self_attn.q_proj`.
+        name: The module's path in transformers' class for the base, such as `model.layers.0.self_attn.q_proj`. For a
+            stack of experts the parameter's path, such as `model.layers.0.mlp.experts.gate_up_proj`.
         kind: `linear` for a weight `[out, in]`, `embedding` for a table `[in, out]` with the vocabulary as `in`,
-            `experts` for a stack of weights `[out, in]`.
+            `experts` for a stack of weights `[out, in]`, whichever way round the stack is stored.
         in_features: `in`.
         out_features: `out`.
         experts: The number of weights in a stack of experts, else None.
@@ -171,8 +172,8 @@ class LoraConfig:
     Args:
         r: Rank.
         alpha: Numerator of the scale. Use `scale`, which knows the denominator.
-        target_modules: The full site names, which core has resolved.
-        dropout: Share of a site's inputs that is dropped in SFT steps.
+        target_modules: The full site names, which core has resolved. Stacks of experts are among them.
+        dropout: Share of a site's inputs that is dropped in SFT steps. 0 where a stack of experts is a target.
         use_rslora: Whether the scale is that of rank-stabilized LoRA.
         rank_pattern: Ranks that differ from `r`, by full site name.
         alpha_pattern: Alphas that differ from `alpha`, by full site name.
@@ -200,8 +201,9 @@ class LoraConfig:
 class LoraFactors(NamedTuple):
     """The two factors of a site: `a` `[r, in]` and `b` `[out, r]`, float32. The weight changes by `scale * b @ a`.
 
-    For a stack of experts `a` is `[experts, r, in]` and `b` is `[experts, out, r]`. Only adapters that other programs
-    made have such factors, under the name of the stack's parameter (`...experts.gate_up_proj`). No backend trains them.
+    For a stack of experts `a` is `[experts, r, in]` and `b` is `[experts, out, r]`, and the weight of each expert
+    changes by `scale * b[expert] @ a[expert]`. The rows of `b` are in the order of transformers' parameter: in
+    `gate_up_proj` the gate comes before up, and in GPT-OSS the two take turns.
     """
 
     a: Float32

@@ -117,8 +117,9 @@ def mindprint_adapter_sites(model: Any) -> Sequence[AdapterSite]:  # type: ignor
     """List every place of the base that can take LoRA, in the model's order.
 
     List the LM head where transformers' class has it as a linear layer (`linear`), and the token embedding
-    (`embedding`) exactly if the backend claims the capability `embedding`. Core chooses among the sites: `all-linear`
-    leaves out the LM head, embeddings and routers, and users can name any site.
+    (`embedding`) exactly if the backend claims the capability `embedding`. List stacks of experts (`experts`) only if
+    it claims the capability `experts`. Core chooses among the sites: `all-linear` leaves out the LM head, embeddings,
+    routers and stacks of experts, and users can name any site.
 
     Args:
         model: The handle, with or without an adapter.
@@ -146,7 +147,8 @@ def mindprint_inject_adapter(model: Any, adapter: AdapterState) -> AdapterFacts:
 
     Args:
         model: The handle.
-        adapter: Factors `a` float32 `[r, in]` and `b` float32 `[out, r]` for each site.
+        adapter: Factors `a` float32 `[r, in]` and `b` float32 `[out, r]` for each site, `[experts, r, in]` and
+            `[experts, out, r]` for a stack of experts.
 
     Returns:
         The sites adapted and the number of elements that will be trained, counted on the model.

@@ -15,10 +15,12 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
+from mindprint.adapter.initial import factor_shapes
 from mindprint.contract import AdapterFacts, AdapterState, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError
 from mindprint_mlx import points
 from mindprint_mlx.arrays import to_numpy
+from mindprint_mlx.experts import StackLora, StackPlace
 from mindprint_mlx.imports import mlx_lm_module
 from mindprint_mlx.model import Adapter, MlxModel, Place
 
@@ -96,7 +98,7 @@ def use_dropout(adapter: Adapter, key: mx.array | None) -> None:
 
 
 def to_factors(
-    config: LoraConfig, tensors: Mapping[str, LoraFactors], places: tuple[Place, ...]
+    config: LoraConfig, tensors: Mapping[str, LoraFactors], places: tuple[Place | StackPlace, ...]
 ) -> dict[str, mx.array]:
     """Return PEFT's factors in mlx-lm's layout.
 
@@ -110,13 +112,15 @@ def to_factors(
     for place in places:
         site, (a, b) = place.adapter_site, tensors[place.site]
         rank = config.rank(place.site)
-        if a.shape != (rank, site.in_features) or b.shape != (site.out_features, rank):
+        a_shape, b_shape = factor_shapes(site, rank)
+        if a.shape != a_shape or b.shape != b_shape:
             raise AdapterError(
                 f"{place.site}: A is {list(a.shape)} and B {list(b.shape)}; the model and rank {rank} need "
-                f"{[rank, site.in_features]} and {[site.out_features, rank]}"
+                f"{list(a_shape)} and {list(b_shape)}"
             )
-        factors[f"{place.site}.a"] = mx.array(np.ascontiguousarray(a.T, dtype=np.float32))
-        factors[f"{place.site}.b"] = mx.array(np.ascontiguousarray(b.T, dtype=np.float32))
+        for letter, values in (("a", a), ("b", b)):
+            transposed = np.ascontiguousarray(values.swapaxes(-1, -2), dtype=np.float32)
+            factors[f"{place.site}.{letter}"] = mx.array(transposed)
     return factors
 
 
@@ -125,22 +129,30 @@ def to_tensors(adapter: Adapter, factors: Mapping[str, mx.array]) -> dict[str, L
     if not factors:
         return {}
     return {
-        place.site: LoraFactors(to_numpy(factors[f"{place.site}.a"].T), to_numpy(factors[f"{place.site}.b"].T))
+        place.site: LoraFactors(
+            *(to_numpy(factors[f"{place.site}.{letter}"].swapaxes(-1, -2)) for letter in ("a", "b"))
+        )
         for place in adapter.places
     }
 
 
-def _target_places(model: MlxModel, config: LoraConfig) -> tuple[Place, ...]:
+def _target_places(model: MlxModel, config: LoraConfig) -> tuple[Place | StackPlace, ...]:
     places = {place.site: place for place in model.places}
     if not config.target_modules:
         raise AdapterError("the adapter names no target modules")
     for target in config.target_modules:
         if target not in places:
             raise AdapterError(f"the model has no place called {target!r} that can take LoRA")
+        if isinstance(places[target], StackPlace) and config.dropout:
+            raise AdapterError(f"{target!r} is a stack of experts, on which PEFT has no dropout: set it to 0")
     return tuple(places[target] for target in config.target_modules)
 
 
-def _lora_layer(place: Place, config: LoraConfig) -> Any:
+def _lora_layer(place: Place | StackPlace, config: LoraConfig) -> Any:
+    if isinstance(place, StackPlace):
+        stack = StackLora(config.scale(place.site))
+        stack.dropout = KeyedDropout(0.0)
+        return stack
     lora = mlx_lm_module("tuner.lora")
     embedding = isinstance(place.layer, nn.Embedding)
     kind = _lora_embedding(lora.LoRAEmbedding) if embedding else lora.LoRALinear

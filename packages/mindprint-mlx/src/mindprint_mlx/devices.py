@@ -13,7 +13,7 @@ from mindprint_mlx import blas
 
 ALL_DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
 LIBRARIES = ("mlx", "mlx-lm", "numpy")
-CAPABILITIES = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding"})
+CAPABILITIES = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding", "experts"})
 
 
 def backend_info() -> BackendInfo:

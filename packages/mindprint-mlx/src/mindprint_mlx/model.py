@@ -25,6 +25,7 @@ from mindprint.models.folder import weight_files
 from mindprint.models.layer_names import is_fused_output
 from mindprint_mlx import architectures, devices, memory
 from mindprint_mlx.arrays import DTYPES, parameters_of
+from mindprint_mlx.experts import StackPlace, stack_places
 from mindprint_mlx.families import family
 from mindprint_mlx.head import Head, read_head
 from mindprint_mlx.imports import mlx_lm_module
@@ -57,6 +58,10 @@ class Place:
         # A module is a dict of its parts, some of which are lists.
         self.parent[int(self.attribute) if isinstance(self.parent, list) else self.attribute] = layer
 
+    def put_base(self) -> None:
+        """Put the base layer back."""
+        self.put(self.layer)
+
     @property
     def adapter_site(self) -> AdapterSite:
         rows, columns = self.layer.weight.shape
@@ -69,11 +74,12 @@ class Place:
 class Adapter:
     """An injected adapter: its configuration, the layers that apply it, and its values.
 
-    `factors` holds `<site>.a` `[in, r]` and `<site>.b` `[r, out]`, float32, in the layout of mlx-lm's layers.
+    `factors` holds `<site>.a` `[in, r]` and `<site>.b` `[r, out]`, float32, in the layout of mlx-lm's linear layers. A
+    stack of experts has one pair for each, `[experts, in, r]` and `[experts, r, out]`.
     """
 
     config: LoraConfig
-    places: tuple[Place, ...]
+    places: tuple[Place | StackPlace, ...]
     layers: Mapping[str, nn.Module]
     factors: dict[str, mx.array]
     moments: Moments = field(default_factory=Moments)
@@ -90,7 +96,7 @@ class MlxModel:
 
     module: nn.Module
     head: Head
-    places: tuple[Place, ...]
+    places: tuple[Place | StackPlace, ...]
     device: mx.Device
     loss_scale: float | None
     continues_rows: bool = False
@@ -118,7 +124,7 @@ class MlxModel:
         with mx.stream(self.device):
             try:
                 for place in places:
-                    place.put(place.layer)
+                    place.put_base()
                 yield
             finally:
                 for place in places:
@@ -154,7 +160,10 @@ def _load(spec: ModelSpec, tower: Tower, architecture: architectures.Architectur
     model = MlxModel(
         module=module,
         head=head,
-        places=tuple(_places(architecture.configuration.model_type, module, names)),
+        places=(
+            *_places(architecture.configuration.model_type, module, names),
+            *stack_places(architecture.configuration.model_type, module),
+        ),
         device=devices.device(spec.device),
         loss_scale=initial_loss_scale(spec.dtype),
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mindprint.adapter.initial import factor_shapes
 from mindprint.adapter.targets import resolve_targets
 from mindprint.contract import (
     AdapterSite,
@@ -68,8 +69,8 @@ class Bench:
         lora = LoraConfig(r, alpha, tuple(site.name for site in sites), **config)
 
         def factors(site: AdapterSite) -> LoraFactors:
-            rank = lora.rank(site.name)
-            return LoraFactors(_normal(random, rank, site.in_features), _normal(random, site.out_features, rank))
+            a, b = factor_shapes(site, lora.rank(site.name))
+            return LoraFactors(_normal(random, *a), _normal(random, *b))
 
         return AdapterState(lora, {site.name: factors(site) for site in sites})
 

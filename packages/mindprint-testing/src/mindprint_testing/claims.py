@@ -20,7 +20,7 @@ NEEDS: Mapping[str, str] = {
         for method in methods
     },
     "quantize": "the linear layers of a full-precision base packed while they are loaded, by `ModelSpec.quantize`",
-    "experts": "nothing yet: the name is reserved, core does not drive it, and no test of it exists",
+    "experts": "sites of the kind `experts` on a Mixtral, with LoRA on them as PEFT defines it for `target_parameters`",
 }
 """For each capability of `mindprint.contract.CAPABILITIES`, the work that a backend must do before it may claim it."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,8 @@ class Injection(Claims):
             "alpha_pattern": {sites[0].name: 5.0, sites[-1].name: 1.5},
         }
         adapter = bench.adapter(sites, use_rslora=rslora, **pattern)
-        _check_merged(bench, tmp_path, adapter, {site.name: site for site in sites})
-        assert np.abs(_adapted(bench, adapter) - bench.backend.log_probs(model, batch)).max() > 10 * EXACT
+        check_merged(bench, tmp_path, adapter, {site.name: site for site in sites})
+        assert np.abs(adapted(bench, adapter) - bench.backend.log_probs(model, batch)).max() > 10 * EXACT
 
     def test_each_site_alone_is_what_merging_it_would_be(self, bench: Bench, tmp_path: Path) -> None:
         """As above for one linear site of each name (`q_proj`, ...) by itself, the LM head among them.
@@ -79,7 +79,7 @@ class Injection(Claims):
         linear = [site for site in bench.backend.adapter_sites(model) if site.kind == "linear"]
         # One site for each last name component, because backends map names to modules by it.
         for site in {site.name.rpartition(".")[2]: site for site in linear}.values():
-            _check_merged(bench, tmp_path / site.name, bench.adapter([site]), {site.name: site})
+            check_merged(bench, tmp_path / site.name, bench.adapter([site]), {site.name: site})
 
     def test_an_embedding_is_what_merging_it_would_be(self, bench: Bench, tmp_path: Path) -> None:
         """As above for the embedding: its table `[in, out]` takes the transpose of scale · B @ A.
@@ -89,7 +89,7 @@ class Injection(Claims):
         self.needs("embedding")
         sites = [site for site in bench.backend.adapter_sites(bench.load()) if site.kind == "embedding"]
         assert sites, "embedding is claimed, but no site of this kind is listed"
-        _check_merged(bench, tmp_path, bench.adapter(sites), {site.name: site for site in sites})
+        check_merged(bench, tmp_path, bench.adapter(sites), {site.name: site for site in sites})
 
     def test_adapter_off_is_the_base_bit_for_bit(self, bench: Bench) -> None:
         """With `adapter=False` the base answers, before and after training, and switching off leaves no trace.
@@ -174,24 +174,39 @@ class Injection(Claims):
             calls[hook]()
 
 
-def _adapted(bench: Bench, adapter: AdapterState) -> np.ndarray:
+def adapted(bench: Bench, adapter: AdapterState) -> np.ndarray:
+    """Return the log-probs of a fresh base with this adapter."""
     model = bench.load()
     bench.backend.inject_adapter(model, adapter)
     return bench.backend.log_probs(model, bench.token_batch())
 
 
-def _check_merged(bench: Bench, folder: Path, adapter: AdapterState, sites: dict[str, AdapterSite]) -> None:
+def check_merged(bench: Bench, folder: Path, adapter: AdapterState, sites: dict[str, AdapterSite]) -> None:
+    """Require that the adapter computes what its base computes with the change added to the folder's weights."""
     merged = Path(shutil.copytree(bench.folder, folder / "merged"))
     weights = load_file(merged / SINGLE_FILE)
     for name, (a, b) in adapter.tensors.items():
         # In float64 and rounded once: the merged base is then as exact as float32 allows.
         change = adapter.config.scale(name) * (b.astype(np.float64) @ a)
-        # The contract has a linear weight as `[out, in]` and an embedding table as `[in, out]`.
-        change = change.T if sites[name].kind == "embedding" else change
-        weights[f"{name}.weight"] = (weights[f"{name}.weight"] + change).astype(np.float32)
+        for stored, part in _stored(sites[name], change):
+            weights[stored] = (weights[stored] + part).astype(np.float32)
     save_file(weights, merged / SINGLE_FILE, metadata={"format": "pt"})
     expected = bench.backend.log_probs(bench.load(folder=merged), bench.token_batch())
-    np.testing.assert_allclose(_adapted(bench, adapter), expected, rtol=0, atol=EXACT)
+    np.testing.assert_allclose(adapted(bench, adapter), expected, rtol=0, atol=EXACT)
+
+
+def _stored(site: AdapterSite, change: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the folder's tensors that a site's change goes to, each with its part."""
+    if site.kind != "experts":
+        # The contract has a linear weight as `[out, in]` and an embedding table as `[in, out]`.
+        yield f"{site.name}.weight", change.T if site.kind == "embedding" else change
+        return
+    # The files of Mixtral call gate, down and up of an expert w1, w2 and w3, and the stack has gate before up.
+    names = ("w1", "w3") if site.name.endswith("gate_up_proj") else ("w2",)
+    host = site.name.rpartition(".")[0].replace(".mlp.", ".block_sparse_moe.")
+    for expert, of_expert in enumerate(change):
+        for name, part in zip(names, np.split(of_expert, len(names)), strict=True):
+            yield f"{host}.{expert}.{name}.weight", part
 
 
 def _spoiled(adapter: AdapterState, mistake: str) -> AdapterState:

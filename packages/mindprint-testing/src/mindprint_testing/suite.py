@@ -10,6 +10,7 @@ import pytest
 
 from mindprint.plugins.backend import load_backend
 from mindprint_testing.bench import Bench
+from mindprint_testing.experts import Experts
 from mindprint_testing.forward import Forward
 from mindprint_testing.generation import Generation
 from mindprint_testing.injection import Injection
@@ -26,7 +27,18 @@ from mindprint_testing.training import Sft
 
 
 class BackendConformance(
-    Stating, Loading, Injection, Forward, Sft, Optimizer, Preference, State, Generation, Optional, Quantized
+    Stating,
+    Loading,
+    Injection,
+    Forward,
+    Sft,
+    Optimizer,
+    Preference,
+    State,
+    Generation,
+    Optional,
+    Quantized,
+    Experts,
 ):
     """Every test of the contract. Subclass it in a test module, name the backend, and state its capabilities.
 

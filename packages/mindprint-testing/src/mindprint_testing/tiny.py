@@ -1,8 +1,9 @@
-"""The default model of the suite: a random Llama, written by NumPy."""
+"""The models of the suite: a random Llama, and a random Mixtral for stacks of experts, written by NumPy."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -37,20 +38,54 @@ CONFIG = {
 }
 
 
+EXPERTS = 3
+
+MIXTURE_CONFIG = {
+    **{name: value for name, value in CONFIG.items() if name not in ("attention_bias", "mlp_bias")},
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "router_jitter_noise": 0.0,
+    "sliding_window": None,
+}
+
+
 def write_tiny_model(folder: Path, seed: int = 0) -> Path:
     """Write a model of 21,000 parameters, without a tokenizer.
 
     Its weights are large enough that every layer matters, its head is not tied, and its rope base is far from every
     library's default: a backend that ignores one of them computes something visibly different.
     """
+    return _write(folder, CONFIG, _shapes(), seed)
+
+
+def write_tiny_mixture(folder: Path, seed: int = 0) -> Path:
+    """Write the same model with three experts in each layer, of which two answer. Files have each expert for itself."""
+    shapes = {name: shape for name, shape in _shapes().items() if ".mlp." not in name}
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}.block_sparse_moe"
+        shapes[f"{prefix}.gate.weight"] = (EXPERTS, HIDDEN)
+        for expert in range(EXPERTS):
+            shapes |= {
+                f"{prefix}.experts.{expert}.w1.weight": (INNER, HIDDEN),
+                f"{prefix}.experts.{expert}.w2.weight": (HIDDEN, INNER),
+                f"{prefix}.experts.{expert}.w3.weight": (INNER, HIDDEN),
+            }
+    return _write(folder, MIXTURE_CONFIG, shapes, seed)
+
+
+def _write(folder: Path, config: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]], seed: int) -> Path:
     random = np.random.default_rng(seed)
     tensors = {
         # Norm weights are vectors and lie around 1, where a trained model has them.
         name: (0.3 * random.standard_normal(shape) + (len(shape) == 1)).astype(np.float32)
-        for name, shape in _shapes().items()
+        for name, shape in shapes.items()
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

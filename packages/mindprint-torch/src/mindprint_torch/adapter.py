@@ -13,12 +13,15 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from mindprint.adapter.initial import factor_shapes
+from mindprint.adapter.targets import is_stack
 from mindprint.contract import AdapterFacts, AdapterSite, AdapterState, Float32, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError
 from mindprint.loss_scale import initial_loss_scale
+from mindprint_torch import experts
 from mindprint_torch.gated import fuse_gated
 from mindprint_torch.lora import NAME, fuse_lora
-from mindprint_torch.model import Adapter, TorchModel, layer_factors
+from mindprint_torch.model import Adapter, AdapterLayer, TorchModel, layer_factors
 
 HOLDER = "network"
 """The name of the network in the plain module that PEFT is given."""
@@ -38,12 +41,14 @@ def inject(model: TorchModel, adapter: AdapterState) -> AdapterFacts:
     # PEFT draws initial values, which are overwritten: the caller's random numbers must not move for them.
     with torch.random.fork_rng(devices=[]):
         _inject_empty(model, adapter.config)
-    layers = _attached(model, adapter.config)
-    for layer in layers.values():
+    modules = _attached(model, adapter.config)
+    for layer in modules.values():
         _to_float32(layer)
+    attached: dict[str, AdapterLayer] = {**modules, **experts.attach(model.network, sites, adapter.config)}
+    layers = {name: attached[name] for name in adapter.config.target_modules}
     write_factors(layers, adapter.tensors)
     model.network.eval()
-    fuse_lora(layers.values())
+    fuse_lora(modules.values())
     fuse_gated(model.network)
     model.adapter = Adapter(adapter.config, layers)
     model.adapter.optimizer.loss_scale = initial_loss_scale(model.dtype)
@@ -64,7 +69,7 @@ def read_factors(adapter: Adapter) -> dict[str, LoraFactors]:
 
 
 @torch.no_grad()
-def write_factors(layers: Mapping[str, LoraLayer], tensors: Mapping[str, LoraFactors]) -> None:
+def write_factors(layers: Mapping[str, AdapterLayer], tensors: Mapping[str, LoraFactors]) -> None:
     """Copy values into the layers' factors, which stay the same parameters: the optimizer holds them."""
     for name, layer in layers.items():
         for parameter, values in zip(layer_factors(layer), tensors[name], strict=True):
@@ -125,15 +130,19 @@ def _check_fits(name: str, site: AdapterSite | None, adapter: AdapterState) -> N
         raise AdapterError(f"the model has no module {name!r} that can take LoRA")
     if name not in adapter.tensors:
         raise AdapterError(f"the adapter has no tensors for {name!r}")
-    rank = adapter.config.rank(name)
-    expected = ((rank, site.in_features), (site.out_features, rank))
+    if site.kind == "experts" and adapter.config.dropout:
+        raise AdapterError(f"{name!r} is a stack of experts, on which PEFT has no dropout: set it to 0")
+    expected = factor_shapes(site, adapter.config.rank(name))
     shapes = tuple(np.shape(values) for values in adapter.tensors[name])
     if shapes != expected:
         raise AdapterError(f"the adapter's factors of {name!r} are {shapes}, the model needs {expected}")
 
 
 def _inject_empty(model: TorchModel, config: LoraConfig) -> None:
-    """Let PEFT put its layers around the targets."""
+    """Let PEFT put its layers around the targets that are modules."""
+    if all(is_stack(name) for name in config.target_modules):
+        # PEFT refuses a configuration without modules.
+        return
     # PEFT sees the network as part of a plain module. If it saw a transformers model it would, for mixtures of experts,
     # take the names of dense and shared-expert layers for old names of stacked experts and adapt those instead.
     holder = nn.ModuleDict({HOLDER: model.network})
@@ -155,7 +164,7 @@ def _peft_config(config: LoraConfig) -> peft.LoraConfig:
     return peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
-        target_modules=[f"{HOLDER}.{name}" for name in config.target_modules],
+        target_modules=[f"{HOLDER}.{name}" for name in config.target_modules if not is_stack(name)],
         lora_dropout=config.dropout,
         use_rslora=config.use_rslora,
         rank_pattern={_pattern(name): rank for name, rank in config.rank_pattern.items()},
@@ -170,13 +179,14 @@ def _pattern(name: str) -> str:
 
 
 def _attached(model: TorchModel, config: LoraConfig) -> dict[str, LoraLayer]:
-    """Return PEFT's layers by site, after checking that they are exactly the targets."""
+    """Return PEFT's layers by site, after checking that they are exactly the targets that are modules."""
     # PEFT matches names by their ends, so that it may hit modules that nobody named.
     layers = {name: module for name, module in model.network.named_modules() if isinstance(module, LoraLayer)}
-    if set(layers) != set(config.target_modules):
-        different = sorted(set(layers) ^ set(config.target_modules))
+    targets = {name for name in config.target_modules if not is_stack(name)}
+    if set(layers) != targets:
+        different = sorted(set(layers) ^ targets)
         raise AdapterError(f"PEFT adapted other modules than were named: {', '.join(different[:3])}")
     for name, layer in layers.items():
         if layer.r[NAME] != config.rank(name) or layer.scaling[NAME] != config.scale(name):
             raise AdapterError(f"PEFT gave {name!r} rank {layer.r[NAME]} and scale {layer.scaling[NAME]}")
-    return {name: layers[name] for name in config.target_modules}
+    return layers

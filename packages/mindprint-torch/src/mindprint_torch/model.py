@@ -22,6 +22,7 @@ from mindprint.contract import AdapterSite, Dtype, LoadedModel, LoraConfig, Mode
 from mindprint.errors import ModelError, first_line
 from mindprint.models.folder import weight_files
 from mindprint.models.quantized import Quantization, quantized_weights, read_quantization
+from mindprint_torch.experts import StackLora
 from mindprint_torch.head import Head, embedding_layer, read_head
 from mindprint_torch.lora import NAME
 from mindprint_torch.optimizer import Optimizer
@@ -51,12 +52,16 @@ LOAD_FAILURES = (
 """The errors that transformers and its model classes raise for folders that they cannot load."""
 
 
+AdapterLayer = LoraLayer | StackLora
+"""PEFT's layer of a module, or the factors of a stack of experts."""
+
+
 @dataclass
 class Adapter:
-    """The injected adapter: PEFT's layer of each site, in the order of `config.target_modules`, and its optimizer."""
+    """The injected adapter: the layer of each site, in the order of `config.target_modules`, and its optimizer."""
 
     config: LoraConfig
-    layers: Mapping[str, LoraLayer]
+    layers: Mapping[str, AdapterLayer]
     optimizer: Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -72,8 +77,10 @@ class Adapter:
         return [layer.lora_dropout[NAME] for layer in self.layers.values()]
 
 
-def layer_factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """Return the parameters A `[r, in]` and B `[out, r]` of one site."""
+def layer_factors(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
+    """Return the parameters A `[r, in]` and B `[out, r]` of one site, or those of a stack of experts."""
+    if isinstance(layer, StackLora):
+        return layer.lora_A, layer.lora_B
     if NAME in layer.lora_embedding_A:
         return layer.lora_embedding_A[NAME], layer.lora_embedding_B[NAME]
     a: Any = layer.lora_A[NAME]

@@ -10,15 +10,13 @@ from transformers.pytorch_utils import Conv1D
 
 from mindprint.contract import AdapterSite
 from mindprint.models.layer_names import is_fused_output
+from mindprint_torch.experts import stacked_sites
 from mindprint_torch.head import embedding_layer
 from mindprint_torch.packed_layers import PackedLinear
 
 
 def list_sites(network: PreTrainedModel) -> tuple[AdapterSite, ...]:
-    """Return the linear layers (GPT-2's transposed ones included) and the token embedding, in the model's order.
-
-    Experts that transformers keeps as one stacked parameter are not among them: this backend does not adapt them.
-    """
+    """Return linear layers (GPT-2's transposed ones too), the token embedding and stacks of experts, in model order."""
     return tuple(_sites(network))
 
 
@@ -35,3 +33,5 @@ def _sites(network: PreTrainedModel) -> Iterator[AdapterSite]:
             yield AdapterSite(name, "linear", module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
             yield AdapterSite(name, "linear", module.nx, module.nf)
+        else:
+            yield from stacked_sites(network, name, module)

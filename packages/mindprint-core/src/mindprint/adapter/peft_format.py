@@ -57,14 +57,16 @@ def to_tensors(factors: Mapping[str, LoraFactors], prefix: str = "") -> dict[str
     return flat
 
 
-def from_tensors(flat: Mapping[str, np.ndarray], sites: tuple[str, ...], prefix: str = "") -> dict[str, LoraFactors]:
-    """Undo `to_tensors` for sites that are modules. Raises `AdapterError` naming a tensor that is missing."""
+def from_tensors(flat: Mapping[str, np.ndarray], ranks: Mapping[str, int], prefix: str = "") -> dict[str, LoraFactors]:
+    """Undo `to_tensors` for these sites, given their ranks. Raises `AdapterError` naming a tensor that is missing."""
     factors = {}
-    for site in sites:
-        missing = [name for name in tensor_names(site) if prefix + name not in flat]
+    for site, rank in ranks.items():
+        names = [prefix + name for name in tensor_names(site, tuple(ranks))]
+        missing = [name for name in names if name not in flat]
         if missing:
-            raise AdapterError(f"tensor {prefix + missing[0]} is missing")
-        factors[site] = LoraFactors(*(flat[prefix + name] for name in tensor_names(site)))
+            raise AdapterError(f"tensor {missing[0]} is missing")
+        a, b = (flat[name] for name in names)
+        factors[site] = _unflat(a, b, rank) if is_stack(site) else LoraFactors(a, b)
     return factors
 
 

@@ -235,7 +235,9 @@ def check_state(answer: Answer, state: TrainingState, dtype: Dtype) -> TrainingS
         answer.instance(factors, LoraFactors, site)
         rank = config.rank(site)
         # Moments must have the factors' layout, or another backend would continue from the wrong ones.
-        shapes = (rank, _size(factors.a, -1)), (_size(factors.b, 0), rank)
+        # A third axis is that of a stack's experts. Which sites are stacks, the comparison with the injected tells.
+        experts = (_size(factors.a, 0),) if np.ndim(factors.a) == 3 else ()
+        shapes = (*experts, rank, _size(factors.a, -1)), (*experts, _size(factors.b, -2), rank)
         _check_factors(answer, site, factors, shapes)
         if state.first_moments:
             _check_factors(answer, f"first moment of {site}", state.first_moments[site], shapes)
@@ -287,7 +289,8 @@ def _check_sites_of(answer: Answer, subject: str, tensors: object, targets: Sequ
 
 def _size(values: object, axis: int) -> int:
     """Return the size of an axis, 0 for a value without it: comparing shapes then refuses the value."""
-    return int(values.shape[axis]) if isinstance(values, np.ndarray) and values.ndim else 0
+    known = isinstance(values, np.ndarray) and -values.ndim <= axis < values.ndim
+    return int(values.shape[axis]) if isinstance(values, np.ndarray) and known else 0
 
 
 def _named(names: Sequence[object]) -> str:
@@ -299,7 +302,7 @@ def _check_factors(
     answer: Answer,
     subject: str,
     factors: LoraFactors,
-    shapes: tuple[tuple[int, int], tuple[int, int]],
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
     *,
     least: float = -math.inf,
 ) -> None:

@@ -222,11 +222,12 @@ def _read_optimizer(file: Path, start: TrainingState) -> TrainingState:
     with safe_open(file, framework="numpy") as opened:
         metadata = opened.metadata()
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-    sites = start.adapter.config.target_modules
+    config = start.adapter.config
+    ranks = {site: config.rank(site) for site in config.target_modules}
     moments: tuple[Mapping[str, LoraFactors], ...] = ({}, {})
     # A stage's start has no moments yet.
     if tensors:
-        moments = tuple(from_tensors(tensors, sites, prefix) for prefix in (_FIRST, _SECOND))
+        moments = tuple(from_tensors(tensors, ranks, prefix) for prefix in (_FIRST, _SECOND))
     scale = metadata.get("loss_scale")
     steps = int(metadata["optimizer_steps"])
     return TrainingState(start.adapter, moments[0], moments[1], steps, None if scale is None else float(scale))

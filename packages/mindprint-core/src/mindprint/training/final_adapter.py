@@ -7,8 +7,9 @@ from pathlib import Path
 from mindprint import atomic
 from mindprint._version import __version__
 from mindprint.adapter.peft_format import write_adapter
+from mindprint.adapter.targets import is_stack
 from mindprint.config import Config
-from mindprint.contract import AdapterState
+from mindprint.contract import AdapterState, LoraConfig
 from mindprint.models.folder import ModelFolder
 from mindprint.models.quantized import read_quantization
 from mindprint.training.objectives import OBJECTIVES
@@ -40,7 +41,7 @@ tags: [lora, mindprint]
 # A voice for {model.name}
 
 A LoRA adapter trained by Mindprint {__version__} with {" then ".join(stages)}: rank {lora.r}, alpha {lora.alpha:g},
-{len(lora.target_modules)} modules, {adapter.elements:,} elements in float32.
+{_targets(lora)}, {adapter.elements:,} elements in float32.
 
 {_loading(model)}
 `{FINGERPRINT_FILE}` records its digests, and the log-probs that it computed where it was trained.
@@ -76,3 +77,9 @@ def _loading(model: ModelFolder) -> str:
         "`mindprint verify path/to/this/folder --any-quantization --model BASE` measures how much of it is there.\n"
     )
     return example.format(name=model.name) + bits
+
+
+def _targets(lora: LoraConfig) -> str:
+    stacks = sum(is_stack(site) for site in lora.target_modules)
+    modules = f"{len(lora.target_modules) - stacks} modules"
+    return f"{modules} and {stacks} stacks of experts" if stacks else modules

@@ -140,7 +140,7 @@ def _check_tokens(
 
 def lora_config(settings: AdapterConfig, sites: Sequence[AdapterSite]) -> LoraConfig:
     """Return the LoRA configuration that the settings mean on a base with these sites."""
-    targets = resolve_targets(sites, settings.target_modules)
+    targets = resolve_targets(sites, settings.target_modules, settings.target_parameters)
     return LoraConfig(settings.r, settings.alpha, targets, settings.dropout, settings.use_rslora)
 
 
@@ -361,6 +361,9 @@ def _identity(
     sections["evaluation"]["levels"] = ["final"] if config.evaluation.levels is None else config.evaluation.levels
     # The folder of an adapter to continue from may change. The adapter itself may not.
     adapter = config.adapter.model_dump(exclude={"start_from"})
+    # Checkpoints from before the setting existed do not have it.
+    if not config.adapter.target_parameters:
+        del adapter["target_parameters"]
     if start is not None:
         adapter["start"] = adapter_digest(start)
     return {
