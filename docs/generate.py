@@ -169,8 +169,20 @@ The examples below belong to one project, which `mindprint init my-voice` made. 
 <!-- Generated from the docstrings by docs/generate.py; do not edit. -->
 """
 
-FUNCTIONS = ("load_config", "train", "open_adapter", "generate", "evaluate", "verify", "merge", "convert", "compare")
+FUNCTIONS = (
+    "load_config",
+    "plan",
+    "train",
+    "open_adapter",
+    "generate",
+    "evaluate",
+    "verify",
+    "merge",
+    "convert",
+    "compare",
+)
 RESULTS = (
+    "PlanResult",
     "TrainResult",
     "GenerateResult",
     "AnsweredPrompt",

@@ -53,7 +53,7 @@ def test_the_pages_have_the_blocks_that_they_should() -> None:
     """A mistake in how pages are read would change the README's sequence, or lose blocks."""
     readme = [words for block in BLOCKS[ROOT / "README.md"] if not block.reason for words in block.commands()]
     assert [words[1] for words in readme] == [
-        "init", "train", "generate", "eval", "report", "verify", "train", "compare", "merge", "convert",
+        "init", "plan", "train", "generate", "eval", "report", "verify", "train", "compare", "merge", "convert",
     ]  # fmt: skip
     assert sum(map(len, BLOCKS.values())) >= 20
 

@@ -409,6 +409,93 @@ class Generation:
     stop_reason: Literal["stop", "length"]
 
 
+@dataclass(frozen=True)
+class BaseSizes:
+    """Sizes of a base model, from its config.json and the headers of its weight files. Nothing is loaded for them.
+
+    Args:
+        elements: The elements of all weights that training loads. Tied weights count once.
+        largest: The elements of the largest weight.
+        stored_dtype: The dtype of the files, None where they hold several or one that no base is computed in.
+        packed_bytes: The bytes of the packed weights of a quantized base, 0 for full precision. `elements` leaves
+            these weights out.
+        layers: The number of layers.
+        hidden: The width of the hidden states.
+        inner: The width of a feed-forward block, of the experts that a token uses taken together.
+        heads: The number of attention heads.
+        key_heads: The number of heads of keys and values.
+        head_size: The width of a head.
+        vocabulary: The number of tokens.
+        norms: The normalisations of hidden states in a layer.
+        head_norms: Whether a layer also normalises queries and keys.
+        config: The values of config.json, of its language model where it has several parts.
+    """
+
+    elements: int
+    largest: int
+    stored_dtype: Dtype | None
+    packed_bytes: int
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    key_heads: int
+    head_size: int
+    vocabulary: int
+    norms: int
+    head_norms: bool
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class MemoryRequest:
+    """A run whose memory is asked for, before anything is loaded.
+
+    Args:
+        spec: The base model, as it would be loaded.
+        base: Its sizes.
+        sites: The sites that get LoRA.
+        adapter: The adapter's configuration.
+        batch: A micro-batch of a training step.
+        update: The step's settings. Its learning rate and normalizers have no meaning here.
+        read: The largest batch whose log-probs are taken without gradients, None if there is none.
+    """
+
+    spec: ModelSpec
+    base: BaseSizes
+    sites: Sequence[AdapterSite]
+    adapter: LoraConfig
+    batch: TokenBatch | PreferenceBatch
+    update: Update
+    read: TokenBatch | None = None
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """The memory that a run needs at most, in bytes, by its parts. Libraries that are imported already are not in it.
+
+    Args:
+        weights: The base's weights, and whatever loading them holds at its peak.
+        adapter: The adapter's factors, their gradients, AdamW's moments, and copies of them that a run keeps.
+        activations: Arrays between the layers: those kept for the backward pass, and those of the layer in work.
+        logits: Arrays of the size of the vocabulary.
+        other: Everything else, such as pools of the framework.
+        free: The bytes that are free on the device now. None if it uses the memory of the machine, which core reads.
+    """
+
+    weights: int
+    adapter: int
+    activations: int
+    logits: int
+    other: int = 0
+    free: int | None = None
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return self.weights + self.adapter + self.activations + self.logits + self.other
+
+
 class Fitted(Protocol):
     """A measure that knows a person's texts."""
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
         Int32,
         LoadedModel,
         Measure,
+        MemoryNeed,
+        MemoryRequest,
         ModelSpec,
         PreferenceBatch,
         Sampling,
@@ -259,6 +261,21 @@ def mindprint_restore(model: Any, state: TrainingState) -> bool:  # type: ignore
 
     Raises:
         AdapterError: The model has no adapter, or the state is of another configuration.
+    """
+
+
+@hookspec(firstresult=True)
+def mindprint_memory(request: MemoryRequest) -> MemoryNeed:  # type: ignore[empty-body]
+    """Estimate the most memory that a run needs, without loading or allocating anything. Optional.
+
+    Core asks with the largest batches of the run, and takes the answer that is greatest. Without this hook it
+    estimates for itself, which is rough: only the backend knows which arrays it keeps and how it divides a batch.
+
+    Args:
+        request: The base, the adapter, and a batch.
+
+    Returns:
+        The parts, in bytes. `benchmarks/plan.py` compares them with a measured run.
     """
 
 

@@ -12,6 +12,9 @@ from mindprint_mlx.model import MlxModel
 
 WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
+WORDS_AT_ONCE = 1 << 22
+"""Words that are multiplied at once, which bounds temporary memory to some arrays of 16 MiB."""
+
 
 def base_digest(model: MlxModel) -> str:
     """Return SHA-256 over each base parameter's name, shape, dtype and two weighted sums of its bits.
@@ -27,9 +30,14 @@ def base_digest(model: MlxModel) -> str:
 
 
 def _sums(values: mx.array) -> tuple[int, ...]:
-    bits = values.reshape(-1).view(WORDS[values.dtype.size]).astype(mx.uint32)
-    odd = 2 * mx.arange(bits.size, dtype=mx.uint32) + 1
-    # MLX has no 64-bit products on every device, so that there are two sums of 32 bits. The second weight is Knuth's
-    # multiplicative hash of the first: changes that cancel in one sum do not cancel in the other.
-    sums = mx.stack([mx.sum(bits * odd), mx.sum(bits * (odd * odd * 2654435761))])
-    return tuple(np.array(sums).tolist())
+    words = values.reshape(-1).view(WORDS[values.dtype.size])
+    total = mx.zeros(2, mx.uint32)
+    for start in range(0, words.size, WORDS_AT_ONCE):
+        bits = words[start : start + WORDS_AT_ONCE].astype(mx.uint32)
+        odd = 2 * mx.arange(start, start + bits.size, dtype=mx.uint32) + 1
+        # MLX has no 64-bit products on every device, so that there are two sums of 32 bits. The second weight is
+        # Knuth's multiplicative hash of the first: changes that cancel in one sum do not cancel in the other.
+        total = total + mx.stack([mx.sum(bits * odd), mx.sum(bits * (odd * odd * 2654435761))])
+        # Evaluated part by part: a large embedding would otherwise need several arrays of its size.
+        mx.eval(total)
+    return tuple(np.array(total).tolist())

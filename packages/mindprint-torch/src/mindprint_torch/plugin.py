@@ -18,6 +18,8 @@ if TYPE_CHECKING:
         Generation,
         Int32,
         LoadedModel,
+        MemoryNeed,
+        MemoryRequest,
         ModelSpec,
         PreferenceBatch,
         Sampling,
@@ -121,3 +123,10 @@ def mindprint_restore(model: TorchModel, state: TrainingState) -> bool:
 
     restore(model, state)
     return True
+
+
+@hookimpl
+def mindprint_memory(request: MemoryRequest) -> MemoryNeed:
+    from mindprint_torch.estimate import memory_need
+
+    return memory_need(request)

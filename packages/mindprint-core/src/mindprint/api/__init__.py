@@ -14,6 +14,7 @@ _EXPORTS = {
     "GenerateResult": "results",
     "MergeResult": "results",
     "NotVerifiedError": "adapters",
+    "PlanResult": "planning",
     "TrainResult": "results",
     "VerifyResult": "results",
     "compare": "comparison",
@@ -23,6 +24,7 @@ _EXPORTS = {
     "load_config": "training",
     "merge": "adapters",
     "open_adapter": "generation",
+    "plan": "planning",
     "train": "training",
     "verify": "adapters",
 }
@@ -35,6 +37,7 @@ __all__ = [
     "GenerateResult",
     "MergeResult",
     "NotVerifiedError",
+    "PlanResult",
     "TrainResult",
     "VerifyResult",
     "compare",
@@ -44,6 +47,7 @@ __all__ = [
     "load_config",
     "merge",
     "open_adapter",
+    "plan",
     "train",
     "verify",
 ]
@@ -56,6 +60,7 @@ if TYPE_CHECKING:
     from mindprint.api.evaluation import evaluate
     from mindprint.api.evaluation_tables import EvaluateResult
     from mindprint.api.generation import generate, open_adapter
+    from mindprint.api.planning import PlanResult, plan
     from mindprint.api.results import (
         AnsweredPrompt,
         ConvertResult,

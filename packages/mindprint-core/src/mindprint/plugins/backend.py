@@ -24,6 +24,8 @@ from mindprint.contract import (
     Generation,
     Int32,
     LoadedModel,
+    MemoryNeed,
+    MemoryRequest,
     ModelSpec,
     PreferenceBatch,
     Sampling,
@@ -141,6 +143,12 @@ class Backend:
     def restore(self, model: LoadedModel, state: TrainingState) -> None:
         """Take over a saved state. `models.engine.Engine.restore` looks whether it was."""
         self._call("mindprint_restore", model=model.handle, state=state)
+
+    def memory(self, request: MemoryRequest) -> MemoryNeed | None:
+        """Return the memory that a run would need, None from a backend that does not estimate it."""
+        hook = "mindprint_memory"
+        answer = self._call(hook, request=request)
+        return None if answer is None else self._checked(hook, MemoryNeed, answer)
 
     def device(self, name: str) -> DeviceInfo:
         """Return the device called `name`, or for `auto` the first usable one that `auto` may choose.

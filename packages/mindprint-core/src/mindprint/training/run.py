@@ -36,6 +36,7 @@ from mindprint.training.course import Course, EvaluationStopped, Position
 from mindprint.training.final_adapter import write_final_adapter
 from mindprint.training.later_use import refused_uses
 from mindprint.training.loop import run_stage, stop_on_signal
+from mindprint.training.memory import memory_notices
 from mindprint.training.objectives import OBJECTIVES
 from mindprint.training.pace import Pace
 from mindprint.training.plan import StagePlan, total_steps
@@ -188,6 +189,8 @@ class _Run:
             self._notice(f"backend: {placement}")
             for note in placement.backend.info.notes:
                 self._notice(note)
+        for notice in memory_notices(self.prepared, self.placements):
+            self._emit(notice)
 
     def _warn_of_other_environment(self, cursor: Cursor) -> None:
         placement = self.placements[min(cursor.stage_index, len(self.placements) - 1)]

@@ -1,0 +1,49 @@
+"""Memory of this machine that is free for a run: read from the system, without any library."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes() -> int | None:
+    """Return the bytes that a program can take without pushing others out, None where the system does not say."""
+    if _MEMINFO.is_file():
+        available = _field(_MEMINFO.read_text(encoding="ascii"), r"MemAvailable:\s+(\d+) kB")
+        free = None if available is None else available * 1024
+        limits = [value for value in (free, _container_free()) if value is not None]
+        return min(limits, default=None)
+    return _free_on_macos()
+
+
+def _container_free() -> int | None:
+    """Return the bytes left of a container's limit (cgroup, version 2), None without a limit."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        # Cached file pages count as used, and are given back when memory is short.
+        cached = _field((_CGROUP / "memory.stat").read_text(encoding="ascii"), r"^inactive_file (\d+)$") or 0
+        return None if limit == "max" else max(int(limit) - used + cached, 0)
+    except (OSError, ValueError):
+        return None
+
+
+def _free_on_macos() -> int | None:
+    try:
+        report = subprocess.run(["/usr/bin/vm_stat"], capture_output=True, text=True, check=True, timeout=5).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    page = _field(report, r"page size of (\d+) bytes")
+    # Inactive and purgeable pages are given away before anything is swapped out.
+    pages = [_field(report, rf"Pages {kind}:\s+(\d+)") for kind in ("free", "inactive", "speculative", "purgeable")]
+    counted = [count for count in pages if count is not None]
+    return page * sum(counted) if page and counted else None
+
+
+def _field(text: str, pattern: str) -> int | None:
+    match = re.search(pattern, text, re.MULTILINE)
+    return int(match[1]) if match else None

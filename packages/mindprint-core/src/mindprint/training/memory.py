@@ -1,0 +1,318 @@
+"""The memory that a run needs, estimated before anything is loaded, and the settings that would need less.
+
+Core finds the largest batches of the run. The backend estimates the memory for them (`mindprint_memory`). For a backend
+without that hook, core makes a rough estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, Literal
+
+from mindprint.config import ConfigFile, merged
+from mindprint.contract import (
+    BaseSizes,
+    Dtype,
+    MemoryNeed,
+    MemoryRequest,
+    ModelSpec,
+    PreferenceBatch,
+    StageName,
+    TokenBatch,
+    Update,
+)
+from mindprint.data.collate import shared_sequences, whole_sequences
+from mindprint.data.render import PreferenceExample, render_preferences
+from mindprint.errors import MindprintError
+from mindprint.events import Notice
+from mindprint.models.engine import Placement
+from mindprint.models.folder import quantization
+from mindprint.models.free_memory import free_bytes
+from mindprint.models.likelihoods import batches_by_length
+from mindprint.models.sizes import read_base_sizes, read_sites
+from mindprint.training.objectives import OBJECTIVES
+from mindprint.training.plan import StagePlan
+from mindprint.training.prepare import Prepared, lora_config
+
+GIB = 2**30
+
+MARGIN = 1.15
+"""An estimate may be this factor too low: `benchmarks/plan.py` compares it with runs, and allows 15 %."""
+
+FOLDER = "model.name=FOLDER"
+
+PACKED_BITS = 4.5
+"""Bits of a weight in a base of 4 bits, with a scale and a bias in 16 bits for each group of 64."""
+
+MOST_STEPS = 2000
+"""Steps of a stage whose batches are looked at. In a longer one, the longest rows are taken for a batch."""
+
+ITEM_BYTES: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Verdict = Literal["fits", "may not fit", "does not fit"]
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """The need of a stage where it is greatest, and the memory that is free there.
+
+    Attributes:
+        stage: The stage.
+        topic: The topic whose batch needs most.
+        placement: Backend, device and dtype.
+        need: The parts of the need, in bytes.
+        free: The bytes that are free on the device, None if nothing tells.
+        rows: The rows, or pairs, of the batch that needs most.
+        longest: The tokens of its longest row.
+        rough: Whether core estimated it, because the backend does not.
+    """
+
+    stage: StageName
+    topic: str
+    placement: Placement
+    need: MemoryNeed
+    free: int | None
+    rows: int
+    longest: int
+    rough: bool
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether it fits, with the error of the estimate in mind."""
+        if self.free is None or self.need.total * MARGIN <= self.free:
+            return "fits"
+        return "may not fit" if self.need.total <= self.free else "does not fit"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Settings that need less memory.
+
+    Attributes:
+        settings: Settings and their values, as the command line takes them.
+        cost: The price, in words.
+        total: The bytes that the run would then need.
+        verdict: Whether it would then fit.
+    """
+
+    settings: tuple[str, ...]
+    cost: str
+    total: int
+    verdict: Verdict
+
+
+class RunMemory:
+    """The estimates of a prepared run, stage by stage, and of the same run with other settings."""
+
+    def __init__(self, prepared: Prepared, placements: Sequence[Placement]) -> None:
+        self._prepared = prepared
+        self._plans = tuple(zip(prepared.plans, placements, strict=True))
+        self.base = read_base_sizes(prepared.model.path)
+        sites = read_sites(prepared.model.path)
+        self.adapter = lora_config(prepared.config.adapter, sites)
+        self.sites = tuple(site for site in sites if site.name in set(self.adapter.target_modules))
+        self._read = _largest(_read_batches(prepared))
+        self._free = free_bytes()
+        self.stages = tuple(self._estimates(prepared.config_file))
+
+    @property
+    def greatest(self) -> StageMemory:
+        """The stage that needs most, compared with the memory that is free for it."""
+        return max(self.stages, key=_share_of_free)
+
+    @property
+    def trainable(self) -> int:
+        """The number of elements that are trained."""
+        return sum(self.adapter.rank(site.name) * (site.in_features + site.out_features) for site in self.sites)
+
+    def proposals(self) -> tuple[Proposal, ...]:
+        """Return settings under which the run would need less, each alone, and at last all together."""
+        single = list(_cheaper(self._prepared.config_file, self.greatest))
+        proposals = [self._proposal(settings, cost) for settings, cost in single]
+        # An estimate is not good enough to praise a setting for a few percent.
+        useful = [proposal for proposal in proposals if proposal.total < 0.97 * self.greatest.need.total]
+        if len(useful) > 1 and not any(proposal.verdict == "fits" for proposal in useful):
+            together = tuple(dict.fromkeys(chain.from_iterable(proposal.settings for proposal in useful)))
+            useful.append(self._proposal(together, "all of them"))
+        if self.base.packed_bytes == 0 and "affine" in self.greatest.placement.backend.info.capabilities:
+            useful.append(self._packed_proposal())
+        return tuple(useful)
+
+    def _packed_proposal(self) -> Proposal:
+        """Return the need with the base's weights in 4 bits: a hint, for another model has to be named."""
+        packed = replace(self.base, elements=0, packed_bytes=int(self.base.elements * PACKED_BITS / 8))
+        greatest = max(self._estimates(self._prepared.config_file, packed), key=_share_of_free)
+        return Proposal(
+            ("model.name=FOLDER",), "a version of this model in 4 bits", greatest.need.total, greatest.verdict
+        )
+
+    def _proposal(self, settings: tuple[str, ...], cost: str) -> Proposal:
+        changes: dict[str, Any] = {}
+        for setting in settings:
+            name, _, value = setting.partition("=")
+            section, _, key = name.partition(".")
+            changes.setdefault(section, {})[key] = int(value) if value.isdigit() else {"true": True}.get(value, value)
+        greatest = max(self._estimates(merged(self._prepared.config_file, changes)), key=_share_of_free)
+        return Proposal(settings, cost, greatest.need.total, greatest.verdict)
+
+    def _estimates(self, file: ConfigFile, base: BaseSizes | None = None) -> Iterator[StageMemory]:
+        """Yield the need of each stage and placement under the settings of `file`, where it is greatest."""
+        needs: dict[tuple[StageName, Placement], StageMemory] = {}
+        for planned, placed in self._plans:
+            settings = getattr(file.config, planned.stage)
+            section = settings.backend or file.config.backend
+            plan = replace(
+                planned,
+                settings=settings,
+                backend=section,
+                order=replace(
+                    planned.order,
+                    batch_size=settings.batch_size,
+                    gradient_accumulation=settings.gradient_accumulation,
+                ),
+            )
+            placement = placed if section.dtype == "auto" else replace(placed, dtype=section.dtype)
+            for rows in _heaviest_rows(plan):
+                estimate = self._estimate(plan, placement, rows, base or self.base)
+                key = (plan.stage, placement)
+                if key not in needs or estimate.need.total > needs[key].need.total:
+                    needs[key] = estimate
+        yield from needs.values()
+
+    def _estimate(self, plan: StagePlan, placement: Placement, rows: Sequence[int], base: BaseSizes) -> StageMemory:
+        prepared, objective = self._prepared, OBJECTIVES[plan.stage]
+        examples = [prepared.examples_of(plan)[row] for row in rows]
+        batch = objective.batch(examples, prepared.tokenizer.pad_id, None)
+        update = Update(0.0, 0, gradient_checkpointing=plan.backend.gradient_checkpointing, share_prompts=False)
+        path = prepared.model.path
+        request = MemoryRequest(
+            spec=ModelSpec(str(path), placement.device, placement.dtype, quantization(path)),
+            base=base,
+            sites=self.sites,
+            adapter=self.adapter,
+            batch=batch,
+            update=objective.complete_update(update, [batch], plan.settings),
+            read=self._read,
+        )
+        need = placement.backend.memory(request)
+        rough = need is None
+        need = need or rough_need(request)
+        free = self._free if need.free is None else need.free
+        longest = max(objective.longest_sequence(example) for example in examples)
+        return StageMemory(plan.stage, plan.topic, placement, need, free, len(rows), longest, rough)
+
+
+def _share_of_free(stage: StageMemory) -> float:
+    return stage.need.total / max(stage.free or GIB, 1)
+
+
+def rough_need(request: MemoryRequest) -> MemoryNeed:
+    """Return core's estimate for a backend that makes none: a plain transformer that keeps all that it computes."""
+    base, item = request.base, ITEM_BYTES[request.spec.dtype]
+    batch = request.batch
+    if isinstance(batch, PreferenceBatch):
+        lengths = batch.prompt_lengths + batch.chosen_lengths.clip(min=batch.rejected_lengths)
+        tokens, targets = 2 * batch.pairs * int(lengths.max()), 2 * int(batch.chosen_lengths.sum())
+    else:
+        tokens, targets = batch.tokens.size, batch.loss_tokens
+    queries, keys = base.heads * base.head_size, base.key_heads * base.head_size
+    per_token = item * (2 * (base.norms + 1) * base.hidden + 3 * queries + 2 * keys + 4 * base.inner)
+    layers = 2 if request.update.gradient_checkpointing else base.layers
+    factors = sum(request.adapter.rank(site.name) * (site.in_features + site.out_features) for site in request.sites)
+    return MemoryNeed(
+        weights=base.elements * item + base.packed_bytes,
+        adapter=4 * 8 * factors,
+        activations=tokens * (layers * per_token + base.layers * base.hidden * item),
+        logits=2 * 4 * base.vocabulary * targets,
+    )
+
+
+def _heaviest_rows(plan: StagePlan) -> Iterator[Sequence[int]]:
+    """Yield the rows of the micro-batch with most tokens, padding included, and of the one with the longest row."""
+    order = plan.order
+    lengths = order.lengths or ()
+    if order.total_steps > MOST_STEPS:
+        # Sorted batches by length may well put the longest rows together in so many steps.
+        yield sorted(range(order.rows), key=lengths.__getitem__)[-order.batch_size :]
+        return
+    batches = list(chain.from_iterable(order.micro_batches(step) for step in range(order.total_steps)))
+    longest = [max(lengths[row] for row in rows) for rows in batches]
+    padded = [len(rows) * length for rows, length in zip(batches, longest, strict=True)]
+    for sizes in dict.fromkeys((tuple(padded), tuple(longest))):
+        yield batches[max(range(len(batches)), key=sizes.__getitem__)]
+
+
+def _read_batches(prepared: Prepared) -> Iterator[TokenBatch]:
+    """Yield the largest batches whose log-probs the run takes without gradients."""
+    config, pad_id = prepared.config, prepared.tokenizer.pad_id
+    # The fingerprint's probe is read at the end of every run, all of its rows together.
+    yield whole_sequences(prepared.probe.rows)
+    pairs: list[PreferenceExample] = []
+    if config.evaluation.happens("final"):
+        held_out = prepared.split.held_out.pairs
+        pairs.extend(render_preferences(held_out, prepared.tokenizer, config.data).examples)
+    for plan in prepared.plans:
+        if plan.stage == "dpo" and OBJECTIVES[plan.stage].needs_reference(plan.settings):
+            pairs.extend(prepared.examples_of(plan))
+    lengths = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    # Sorted by length, the last batches have the longest rows.
+    for rows in list(batches_by_length(lengths))[-2:]:
+        yield shared_sequences([pairs[row] for row in rows], pad_id)
+
+
+def _largest(batches: Iterator[TokenBatch]) -> TokenBatch | None:
+    return max(batches, key=lambda batch: batch.tokens.size, default=None)
+
+
+def _cheaper(file: ConfigFile, stage: StageMemory) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield settings that need less memory for a stage, each with its price in words."""
+    settings = getattr(file.config, stage.stage)
+    section = f"{stage.stage}.backend" if settings.backend else "backend"
+    if not (settings.backend or file.config.backend).gradient_checkpointing and section == "backend":
+        yield ("backend.gradient_checkpointing=true",), "a third more time, same numbers"
+    if settings.batch_size > 1:
+        rows = settings.batch_size * settings.gradient_accumulation
+        smaller = (f"{stage.stage}.batch_size=1", f"{stage.stage}.gradient_accumulation={rows}")
+        yield smaller, "some more time, same numbers"
+    device = stage.placement.backend.info.device(stage.placement.device)
+    if stage.placement.dtype == "float32" and device and "bfloat16" in device.dtypes and section == "backend":
+        yield ("backend.dtype=bfloat16",), "coarser numbers"
+
+
+def estimate_memory(prepared: Prepared, placements: Sequence[Placement]) -> RunMemory:
+    """Estimate the memory of a prepared run.
+
+    Raises:
+        ModelError: The base's config.json does not state a size that is needed.
+    """
+    return RunMemory(prepared, placements)
+
+
+def memory_notices(prepared: Prepared, placements: Sequence[Placement]) -> Iterator[Notice]:
+    """Yield a line with the memory that a run needs, and a warning if it does not fit. An estimate never ends a run."""
+    try:
+        memory = estimate_memory(prepared, placements)
+        stage = memory.greatest
+        proposals = memory.proposals() if stage.verdict == "does not fit" else ()
+    except MindprintError as error:
+        yield Notice(f"the memory of this run is not estimated: {error}")
+        return
+    need, free = stage.need, "" if stage.free is None else f" of {_size(stage.free)} that are free"
+    yield Notice(
+        f"memory: about {_size(need.total)}{free}, in {stage.stage} (weights {_size(need.weights)}, adapter "
+        f"{_size(need.adapter)}, activations {_size(need.activations)}, logits {_size(need.logits)})"
+    )
+    if stage.verdict == "does not fit":
+        # Another base is a hint of the plan, and no setting to copy.
+        settings = (proposal for proposal in proposals if FOLDER not in proposal.settings)
+        best = min(settings, key=lambda proposal: proposal.total, default=None)
+        hint = f": {' '.join(best.settings)} needs {_size(best.total)}" if best else ""
+        yield Notice(
+            f"the run may end without memory; mindprint plan lists settings that need less{hint}", warning=True
+        )
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"

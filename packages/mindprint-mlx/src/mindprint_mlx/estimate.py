@@ -1,0 +1,134 @@
+"""The memory that a run needs, from sizes alone: which arrays this backend keeps, and how it divides a batch.
+
+`benchmarks/plan.py` compares it with measured runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mindprint.contract import Dtype, Int32, MemoryNeed, MemoryRequest, PreferenceBatch, TokenBatch
+from mindprint.layouts import continued, pair_lengths, pairs_of, preference_sequences, token_rows
+from mindprint_mlx import cpu, devices, groups
+from mindprint_mlx.logprobs import LOGITS_BYTES
+
+BACKWARD_INNER = 4
+"""Arrays of a feed-forward block's inner width that its backward pass writes, in addition to those that are kept."""
+
+BACKWARD_SCORES = 2
+"""Arrays of the size of the attention's scores that its backward pass writes."""
+
+LOGITS_ARRAYS = 4
+"""Arrays of a chunk's logits that are held at once: logits, exponentials, their gradient, and one in work."""
+
+HOST_COPIES = 6
+"""Copies of A and B in the machine's memory: core's, and those of an update in work."""
+
+POOLS = 64 << 20
+"""Threads, kernels and their buffers."""
+
+BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows that are read at once: tokens, pairs of tokens of which one may see the other, and tokens asked for."""
+
+    tokens: int
+    scores: int
+    targets: int
+
+
+def memory_need(request: MemoryRequest) -> MemoryNeed:
+    """Return the parts of the run's greatest need, in bytes."""
+    device = devices.device(request.spec.device)
+    item = BYTES[request.spec.dtype]
+    base = request.base
+    factors = sum(request.adapter.rank(site.name) * (site.in_features + site.out_features) for site in request.sites)
+    on_cpu = device == mx.Device(mx.cpu)
+    # A, B, their gradients and two moments, all float32. A Mac's GPU has the machine's memory, core's copies too.
+    adapter = 4 * factors * (4 + HOST_COPIES)
+    cores = groups.core_count(device)
+    parts = [(_activations(request, part), _logits(request, part.targets)) for part in _training_rows(request)]
+    # As many parts as there are cores are computed at once. The largest may come together.
+    kept, logits = (sum(sorted(column, reverse=True)[:cores]) for column in zip(*parts, strict=True))
+    if request.read is not None:
+        logits = max(logits, _logits(request, request.read.loss_tokens))
+    weights = base.elements * item + base.packed_bytes
+    return MemoryNeed(weights, adapter, kept, logits, POOLS, None if on_cpu else _free(device))
+
+
+def _free(device: mx.Device) -> int:
+    """Return the memory that MLX may still take of the GPU's, as the system recommends it."""
+    facts: dict[str, Any] = mx.device_info(device)
+    limit = facts.get("max_recommended_working_set_size") or facts.get("memory_size") or 0
+    return max(int(limit) - int(mx.get_active_memory()), 0)
+
+
+def _training_rows(request: MemoryRequest) -> Iterator[_Rows]:
+    """Yield the parts of a micro-batch that a step differentiates by themselves (`groups.py`)."""
+    batch = request.batch
+    if not isinstance(batch, PreferenceBatch):
+        for rows in _groups(request, batch.lengths):
+            yield _sequences(token_rows(batch, rows))
+        return
+    for pairs in _groups(request, pair_lengths(batch)):
+        sequences = preference_sequences(pairs_of(batch, pairs))
+        yield _continued(sequences) if request.update.share_prompts else _sequences(sequences)
+
+
+def _groups(request: MemoryRequest, lengths: Int32) -> list[groups.Rows]:
+    least = max(groups.LEAST_TOKENS, groups.LEAST_WORK // max(request.base.elements, 1))
+    return groups.groups_of_equal_work(lengths, groups.core_count(devices.device(request.spec.device)), least)
+
+
+def _sequences(batch: TokenBatch) -> _Rows:
+    rows, width = len(batch.lengths), int(batch.lengths.max(initial=1))
+    return _Rows(rows * width, rows * _causal(width), batch.loss_tokens)
+
+
+def _continued(batch: TokenBatch) -> _Rows:
+    layout = continued(batch)
+    (pairs, prompt), (rows, completion) = layout.prompts.shape, layout.completions.shape
+    scores = pairs * _causal(prompt) + rows * completion * (prompt + completion)
+    return _Rows(pairs * prompt + rows * completion, scores, batch.loss_tokens)
+
+
+def _causal(width: int) -> int:
+    """Return the scores of a row that are computed: of blocks of queries, those of the keys that the last one sees."""
+    starts = np.arange(0, width, cpu.CAUSAL_ROWS)
+    ends = np.minimum(starts + cpu.CAUSAL_ROWS, width)
+    return int(((ends - starts) * ends).sum())
+
+
+def _activations(request: MemoryRequest, part: _Rows) -> int:
+    """Return the bytes that a step keeps between its forward and its backward pass, and of the layer in work."""
+    base, item = request.base, BYTES[request.spec.dtype]
+    queries, keys = base.heads * base.head_size, base.key_heads * base.head_size
+    # Normalisations keep their input, adapted layers theirs. Attention keeps queries, keys, values and its output.
+    norms = base.norms * base.hidden + (queries + keys if base.head_norms else 0)
+    per_token = norms + 2 * base.hidden + queries + (2 * queries + 2 * keys) + 4 * base.inner
+    layer = item * part.tokens * per_token
+    scores = item * base.heads * part.scores if _keeps_scores(request) else 0
+    in_work = item * part.tokens * (BACKWARD_INNER * base.inner + 2 * base.hidden) + BACKWARD_SCORES * scores
+    head = part.targets * base.hidden * (4 + item)
+    if request.update.gradient_checkpointing:
+        # Of each layer its input, and one layer at a time is computed again.
+        return item * base.layers * part.tokens * base.hidden + layer + scores + in_work + head
+    return base.layers * (layer + scores) + in_work + head
+
+
+def _keeps_scores(request: MemoryRequest) -> bool:
+    # Our attention for Linux CPUs keeps the exponentials of all scores. MLX's own computes them again.
+    return cpu.replaces(devices.device(request.spec.device)) and request.spec.dtype == "float32"
+
+
+def _logits(request: MemoryRequest, targets: int) -> int:
+    vocabulary = request.base.vocabulary
+    rows = min(max(targets, 1), max(LOGITS_BYTES // (4 * vocabulary), 1))
+    return LOGITS_ARRAYS * 4 * rows * vocabulary
