@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mindprint.adapter.merging import merged_folder
 from mindprint.adapter.weight_changes import weight_changes
 from mindprint.contract import CAPABILITIES, QUANTIZED_FORMATS, AdapterSite, AdapterState, LoraConfig, LoraFactors
 from mindprint.errors import ModelError
-from mindprint.models.folder import INDEX_FILE, model_config, tensors
+from mindprint.models.folder import INDEX_FILE, ModelFolder, model_config, tensors
 from mindprint.models.quantized import (
     METHODS,
     Scheme,
@@ -33,8 +34,10 @@ from mindprint.models.quantized import (
 from mindprint.models.tensor_files import from_float32, read_float32, to_float32
 from mindprint.models.token_ids import embedding_rows
 from mindprint.training.later_use import refused_uses
-from mindprint.trust.digests import computed_settings, differences
+from mindprint.trust.bases import other_quantization
+from mindprint.trust.digests import base_settings, computed_settings, differences, digest_weights
 from mindprint.trust.effects import kept_effect
+from mindprint.trust.fingerprint import BaseRecord
 from mindprint.trust.merged import merge_findings
 
 
@@ -354,3 +357,14 @@ def test_a_kept_effect_is_a_factor_and_a_likeness() -> None:
 def test_every_format_is_a_capability() -> None:
     assert METHODS == QUANTIZED_FORMATS
     assert set(METHODS) <= CAPABILITIES
+
+
+def test_a_base_that_is_packed_at_loading_is_quantized_for_a_fingerprint(tmp_path: Path) -> None:
+    with merged_folder(tmp_path / "full", write_quantized(tmp_path / "base"), adapter(), tmp_path):
+        pass
+    full = ModelFolder(tmp_path / "full", "full")
+    recorded = BaseRecord("full", base_settings(replace(full, quantize="nf4")), digest_weights(full.path))
+    assert recorded.settings["quantization"] == "nf4 at loading"
+    assert other_quantization(replace(full, quantize="nf4"), recorded) is None
+    words = "the adapter was trained on a base in nf4 at loading, and full is in full precision"
+    assert other_quantization(full, recorded) == words

@@ -216,6 +216,9 @@ def merge(
     located = locate_adapter(adapter)
     trained, state = read_located(located, model)
     base = trained if into is None else models.resolve_model(ModelConfig(name=into), Path.cwd())
+    # A base that is packed at loading is in full precision on the disk: other weights than the adapter was trained on.
+    elsewhere = into is not None or base.quantize is not None
+    base = replace(base, quantize=None)
     _refuse_own_weights(located.adapter, base)
     if note := unmatched_note(located.adapter, base.path):
         notices(note)
@@ -230,7 +233,7 @@ def merge(
     verification = None
     # The folder gets its name only when the block ends well, so a failed verification leaves nothing.
     grid = trained.path if quantize else None
-    with merged_folder(target, base, state, located.adapter, into=into is not None, grid=grid) as merged:
+    with merged_folder(target, base, state, located.adapter, into=elsewhere, grid=grid) as merged:
         if keys := missing_keys(base.path):
             if fix_config:
                 _write_corrected(merged.folder, base)
@@ -238,9 +241,7 @@ def merge(
                 notices(f"{mlx_lm_note(keys)}, or merge with --fix-config")
         if computes:
             section = backend_section(backend, device)
-            verification = _verified(
-                located, merged.folder, target, base, state, section, notices, into=into is not None
-            )
+            verification = _verified(located, merged.folder, target, base, state, section, notices, into=elsewhere)
         else:
             _compare_files(merged.folder, target, base, state)
     return MergeResult(target, base.name, tuple(merged.changed), verification, notices.heard)

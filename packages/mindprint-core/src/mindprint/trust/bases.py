@@ -14,7 +14,7 @@ from mindprint.trust.digests import (
     QUANTIZATION,
     Difference,
     WeightsDigest,
-    computed_settings,
+    base_settings,
     differences,
     digest_weights,
     part_of,
@@ -44,14 +44,12 @@ def base_findings(base: models.ModelFolder, recorded: BaseRecord) -> Iterator[Fi
     """
     if other_quantization(base, recorded) is None:
         yield from _weights(digest_weights(base.path, recorded.weights.method), recorded.weights, base)
-    yield from settings_findings(differences(recorded.settings, computed_settings(base.path)), "the base's")
+    yield from settings_findings(differences(recorded.settings, base_settings(base)), "the base's")
 
 
 def other_quantization(base: models.ModelFolder, recorded: BaseRecord) -> str | None:
     """Return words for a base that is quantized otherwise than the recorded one, None if it is not."""
-    was, now = (
-        settings.get(QUANTIZATION) or "full precision" for settings in (recorded.settings, computed_settings(base.path))
-    )
+    was, now = (settings.get(QUANTIZATION) or "full precision" for settings in (recorded.settings, base_settings(base)))
     return None if was == now else f"the adapter was trained on a base in {was}, and {base.name} is in {now}"
 
 

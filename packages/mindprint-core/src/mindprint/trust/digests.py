@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mindprint.input_files import MALFORMED
-from mindprint.models.folder import model_config, tensors
+from mindprint.models.folder import ModelFolder, model_config, tensors
 from mindprint.models.quantized import read_quantization
 from mindprint.models.tensor_files import TensorInfo
 
@@ -154,6 +154,12 @@ def computed_settings(folder: Path) -> dict[str, Any]:
     stated = read_quantization(folder)
     # By layer the packed tensors tell, and their digests are recorded as well.
     return _in_one_spelling(config if stated is None else {**config, QUANTIZATION: str(stated)})
+
+
+def base_settings(base: ModelFolder) -> dict[str, Any]:
+    """Return `computed_settings` of a base as a run loads it: one that is packed at loading is quantized as well."""
+    settings = computed_settings(base.path)
+    return settings if base.quantize is None else {**settings, QUANTIZATION: f"{base.quantize} at loading"}
 
 
 def _in_one_spelling(config: Mapping[str, Any]) -> dict[str, Any]:

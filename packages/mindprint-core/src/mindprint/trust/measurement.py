@@ -16,7 +16,7 @@ from mindprint.models.engine import Engine, Placement, fits_in_float32
 from mindprint.plugins.backend import Backend
 from mindprint.trust.adapters import rounded_digests
 from mindprint.trust.changes import changes
-from mindprint.trust.digests import computed_settings, digest_weights
+from mindprint.trust.digests import base_settings, digest_weights
 from mindprint.trust.fingerprint import AdapterRecord, BaseRecord, Fingerprint, Measurement, TokenizerRecord
 from mindprint.trust.probe import DECIMALS, Probe, measure_noise, score
 
@@ -73,7 +73,7 @@ def record_adapter(adapter: AdapterState) -> AdapterRecord:
 
 def record_base(base: models.ModelFolder) -> BaseRecord:
     """Return the exact facts of a base, from its folder."""
-    return BaseRecord(base.name, computed_settings(base.path), digest_weights(base.path))
+    return BaseRecord(base.name, base_settings(base), digest_weights(base.path))
 
 
 def record_tokenizer(tokenizer: Tokenizer) -> TokenizerRecord:
