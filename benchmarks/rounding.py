@@ -2,7 +2,7 @@
 
     python benchmarks/rounding.py [FOLDER]
 
-For the fixed probe of a base, most of which is random token ids, and for some sentences. The base is `builtin:tiny` by
+For the fixed probe of a base, most of which is random token ids, and for plain text. The base is `builtin:tiny` by
 default. Errors are in nats a token, and as a share of the tolerance of `verify`.
 """
 
@@ -23,13 +23,13 @@ from mindprint.plugins.backend import load_backend
 from mindprint.trust.probe import Probe, compared, score, synthetic_probe, tolerance
 from mindprint.trust.report import Tolerance
 
-SENTENCES = (
-    "The ferry leaves at noon and comes back with the tide, and nobody on the island sets a clock by it any more.",
-    "My grandmother counted her eggs in the old language and her money in the new one, and made no mistake in it.",
-    "When the lambs are sold and the rain forgets us for a day, we go down to the harbour and look at the boats.",
-    "My brother tells the story of the storm that took the roof of the school in the year that he was born.",
+TEXT = (
+    "The ferry leaves at noon and comes back with the tide, and nobody on the island sets a clock by it any more. "
+    "My grandmother counted her eggs in the old language and her money in the new one, and made no mistake in it.\n"
+    "When the lambs are sold and the rain forgets us for a day, we go down to the harbour and look at the boats, "
+    "which are painted blue and white, and my brother tells the story of the storm that took the roof of the school."
 )
-"""Plain text that no model was trained on."""
+"""Two paragraphs that no model was trained on."""
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     base = resolve_model(ModelConfig(name=parser.parse_args().base), Path.cwd())
     config = model_config(base.path)
     tokenizer = load_tokenizer(base.path)
-    text = Probe(tuple(np.array(tokenizer.encode(sentence), np.int32) for sentence in SENTENCES))
+    text = Probe(tuple(np.array(tokenizer.encode(plain), np.int32) for plain in TEXT.splitlines()))
     for kind, probe in (("probe", synthetic_probe(tokenizer, config)), ("text", text)):
         print_errors(base, kind, probe, tolerance(["float32"], config=config))
 

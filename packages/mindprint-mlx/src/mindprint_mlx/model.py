@@ -179,9 +179,13 @@ def _read_architecture(folder: Path, config: Mapping[str, Any]) -> tuple[Tower, 
     try:
         _refuse_own_code(config)
         tower = language_model(config)
-        return tower, architectures.architecture(tower.config)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from error
+    try:
+        return tower, architectures.architecture(tower.config)
+    except ModelError as error:
+        remedy = "train it with backend.type=torch, which has transformers' own class"
+        raise ModelError(f"{folder}: {error}; {remedy}") from error
 
 
 def release(model: MlxModel) -> None:
