@@ -123,6 +123,13 @@ def test_a_plan_that_does_not_fit_proposes_settings(config: dict[str, Any], monk
     assert mindprint.plan(config, rows=ROWS).stages[0].verdict == "may not fit"
 
 
+def test_a_base_that_is_packed_while_it_is_loaded_needs_less(config: dict[str, Any]) -> None:
+    plain = mindprint.plan(config, rows=ROWS)
+    packed = mindprint.plan({**config, "model": {"name": "builtin:tiny", "quantize": "4bit"}}, rows=ROWS)
+    assert packed.parameters == plain.parameters
+    assert packed.stages[0].need.weights < plain.stages[0].need.weights
+
+
 def test_a_backends_own_estimate_counts(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[MemoryRequest] = []
 

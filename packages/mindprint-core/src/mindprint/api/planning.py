@@ -119,7 +119,7 @@ def plan(config: Configuration, *, rows: Records | None = None, **overrides: Any
     memory: RunMemory = estimate_memory(prepared, [placements.resolve(each.backend) for each in prepared.plans])
     fits = all(stage.verdict == "fits" for stage in memory.stages)
     proposals = () if fits else memory.proposals()
-    return PlanResult(prepared.model.name, memory.base.elements, memory.trainable, memory.stages, proposals)
+    return PlanResult(prepared.model.name, memory.parameters, memory.trainable, memory.stages, proposals)
 
 
 def _batch_line(stage: StageMemory) -> str:

@@ -94,6 +94,11 @@ def read_sites(folder: Path) -> tuple[AdapterSite, ...]:
     return tuple(sites)
 
 
+def is_packed(site: AdapterSite) -> bool:
+    """Return whether a site's weight is packed where a base is quantized while it is loaded."""
+    return site.kind == "linear" and not is_lm_head(site.name)
+
+
 def language_weights(folder: Path) -> dict[str, StoredTensor]:
     """Return the weights of a base's language model by name, from the headers alone."""
     config = model_config(folder)

@@ -6,6 +6,7 @@ without that hook, core makes a rough estimate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -19,6 +20,7 @@ from mindprint.contract import (
     MemoryRequest,
     ModelSpec,
     PreferenceBatch,
+    QuantizeMethod,
     StageName,
     TokenBatch,
     Update,
@@ -31,7 +33,7 @@ from mindprint.models.engine import Placement
 from mindprint.models.folder import quantization
 from mindprint.models.free_memory import free_bytes
 from mindprint.models.likelihoods import batches_by_length
-from mindprint.models.sizes import read_base_sizes, read_sites
+from mindprint.models.sizes import is_packed, language_weights, read_base_sizes, read_sites
 from mindprint.training.objectives import OBJECTIVES
 from mindprint.training.plan import StagePlan
 from mindprint.training.prepare import Prepared, lora_config
@@ -43,8 +45,8 @@ MARGIN = 1.15
 
 FOLDER = "model.name=FOLDER"
 
-PACKED_BITS = 4.5
-"""Bits of a weight in a base of 4 bits, with a scale and a bias in 16 bits for each group of 64."""
+PACKED_BITS: Mapping[QuantizeMethod, float] = {"nf4": 4.13, "4bit": 4.5, "8bit": 8.5}
+"""Bits of a weight with its share of the scales: 16 bits each for scale and bias of a group of 64, 8 with NF4."""
 
 MOST_STEPS = 2000
 """Steps of a stage whose batches are looked at. In a longer one, the longest rows are taken for a batch."""
@@ -110,7 +112,11 @@ class RunMemory:
         self._prepared = prepared
         self._plans = tuple(zip(prepared.plans, placements, strict=True))
         self.base = read_base_sizes(prepared.model.path)
+        self.parameters = sum(math.prod(weight.shape) for weight in language_weights(prepared.model.path).values())
         sites = read_sites(prepared.model.path)
+        self._linear = sum(site.in_features * site.out_features for site in sites if is_packed(site))
+        if prepared.config.model.quantize is not None:
+            self.base = self._packed(prepared.config.model.quantize)
         self.adapter = lora_config(prepared.config.adapter, sites)
         self.sites = tuple(site for site in sites if site.name in set(self.adapter.target_modules))
         self._read = _largest(_read_batches(prepared))
@@ -136,17 +142,21 @@ class RunMemory:
         if len(useful) > 1 and not any(proposal.verdict == "fits" for proposal in useful):
             together = tuple(dict.fromkeys(chain.from_iterable(proposal.settings for proposal in useful)))
             useful.append(self._proposal(together, "all of them"))
-        if self.base.packed_bytes == 0 and "affine" in self.greatest.placement.backend.info.capabilities:
-            useful.append(self._packed_proposal())
-        return tuple(useful)
+        return (*useful, *self._packed_proposals())
 
-    def _packed_proposal(self) -> Proposal:
-        """Return the need with the base's weights in 4 bits: a hint, for another model has to be named."""
-        packed = replace(self.base, elements=0, packed_bytes=int(self.base.elements * PACKED_BITS / 8))
-        greatest = max(self._estimates(self._prepared.config_file, packed), key=_share_of_free)
-        return Proposal(
-            ("model.name=FOLDER",), "a version of this model in 4 bits", greatest.need.total, greatest.verdict
-        )
+    def _packed(self, method: QuantizeMethod) -> BaseSizes:
+        """Return the base's sizes with its linear layers packed."""
+        packed = int(self._linear * PACKED_BITS[method] / 8)
+        return replace(self.base, elements=self.base.elements - self._linear, packed_bytes=packed)
+
+    def _packed_proposals(self) -> Iterator[Proposal]:
+        """Yield the need with the base in 4 bits: packed while it is loaded, or another folder where nothing can."""
+        capabilities = self.greatest.placement.backend.info.capabilities
+        if self.base.packed_bytes or not capabilities & {"quantize", "affine"}:
+            return
+        greatest = max(self._estimates(self._prepared.config_file, self._packed("4bit")), key=_share_of_free)
+        setting = "model.quantize=4bit" if "quantize" in capabilities else FOLDER
+        yield Proposal((setting,), "a base in 4 bits: coarser numbers", greatest.need.total, greatest.verdict)
 
     def _proposal(self, settings: tuple[str, ...], cost: str) -> Proposal:
         changes: dict[str, Any] = {}
@@ -188,7 +198,7 @@ class RunMemory:
         update = Update(0.0, 0, gradient_checkpointing=plan.backend.gradient_checkpointing, share_prompts=False)
         path = prepared.model.path
         request = MemoryRequest(
-            spec=ModelSpec(str(path), placement.device, placement.dtype, quantization(path)),
+            spec=ModelSpec(str(path), placement.device, placement.dtype, quantization(path), prepared.model.quantize),
             base=base,
             sites=self.sites,
             adapter=self.adapter,
