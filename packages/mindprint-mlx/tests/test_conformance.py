@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from mindprint.contract import QUANTIZED_FORMATS
 from mindprint_testing import BackendConformance
 
 
 class TestConformance(BackendConformance):
     backend_name = "mlx"
-    capabilities = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding", "experts"})
+    capabilities = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding", "experts", *QUANTIZED_FORMATS})

@@ -7,13 +7,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mindprint.contract import BackendInfo, DeviceInfo, Dtype
+from mindprint.contract import QUANTIZED_FORMATS, BackendInfo, DeviceInfo, Dtype
 from mindprint.errors import BackendError
 from mindprint_mlx import blas
 
 ALL_DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
 LIBRARIES = ("mlx", "mlx-lm", "numpy")
-CAPABILITIES = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding", "experts"})
+CAPABILITIES = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding", "experts", *QUANTIZED_FORMATS})
 
 
 def backend_info() -> BackendInfo:

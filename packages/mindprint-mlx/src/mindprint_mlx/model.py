@@ -30,7 +30,16 @@ from mindprint_mlx.families import family
 from mindprint_mlx.head import Head, read_head
 from mindprint_mlx.imports import mlx_lm_module
 from mindprint_mlx.optimizer import Moments
+from mindprint_mlx.packed_layers import PACKED, PackedEmbedding, PackedLinear
 from mindprint_mlx.prompts import longest_shared
+from mindprint_mlx.quantized import (
+    PackedWeights,
+    check_scales,
+    dense_elements,
+    full_precision_config,
+    is_packed,
+    split_packed,
+)
 from mindprint_mlx.rows import can_continue_rows
 from mindprint_mlx.towers import Tower, language_model
 
@@ -139,8 +148,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             mlx-lm's class would compute otherwise than transformers does.
     """
     folder = Path(spec.path)
-    config = read_config(folder)
-    _refuse_quantized(spec, config)
+    config = full_precision_config(read_config(folder))
     tower, architecture = _read_architecture(folder, config)
     with memory.loading(devices.device(spec.device)):
         return _load(spec, tower, architecture)
@@ -151,8 +159,15 @@ def _load(spec: ModelSpec, tower: Tower, architecture: architectures.Architectur
     folder = Path(spec.path)
     with mx.stream(devices.device(spec.device)):
         module = _build(architecture, folder)
-        weights = tower.own_tensors(_read_weights(folder))
-        names = _load_weights(architecture, module, weights, DTYPES[spec.dtype], folder)
+        stored = _read_weights(folder)
+        packed = split_packed(folder, stored, DTYPES[spec.dtype], devices.device(spec.device))
+        if spec.quantization and packed.stated is None:
+            raise ModelError(
+                f"{folder}: is said to be quantized ({spec.quantization}), and its config.json states no such thing"
+            )
+        weights = tower.own_tensors(stored)
+        del stored
+        names = _load_weights(architecture, module, weights, packed, DTYPES[spec.dtype], folder)
         names = {parameter: tower.site(name) for parameter, name in names.items()}
         window = architectures.complete(architecture, module)
         module.eval()
@@ -170,8 +185,9 @@ def _load(spec: ModelSpec, tower: Tower, architecture: architectures.Architectur
     with model.in_use():
         model.continues_rows = can_continue_rows(module, model.new_cache())
         model.longest_shared = longest_shared(head, model.new_cache(), window)
-    model.parameters = sum(values.size for _, values in parameters_of(module))
-    return LoadedModel(model, spec.device, spec.dtype, model.parameters, head.vocabulary, architecture.notes)
+    model.parameters = dense_elements(module)
+    notes = (*architecture.notes, *packed.note(spec.dtype))
+    return LoadedModel(model, spec.device, spec.dtype, model.parameters, head.vocabulary, notes)
 
 
 def _read_architecture(folder: Path, config: Mapping[str, Any]) -> tuple[Tower, architectures.Architecture]:
@@ -224,15 +240,6 @@ def _refuse_own_code(config: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_quantized(spec: ModelSpec, config: Mapping[str, Any]) -> None:
-    scheme = spec.quantization or config.get("quantization") or config.get("quantization_config")
-    if scheme:
-        raise ModelError(
-            f"{spec.path}: the base is quantized ({scheme}); training needs a full-precision base, "
-            "take the model that this one was quantized from"
-        )
-
-
 def _build(architecture: architectures.Architecture, folder: Path) -> nn.Module:
     try:
         return architectures.build(architecture)
@@ -263,6 +270,7 @@ def _load_weights(
     architecture: architectures.Architecture,
     module: nn.Module,
     weights: dict[str, mx.array],
+    packed: PackedWeights,
     dtype: mx.Dtype,
     folder: Path,
 ) -> dict[str, str]:
@@ -278,17 +286,19 @@ def _load_weights(
     names = {name: original[id(values)] for name, values in sanitized.items() if id(values) in original}
     if stored_name := family(architecture.configuration.model_type).stored_name:
         names = {name: stored_name(name) for name in sanitized}
+    packed.place(module, sanitized)
     # Nothing is read yet, because mx.load is lazy. Read and cast one parameter after the other, and keep no tensor of
     # the files, so that the files' dtype and the one asked for are never both in memory for more than one parameter.
     weights.clear()
     module.load_weights([(name, _read_cast(sanitized, name, dtype)) for name in list(sanitized)], strict=True)
+    check_scales(folder, module)
     return names
 
 
 def _read_cast(lazy: dict[str, mx.array], name: str, dtype: mx.Dtype) -> mx.array:
     """Take a tensor out of those that are not read yet, read it, and return it in a dtype."""
     stored = lazy.pop(name)
-    values = stored.astype(dtype)
+    values = stored if is_packed(name) else stored.astype(dtype)
     mx.eval(values)
     return values
 
@@ -333,13 +343,17 @@ def _places(model_type: str, module: nn.Module, names: Mapping[str, str]) -> Ite
     """Yield every linear layer and embedding whose weight has one name in transformers, in the model's order."""
     modules: dict[str, nn.Module] = dict(module.named_modules())
     for parameter, _ in parameters_of(module):
-        path = parameter.removesuffix(".weight")
-        name = names.get(parameter, "").removesuffix(".weight")
+        path = parameter.removesuffix(".weight").removesuffix(f".{PACKED}")
+        name = names.get(f"{path}.weight", "").removesuffix(".weight")
         layer = modules.get(path, module)
         # Other tables than the tokens', of positions for example, take no LoRA on PyTorch either.
-        if type(layer) is nn.Embedding and not parameter.endswith(TOKEN_EMBEDDINGS):
+        if isinstance(layer, nn.Embedding) and not f"{path}.weight".endswith(TOKEN_EMBEDDINGS):
             continue
-        if type(layer) not in (nn.Linear, nn.Embedding) or is_router(name) or is_fused_output(model_type, name):
+        if (
+            type(layer) not in (nn.Linear, nn.Embedding, PackedLinear, PackedEmbedding)
+            or is_router(name)
+            or is_fused_output(model_type, name)
+        ):
             continue
         if name:
             parent, _, attribute = path.rpartition(".")
