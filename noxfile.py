@@ -282,6 +282,18 @@ def trust(session: nox.Session) -> None:
 
 
 @nox.session(python=False, requires=["both"], default=False)
+def quantized(session: nox.Session) -> None:
+    """A hundred steps of each stage on packed bases in every format, torch and MLX, next to the dequantized ones.
+
+    Set `MINDPRINT_SMOLLM2` to the folder of SmolLM2-135M to have it in 4 bits among them, which takes an hour.
+    """
+    env = {**ONE_THREAD, "MINDPRINT_QUANTIZED_STEPS": "100"}
+    run_in_both(
+        session, "pytest", "tests/parity/test_quantized_training.py", "-s", "--timeout=0", *session.posargs, env=env
+    )
+
+
+@nox.session(python=False, requires=["both"], default=False)
 def fuzz(session: nox.Session) -> None:
     """The same fuzzers for as long as you like: `nox -s fuzz -- 2000` makes 2000 tries of each, with a seed it prints.
 

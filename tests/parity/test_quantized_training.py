@@ -1,0 +1,88 @@
+"""Training on packed bases: torch and MLX take the same steps, and both take those of the dequantized base.
+
+Plain `nox` takes ten steps in MLX's affine format. `nox -s quantized` takes a hundred in every format, and the same on
+SmolLM2 in 4 bits if its folder is given.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mindprint.contract import QUANTIZED_FORMATS
+from mindprint_testing.quantizing import write_dequantized, write_quantized
+from parity_cases import Opened, open_model, relative_difference, take_step
+
+STEPS = int(os.environ.get("MINDPRINT_QUANTIZED_STEPS", "10"))
+FORMATS = QUANTIZED_FORMATS if "MINDPRINT_QUANTIZED_STEPS" in os.environ else ("affine",)
+REAL = os.environ.get("MINDPRINT_SMOLLM2") if "MINDPRINT_QUANTIZED_STEPS" in os.environ else None
+TOLERANCE = 1e-5
+
+LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+          "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[*FORMATS, *(["SmolLM2"] if REAL else [])])
+def models(request: pytest.FixtureRequest, qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Opened]:
+    """The packed base and the dequantized one, each on both backends, all with the same adapter."""
+    folder = tmp_path_factory.mktemp("quantized")
+    if request.param == "SmolLM2":
+        packed = quantized_by_mlx_lm(Path(str(REAL)), folder / "packed")
+    else:
+        linear = {f"model.layers.{layer}.{name}" for layer in range(3) for name in LAYERS}
+        packed = write_quantized(qwen2, folder / "packed", request.param, linear)
+    folders = {"packed": packed, "dense": write_dequantized(packed, folder / "dense")}
+    return {f"{name} {kind}": open_model(name, path) for name in ("torch", "mlx") for kind, path in folders.items()}
+
+
+def quantized_by_mlx_lm(source: Path, out: Path) -> Path:
+    """Write a base in 4 bits as `mlx_lm.convert -q` does."""
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+    module, config = quantize_model(*load_model(source), 64, 4)
+    save_model(out, module)
+    save_config(config, out / "config.json")
+    return out
+
+
+def within(values: list[float], expected: list[float]) -> bool:
+    return bool(np.all(np.abs(np.subtract(values, expected)) <= TOLERANCE * (1 + np.abs(expected))))
+
+
+def report(stage: str, losses: dict[str, list[float]]) -> None:
+    """Print the greatest difference of each model from torch's packed one, over 1 + loss."""
+    first = np.array(losses["torch packed"])
+    for name, values in losses.items():
+        greatest = float(np.max(np.abs(np.array(values) - first) / (1 + np.abs(first))))
+        print(f"{stage}, {STEPS} steps, {name}: first {values[0]:.6f}, last {values[-1]:.6f}, greatest {greatest:.1e}")
+
+
+def test_steps_on_packed_weights(models: dict[str, Opened]) -> None:
+    start = models["torch packed"].save()
+    losses: dict[str, list[float]] = {}
+    for name, opened in models.items():
+        opened.restore(start)
+        losses[name] = [take_step(opened, "sft", step).loss for step in range(STEPS)]
+    report("SFT", losses)
+    for name, values in losses.items():
+        assert within(values, losses["torch packed"]), name
+    assert losses["torch packed"][-1] != losses["torch packed"][0]
+
+    # Rounding grows along a trajectory of preferences: each step starts from the same state.
+    losses = {name: [] for name in models}
+    for step in range(STEPS):
+        state = models["torch packed"].save()
+        for name, opened in models.items():
+            if name != "torch packed":
+                opened.restore(state)
+            losses[name].append(take_step(opened, "dpo", step).loss)
+    report("DPO", losses)
+    for name, values in losses.items():
+        assert within(values, losses["torch packed"]), name
+    ends = {name: opened.save() for name, opened in models.items()}
+    for name, state in ends.items():
+        for site, factors in state.adapter.tensors.items():
+            assert relative_difference(ends["torch packed"].adapter.tensors[site].a, factors.a) < 1e-4, (name, site)
