@@ -35,6 +35,7 @@ MEASURED = Figures(
     voice=Interval(0.83, 0.71, 0.95),
     base_voice=Interval(0.01, -0.12, 0.14),
     person_voice=Interval(1.0, 0.9, 1.1),
+    people_voice=Interval(0.08, -0.02, 0.19),
     copy_rate=0.12,
     person_copy_rate=0.08,
     longest_copy=11,
@@ -52,7 +53,8 @@ MEASURED = Figures(
     base_perplexity=18.4,
 )
 FAILED = Figures(
-    prompts=12, words=420, voice=Interval(0.21, 0.05, 0.38), base_voice=Interval(0.0, -0.15, 0.15), copy_rate=0.41,
+    prompts=12, words=420, voice=Interval(0.21, 0.05, 0.38), base_voice=Interval(0.0, -0.15, 0.15),
+    people_voice=Interval(0.08, -0.02, 0.19), copy_rate=0.41,
     person_copy_rate=0.05, longest_copy=23, recited=0.4, flagged=("recites training text: 40% of the answers",),
 )  # fmt: skip
 TOO_LITTLE = Figures(prompts=1, words=38, unmeasured={"voice": "38 words of answers, and a score needs 100"})

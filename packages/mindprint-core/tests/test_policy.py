@@ -11,8 +11,10 @@ from mindprint.curriculum.policy import collapsed, dpo_runs, judged
 from mindprint.errors import ConfigError
 from mindprint.runs.records import Figures, Interval
 
+PEOPLE = Interval(0.1, 0.0, 0.2)
 HALF = Figures(
     voice=Interval(0.5, 0.3, 0.7),
+    people_voice=PEOPLE,
     copy_rate=0.2,
     reward_accuracy=0.75,
     perplexity=8.0,
@@ -71,9 +73,20 @@ def test_a_perplexity_beyond_a_float_is_not_better(tuned: float | None, base: fl
     [("always", None, True), ("never", 0.1, False), (0.5, 0.49, True), (0.5, 0.5, False), (0.5, None, True)],
 )
 def test_the_gate(gate: float | str, voice: float | None, runs: bool) -> None:
-    figures = Figures(voice=None if voice is None else Interval(voice, voice, voice))
+    figures = Figures(voice=None if voice is None else Interval(voice, voice, voice), people_voice=PEOPLE)
     found, why = dpo_runs(CurriculumConfig.model_validate({"dpo": gate}), figures)
     assert found == runs and why
+
+
+def test_no_verdict_rests_on_a_distance_from_the_base_model() -> None:
+    figures = Figures(voice=Interval(-0.4, -0.6, -0.1))
+    outcome, reasons = judged(Thresholds(voice=-0.5), figures)
+    assert outcome == "not evaluated"
+    assert reasons == ("voice: without voice.background it is only the distance from the base model",)
+    runs, why = dpo_runs(CurriculumConfig.model_validate({"dpo": -0.5}), figures)
+    assert runs and "voice.background" in why
+    assert collapsed(figures, LIVELY, LIVELY) == ()
+    assert figures.voice_name == "distance from the base model"
 
 
 LIVELY = [said(1, 2, 3, 4, 5, 6, 7, 8, 9), said(3, 1, 4, 1, 5, 9, 2, 6)]
@@ -88,7 +101,7 @@ def test_what_has_collapsed() -> None:
     endless = [said(1, 2, 3, 4, stopped=False)] * 2
     assert collapsed(Figures(), endless, LIVELY) == ("the answers no longer stop by themselves (0%; base model 100%)",)
     assert collapsed(Figures(), endless, endless) == ()
-    worse = Figures(voice=Interval(-0.4, -0.6, -0.1))
+    worse = Figures(voice=Interval(-0.4, -0.6, -0.1), people_voice=PEOPLE)
     assert collapsed(worse, LIVELY, LIVELY) == ("the voice is below the base model's: -0.40",)
     assert collapsed(Figures(voice=Interval(-0.1, -0.3, 0.1)), LIVELY, LIVELY) == ()
     assert collapsed(Figures(), [], []) == ()

@@ -351,8 +351,13 @@ class CurriculumConfig(Section):
 
 
 class VoiceConfig(Section):
-    """The scorers of the voice that `eval` uses."""
+    """The people that the voice is told from, and the scorers that `eval` uses."""
 
+    background: list[str] = Field(
+        [],
+        description="Text files (`.txt`, `.md`) or folders of them: prose of other people, never trained. "
+        "Without it the voice is only the distance from the base model.",
+    )
     scorers: dict[str, dict[str, Any]] = Field(
         {}, description="Scorer plugins by name, each with its settings: `lexicon`, or any installed one."
     )

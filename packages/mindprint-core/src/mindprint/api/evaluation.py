@@ -13,6 +13,8 @@ from mindprint.errors import DataError
 from mindprint.models.token_ids import check_token_ids, held_out_ids
 from mindprint.plugins.scoring import load_scorers
 from mindprint.runs.opened import Located, locate_adapter, open_adapter
+from mindprint.voice.answers import training_voice
+from mindprint.voice.background import read_background
 from mindprint.voice.evaluation import evaluate as evaluate_heldout
 from mindprint.voice.heldout import read_scored
 
@@ -82,6 +84,7 @@ def evaluate(
             scored.file.config,
             extra=load_scorers(scored.file.config.voice.scorers),
             answers=answers,
+            people=read_background(scored.file, training_voice(scored.train, opened.tokenizer.without_thoughts).own),
         )
         source = source_of(opened)
     for note in evaluation.notes:

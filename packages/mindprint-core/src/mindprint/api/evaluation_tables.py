@@ -19,6 +19,16 @@ from mindprint.voice.scoring import NotScored, VoiceScore
 
 PAIRS_HEADER = ("topic", "pairs", "preference accuracy", "per token", "margin", "perplexity", "reward accuracy")
 TEXTS_HEADER = ("topic", "texts", "tokens", "perplexity")
+DISTANCE_HEADER = (
+    "topic",
+    "answers",
+    "words",
+    "base",
+    "distance from the base model",
+    "copied",
+    "longest copy",
+    "length",
+)
 VOICE_HEADER = ("topic", "answers", "words", "base voice", "tuned voice", "copied", "longest copy", "length")
 QUIZ_HEADER = ("topic", "questions", "base concepts", "tuned concepts")
 
@@ -62,7 +72,9 @@ class EvaluateResult(Result):
             yield Table(TEXTS_HEADER, rows, range(1, len(TEXTS_HEADER)))
         if self.voice:
             rows = [_voice_row(*row) for row in [*self.voice.topics.items(), ("all", self.voice.overall)]]
-            yield Table(VOICE_HEADER, rows, range(1, len(VOICE_HEADER)))
+            # Without other people's text the same figure has another name, because it says less.
+            header = VOICE_HEADER if self.voice.overall.people else DISTANCE_HEADER
+            yield Table(header, rows, range(1, len(VOICE_HEADER)))
         if self.quiz:
             rows = [
                 (topic, str(covered.questions), _share(covered.base), _share(covered.tuned))

@@ -29,7 +29,7 @@ from mindprint.events import (
 )
 from mindprint.printing import PROGRAM, LossyStream, tell, visible
 from mindprint.reports.phrases import MISSING, interval, plural
-from mindprint.runs.records import Decision, DecisionKind, EvaluationRecord, Figures, Interval
+from mindprint.runs.records import Decision, DecisionKind, EvaluationRecord, Figures
 from mindprint.training.pace import duration
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -294,7 +294,7 @@ def _evaluated(record: EvaluationRecord) -> str:
 
 
 def _figures(figures: Figures) -> str:
-    parts = [_voice(figures.voice, figures.unmeasured.get("voice", "was not measured"))]
+    parts = [_voice(figures)]
     if figures.copy_rate is not None:
         parts.append(f"{figures.copy_rate:.0%} copied")
     if figures.reward_accuracy is not None:
@@ -309,8 +309,10 @@ def _figures(figures: Figures) -> str:
     return ", ".join(parts)
 
 
-def _voice(voice: Interval | None, why_none: str) -> str:
-    return f"voice {MISSING} ({why_none})" if voice is None else f"voice {interval(voice)}"
+def _voice(figures: Figures) -> str:
+    if figures.voice is None:
+        return f"voice {MISSING} ({figures.unmeasured.get('voice', 'was not measured')})"
+    return f"{figures.voice_name} {interval(figures.voice)}"
 
 
 def _decided(decision: Decision) -> str:

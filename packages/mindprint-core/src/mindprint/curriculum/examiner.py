@@ -37,7 +37,13 @@ class Examiner:
     """
 
     def __init__(
-        self, split: Split, config: Config, tokenizer: Tokenizer, engine: Engine, extra: Sequence[Measure] = ()
+        self,
+        split: Split,
+        config: Config,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        extra: Sequence[Measure] = (),
+        people: Sequence[str] = (),
     ) -> None:
         self._evaluator = Evaluator(
             engine,
@@ -50,6 +56,7 @@ class Examiner:
             most_per_topic=config.evaluation.prompts_per_topic,
             reuse=_evaluates_more_than_its_end(config),
             why_empty=split.nothing_held_out,
+            people=people,
         )
 
     def examine(self, topics: Sequence[str], on_rows: OnRows, *, each: bool = False) -> Examined:

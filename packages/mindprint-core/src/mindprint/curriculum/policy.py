@@ -32,7 +32,7 @@ def judged(thresholds: Thresholds, figures: Figures) -> tuple[Outcome, tuple[str
     for name, value, limit, at_least in _comparisons(thresholds, figures):
         if value is None:
             figure = name.removesuffix("_ratio")
-            unknown.append(f"{name}: {figures.unmeasured.get(figure, 'was not measured')}")
+            unknown.append(f"{name}: {figures.unmeasured.get(figure) or _why_unused(name, figures)}")
         elif value < limit if at_least else value > limit:
             missed.append(f"{name} {value:.2f}, {'at least' if at_least else 'at most'} {limit:g} wanted")
     # A missed threshold decides the outcome, whatever was not measured.
@@ -46,7 +46,7 @@ def judged(thresholds: Thresholds, figures: Figures) -> tuple[Outcome, tuple[str
 
 def _comparisons(thresholds: Thresholds, figures: Figures) -> Iterator[tuple[str, float | None, float, bool]]:
     rows = (
-        ("voice", figures.voice.value if figures.voice else None, thresholds.voice, True),
+        ("voice", figures.voice.value if figures.voice and figures.people_voice else None, thresholds.voice, True),
         ("reward_accuracy", figures.reward_accuracy, thresholds.reward_accuracy, True),
         ("concept_coverage", figures.concept_coverage, thresholds.concept_coverage, True),
         ("copy_rate", figures.copy_rate, thresholds.copy_rate, False),
@@ -55,6 +55,11 @@ def _comparisons(thresholds: Thresholds, figures: Figures) -> Iterator[tuple[str
     for name, value, limit, at_least in rows:
         if limit is not None:
             yield name, value, limit, at_least
+
+
+def _why_unused(name: str, figures: Figures) -> str:
+    # A distance from the base model is not a voice: text of anyone else is far from it as well.
+    return figures.people_missing if name == "voice" and figures.voice else "was not measured"
 
 
 def _perplexity_ratio(figures: Figures) -> float | None:
@@ -113,7 +118,7 @@ def collapsed(figures: Figures, tuned: Sequence[Generation], base: Sequence[Gene
     if base_stopped >= STOPS and stopped <= NEVER_STOPS:
         signs.append(f"the answers no longer stop by themselves ({stopped:.0%}; base model {base_stopped:.0%})")
     # 0 is the base model's voice. The whole interval must be below it, or chance would look like damage.
-    if figures.voice is not None and figures.voice.high < 0:
+    if figures.voice is not None and figures.people_voice and figures.voice.high < 0:
         signs.append(f"the voice is below the base model's: {figures.voice.value:.2f}")
     return tuple(signs)
 
@@ -123,9 +128,9 @@ def dpo_runs(settings: CurriculumConfig, figures: Figures | None) -> tuple[bool,
     gate = settings.dpo
     if isinstance(gate, str):
         return gate == "always", f"curriculum.dpo is {gate}"
-    voice = figures.voice if figures else None
+    voice = figures.voice if figures and figures.people_voice else None
     if voice is None:
-        why = figures.unmeasured.get("voice", "was not measured") if figures else "was not measured"
+        why = figures.unmeasured.get("voice") or _why_unused("voice", figures) if figures else "was not measured"
         return True, f"the voice could not be evaluated ({why}), so nothing shows that DPO is not needed"
     if voice.value < gate:
         return True, f"voice {voice.value:.2f} after SFT is below {gate:g}"

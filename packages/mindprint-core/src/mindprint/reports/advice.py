@@ -154,7 +154,7 @@ def _copying(record: RunRecord, figures: Figures) -> Iterator[Advice]:
 
 def _voice(figures: Figures) -> Iterator[Advice]:
     voice, base = figures.voice, figures.base_voice
-    if voice is None:
+    if voice is None or figures.people_missing:
         return
     # The person repeats phrases too, so copying counts only above the person's own rate.
     copied = figures.copy_rate is not None and figures.copy_rate > (figures.person_copy_rate or 0.0) + ALLOWED

@@ -86,7 +86,7 @@ def _outcome(record: RunRecord) -> Iterator[Block]:
 
 def _figures(figures: Figures) -> Table:
     rows: tuple[tuple[str, ...], ...] = (
-        ("voice (0: base model, 1: the person)", interval(figures.base_voice), interval(figures.voice)),
+        (f"{figures.voice_name} (0: base model, 1: the person)", interval(figures.base_voice), interval(figures.voice)),
         ("perplexity of held-out text", number(figures.base_perplexity, 1), number(figures.perplexity, 1)),
         ("words copied from the training text", NONE, percent(figures.copy_rate)),
         (f"reward accuracy on {plural(figures.pairs, 'held-out pair')}", NONE, percent(figures.reward_accuracy)),
@@ -104,10 +104,15 @@ def _voice_sentence(record: RunRecord) -> str:
     base = figures.base_voice
     before = f"from {interval(base)} before training " if base else ""
     verdict = _compared(figures.voice, base)
+    people = f" Other people's text is at {interval(figures.people_voice)} on it." if figures.people_voice else ""
+    failed = "".join(f" {plural(count, 'answer')}: {reason}." for reason, count in figures.no_text.items())
+    if figures.people_missing:
+        people = f" No verdict rests on it: {figures.people_missing}, and text of other people is far from that too."
     return (
-        f"On a scale from 0 (the base model) to 1 (the person) the voice went {before}to {interval(figures.voice)} "
+        f"On a scale from 0 (the base model) to 1 (the person) the {figures.voice_name} went {before}to "
+        f"{interval(figures.voice)} "
         f"after it: {verdict}. It was measured on {plural(figures.words, 'word')} of answers to "
-        f"{plural(figures.prompts, 'held-out prompt')}. The 95 % interval is in brackets."
+        f"{plural(figures.prompts, 'held-out prompt')}. The 95 % interval is in brackets.{people}{failed}"
     )
 
 

@@ -490,5 +490,6 @@ def portable(file: ConfigFile, run: Path) -> Config:
     model = file.config.model.model_copy(update={"name": relative(name) if file.resolve(name).is_dir() else name})
     start = file.config.adapter.start_from
     adapter = file.config.adapter.model_copy(update={"start_from": start and relative(start)})
-    changes = {"data": data.model_copy(update=changed), "model": model, "adapter": adapter}
+    voice = file.config.voice.model_copy(update={"background": relative_all(file.config.voice.background)})
+    changes = {"data": data.model_copy(update=changed), "model": model, "adapter": adapter, "voice": voice}
     return file.config.model_copy(update=changes)

@@ -45,6 +45,8 @@ class Figures:
     held-out texts. All others are the tuned model's. `stopped` is the share of answers that ended by themselves,
     `empty` the share without a word. `reward_accuracy` and `reward_margin` say in what share of pairs, and by how much,
     training raised the chosen answer more than the rejected one (`voice.preferences.PairFigures`).
+    `people_voice` is other people's text on the scale. Without it `voice` is only the distance from the base model.
+    `no_text` counts the answers that failed a gate by reason.
     docs/glossary.md defines every figure.
     """
 
@@ -53,6 +55,7 @@ class Figures:
     voice: Interval | None = None
     base_voice: Interval | None = None
     person_voice: Interval | None = None
+    people_voice: Interval | None = None
     copy_rate: float | None = None
     person_copy_rate: float | None = None
     longest_copy: int | None = None
@@ -71,8 +74,19 @@ class Figures:
     questions: int = 0
     concept_coverage: float | None = None
     base_concept_coverage: float | None = None
+    no_text: Mapping[str, int] = field(default_factory=dict)
     flagged: tuple[str, ...] = ()
     unmeasured: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def voice_name(self) -> str:
+        """Return the name of `voice`: it is a voice only if it was told from people."""
+        return "voice" if self.people_voice else BASE_DISTANCE
+
+    @property
+    def people_missing(self) -> str:
+        """Return why no verdict rests on `voice`, empty where one may."""
+        return "" if self.people_voice else NO_PEOPLE
 
     # Trackers that were written before the names changed read these figures of the events that they receive.
 
@@ -101,6 +115,10 @@ class Figures:
         """Return `base_concept_coverage`, which had this name."""
         return self.base_concept_coverage
 
+
+BASE_DISTANCE = "distance from the base model"
+
+NO_PEOPLE = "without voice.background it is only the distance from the base model"
 
 OLD_FIGURES: Mapping[str, str] = {
     "preference_accuracy": "reward_accuracy",

@@ -39,6 +39,8 @@ from mindprint.training.objectives import OBJECTIVES
 from mindprint.training.plan import RowLengths, StagePlan, plan_run
 from mindprint.trust.adapters import copy_findings
 from mindprint.trust.probe import Probe, heldout_probe, synthetic_probe
+from mindprint.voice.answers import training_voice
+from mindprint.voice.background import read_background
 
 ROW_NAMES: Mapping[str, str] = {"sft": "SFT rows", "preferences": "preference pairs"}
 
@@ -65,6 +67,8 @@ class Prepared:
     notes: tuple[Notice, ...]
     start: AdapterState | None = None
     """The adapter that training continues from, if the configuration names one."""
+    people: tuple[str, ...] = ()
+    """Texts of other people, which no stage trains on: the voice is told from them."""
 
     @property
     def config(self) -> Config:
@@ -108,7 +112,8 @@ def prepare(file: ConfigFile, tell: Callable[[Notice], None] | None = None) -> P
         *_publishes(probe),
         Notice(_row_counts(config, split, rendered)),
     )
-    return Prepared(file, model, tokenizer, examples, plans, identity, probe, split, outline, notes, start)
+    people = read_background(file, training_voice(split.train, tokenizer.without_thoughts).own)
+    return Prepared(file, model, tokenizer, examples, plans, identity, probe, split, outline, notes, start, people)
 
 
 def _search_progress(tell: Callable[[Notice], None]) -> Callable[[int, int], None]:

@@ -113,7 +113,7 @@ class _Run:
         )
         self.references = ReferenceCache(folder.references, prepared.identity, self.engine, prepared.tokenizer.pad_id)
         extra = load_scorers(config.voice.scorers)
-        examiner = Examiner(prepared.split, config, prepared.tokenizer, self.engine, extra)
+        examiner = Examiner(prepared.split, config, prepared.tokenizer, self.engine, extra, prepared.people)
         self._requested: Callable[[], bool] = lambda: False
         self.course = Course(
             prepared, folder, self.engine, examiner, self.checkpoints, self._emit, self._stop_requested

@@ -28,13 +28,15 @@ class HeldOutAnswers:
 class AnswerScores:
     """Scores of the answers to one set of prompts.
 
-    `base` and `person` are near 0 and 1 by definition. How far they are from it shows how wide chance is.
+    `base` and `person` are near 0 and 1 by definition. How far they are from it shows how wide chance is. `people` is
+    other people's text on the same scale, None without a background of people.
     """
 
     tuned: VoiceScore | NotScored
     base: VoiceScore | NotScored
     person: VoiceScore | NotScored
     copying: Copying | NotScored
+    people: VoiceScore | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Judge:
         key = tuple(places)
         if key not in self._sides:
             self._sides[key] = self.score(base, places), self.score(person, places)
-        return AnswerScores(self.score(tuned, places), *self._sides[key], self._copying.measure(tuned, person))
+        people = None if isinstance(self.scale, NotScored) else self.scale.people
+        return AnswerScores(self.score(tuned, places), *self._sides[key], self._copying.measure(tuned, person), people)
 
     @cached_property
     def _copying(self) -> CopyingMeter:
@@ -116,11 +119,11 @@ def fit_judge(
     sides = tuple(base), tuple(person)
     # A scorer must not be calibrated on the text that it was fitted on. Without another background each half of the
     # base model's answers is the background of the other half.
-    halves = 1 if reference.background or not base else 2
+    halves = 1 if reference.background or reference.people or not base else 2
     scorers: list[VoiceScorer] = []
     for half in range(halves):
         # Prompt i is in half i % 2, so a slice in steps of 2 is the other half.
-        background = reference.background or tuple(base[1 - half :: 2])
+        background = reference.background if halves == 1 else tuple(base[1 - half :: 2])
         scorer = fit_scorer(replace(reference, background=background), extra=extra, seed=seed)
         if isinstance(scorer, NotScored):
             return Judge(reference, *sides, (), scorer)

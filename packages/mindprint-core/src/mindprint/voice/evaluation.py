@@ -21,7 +21,7 @@ from mindprint.data.rows import Rows, text_of
 from mindprint.data.split import HeldOut
 from mindprint.data.tokenizer import Tokenizer
 from mindprint.runs.records import AnswerRecord, Figures, Interval
-from mindprint.text.words import word_count
+from mindprint.text.words import unspaced_share, word_count
 from mindprint.voice.answers import drop_trained_answers, held_out_prompts, training_voice
 from mindprint.voice.assessment import AnswerScores, Assessment, Judge, fit_judge
 from mindprint.voice.concepts import coverage
@@ -29,7 +29,10 @@ from mindprint.voice.copying import Copying
 from mindprint.voice.preferences import ByTopic, PairFigures, TextFigures, measure_pairs, measure_texts
 from mindprint.voice.quizzing import ConceptCoverage, QuizEvaluation, evaluate_quiz
 from mindprint.voice.responses import GeneratedAnswer, HeldOutTokens, ModelInMemory, OnRows, Responses
-from mindprint.voice.scoring import NotScored, VoiceScore
+from mindprint.voice.scoring import NotScored, VoiceReference, VoiceScore
+
+SHARE_TO_NOTE = 0.1
+"""Share of words in scripts without spaces from which a note says how they are counted."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def evaluate(
     *,
     extra: Sequence[Measure] = (),
     answers: bool = True,
+    people: Sequence[str] = (),
 ) -> Evaluation:
     """Evaluate the adapter that is in memory on all held-out text.
 
@@ -74,11 +78,12 @@ def evaluate(
         config: The run's configuration. Of `generation` only `max_new_tokens` counts: answers are greedy.
         extra: Measures of scorer plugins, shown next to the voice score.
         answers: Let both models answer prompts. Without answers neither voice nor quiz is measured.
+        people: Texts of other people, from which the voice is told.
 
     Returns:
         The figures of all topics together and of each topic, with their details.
     """
-    evaluator = Evaluator(memory, tokenizer, held_out, train, config, extra=extra)
+    evaluator = Evaluator(memory, tokenizer, held_out, train, config, extra=extra, people=people)
     return evaluator.evaluate(answers=answers)
 
 
@@ -103,16 +108,18 @@ class Evaluator:
         most_per_topic: int | None = None,
         reuse: bool = False,
         why_empty: Callable[[str], str | None] = lambda _: None,
+        people: Sequence[str] = (),
     ) -> None:
         """Choose and render the held-out rows. The first `most_per_topic` prompts and questions are answered, or all.
 
         With `reuse`, an adapter that is evaluated again responds only to rows that it has not seen yet (`Responses`).
-        `why_empty` returns the reason why nothing of a topic is held out, if there is one to give.
+        `why_empty` returns the reason why nothing of a topic is held out, if there is one to give. `people` are texts
+        of other people.
         """
         self._config = config
         self._extra = extra
         self._why_empty = why_empty
-        self._reference = training_voice(train, tokenizer.without_thoughts)
+        self._reference = replace(training_voice(train, tokenizer.without_thoughts), people=tuple(people))
         every = tuple(
             replace(prompt, person=tokenizer.without_thoughts(prompt.person)) for prompt in held_out_prompts(held_out)
         )
@@ -130,7 +137,7 @@ class Evaluator:
         rows = HeldOutTokens(rendered, tuple(self._pairs), tuple(self._texts))
         self._responses = Responses(memory, tokenizer, rows, config.generation.max_new_tokens, reuse=reuse)
         of_rows = (note for part in (pairs, texts) if part.examples for note in (*part.warnings, *part.notes))
-        self.notes = (*of_rows, *_notes_on_prompts(len(every), self._dropped))
+        self.notes = (*of_rows, *_notes_on_prompts(len(every), self._dropped), *_notes_on_words(self._reference))
 
     @property
     def topics(self) -> tuple[str, ...]:
@@ -326,6 +333,8 @@ def _with_voice(figures: Figures, scores: AnswerScores | None, why_none: str) ->
         voice=_interval(scores.tuned),
         base_voice=_interval(scores.base),
         person_voice=_interval(scores.person),
+        people_voice=None if scores.people is None else _interval(scores.people),
+        no_text={} if isinstance(scores.tuned, NotScored) else scores.tuned.failed,
     )
     for name, score in {"voice": scores.tuned, "base_voice": scores.base, "person_voice": scores.person}.items():
         if isinstance(score, NotScored):
@@ -405,6 +414,12 @@ def _notes_on_prompts(every: int, dropped: int) -> tuple[str, ...]:
     if not every:
         return ("no held-out row has a prompt to answer: the voice is not scored",)
     return (f"{dropped} held-out rows are also in the training data: not scored",) if dropped else ()
+
+
+def _notes_on_words(reference: VoiceReference) -> tuple[str, ...]:
+    if unspaced_share(reference.own) < SHARE_TO_NOTE:
+        return ()
+    return ("the training text has no spaces between words, so the voice counts letters and signs as words",)
 
 
 class _OfTopic(Protocol):

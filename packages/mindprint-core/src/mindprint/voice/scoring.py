@@ -41,10 +41,15 @@ SHORTEST_PASSAGE, LONGEST_PASSAGE = 20, 500
 """Limits of the words of a passage, which otherwise has the median length of the person's texts."""
 
 CERTAINTY = 3.0
-"""Log odds at the two ends of the scale: text like the person's average counts 0.95 before it is placed between them.
+"""Log odds at the ends of the scale, about: text like the person's average counts 0.96 before it is placed there.
 
 A straight line would count a caricature more than the person, and the middle between two people as half of one. The
-curve is that of a posterior probability. It was fixed before it was measured on the authors of docs/voice.md.
+curve is that of a posterior probability.
+"""
+
+EVEN_ODDS = 0.45
+"""Where the odds are even between the ends. Not halfway, because the ceiling is the person on the subjects of the
+reference: on other subjects the person falls further below it than other people rise above the floor.
 """
 
 FOLDS = 5
@@ -57,11 +62,13 @@ class VoiceReference:
     """The texts on which a scorer is fitted. They must not be scored later.
 
     `own` is text by the person, on which the model was trained. `background` is text by anyone else, preferably on the
-    same subjects: plain answers (`rejected`), answers of the base model, other authors.
+    same subjects: plain answers (`rejected`), answers of the base model. `people` is background too: prose of other
+    people. Only with it does a score tell the person from people, and not just from the base model.
     """
 
     own: tuple[str, ...]
     background: tuple[str, ...]
+    people: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,18 +119,24 @@ def fit_scorer(
     Returns:
         A scorer, or a `NotScored` if the person or the background has too few words.
     """
-    for whose, texts in (("of the person's training text", reference.own), ("of background", reference.background)):
+    every = (*reference.background, *reference.people)
+    for whose, texts in (("of the person's training text", reference.own), ("of background", every)):
         count = word_count(texts)
         if count < MIN_FITTED_WORDS:
             return NotScored(f"{count:,} words {whose}: {MIN_FITTED_WORDS} are needed to fit a voice", count)
     # Frequencies vary more in a short text. So texts to fit and texts to score are cut to the same length.
     length = passage_words or _passage_length(reference)
-    own, background = (_spread(_cut(texts, length)) for texts in (reference.own, reference.background))
+    # Half of the background at most is not by people, however much of it there is.
+    plain, people = (_cut(texts, length) for texts in (reference.background, reference.people))
+    most = MAX_PASSAGES // 2 if plain and people else MAX_PASSAGES
+    own, plain, people = _spread(_cut(reference.own, length)), _spread(plain, most), _spread(people, most)
+    background = plain + people
     for whose, pieces in (("the person's training text", own), ("the background", background)):
         if len(pieces) < FOLDS:
             return NotScored(f"{whose} makes {len(pieces)} passages of {length} words: {FOLDS} are needed")
     fitted = tuple(_standardised(m, own, background) for m in (*measures(), *extra))
-    return VoiceScorer(fitted, length, seed, fit_gates(own, background, seed=seed) if gates is None else gates)
+    gates = fit_gates(own, background, seed=seed) if gates is None else gates
+    return VoiceScorer(fitted, length, seed, gates, len(people))
 
 
 End = tuple[Float64, Sequence[str] | None]
@@ -151,12 +164,13 @@ class Standardised:
 
 @dataclass(frozen=True, eq=False)
 class VoiceScorer:
-    """Measures fitted on one person."""
+    """Measures fitted on one person. `people` of the last background passages are prose of other people."""
 
     fitted: tuple[Standardised, ...]
     passage_words: int
     seed: int = 0
     gates: Gates = NO_GATES
+    people: int = 0
 
     def decisions(self, texts: Sequence[str]) -> Float64:
         """Return the combined decision on each text, float64 `[texts]`: higher is more like the person.
@@ -262,6 +276,31 @@ class Scale:
         )
 
     @cached_property
+    def people(self) -> VoiceScore | None:
+        """Return the score of the other people of the background, each passage by a fit without it; None without any.
+
+        It shows the place of a person who is not the one.
+        """
+        count = self.scorer.people
+        if not count:
+            return None
+        found = np.stack([measure.background[-count:] for measure in self.scorer.fitted])
+        shown, kept = self.values(found), np.zeros(count, dtype=np.bool_)
+        low_end, high_end = self._end_values
+        draws = self._drawn_scores(shown, kept)
+        floor, ceiling = self.floor.mean(axis=1), self.ceiling.mean(axis=1)
+        shares = (found.mean(axis=1) - floor) / _away_from_zero(ceiling - floor)
+        return VoiceScore(
+            value=(float(shown.mean()) - low_end) / (high_end - low_end),
+            low=float(np.quantile(draws, 0.025)),
+            high=float(np.quantile(draws, 0.975)),
+            words=count * self.scorer.passage_words,
+            texts=count,
+            empty=0,
+            measures={m.name: float(share) for m, share in zip(self.scorer.fitted, shares, strict=True)},
+        )
+
+    @cached_property
     def _end_means(self) -> tuple[float, float]:
         floor, ceiling = (float(self.scorer.combined(end).mean()) for end in (self.floor, self.ceiling))
         return floor, ceiling
@@ -281,7 +320,7 @@ class Scale:
         """Return how far each text reads as the person's, between 0 and 1: float64 `[measures, texts]` to `[texts]`."""
         floor, _ = self._end_means
         place = (self.scorer.combined(found) - floor) / float(_away_from_zero(np.array(self.length)))
-        shares: Float64 = 1 / (1 + np.exp(-2 * self._certainty * (np.clip(place, -10, 10) - 0.5)))
+        shares: Float64 = 1 / (1 + np.exp(-2 * self._certainty * (np.clip(place, -10, 10) - EVEN_ODDS)))
         return shares
 
     @cached_property
@@ -348,17 +387,17 @@ def _cut(texts: Sequence[str], length: int) -> list[str]:
     return [passage for text in texts if word_count([text]) for passage in passages(text, length)]
 
 
-def _spread(texts: list[str]) -> list[str]:
-    """Return at most `MAX_PASSAGES` of them, evenly spaced."""
-    if len(texts) <= MAX_PASSAGES:
+def _spread(texts: list[str], most: int = MAX_PASSAGES) -> list[str]:
+    """Return at most `most` of them, evenly spaced."""
+    if len(texts) <= most:
         return texts
-    return [texts[index * len(texts) // MAX_PASSAGES] for index in range(MAX_PASSAGES)]
+    return [texts[index * len(texts) // most] for index in range(most)]
 
 
 def _passage_length(reference: VoiceReference) -> int:
     """Return the median length of the person's texts, or less if a side would make too few passages of it."""
     typical = int(median(word_count([text]) for text in reference.own if text.strip()))
-    least = min(word_count(reference.own), word_count(reference.background))
+    least = min(word_count(reference.own), word_count((*reference.background, *reference.people)))
     return min(max(min(typical, least // ENOUGH_PASSAGES), SHORTEST_PASSAGE), LONGEST_PASSAGE)
 
 
