@@ -244,7 +244,7 @@ def _heaviest_rows(plan: StagePlan) -> Iterator[Sequence[int]]:
     order = plan.order
     lengths = order.lengths or ()
     if order.total_steps > MOST_STEPS:
-        # Sorted batches by length may well put the longest rows together in so many steps.
+        # Sorted batches by length may well put the longest rows together in that number of steps.
         yield sorted(range(order.rows), key=lengths.__getitem__)[-order.batch_size :]
         return
     batches = list(chain.from_iterable(order.micro_batches(step) for step in range(order.total_steps)))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mindprint.contract import Float32
 from mindprint.models.tensor_files import from_float32, to_float32
 
-# Elements of 3, 5 and 6 bits cross bytes. After so many bytes the pattern repeats.
+# Elements of 3, 5 and 6 bits cross bytes. After that number of bytes the pattern repeats.
 _PERIODS = {3: 3, 5: 5, 6: 3}
 
 
