@@ -149,21 +149,20 @@ def test_ten_steps_are_those_of_the_other_backend(case: Case) -> None:
 
 
 def test_bfloat16_is_near_float32(tmp_path: Path) -> None:
+    """On PyTorch. MLX has no product of experts in bfloat16 on a CPU, and refuses the base when it loads it."""
     folder = saved(tmp_path, "mixtral", num_hidden_layers=2).folder
-    batch = token_batch(1, (23, 9, 14), SMALL["vocab_size"])
-    for name in ("torch", "mlx"):
-        backend = load_backend(name)
-        exact, rounded = (backend.load_model(ModelSpec(str(folder), "cpu", dtype)) for dtype in ("float32", "bfloat16"))
-        targets = resolve_targets(backend.adapter_sites(exact), "all-linear", ["experts"])
-        adapter = stirred(initial_adapter(backend.adapter_sites(exact), LoraConfig(4, 8.0, targets), seed=3), size=0.1)
-        values = []
-        for model in (exact, rounded):
-            backend.inject_adapter(model, adapter)
-            values.append(backend.log_probs(model, batch))
-        assert np.abs(values[0] - values[1])[batch.loss_mask].mean() < 0.05
-        metrics = backend.sft_step(rounded, [batch], Update(1e-3, tokens=batch.loss_tokens))
-        assert 0 < metrics.grad_norm < np.inf
-        assert backend.save(rounded).first_moments[targets[-1]].a.dtype == np.float32
+    batch, backend, values = token_batch(1, (23, 9, 14), SMALL["vocab_size"]), load_backend("torch"), []
+    exact, rounded = (backend.load_model(ModelSpec(str(folder), "cpu", dtype)) for dtype in ("float32", "bfloat16"))
+    sites = backend.adapter_sites(exact)
+    targets = resolve_targets(sites, "all-linear", ["experts"])
+    adapter = stirred(initial_adapter(sites, LoraConfig(4, 8.0, targets), seed=3), size=0.1)
+    for model in (exact, rounded):
+        backend.inject_adapter(model, adapter)
+        values.append(backend.log_probs(model, batch))
+    assert np.abs(values[0] - values[1])[batch.loss_mask].mean() < 0.05
+    metrics = backend.sft_step(rounded, [batch], Update(1e-3, tokens=batch.loss_tokens))
+    assert 0 < metrics.grad_norm < np.inf
+    assert backend.save(rounded).first_moments[targets[-1]].a.dtype == np.float32
 
 
 @pytest.mark.usefixtures("fresh")
