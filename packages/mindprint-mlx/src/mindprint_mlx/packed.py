@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -106,8 +107,7 @@ def multiply(x: mx.array, packed: Format, parts: Parts) -> mx.array:
             total = share if total is None else total + share
         return mx.zeros_like(x) if total is None else total
 
-    result: mx.array = product(x)
-    return result
+    return cast(mx.array, product(x))
 
 
 def multiply_gathered(x: mx.array, packed: Format, parts: Parts, indices: mx.array, *, is_sorted: bool) -> mx.array:
@@ -125,8 +125,7 @@ def multiply_gathered(x: mx.array, packed: Format, parts: Parts, indices: mx.arr
     def product_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
         return mx.vjp(gathered, [x], [cotangent])[1][0]
 
-    result: mx.array = product(x)
-    return result
+    return cast(mx.array, product(x))
 
 
 def take_rows(packed: Format, parts: Parts, rows: mx.array) -> mx.array:
@@ -181,7 +180,8 @@ def _affine(parts: Parts, bits: int, group_size: int) -> mx.array:
 @cache
 def _known_to_mlx(group_size: int) -> bool:
     try:
-        mx.eval(mx.dequantize(mx.zeros((1, group_size // 8), mx.uint32), *[mx.zeros((1, 1))] * 2, group_size, 4))
+        content, scales = mx.zeros((1, group_size // 8), mx.uint32), mx.zeros((1, 1))
+        mx.eval(mx.dequantize(content, scales, scales, group_size=group_size, bits=4))
     except (ValueError, RuntimeError):
         return False
     return True

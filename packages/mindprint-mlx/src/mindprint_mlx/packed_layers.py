@@ -30,7 +30,7 @@ class _PackedModule(nn.Module):
         return mx.broadcast_to(mx.array(math.nan, self._format.dtype), self._format.shape)
 
 
-class PackedLinear(_PackedModule, nn.Linear):
+class PackedLinear(_PackedModule, nn.Linear):  # type: ignore[override]  # its weight is read-only
     """`x W^T + bias` for a packed W, which is frozen."""
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -38,7 +38,7 @@ class PackedLinear(_PackedModule, nn.Linear):
         return product + self["bias"] if "bias" in self else product
 
 
-class PackedEmbedding(_PackedModule, nn.Embedding):
+class PackedEmbedding(_PackedModule, nn.Embedding):  # type: ignore[override]  # its weight is read-only
     """A table of which only the rows that are asked for become numbers."""
 
     def __call__(self, x: mx.array) -> mx.array:

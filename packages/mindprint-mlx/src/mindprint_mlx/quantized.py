@@ -186,4 +186,5 @@ def _put(module: nn.Module, path: str, layer: nn.Module) -> None:
 def dense_elements(module: nn.Module) -> int:
     """Return the number of a model's parameters, counted as if no weight were packed."""
     plain = sum(values.size for name, values in parameters_of(module) if not is_packed(name))
-    return plain + sum(layer.weight.size for _, layer in packed_layers(module))
+    packed: int = sum(layer.weight.size for _, layer in packed_layers(module))
+    return plain + packed
