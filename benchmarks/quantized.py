@@ -101,7 +101,7 @@ def print_memory(backend: str, folder: str) -> None:
     opened = load_backend(backend)
     # Libraries are loaded with the first model. Only the second is measured.
     small = write_base(Path(tempfile.mkdtemp()) / "small", llama(64, 128, 1, 64), packed=False)
-    opened.release(opened.load_model(ModelSpec(str(small), "cpu", "float16")).handle)
+    opened.release(opened.load_model(ModelSpec(str(small), "cpu", "float16")))
     before = resident()
     model = opened.load_model(ModelSpec(folder, "cpu", "float16"))
     loaded = resident() - before
