@@ -134,8 +134,9 @@ def run_in_both(session: nox.Session, command: str, *words: str, env: dict[str, 
 @nox.session(python=False, requires=["both"])
 def types(session: nox.Session) -> None:
     """mypy, strict, on every distribution."""
-    for folder in (*(f"packages/mindprint-{name}" for name in PACKAGES), HELLO):
-        run_in_both(session, "mypy", f"{folder}/src")
+    # One call for all of them: each would check core and load the stubs of the frameworks again.
+    folders = (*(f"packages/mindprint-{name}" for name in PACKAGES), HELLO)
+    run_in_both(session, "mypy", *(f"{folder}/src" for folder in folders))
 
 
 @nox.session(python=False, requires=["both"])
@@ -148,7 +149,10 @@ def parity(session: nox.Session) -> None:
 @nox.session(python=False, requires=["both"])
 def integration(session: nox.Session) -> None:
     """Whole runs on both backends from the command line, killed and resumed, with as many threads as users have."""
-    run_in_both(session, "pytest", "tests/integration", *session.posargs)
+    # Two tests at a time: each waits most of its time for processes that import or read files. Threads that wait for
+    # work then leave the core to the other test.
+    parallel = (*IN_PARALLEL[:2], "--dist", "loadgroup")
+    run_in_both(session, "pytest", "tests/integration", *parallel, *session.posargs, env={"OMP_WAIT_POLICY": "passive"})
 
 
 @nox.session(python=False, requires=["both"])

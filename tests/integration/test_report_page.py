@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "packages" / "mindprint-core"
 
 from run_samples import TITLES, TOPICS, decisions, manifest, write_lines, write_records
 
+pytestmark = pytest.mark.xdist_group("report page")  # one run makes the page that all of these tests look at
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 MEASURE = """

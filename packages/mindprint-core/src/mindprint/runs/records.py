@@ -55,7 +55,6 @@ class Figures:
     voice: Interval | None = None
     base_voice: Interval | None = None
     person_voice: Interval | None = None
-    people_voice: Interval | None = None
     copy_rate: float | None = None
     person_copy_rate: float | None = None
     longest_copy: int | None = None
@@ -74,9 +73,11 @@ class Figures:
     questions: int = 0
     concept_coverage: float | None = None
     base_concept_coverage: float | None = None
-    no_text: Mapping[str, int] = field(default_factory=dict)
     flagged: tuple[str, ...] = ()
     unmeasured: Mapping[str, str] = field(default_factory=dict)
+    # Added after version 1 of the hook API was written down, so at the end.
+    people_voice: Interval | None = None
+    no_text: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def voice_name(self) -> str:
