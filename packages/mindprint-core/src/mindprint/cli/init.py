@@ -62,7 +62,7 @@ evaluation:  # on held-out text, while it trains
   levels: [topic, chapter, unit, final]
   prompts_per_topic: 8
   topic: {{perplexity_ratio: 1.1}}  # held-out text must not become less probable than that, or the topic failed
-  final: {{perplexity_ratio: 1.1, copy_rate: 0.5}}  # add voice: 0.5 (0: the base model, 1: the person) to ask for more
+  final: {{perplexity_ratio: 1.1, copy_rate: 0.5}}  # with voice.background, voice: 0.5 asks for more (1: the person)
 
 curriculum:
   dpo: always  # always, never, or a number: only where the voice after SFT is below it
