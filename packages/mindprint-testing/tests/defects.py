@@ -70,6 +70,7 @@ DEFECTS = (
         "the framework is imported with the plugin",
         "importing_the_plugin_imports_no_framework",
         ('{"numpy": np.__version__}', '{"safetensors": "0"}'),
+        ("import numpy as np\n", "import numpy as np\nimport safetensors.numpy  # noqa: F401\n"),
     ),
     defect("half of the parameters", "facts_of_a_load", ("spec.dtype, elements,", "spec.dtype, elements // 2,")),
     defect("sites with in and out exchanged", "sites_are_the_folders_modules", (".shape[::-1])", ".shape)")),
