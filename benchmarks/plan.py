@@ -2,7 +2,7 @@
 
     python benchmarks/plan.py [--backend torch] [--only long] [--device cpu] [--model smollm2=FOLDER]
 
-Each run is a process of its own, of two steps, with the checks and the fingerprint of every run. On a CPU its peak is
+Each run is a new process that takes two steps, with the checks and the fingerprint of every run. On a CPU its peak is
 the most memory that was resident, less the memory that libraries, tokenizer and rows took before the base loaded. On
 CUDA it is torch's `max_memory_allocated`, on Metal MLX's `get_peak_memory`. The models have random weights, unless
 folders of real ones are named.

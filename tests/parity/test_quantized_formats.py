@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def test_affine_weights_are_those_of_mlx(tmp_path: Path, bits: int, dtype: str) 
 @pytest.mark.parametrize(("method", "bits", "group_size"), MICROSCALED)
 def test_microscaled_weights_are_those_of_mlx(tmp_path: Path, method: str, bits: int, group_size: int) -> None:
     settings = {"group_size": group_size, "bits": bits, "mode": method}
-    # The scales that NaN does not stand for, from 2^-127 to 2^127 or 448, and every code of an element.
+    # The scales but NaN, from 2^-127 to 2^127 or 448, and every code of an element.
     count = 255 if method != "nvfp4" else 127
     scales = mx.array(np.arange(count, dtype=np.uint8)[:, None].repeat(8, 1))
     codes = np.arange(count * 8 * group_size * bits // 8, dtype=np.uint32).astype(np.uint8)
@@ -105,7 +106,7 @@ def test_core_quantizes_as_mlx_does(bits: int) -> None:
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("method", ["nf4", "fp4"])
 def test_4bit_weights_are_those_of_bitsandbytes(tmp_path: Path, method: str, double: bool) -> None:
-    bnb = pytest.importorskip("bitsandbytes.functional")
+    bnb = import_module("bitsandbytes.functional")
     section = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -130,7 +131,7 @@ def test_4bit_weights_are_those_of_bitsandbytes(tmp_path: Path, method: str, dou
 
 
 def test_int8_weights_are_those_of_bitsandbytes(tmp_path: Path) -> None:
-    bnb = pytest.importorskip("bitsandbytes.functional")
+    bnb = import_module("bitsandbytes.functional")
     packed, scales, _ = bnb.int8_vectorwise_quant(torch.from_numpy(weights(16, 96)).half())
     section = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": section}))

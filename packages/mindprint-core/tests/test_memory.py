@@ -14,7 +14,7 @@ import mindprint
 from mindprint.api.training import with_rows
 from mindprint.config import ModelConfig
 from mindprint.contract import MemoryNeed, MemoryRequest
-from mindprint.errors import BackendError, DataError, ModelError
+from mindprint.errors import AdapterError, BackendError, DataError, ModelError
 from mindprint.events import Notice
 from mindprint.models import free_memory
 from mindprint.models.engine import Placements
@@ -182,3 +182,15 @@ def test_wrong_input_is_one_line(
     rows = None if "data" in changes else ROWS
     with pytest.raises(error, match=words):
         mindprint.plan({**config, **changes}, rows=rows)
+
+
+def test_a_setting_that_the_run_refuses_is_said_once(config: dict[str, Any], toy_model: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(AdapterError, match="no stacked experts"):
+        mindprint.train(
+            {**config, "model": {"name": str(toy_model)}, "adapter": {"target_parameters": ["experts"]}},
+            rows=ROWS,
+            run=tmp_path / "run",
+            on_event=lambda event: said.append(event.message) if isinstance(event, Notice) else None,
+        )
+    assert not any("stacked experts" in line for line in said)

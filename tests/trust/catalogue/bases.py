@@ -58,7 +58,7 @@ def rope_is_scaled(it: Artefact) -> None:
     edit_json(it.base / "config.json", {"rope_parameters": scaled})
 
 
-@fault("base", "an old name beside the new one: lyogavin/airllm#368", "rope_differs")
+@fault("base", "an old name next to the new one: lyogavin/airllm#368", "rope_differs")
 def rope_theta_is_under_its_old_name(it: Artefact) -> None:
     edit_json(it.base / "config.json", {"rope_theta": 20000.0}, ("rope_parameters",))
 

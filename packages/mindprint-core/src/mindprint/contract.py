@@ -29,7 +29,7 @@ QuantizeMethod = Literal["nf4", "4bit", "8bit"]
 SiteKind = Literal["linear", "embedding", "experts"]
 
 QUANTIZED_FORMATS = ("affine", "mxfp4", "mxfp8", "nvfp4", "nf4", "fp4", "int8")
-"""The formats of quantized bases. Core defines the numbers that each stands for, in `mindprint.models.quantized`."""
+"""The formats of quantized bases. `mindprint.models.quantized` defines the numbers of each."""
 
 CAPABILITIES = frozenset(
     {"dropout", "bfloat16", "float16", "sampling", "embedding", "experts", "quantize", *QUANTIZED_FORMATS}

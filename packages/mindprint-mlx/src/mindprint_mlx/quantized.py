@@ -36,7 +36,7 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """The packed weights of a base, by the dense array that stands for each while names are sorted out."""
+    """The packed weights of a base, by the dense array that replaces each while names are sorted out."""
 
     stated: Quantization | None
     by_array: dict[int, tuple[mx.array, StoredWeight]]

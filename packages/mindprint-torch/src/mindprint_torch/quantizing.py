@@ -68,7 +68,7 @@ def base_to_quantize(folder: Path, kind: Any, config: PreTrainedConfig, method: 
     """Return a full-precision base's tensors, those of linear layers to be packed by `method`.
 
     Raises:
-        ModelError: If no linear layer has a weight of its own in the files, or bitsandbytes is needed and missing.
+        ModelError: If the files hold no weight of a linear layer by its name, or bitsandbytes is needed and missing.
     """
     if method == "nf4":
         _bitsandbytes()

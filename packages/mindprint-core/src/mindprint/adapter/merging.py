@@ -127,19 +127,23 @@ def merged_folder(
             else:
                 rewritten.write(aside, threads)
         (aside / RECORD_FILE).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
-        # config.json comes last: a folder that a killed process left without it is not taken for a model's.
-        for file in sorted(_kept(base.path), key=lambda file: file.name == "config.json"):
-            target = aside / file.relative_to(base.path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if rewritten is None:
-                shutil.copyfile(file, target)
-            elif file.name == "config.json":
-                text = json.dumps(rewritten_config(base.path, grid), indent=2)
-                target.write_text(f"{text}\n", encoding="utf-8")
-            # The index of the base names its files, and these are others.
-            elif file.name != models.INDEX_FILE:
-                shutil.copyfile(file, target)
+        _write_others(aside, base.path, rewritten, grid)
         yield Merged(aside, tuple(sorted(changes)))
+
+
+def _write_others(aside: Path, base: Path, rewritten: RewrittenWeights | None, grid: Path | None) -> None:
+    """Write the base's other files: its configuration and tokenizer, changed where its weights got another format."""
+    # config.json comes last: a folder that a killed process left without it is not taken for a model's.
+    for file in sorted(_kept(base), key=lambda file: file.name == "config.json"):
+        target = aside / file.relative_to(base)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if rewritten is None:
+            shutil.copyfile(file, target)
+        elif file.name == "config.json":
+            target.write_text(json.dumps(rewritten_config(base, grid), indent=2) + "\n", encoding="utf-8")
+        # The index of the base names its files, and these are others.
+        elif file.name != models.INDEX_FILE:
+            shutil.copyfile(file, target)
 
 
 def read_record(folder: Path) -> MergeRecord | None:

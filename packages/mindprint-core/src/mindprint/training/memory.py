@@ -27,7 +27,7 @@ from mindprint.contract import (
 )
 from mindprint.data.collate import shared_sequences, whole_sequences
 from mindprint.data.render import PreferenceExample, render_preferences
-from mindprint.errors import MindprintError
+from mindprint.errors import AdapterError, ConfigError, MindprintError
 from mindprint.events import Notice
 from mindprint.models.engine import Placement
 from mindprint.models.folder import quantization
@@ -306,6 +306,9 @@ def memory_notices(prepared: Prepared, placements: Sequence[Placement]) -> Itera
         memory = estimate_memory(prepared, placements)
         stage = memory.greatest
         proposals = memory.proposals() if stage.verdict == "does not fit" else ()
+    except (AdapterError, ConfigError):
+        # A setting that this base cannot have: the run refuses it next, and one line is enough.
+        return
     except MindprintError as error:
         yield Notice(f"the memory of this run is not estimated: {error}")
         return

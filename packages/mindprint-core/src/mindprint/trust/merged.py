@@ -84,7 +84,7 @@ class _Sums:
 def merge_findings(merged: Path, base: Path, adapter: AdapterState) -> Iterator[Finding | Doubt]:
     """Yield the faults of a merge. Only the probe can judge tensors that have other names.
 
-    The weights of a quantized base count as the values that they stand for. The adapted weights of a quantized merge
+    The weights of a quantized base count as their dequantized values. The adapted weights of a quantized merge
     are not compared: rounding to few bits moves them by more than an adapter does, and only the probe can tell what is
     left of it. Raises `ModelError` for a folder that cannot be read, and `AdapterError` for an adapter whose shapes are
     not those of the base.

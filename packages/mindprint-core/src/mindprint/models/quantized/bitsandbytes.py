@@ -42,7 +42,7 @@ def block_scales(
         nested_absmax: The scales of the scales, of the whole weight.
         nested_code: The table of 256 values that quantized scales are numbers in.
         offset: The mean that was taken away before the scales were quantized.
-        nested_size: Scales that share a scale of their own.
+        nested_size: Scales that share one scale.
         first: The number of the first block.
     """
     scales = nested_code[absmax] * nested_absmax[(first + np.arange(len(absmax))) // nested_size]
