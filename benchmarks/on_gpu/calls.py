@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from on_gpu import ours, peers, work
+from on_gpu import checks, ours, peers, work
 from on_gpu.clock import peak_gib, seconds_of, spread, start_peak, wait_for
 
 # ruff: noqa: PLC0415  the process that orders the measurements imports no framework
@@ -102,7 +102,7 @@ def open_contestant(name: str, folder: str, device: str, dtype: str, four_bits: 
     started = perf_counter()
     start_peak(device)
     if name == "mindprint":
-        LOADED["contestant"] = ours.open_model(Path(folder), device, dtype, "nf4" if four_bits else None)
+        LOADED["contestant"] = ours.open_model(Path(folder), device, dtype, quantize="nf4" if four_bits else None)
     else:
         LOADED["contestant"] = peers.open_peer(
             Path(folder), device, dtype, liger=name.endswith("liger"), four_bits=four_bits
@@ -299,6 +299,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     call.__name__: call
     for call in (
         forget, about, peaks, write_model, open_contestant, measure_cell, compare_losses, compare_devices,
-        compare_heads, generate, wrap_with_adapter,
+        compare_heads, generate, wrap_with_adapter, checks.compare_packed, checks.compare_experts, checks.compare_plan,
+        checks.profile_steps,
     )
 }  # fmt: skip

@@ -6,6 +6,7 @@ import gc
 import resource
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -54,3 +55,14 @@ def peak_gib(device: str) -> float:
     if device == "cuda":
         return float(torch.cuda.max_memory_allocated()) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def held_gib(device: str) -> float:
+    """Return the memory that this process holds now: of the device's tensors, or all that is resident on a CPU."""
+    import torch  # noqa: PLC0415
+
+    gc.collect()
+    if device == "cuda":
+        return float(torch.cuda.memory_allocated()) / 2**30
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmRSS:"))

@@ -11,35 +11,49 @@ from typing import Any
 import numpy as np
 
 from on_gpu import work
-from on_gpu.clock import peak_gib, spread, start_peak, wait_for
+from on_gpu.clock import held_gib, peak_gib, spread, start_peak, wait_for
 
 # ruff: noqa: PLC0415  the process that orders the measurements imports no framework
 
 
 @dataclass
 class Opened:
-    """A loaded base with a new adapter on all its linear layers."""
+    """A loaded base with a new adapter on all its linear layers. `base_gib` is the memory that the base takes."""
 
     backend: Any
     model: Any
     device: str
     adapter: Any
+    base_gib: float = 0.0
 
 
-def open_model(folder: Path, device: str, dtype: Any, quantization: str | None = None) -> Opened:
-    """Load the base and inject core's initial adapter, which every contestant starts from."""
+def open_model(
+    folder: Path, device: str, dtype: Any, *, quantize: Any = None, target_parameters: Sequence[str] = ()
+) -> Opened:
+    """Load the base and inject core's initial adapter, which every contestant starts from.
+
+    `quantize` packs the base while it is loaded. `target_parameters` names stacks of experts that get LoRA as well.
+    """
     from mindprint.adapter.initial import initial_adapter
     from mindprint.adapter.targets import resolve_targets
     from mindprint.contract import LoraConfig, ModelSpec
+    from mindprint.models.folder import quantization as base_quantization
     from mindprint.plugins.backend import load_backend
 
     backend = load_backend("torch")
-    model = backend.load_model(ModelSpec(str(folder), device, dtype, quantization))
+    before = held_gib(device)
+    model = backend.load_model(ModelSpec(str(folder), device, dtype, base_quantization(folder), quantize))
+    base_gib = held_gib(device) - before
     sites = backend.adapter_sites(model)
-    config = LoraConfig(work.RANK, work.ALPHA, resolve_targets(sites, "all-linear"))
+    config = LoraConfig(work.RANK, work.ALPHA, resolve_targets(sites, "all-linear", target_parameters))
     adapter = initial_adapter(sites, config, seed=0)
     backend.inject_adapter(model, adapter)
-    return Opened(backend, model, device, adapter)
+    return Opened(backend, model, device, adapter, base_gib)
+
+
+def close(opened: Opened) -> None:
+    """Give the model's memory back."""
+    opened.backend.release(opened.model)
 
 
 def start_again(opened: Opened) -> None:
@@ -109,6 +123,33 @@ def measure_cell(opened: Opened, cell: dict[str, Any]) -> dict[str, Any]:
     if taken["reference_seconds"]:
         result["reference_seconds"] = spread(taken["reference_seconds"][warm_up:])["seconds"]
     return result
+
+
+def stated_memory(opened: Opened, folder: Path, dtype: Any, cell: dict[str, Any]) -> dict[str, int]:
+    """Return the memory that the backend states for steps of a cell, as for `mindprint plan`: its parts, in bytes."""
+    from dataclasses import asdict
+
+    from mindprint.contract import MemoryRequest, ModelSpec, Update
+    from mindprint.data.collate import preference_batch, sft_batch
+    from mindprint.models.sizes import read_base_sizes
+    from on_gpu.calls import cell_batches
+
+    rows = cell_batches({**cell, "steps": 1, "warm_up": 0})[0]
+    if cell["stage"] == "sft":
+        batch: Any = sft_batch([_single(row) for row in rows], work.PAD)
+    else:
+        batch = preference_batch([_pair(row) for row in rows], work.PAD, None)
+    targets = set(opened.adapter.config.target_modules)
+    request = MemoryRequest(
+        spec=ModelSpec(str(folder), opened.device, dtype),
+        base=read_base_sizes(folder),
+        sites=[site for site in opened.backend.adapter_sites(opened.model) if site.name in targets],
+        adapter=opened.adapter.config,
+        batch=batch,
+        update=Update(0.0, 0, gradient_checkpointing=cell["checkpointing"]),
+    )
+    need = asdict(opened.backend.memory(request))
+    return {part: size for part, size in need.items() if part != "free"}
 
 
 def _references(opened: Opened, batches: Sequence[Sequence[work.Row]], share: bool) -> tuple[list[Any], list[float]]:

@@ -22,6 +22,9 @@ CONTESTANTS = ("mindprint", "trl", LIGER)
 LEAST_SECONDS = 8.0
 """With less time left, nothing new is begun."""
 
+KERNELS, OPERATIONS, NAME_CHARACTERS = 24, 40, 150
+"""The lines of a profile that are printed. `gpu.json` has more."""
+
 
 class OutOfTime(Exception):  # noqa: N818  (it is an end, not an error)
     """The time of the whole run is over."""
@@ -357,6 +360,81 @@ def compare_nf4(run: Run) -> None:
             measure_cell(run, "nf4", worker, name, cell(run, shape, "sft", length, checkpointing=False))
 
 
+def compare_packed(run: Run) -> None:
+    """Print a base in packed 4 bits next to the same numbers in bfloat16: losses, a step's time, memory."""
+    shape, length = run.sizes.models[0], run.sizes.lengths[0]
+    title(run, f"packed affine 4 bits, {shape}, next to the same numbers in bfloat16")
+    with run.surviving("packed", shape), run.workers.use() as worker:
+        figures = run.ask(
+            worker, "compare_packed", 90, shape=shape, device=run.device, dtype="bfloat16", steps=run.sizes.loss_steps,
+            cell=cell(run, shape, "sft", length, checkpointing=False),
+        )  # fmt: skip
+        run.keep("packed", **figures)
+        packed, dense = figures["packed"], figures["dense"]
+        apart = max(abs(a - b) / (1 + abs(b)) for a, b in zip(packed["losses"], dense["losses"], strict=True))
+        say(f"  {run.sizes.loss_steps} SFT losses: greatest deviation/(1 + loss) {apart:.1e}")
+        say(
+            f"  step {1e3 * packed['seconds']:.1f} ms next to {1e3 * dense['seconds']:.1f}"
+            f" ({packed['seconds'] / dense['seconds']:.2f} x), base in memory {packed['base_gib']:.2f} GiB next to"
+            f" {dense['base_gib']:.2f} ({packed['base_gib'] / dense['base_gib']:.2f} x),"
+            f" peak {packed['gib']:.1f} and {dense['gib']:.1f} GiB"
+        )
+
+
+def compare_experts(run: Run) -> None:
+    """Print how far LoRA on stacks of experts is from the CPU's, in float32."""
+    title(run, f"stacks of experts, {run.device} next to cpu, float32, {run.sizes.loss_steps} steps")
+    with run.surviving("experts", "a tiny Mixtral"), run.workers.use() as worker:
+        figures = run.ask(worker, "compare_experts", 60, device=run.device, steps=run.sizes.loss_steps)
+        run.keep("experts", **figures)
+        say(f"  losses, deviation/(1 + loss): SFT {figures['sft']:.1e}, DPO {figures['dpo']:.1e}")
+
+
+def compare_plan(run: Run) -> None:
+    """Print the memory that `mindprint plan` would state next to the measured peak of steps."""
+    shape = run.sizes.models[0]
+    title(run, f"the plan's memory, {shape}, bfloat16")
+    folder = prepare_model(run, shape, "bfloat16")
+    length, longest = run.sizes.lengths[0], max(run.sizes.lengths)
+    chosen = [("sft", length, False), ("sft", length, True), ("dpo", length, False), ("sft", longest, False)]
+    cells = [
+        {**cell(run, shape, stage, tokens, checkpointing=checkpointing), "steps": 1, "warm_up": 1}
+        for stage, tokens, checkpointing in chosen
+    ]
+    with run.surviving("plan", shape), run.workers.use() as worker:
+        results = run.ask(worker, "compare_plan", 60, folder=folder, device=run.device, dtype="bfloat16", cells=cells)
+        for chosen_cell, figures in zip(cells, results, strict=True):
+            run.keep("plan", **chosen_cell, **figures)
+            parts = ", ".join(f"{part} {gib:.2f}" for part, gib in figures["parts"].items())
+            reserved = "" if figures["reserved"] is None else f", reserved {figures['reserved']:.2f}"
+            say(
+                f"  {chosen_cell['stage']} {chosen_cell['length']:5d}"
+                f" {'recomputed' if chosen_cell['checkpointing'] else 'kept':10s} stated {figures['stated']:6.2f} GiB,"
+                f" measured {figures['peak']:6.2f}{reserved}: {figures['stated'] / figures['peak'] - 1:+.1%}  ({parts})"
+            )
+
+
+def profile_steps(run: Run) -> None:
+    """Print where the device's time of a step goes."""
+    shape, length = run.sizes.models[0], run.sizes.lengths[0]
+    title(run, f"profile of a step, {shape} at {length} tokens, bfloat16")
+    folder = prepare_model(run, shape, "bfloat16")
+    cells = [cell(run, shape, stage, length, checkpointing=False) for stage in ("sft", "dpo")]
+    with run.surviving("profile", shape), run.workers.use() as worker:
+        results = run.ask(worker, "profile_steps", 60, folder=folder, device=run.device, dtype="bfloat16", cells=cells)
+        for stage, figures in zip(("sft", "dpo"), results, strict=True):
+            run.keep("profile", stage=stage, **figures)
+            total = figures["device_seconds"]
+            kinds = sorted(figures["kinds"].items(), key=lambda pair: -pair[1])
+            say(
+                f"  {stage}: a step {1e3 * figures['step_seconds']:.1f} ms, on the device {1e3 * total:.1f} ms in"
+                f" {figures['launches']} launches: "
+                + ", ".join(f"{kind} {100 * seconds / total:.0f} %" for kind, seconds in kinds)
+            )
+            for name, seconds, count in [*figures["kernels"][:KERNELS], *figures["operations"][:OPERATIONS]]:
+                say(f"    {1e3 * seconds:8.2f} ms {count:5d} x {name[:NAME_CHARACTERS]}")
+
+
 def run_conformance(run: Run) -> None:
     """Run the suite that every backend must pass, on this device."""
     if run.left < LEAST_SECONDS:
@@ -394,6 +472,10 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "speed-8b": lambda run: measure_speed(run, 1),
     "parity": compare_devices,
     "generation": measure_generation,
+    "profile": profile_steps,
+    "plan": compare_plan,
+    "packed": compare_packed,
+    "experts": compare_experts,
     "checkpointing": compare_checkpointing,
     "nf4": compare_nf4,
     "conformance": run_conformance,

@@ -127,25 +127,31 @@ def write_model(name: str, dtype_name: str, device: str) -> Path:
     Values are drawn on the device, as transformers initialises a Llama: normal with deviation 0.02, norms 1.
     """
     import torch  # noqa: PLC0415
-    from transformers import LlamaConfig  # noqa: PLC0415
 
     shape, dtype = SHAPES[name], getattr(torch, dtype_name)
     folder = model_folder(f"{name}-{dtype_name}", parameter_count(shape) * dtype.itemsize)
     if (folder / "complete").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    config: Any = LlamaConfig(
+    config = llama_config(shape, dtype_name)
+    config.save_pretrained(folder)
+    _write_weights(folder, config, dtype, device)
+    write_tokenizer(folder)
+    (folder / "complete").touch()
+    return folder
+
+
+def llama_config(shape: Shape, dtype_name: str) -> Any:
+    """Return transformers' configuration of a shape."""
+    from transformers import LlamaConfig  # noqa: PLC0415
+
+    return LlamaConfig(
         vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.inner,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.key_heads,
         tie_word_embeddings=shape.tied, max_position_embeddings=131072, rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD, architectures=["LlamaForCausalLM"], dtype=dtype_name,
     )  # fmt: skip
-    config.save_pretrained(folder)
-    _write_weights(folder, config, dtype, device)
-    _write_tokenizer(folder)
-    (folder / "complete").touch()
-    return folder
 
 
 def _write_weights(folder: Path, config: Any, dtype: Any, device: str) -> None:
@@ -191,7 +197,7 @@ def _shards(sizes: dict[str, Any], item_bytes: int) -> Iterator[list[str]]:
         yield keys
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """Save a tokenizer that has little more than the special tokens: rows come as token ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
