@@ -1,14 +1,17 @@
-"""The error of log-probs in float32 on both backends, against the same model in float64, and the tolerance for it.
+"""The error of log-probs on both backends, and the tolerance for it.
 
-    python benchmarks/rounding.py [FOLDER]
+    python benchmarks/rounding.py [FOLDER]                      # float32 against the same model in float64
+    python benchmarks/rounding.py FOLDER --dtype bfloat16       # 16 bits against the same backend's float32
 
 For the fixed probe of a base, most of which is random token ids, and for plain text. The base is `builtin:tiny` by
-default. Errors are in nats a token, and as a share of the tolerance of `verify`.
+default. Errors are in nats a token, as a share of the tolerance of `verify`, and as a share of the mean log-prob.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mindprint.config import ModelConfig
+from mindprint.contract import Dtype
 from mindprint.data.tokenizer import load_tokenizer
 from mindprint.models.engine import Engine, Placement
 from mindprint.models.folder import ModelFolder, model_config, resolve_model
@@ -36,33 +40,40 @@ def main() -> None:
     """Print a line for each pair of computations, and for each kind of text."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("base", nargs="?", default="builtin:tiny")
-    base = resolve_model(ModelConfig(name=parser.parse_args().base), Path.cwd())
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--backends", nargs="+", default=["torch", "mlx"], help="default: torch mlx")
+    options = parser.parse_args()
+    base = resolve_model(ModelConfig(name=options.base), Path.cwd())
     config = model_config(base.path)
     tokenizer = load_tokenizer(base.path)
     text = Probe(tuple(np.array(tokenizer.encode(plain), np.int32) for plain in TEXT.splitlines()))
+    allowed = tolerance([options.dtype], config=config)
     for kind, probe in (("probe", synthetic_probe(tokenizer, config)), ("text", text)):
-        print_errors(base, kind, probe, tolerance(["float32"], config=config))
+        print(f"{base.name}, {kind}: {probe.tokens} tokens, {allowed.reason}")
+        values = {name: on_backend(name, base, probe, options.dtype) for name in options.backends}
+        if options.dtype == "float32":
+            print_errors({**values, "float64": in_float64(base, probe)}, allowed)
+        for name in options.backends if options.dtype != "float32" else ():
+            print_errors({name: values[name], "float32": on_backend(name, base, probe, "float32")}, allowed)
 
 
-def print_errors(base: ModelFolder, kind: str, probe: Probe, allowed: Tolerance) -> None:
-    """Score a probe on both backends and in float64, and print how far each is from each."""
-    values = {name: on_backend(name, base, probe) for name in ("torch", "mlx")}
-    values["float64"] = in_float64(base, probe)
-    print(f"{base.name}, {kind}: {probe.tokens} tokens, {allowed.reason}")
-    for first, second in (("torch", "mlx"), ("torch", "float64"), ("mlx", "float64")):
+def print_errors(values: Mapping[str, np.ndarray], allowed: Tolerance) -> None:
+    """Print how far each of some computations of the same log-probs is from each that follows."""
+    for first, second in itertools.combinations(values, 2):
         comparison = compared("", values[first], values[second], allowed)
         apart = np.abs(values[first].astype(np.float64) - values[second])
         print(
             f"{first:6s} {second:8s} rms {np.sqrt((apart**2).mean()):.1e}, mean {comparison.mean:.1e} "
             f"({comparison.mean / comparison.tolerance.mean:.2f}), greatest {comparison.greatest:.1e} "
-            f"({comparison.greatest / comparison.tolerance.greatest:.2f})"
+            f"({comparison.greatest / comparison.tolerance.greatest:.2f}), "
+            f"{comparison.mean / np.abs(values[second]).mean():.2e} of the mean log-prob"
         )
 
 
-def on_backend(name: str, base: ModelFolder, probe: Probe) -> np.ndarray:
-    """Score the probe with a backend in float32."""
+def on_backend(name: str, base: ModelFolder, probe: Probe, dtype: Dtype) -> np.ndarray:
+    """Score the probe with a backend on the CPU."""
     engine = Engine(base)
-    engine.load(Placement(load_backend(name), "cpu", "float32"))
+    engine.load(Placement(load_backend(name), "cpu", dtype))
     try:
         return score(engine.backend, engine.model, probe, adapter=False)
     finally:

@@ -288,10 +288,21 @@ def test_the_tolerance_follows_depth_width_and_the_size_of_a_log_prob() -> None:
     deeper = tolerance(["float16"], config={"n_layer": 80, "n_embd": 64})
     assert (deeper.mean, deeper.greatest) == pytest.approx((2.5 * 2.0**-11 * 160**0.5, 100 * 2.0**-11 * 160**0.5))
     assert tolerance(["bfloat16"], config=small).greatest == tolerance(["bfloat16"]).greatest == 8e-1
+    assert (narrow.least_share, deeper.least_share, deep.least_share) == (2.5 * 2.0**-8, 2.5 * 2.0**-11, 0)
     recorded = np.array([-1.0, -100.0], np.float32)
     near, far = (compared("", recorded + np.float32(size), recorded, deep).tolerance.greatest for size in (0, 1))
     assert far == pytest.approx(deep.greatest + 8 * 2.0**-24 * 1.0)
     assert near <= deep.greatest + 8 * 2.0**-24 * 100.0
+
+
+def test_the_mean_bound_of_16_bits_follows_the_size_of_the_log_probs() -> None:
+    """Gemma 3's log-probs of random ids are -16 on average, and bfloat16 rounds the logits that they come from."""
+    allowed = tolerance(["bfloat16"], config={"num_hidden_layers": 18, "hidden_size": 640})
+    for size, bound in ((-2.0, 8e-2), (-16.0, 16 * 2.5 * 2.0**-8)):
+        recorded = np.full(100, size, np.float32)
+        below, above = (compared("", recorded + np.float32(share * bound), recorded, allowed) for share in (0.99, 1.01))
+        assert below.tolerance.mean == above.tolerance.mean == pytest.approx(bound)
+        assert (below.within, above.within) == (True, False)
 
 
 def test_a_message_quotes_the_figure_that_decided() -> None:

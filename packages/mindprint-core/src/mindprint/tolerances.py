@@ -34,7 +34,8 @@ PROBE_TOLERANCES: Mapping[Dtype, tuple[float, float]] = {
 """Mean and greatest difference of log-probs, in nats a token, of one model on two machines or backends.
 
 float32: the bound between torch and MLX in docs/numerics.md. The others are bounds of rounding. A logit near 16 is
-known to 2^-7 in float16 and to 2^-4 in bfloat16, and the mean error over many tokens is about a third of that.
+known to 2^-7 in float16 and to 2^-4 in bfloat16, and the mean error over many tokens is about a third of that. Where
+log-probs are greater, the mean follows them: see `MEAN_ERRORS`.
 """
 
 FLOAT32_ROUNDING = 2.0**-24
@@ -45,7 +46,8 @@ ROUNDINGS: Mapping[Dtype, float] = {"float32": FLOAT32_ROUNDING, "float16": 2.0*
 
 MEAN_ERRORS, GREATEST_ERRORS, LOG_PROB_ROUNDINGS = 2.5, 100.0, 8.0
 """How many times `log_prob_error` two evaluations may differ, on average and at one token, and how many roundings of a
-log-prob's own size are allowed on top in float32. docs/fingerprint.md has the measurements."""
+log-prob's own size are allowed on top in float32. In 16 bits the mean may be `MEAN_ERRORS` roundings of the mean
+log-prob. docs/fingerprint.md has the measurements."""
 
 
 def log_prob_error(dtype: Dtype, layers: int, width: int) -> float:

@@ -28,6 +28,7 @@ from mindprint.tolerances import (
     LOG_PROB_ROUNDINGS,
     MEAN_ERRORS,
     PROBE_TOLERANCES,
+    ROUNDINGS,
     log_prob_error,
 )
 from mindprint.trust.report import Comparison, Tolerance
@@ -120,9 +121,10 @@ def tolerance(dtypes: Sequence[Dtype], *noises: Noise | None, config: Mapping[st
     if MEAN_ERRORS * error > allowed.mean or GREATEST_ERRORS * error > allowed.greatest:
         reason = f"rounding of {coarsest} through {layers} layers of width {width}"
     mean, greatest = max(allowed.mean, MEAN_ERRORS * error), max(allowed.greatest, GREATEST_ERRORS * error)
-    # The bounds of 16 bits have the size of log-probs in them. In float32 they are small enough for it to count.
-    relative = LOG_PROB_ROUNDINGS * FLOAT32_ROUNDING if coarsest == "float32" else 0.0
-    return Tolerance(mean, greatest, reason, relative)
+    if coarsest == "float32":
+        return Tolerance(mean, greatest, reason, LOG_PROB_ROUNDINGS * FLOAT32_ROUNDING)
+    # The table of 16 bits is for log-probs near 8. Logits are rounded to 16 bits, so errors grow with their size.
+    return Tolerance(mean, greatest, reason, least_share=MEAN_ERRORS * ROUNDINGS[coarsest])
 
 
 def widened(allowed: Tolerance, share: float, before: Float32, after: Float32) -> Tolerance:
@@ -140,7 +142,8 @@ def compared(what: str, found: Float32, recorded: Float32, allowed: Tolerance) -
     # A log-prob is a difference of two numbers of its size or more, and their rounding grows with it.
     bounds = allowed.greatest + allowed.relative * size
     worst = int(np.argmax(apart / bounds))
-    mean = allowed.mean + allowed.relative * float(size.mean())
+    typical = float(size.mean())
+    mean = max(allowed.mean + allowed.relative * typical, allowed.least_share * typical)
     decided = replace(allowed, mean=mean, greatest=float(bounds[worst]))
     return Comparison(what, len(found), float(apart.mean()), float(apart[worst]), decided)
 

@@ -84,13 +84,15 @@ class Finding:
 class Tolerance:
     """Nats a token by which two evaluations may differ, on average and at most, and why so.
 
-    `relative` is allowed in addition, as a share of the size of a log-prob.
+    `relative` is allowed in addition, as a share of the size of a log-prob. `least_share` is the share of the mean size
+    of the log-probs below which the mean bound does not go.
     """
 
     mean: float
     greatest: float
     reason: str
     relative: float = 0.0
+    least_share: float = 0.0
 
 
 @dataclass(frozen=True)
