@@ -13,7 +13,7 @@ from mindprint_testing import BackendConformance
 
 class TestConformance(BackendConformance):
     backend_name = "hello"
-    capabilities = frozenset({"sampling", *QUANTIZED_FORMATS})
+    capabilities = frozenset({"sampling", "streaming", *QUANTIZED_FORMATS})
 
     @pytest.fixture
     def model_folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -494,11 +494,11 @@ def test_plugins(run: Run, toy: str) -> None:
 def test_plugins_checked(run: Run, toy: str) -> None:
     (entry,) = [plugin for plugin in run("plugins", "--check", "--json").json["plugins"] if plugin["name"] == "toy"]
     assert entry["check"]["ok"] is True
-    assert entry["check"]["hook_apis"] == [1]
+    assert entry["check"]["hook_apis"] == [2]
     assert [(d["name"], d["usable"], d["dtypes"]) for d in entry["check"]["devices"]] == [("cpu", True, ["float32"])]
     shown = run("plugins", "--check").out
-    can = "affine, fp4, int8, mxfp4, mxfp8, nf4, nvfp4, sampling"
-    assert f"backend toy: works\n  cpu  usable: float32 (auto) [NumPy]\n  hook API 1; can also: {can}\n" in shown
+    can = "affine, fp4, int8, mxfp4, mxfp8, nf4, nvfp4, sampling, streaming"
+    assert f"backend toy: works\n  cpu  usable: float32 (auto) [NumPy]\n  hook API 2; can also: {can}\n" in shown
 
 
 def test_doctor(run: Run, voice: str, toy_model: Path) -> None:

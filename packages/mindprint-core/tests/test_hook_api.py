@@ -174,3 +174,11 @@ def test_a_version_takes_additions_and_no_other_change(written: Written, tmp_pat
     with pytest.raises(SystemExit, match="raise hookspecs.HOOK_API for these changes:\n  mindprint_new"):
         write_down(target, written)
     assert json.loads(target.read_text(encoding="utf-8")) == now
+
+
+def test_version_2_has_one_further_argument() -> None:
+    """pluggy passes it only to backends that name it, so those of version 1 are called as before."""
+    first, second = (json.loads(pinned(version).read_text(encoding="utf-8")) for version in (1, 2))
+    (change,) = breaking_changes(first, second)
+    assert change.startswith("mindprint_generate(")
+    assert "on_token: 'OnToken | None'" in change

@@ -97,9 +97,12 @@ def test_a_name_claimed_twice_names_both(install: Install) -> None:
         ("class Odd(BaseException): ...\nraise Odd('odd')", "failed to import: Odd: odd"),
         (
             "MINDPRINT_HOOK_APIS = (0,)",
-            "supports hook API 0, this mindprint-core drives 1; pip install --upgrade acme-b",
+            "supports hook API 0, this mindprint-core drives 1, 2; pip install --upgrade acme-b",
         ),
-        ("MINDPRINT_HOOK_APIS = (8, 9)", "supports hook API 8, 9, .* drives 1; pip install --upgrade mindprint-core"),
+        (
+            "MINDPRINT_HOOK_APIS = (8, 9)",
+            "supports hook API 8, 9, .* drives 1, 2; pip install --upgrade mindprint-core",
+        ),
         ("MINDPRINT_HOOK_APIS = (1,)", "does not implement mindprint_backend_info, mindprint_load_model"),
         (
             STATED + "@hookimpl\ndef mindprint_sft_stepp(model): ...",

@@ -8,4 +8,6 @@ from mindprint_testing import BackendConformance
 
 class TestConformance(BackendConformance):
     backend_name = "mlx"
-    capabilities = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding", "experts", *QUANTIZED_FORMATS})
+    capabilities = frozenset(
+        {"dropout", "bfloat16", "float16", "sampling", "streaming", "embedding", "experts", *QUANTIZED_FORMATS}
+    )

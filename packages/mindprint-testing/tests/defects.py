@@ -65,7 +65,11 @@ DEFECTS = (
             "    if spec.quantization:\n        weights[UP] = weights[UP][:, ::-1]\n    if missing :=",
         ),
     ),
-    defect("a capability that it lacks", "capabilities_are_those_claimed_here", ('{"sampling", *', '{"dropout", *')),
+    defect(
+        "a capability that it lacks",
+        "capabilities_are_those_claimed_here",
+        ('{"sampling", "streaming", *', '{"dropout", "streaming", *'),
+    ),
     defect(
         "the framework is imported with the plugin",
         "importing_the_plugin_imports_no_framework",
@@ -442,32 +446,29 @@ DEFECTS = (
         "a token that the model does not have",
         "greedy_takes_the_likeliest_token",
         (
-            "        tokens.append(token)\n",
-            "        tokens.append(999999 if len(tokens) == len(prompt) + 5 else token)\n",
+            "                tokens.append(token)\n",
+            "                tokens.append(999999 if len(tokens) == len(prompt) + 5 else token)\n",
         ),
     ),
     defect(
         "an unknown stop reason",
         "a_stop_token_ends_an_answer_and_is_not_part_of_it",
-        ('np.array(tokens[len(prompt) :], np.int32), "stop")', 'np.array(tokens[len(prompt) :], np.int32), "eos")'),
+        ('"stop" if stopped', '"eos" if stopped'),
     ),
     defect(
         "tokens as a list",
         "greedy_takes_the_likeliest_token",
-        (
-            'Generation(np.array(tokens[len(prompt) :], np.int32), "length")',
-            'Generation(tokens[len(prompt) :], "length")',
-        ),
+        ("np.array(tokens[len(prompt) :], np.int32)", "tokens[len(prompt) :]"),
     ),
     defect(
         "more tokens than asked for",
         "greedy_takes_the_likeliest_token",
-        ("range(sampling.max_new_tokens)", "range(sampling.max_new_tokens + 1)"),
+        ("< len(prompt) + sampling.max_new_tokens", "<= len(prompt) + sampling.max_new_tokens"),
     ),
     defect(
         "an answer is missing",
         "a_prompt_alone_and_among_others",
-        ("for prompt in prompts]", "for prompt in prompts[1:]]"),
+        ("in enumerate(prompts):", "in enumerate(prompts[1:]):"),
     ),
     defect(
         "the second likeliest token",
@@ -483,19 +484,34 @@ DEFECTS = (
         "the stop token is part of the answer",
         "a_stop_token_ends_an_answer_and_is_not_part_of_it",
         (
-            'return Generation(np.array(tokens[len(prompt) :], np.int32), "stop")',
-            'return Generation(np.array([*tokens[len(prompt) :], token], np.int32), "stop")',
+            "            if not stopped:\n                tokens.append(token)\n",
+            "            tokens.append(token)\n            if not stopped:\n",
         ),
     ),
     defect(
         "only the first stop token stops",
         "a_stop_token_ends_an_answer_and_is_not_part_of_it",
-        ("in sampling.stop_token_ids:", "in sampling.stop_token_ids[:1]:"),
+        ("in sampling.stop_token_ids\n", "in sampling.stop_token_ids[:1]\n"),
     ),
     defect(
         "answers in another order",
         "a_prompt_alone_and_among_others",
-        ("for prompt in prompts]", "for prompt in sorted(prompts, key=len)]"),
+        ("in enumerate(prompts):", "in enumerate(sorted(prompts, key=len)):"),
+    ),
+    defect(
+        "tokens are told when the answer is done",
+        "tokens_are_told_while_an_answer_is_generated",
+        ("stopped = on_token is not None and on_token(row, token) is False\n", "pass\n"),
+        (
+            "        answers.append(",
+            "        [on_token(row, told) for told in tokens[len(prompt) :] if on_token]\n        answers.append(",
+        ),
+    ),
+    defect("tokens are told under another row", "told_tokens_are_the_answers", ("on_token(row,", "on_token(0,")),
+    defect(
+        "the answer to a token is ignored",
+        "a_token_that_is_answered_with_false_is_the_last_one",
+        ("on_token(row, token) is False", "on_token(row, token) and False"),
     ),
     defect(
         "draws without a seed",
@@ -521,7 +537,7 @@ from mindprint_hello.model_folder import write_model
 from mindprint_testing import BackendConformance
 
 class Defective:
-    capabilities = frozenset({{"sampling", *QUANTIZED_FORMATS}})
+    capabilities = frozenset({{"sampling", "streaming", *QUANTIZED_FORMATS}})
 
     @pytest.fixture
     def model_folder(self, tmp_path_factory):

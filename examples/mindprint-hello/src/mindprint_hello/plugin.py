@@ -28,6 +28,7 @@ from mindprint.contract import (
     LoadedModel,
     LoraFactors,
     ModelSpec,
+    OnToken,
     PreferenceBatch,
     Sampling,
     StepMetrics,
@@ -41,11 +42,10 @@ from mindprint.layouts import preference_rows
 from mindprint.losses import NUMPY, PairLogProbs, PreferenceLoss
 from mindprint.models.quantized import METHODS, load_dense
 
-MINDPRINT_HOOK_APIS = (1,)
+MINDPRINT_HOOK_APIS = (2,)
 
 EMBEDDING = "embed_tokens"
 SITES = UP, DOWN, HEAD = "layers.0.up_proj", "layers.0.down_proj", "lm_head"
-
 Array = NDArray[np.float64]
 Factors = dict[str, LoraFactors]
 
@@ -63,7 +63,7 @@ class HelloModel:
 
 @hookimpl
 def mindprint_backend_info() -> BackendInfo:
-    cpu, able = DeviceInfo("cpu", None, "NumPy"), frozenset({"sampling", *METHODS})
+    cpu, able = DeviceInfo("cpu", None, "NumPy"), frozenset({"sampling", "streaming", *METHODS})
     return BackendInfo("hello", (cpu,), able, {"numpy": np.__version__}, ("it is an example",))
 
 
@@ -150,9 +150,21 @@ def mindprint_log_probs(model: HelloModel, batch: TokenBatch, adapter: bool) -> 
 
 @hookimpl
 def mindprint_generate(
-    model: HelloModel, prompts: Sequence[Int32], sampling: Sampling, adapter: bool
+    model: HelloModel, prompts: Sequence[Int32], sampling: Sampling, adapter: bool, on_token: OnToken | None
 ) -> Sequence[Generation]:
-    return [_generate(model, prompt, sampling, adapter=adapter) for prompt in prompts]
+    answers = []
+    for row, prompt in enumerate(prompts):
+        tokens, random = prompt.tolist(), np.random.default_rng([sampling.seed, *prompt.tolist()])
+        stopped = False
+        while not stopped and len(tokens) < len(prompt) + sampling.max_new_tokens:
+            last = _Pass(model, np.array([tokens], np.int32), adapter=adapter).log_probs[0, -1]
+            token = _draw(last, sampling, random)
+            stopped = token in sampling.stop_token_ids
+            if not stopped:
+                tokens.append(token)
+                stopped = on_token is not None and on_token(row, token) is False
+        answers.append(Generation(np.array(tokens[len(prompt) :], np.int32), "stop" if stopped else "length"))
+    return answers
 
 
 @hookimpl
@@ -182,10 +194,9 @@ class _Pass:
         self.h = self.x + self.z @ self._weight(DOWN).T
         logits = self.h @ self._weight(HEAD).T
         shifted = logits - logits.max(axis=-1, keepdims=True)  # the same softmax, without overflow
+        # Of the next token, `[rows, T, vocabulary]`, and of the tokens themselves, `[rows, T]`: 0 for the first.
         self.log_probs: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-        """Of the next token, `[rows, T, vocabulary]`."""
         self.picked: Array = np.zeros(tokens.shape)
-        """Of the tokens themselves, `[rows, T]`; nothing predicts the first."""
         self.picked[:, 1:] = np.take_along_axis(self.log_probs[:, :-1], tokens[:, 1:, None], axis=2)[..., 0]
 
     def add_gradients(self, gradients: dict[str, list[Array]], slopes: Array) -> None:
@@ -216,17 +227,6 @@ class _Pass:
             # The weight is W + scale * B @ A: the gradient of A is scale * B^T @ dW, that of B scale * dW @ A^T.
             gradients[site][0] += b.T @ by_weight
             gradients[site][1] += by_weight @ a.T
-
-
-def _generate(model: HelloModel, prompt: Int32, sampling: Sampling, *, adapter: bool) -> Generation:
-    tokens, random = prompt.tolist(), np.random.default_rng([sampling.seed, *prompt.tolist()])
-    for _ in range(sampling.max_new_tokens):
-        last = _Pass(model, np.array([tokens], np.int32), adapter=adapter).log_probs[0, -1]
-        token = _draw(last, sampling, random)
-        if token in sampling.stop_token_ids:
-            return Generation(np.array(tokens[len(prompt) :], np.int32), "stop")
-        tokens.append(token)
-    return Generation(np.array(tokens[len(prompt) :], np.int32), "length")
 
 
 def _draw(log_probs: Array, sampling: Sampling, random: np.random.Generator) -> int:

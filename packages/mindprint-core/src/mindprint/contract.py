@@ -32,13 +32,15 @@ QUANTIZED_FORMATS = ("affine", "mxfp4", "mxfp8", "nvfp4", "nf4", "fp4", "int8")
 """The formats of quantized bases. `mindprint.models.quantized` defines the numbers of each."""
 
 CAPABILITIES = frozenset(
-    {"dropout", "bfloat16", "float16", "sampling", "embedding", "experts", "quantize", *QUANTIZED_FORMATS}
+    {"dropout", "bfloat16", "float16", "sampling", "streaming", "embedding", "experts", "quantize", *QUANTIZED_FORMATS}
 )
 """The optional parts of the contract, beyond the minimum of float32, greedy generation and LoRA on linear layers.
 
 - `dropout`: LoRA dropout in SFT steps, keyed by `Update.seed` and the index of the micro-batch.
 - `bfloat16`, `float16`: a base in that dtype, adapter and moments in float32, and for float16 a dynamic loss scale.
 - `sampling`: draws at a temperature above 0 and with `top_p`, reproducible for a seed.
+- `streaming`: `on_token` of `mindprint_generate`, called for each token as soon as it is known. Core passes a callback
+  only to backends that claim this. For the others it calls its own when the answers are there.
 - `embedding`: sites of the kind `embedding`, and LoRA on them.
 - `affine`, `mxfp4`, `mxfp8`, `nvfp4`, `nf4`, `fp4`, `int8`: a base quantized in that format, with the numbers that
   core's dequantizer gives. A backend without a kernel for packed weights may take them from `load_dense`.
@@ -402,11 +404,26 @@ class Generation:
 
     Args:
         tokens: int32 `[new]`, without the stop token.
-        stop_reason: `stop` when a stop token came, `length` at the limit.
+        stop_reason: `stop` when a stop token came or `on_token` returned False, `length` at the limit.
     """
 
     tokens: Int32
     stop_reason: Literal["stop", "length"]
+
+
+class OnToken(Protocol):
+    """A callback that follows generation, token by token."""
+
+    def __call__(self, row: int, token: int, /) -> bool | None:
+        """Take the next token of an answer, as soon as it is known.
+
+        Args:
+            row: The index of the prompt that is answered.
+            token: The token's id. A stop token is not part of an answer, and is not told.
+
+        Returns:
+            False to end this answer with this token, which stays part of it. None and True let it continue.
+        """
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The contract: every hook that a plugin can implement. Read this first.
 
 A backend is a module that implements every hook of `REQUIRED_HOOKS`. It states the hook API versions that it supports
-as a module attribute, `MINDPRINT_HOOK_APIS = (1,)`, and imports its framework inside the hooks, never at top level.
+as a module attribute, `MINDPRINT_HOOK_APIS = (2,)`, and imports its framework inside the hooks, never at top level.
 Core decides everything that could differ by accident (tokens, masks, order, initial adapter, learning rate,
 normalizers). A backend only computes. `contract.py` defines the values that cross, with shapes, units and dtypes.
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         MemoryNeed,
         MemoryRequest,
         ModelSpec,
+        OnToken,
         PreferenceBatch,
         Sampling,
         StepMetrics,
@@ -46,11 +47,11 @@ if TYPE_CHECKING:
 
 PROJECT = "mindprint"
 
-HOOK_API = 1
+HOOK_API = 2
 """The version of everything that plugins import from core; docs/hook-api.md lists it. A backend states the versions
 that it supports."""
 
-SUPPORTED_HOOK_APIS = (1,)
+SUPPORTED_HOOK_APIS = (1, 2)
 """The versions that this core can drive."""
 
 REQUIRED_HOOKS = (
@@ -218,18 +219,26 @@ def mindprint_log_probs(model: Any, batch: TokenBatch, adapter: bool) -> Float32
 
 @hookspec(firstresult=True)
 def mindprint_generate(  # type: ignore[empty-body]
-    model: Any, prompts: Sequence[Int32], sampling: Sampling, adapter: bool
+    model: Any, prompts: Sequence[Int32], sampling: Sampling, adapter: bool, on_token: OnToken | None
 ) -> Sequence[Generation]:
     """Continue each prompt, in order.
+
+    Version 1 of the hook API has no `on_token`. pluggy passes an argument only to implementations that name it, so a
+    backend of version 1 is called as before.
 
     Args:
         model: The handle.
         prompts: Token ids, int32 `[P]` each, of unlike lengths.
         sampling: The limit, the stop tokens, and how a token is drawn.
         adapter: Whether the adapter takes part.
+        on_token: Called with the row and the token's id for each token of an answer, in the answer's order, as soon as
+            the token is known and from the thread of this call. If it returns False, the answer ends with this token
+            and has the stop reason `stop`. None if nobody listens, and always for a backend without the capability
+            `streaming`.
 
     Returns:
-        An answer for each prompt. It does not depend on the prompt's neighbours.
+        An answer for each prompt. It depends neither on the prompt's neighbours nor on `on_token`, except that a row
+        which `on_token` ended is shorter.
     """
 
 

@@ -13,7 +13,9 @@ from mindprint_mlx import blas
 
 ALL_DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
 LIBRARIES = ("mlx", "mlx-lm", "numpy")
-CAPABILITIES = frozenset({"dropout", "bfloat16", "float16", "sampling", "embedding", "experts", *QUANTIZED_FORMATS})
+CAPABILITIES = frozenset(
+    {"dropout", "bfloat16", "float16", "sampling", "streaming", "embedding", "experts", *QUANTIZED_FORMATS}
+)
 
 
 def backend_info() -> BackendInfo:

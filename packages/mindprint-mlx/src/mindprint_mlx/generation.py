@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mindprint.contract import Generation, Int32, Sampling
+from mindprint.contract import Generation, Int32, OnToken, Sampling
 from mindprint_mlx.arrays import to_numpy
 from mindprint_mlx.model import MlxModel
 from mindprint_mlx.rows import ROWS, row_caches
@@ -24,16 +25,20 @@ from mindprint_mlx.rows import ROWS, row_caches
 GRAIN = 256
 """Keys and values of rows that continue together are kept in arrays of a multiple of this many positions."""
 
+Tell = Callable[[int], bool | None]
+"""Tells a token of one row. False ends the row."""
+
 Choice = Callable[[NDArray[np.float64]], int]
 """From the logits of the next token, float64 `[vocabulary]`, to its id."""
 
 
 @dataclass
 class Row:
-    """A prompt and the tokens of its answer so far. `choose` is None for greedy decoding."""
+    """A prompt and the tokens of its answer so far. `choose` is None for greedy decoding, `tell` if nobody listens."""
 
     prompt: Int32
     choose: Choice | None
+    tell: Tell | None = None
     tokens: list[int] = field(default_factory=list)
     stopped: bool = False
 
@@ -45,6 +50,7 @@ class Row:
             self.stopped = True
         else:
             self.tokens.append(token)
+            self.stopped = self.tell is not None and self.tell(token) is False
 
     def is_done(self, sampling: Sampling) -> bool:
         return self.stopped or len(self.tokens) == sampling.max_new_tokens
@@ -53,9 +59,23 @@ class Row:
         return Generation(np.array(self.tokens, np.int32), "stop" if self.stopped else "length")
 
 
-def generate(model: MlxModel, prompts: Sequence[Int32], sampling: Sampling, *, adapter: bool) -> tuple[Generation, ...]:
-    """Continue each prompt (int32 `[P]`), in order."""
-    rows = [Row(prompt, _sampler(sampling, prompt) if sampling.temperature > 0 else None) for prompt in prompts]
+def generate(
+    model: MlxModel,
+    prompts: Sequence[Int32],
+    sampling: Sampling,
+    *,
+    adapter: bool,
+    on_token: OnToken | None = None,
+) -> tuple[Generation, ...]:
+    """Continue each prompt (int32 `[P]`), in order. `on_token` gets each token, and ends a row by returning False."""
+    rows = [
+        Row(
+            prompt,
+            _sampler(sampling, prompt) if sampling.temperature > 0 else None,
+            None if on_token is None else partial(on_token, index),
+        )
+        for index, prompt in enumerate(prompts)
+    ]
     with model.in_use(adapter=adapter):
         for group in _row_groups(rows, sampling) if model.continues_rows else [[row] for row in rows]:
             _continue(model, group, sampling)

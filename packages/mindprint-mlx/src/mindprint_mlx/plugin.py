@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         MemoryNeed,
         MemoryRequest,
         ModelSpec,
+        OnToken,
         PreferenceBatch,
         Sampling,
         StepMetrics,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from mindprint.losses import PreferenceLoss
     from mindprint_mlx.model import MlxModel
 
-MINDPRINT_HOOK_APIS = (1,)
+MINDPRINT_HOOK_APIS = (2,)
 
 MINDPRINT_AUTO_RANK = 20 if sys.platform == "darwin" else 10
 """`backend: auto` asks this backend first on a Mac, where it has the GPU, and after PyTorch elsewhere."""
@@ -103,11 +104,11 @@ def mindprint_log_probs(model: MlxModel, batch: TokenBatch, adapter: bool) -> Fl
 
 @hookimpl
 def mindprint_generate(
-    model: MlxModel, prompts: Sequence[Int32], sampling: Sampling, adapter: bool
+    model: MlxModel, prompts: Sequence[Int32], sampling: Sampling, adapter: bool, on_token: OnToken | None
 ) -> Sequence[Generation]:
     from mindprint_mlx.generation import generate
 
-    return generate(model, prompts, sampling, adapter=adapter)
+    return generate(model, prompts, sampling, adapter=adapter, on_token=on_token)
 
 
 @hookimpl

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -119,6 +121,58 @@ class Generation(Claims):
         expected = float((np.exp(scores) * scores).sum())
         deviation = float(np.sqrt((np.exp(scores) * (scores - expected) ** 2).sum() / len(drawn)))
         assert abs(float(scores[drawn].mean()) - expected) < 4 * deviation
+
+    def test_told_tokens_are_the_answers(self, bench: Bench) -> None:
+        """`on_token` gets each row's tokens, in order and without the stop token, and answers stay as they are.
+
+        If it fails: tokens are told under another row's index, the stop token is told, or tokens behind the end of a
+        row are (the padding of rows that are done).
+        """
+        self.needs("streaming")
+        model, prompts = bench.ready(), _prompts(bench)
+        free = bench.backend.generate(model, prompts, GREEDY)
+        sampling = Sampling(6, (int(free[0].tokens[3]), int(free[1].tokens[2])))
+        told: list[list[int]] = [[] for _ in prompts]
+        silent = bench.backend.generate(model, prompts, sampling)
+        streamed = bench.backend.generate(model, prompts, sampling, on_token=lambda row, token: told[row].append(token))
+        assert _words(streamed) == _words(silent)
+        assert told == [answer.tokens.tolist() for answer in silent]
+
+    def test_a_token_that_is_answered_with_false_is_the_last_one(self, bench: Bench) -> None:
+        """A row ends with the token for which `on_token` returned False, for the reason `stop`. Others continue.
+
+        If it fails: the answer of `on_token` is ignored, all rows end with one, or the last token is left out.
+        """
+        self.needs("streaming")
+        model, prompts = bench.ready(), _prompts(bench)
+        free = bench.backend.generate(model, prompts, GREEDY)
+        told = [0] * len(prompts)
+
+        def until_the_second_of_row_1(row: int, _: int) -> bool:
+            told[row] += 1
+            return not (row == 1 and told[row] == 2)
+
+        answers = bench.backend.generate(model, prompts, GREEDY, on_token=until_the_second_of_row_1)
+        expected = _words(free)
+        expected[1] = (expected[1][0][:2], "stop")
+        assert _words(answers) == expected
+        assert told == [6, 2, 6]
+
+    def test_tokens_are_told_while_an_answer_is_generated(self, bench: Bench) -> None:
+        """The first of 48 tokens is told in the first half of the time that all of them take, in the best of 3 tries.
+
+        If it fails: the answer is generated first and told afterwards. Do not claim `streaming` then, core does that.
+        """
+        self.needs("streaming")
+        model, prompts, shares = bench.ready(), _prompts(bench)[:1], []
+        for _ in range(3):
+            told: list[float] = []
+            start = time.perf_counter()
+            bench.backend.generate(
+                model, prompts, Sampling(48, ()), on_token=lambda *_, told=told: told.append(time.perf_counter())
+            )
+            shares.append((told[0] - start) / (time.perf_counter() - start))
+        assert min(shares) < 0.5
 
 
 def _prompts(bench: Bench) -> list[Int32]:

@@ -25,7 +25,8 @@ def backend_info() -> BackendInfo:
         name="torch",
         devices=(_cuda(), _cpu(), mps),
         capabilities=frozenset(
-            {"dropout", "bfloat16", "float16", "sampling", "embedding", "quantize", "experts", *QUANTIZED_FORMATS}
+            {"dropout", "bfloat16", "float16", "sampling", "streaming", "embedding", "quantize", "experts"}
+            | set(QUANTIZED_FORMATS)
         ),
         libraries={name: _version(name) for name in LIBRARIES} | {"threads": str(torch.get_num_threads())},
         notes=(MPS_NOTE,) if mps.usable else (),

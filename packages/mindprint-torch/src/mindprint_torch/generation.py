@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from mindprint.contract import Generation, Int32, Sampling
+from mindprint.contract import Generation, Int32, OnToken, Sampling
 from mindprint_torch.adapter import adapter_enabled
 from mindprint_torch.model import TorchModel
 from mindprint_torch.rope import forget_lengths
@@ -29,13 +29,20 @@ PROBE = ((3, 4, 5, 6, 7), (5, 6, 7))
 
 
 def generate(
-    model: TorchModel, prompts: Sequence[Int32], sampling: Sampling, *, adapter: bool
+    model: TorchModel,
+    prompts: Sequence[Int32],
+    sampling: Sampling,
+    *,
+    adapter: bool,
+    on_token: OnToken | None = None,
 ) -> tuple[Generation, ...]:
-    """Continue each prompt (int32 `[P]`), in order."""
+    """Continue each prompt (int32 `[P]`), in order. `on_token` gets each token, and ends a row by returning False."""
     answers: dict[int, Generation] = {}
     with torch.no_grad(), adapter_enabled(model, enabled=adapter):
         for rows in _row_groups(model, prompts, sampling):
-            answers.update(zip(rows, _continue(model, [prompts[row] for row in rows], sampling), strict=True))
+            told = None if on_token is None else TellTokens(rows, sampling, on_token)
+            continued = _continue(model, [prompts[row] for row in rows], sampling, told)
+            answers.update(zip(rows, continued, strict=True))
     return tuple(answers[index] for index in range(len(prompts)))
 
 
@@ -82,17 +89,24 @@ def _next_logits(model: TorchModel, prompts: list[Int32]) -> Tensor:
     return logits
 
 
-def _continue(model: TorchModel, prompts: list[Int32], sampling: Sampling) -> list[Generation]:
+def _continue(model: TorchModel, prompts: list[Int32], sampling: Sampling, told: TellTokens | None) -> list[Generation]:
     fill = sampling.stop_token_ids[0] if sampling.stop_token_ids else 0
     draws = [Draw(sampling, prompts)] if sampling.temperature > 0 else []
     stops = list(sampling.stop_token_ids) or None
-    output = _run(model, prompts, fill, draws, max_new_tokens=sampling.max_new_tokens, eos_token_id=stops)
+    limits = {"max_new_tokens": sampling.max_new_tokens, "eos_token_id": stops}
+    output = _run(model, prompts, fill, draws, [] if told is None else [told], **limits)
     width = max(len(prompt) for prompt in prompts)
-    return [_until_stop(row, sampling) for row in output[:, width:].cpu().numpy().astype(np.int32)]
+    answers = [_until_stop(row, sampling) for row in output[:, width:].cpu().numpy().astype(np.int32)]
+    return answers if told is None else [told.cut(place, answer) for place, answer in enumerate(answers)]
 
 
 def _run(
-    model: TorchModel, prompts: list[Int32], fill: int, processors: Sequence[LogitsProcessor] = (), **settings: Any
+    model: TorchModel,
+    prompts: list[Int32],
+    fill: int,
+    processors: Sequence[LogitsProcessor] = (),
+    criteria: Sequence[StoppingCriteria] = (),
+    **settings: Any,
 ) -> Any:
     """Let transformers continue the prompts, and nothing but `settings` decide how."""
     if model.head.rotary_limit is not None:
@@ -104,12 +118,44 @@ def _run(
         attention_mask=torch.from_numpy(mask).to(model.device),
         generation_config=GenerationConfig(do_sample=False, pad_token_id=fill, **settings),
         logits_processor=LogitsProcessorList(processors),
+        stopping_criteria=StoppingCriteriaList(criteria),
     )
 
 
 def _until_stop(tokens: Int32, sampling: Sampling) -> Generation:
     stops = np.flatnonzero(np.isin(tokens, sampling.stop_token_ids))
     return Generation(tokens[: stops[0]], "stop") if len(stops) else Generation(tokens, "length")
+
+
+class TellTokens(StoppingCriteria):
+    """Tells each new token, as a criterion that transformers asks behind every token whether a row has ended."""
+
+    def __init__(self, rows: Sequence[int], sampling: Sampling, on_token: OnToken) -> None:
+        self.rows = rows
+        self.on_token = on_token
+        self.stops = frozenset(sampling.stop_token_ids)
+        self.told = [0] * len(rows)
+        self.done = [False] * len(rows)
+        self.ended: set[int] = set()
+        """The places of rows that `on_token` ended, and no stop token."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # noqa: ARG002 (transformers' signature)
+        for place, token in enumerate(input_ids[:, -1].tolist()):
+            # Rows that are done are filled up with stop tokens, or with any token where there are none.
+            if self.done[place]:
+                continue
+            if token in self.stops:
+                self.done[place] = True
+                continue
+            self.told[place] += 1
+            if self.on_token(self.rows[place], token) is False:
+                self.done[place] = True
+                self.ended.add(place)
+        return torch.tensor(self.done, device=input_ids.device)
+
+    def cut(self, place: int, answer: Generation) -> Generation:
+        """Return an answer without the filling behind the token at which it was ended."""
+        return Generation(answer.tokens[: self.told[place]], "stop") if place in self.ended else answer
 
 
 class Draw(LogitsProcessor):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         MemoryNeed,
         MemoryRequest,
         ModelSpec,
+        OnToken,
         PreferenceBatch,
         Sampling,
         StepMetrics,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from mindprint.losses import PreferenceLoss
     from mindprint_torch.model import TorchModel
 
-MINDPRINT_HOOK_APIS = (1,)
+MINDPRINT_HOOK_APIS = (2,)
 
 MINDPRINT_AUTO_RANK = 10 if sys.platform == "darwin" else 20
 """`backend: auto` asks this backend after MLX on a Mac, where it would train on the CPU, and before it elsewhere."""
@@ -103,11 +104,11 @@ def mindprint_log_probs(model: TorchModel, batch: TokenBatch, adapter: bool) -> 
 
 @hookimpl
 def mindprint_generate(
-    model: TorchModel, prompts: Sequence[Int32], sampling: Sampling, adapter: bool
+    model: TorchModel, prompts: Sequence[Int32], sampling: Sampling, adapter: bool, on_token: OnToken | None
 ) -> Sequence[Generation]:
     from mindprint_torch.generation import generate
 
-    return generate(model, prompts, sampling, adapter=adapter)
+    return generate(model, prompts, sampling, adapter=adapter, on_token=on_token)
 
 
 @hookimpl

@@ -219,6 +219,19 @@ def check_generations(
         answer.one_of("stop_reason", generation.stop_reason, STOP_REASONS)
 
 
+def check_told(
+    answer: Answer, generations: Sequence[Generation], told: Sequence[Sequence[int]], ended: Collection[int]
+) -> None:
+    """Check that the tokens told while generating are those of the answers, and that rows ended where they had to."""
+    for row, (generation, tokens) in enumerate(zip(generations, told, strict=True)):
+        if generation.tokens.tolist() != list(tokens):
+            answer.refuse(
+                f"told {len(tokens)} tokens of row {row} to on_token and returned {generation.tokens.size} or others"
+            )
+        if row in ended and generation.stop_reason != "stop":
+            answer.refuse_value("stop_reason", generation.stop_reason, f"'stop': on_token ended row {row}")
+
+
 def check_state(answer: Answer, state: TrainingState, dtype: Dtype) -> TrainingState:
     """Check a saved state: every target module with factors, and moments in the same layout. Return plain numbers."""
     answer.instance(state.adapter, AdapterState, "adapter")

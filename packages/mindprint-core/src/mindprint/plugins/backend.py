@@ -27,6 +27,7 @@ from mindprint.contract import (
     MemoryNeed,
     MemoryRequest,
     ModelSpec,
+    OnToken,
     PreferenceBatch,
     Sampling,
     StepMetrics,
@@ -41,6 +42,7 @@ from mindprint.plugins.entries import Plugin
 from mindprint.plugins.hooks import backend_hooks
 from mindprint.plugins.loading import call_plugin, load_backend_plugin
 from mindprint.plugins.stated import check_info
+from mindprint.plugins.streaming import TokenRelay, replay
 
 T = TypeVar("T")
 
@@ -120,18 +122,40 @@ class Backend:
         self._guarded(hook, lambda answer: answers.check_log_probs(answer, values, batch))
         return values
 
+    @property
+    def streams(self) -> bool:
+        """Whether tokens are told while an answer is generated, and not when it is done."""
+        return "streaming" in self.info.capabilities
+
     def generate(
-        self, model: LoadedModel, prompts: Sequence[Int32], sampling: Sampling, *, adapter: bool = True
+        self,
+        model: LoadedModel,
+        prompts: Sequence[Int32],
+        sampling: Sampling,
+        *,
+        adapter: bool = True,
+        on_token: OnToken | None = None,
     ) -> tuple[Generation, ...]:
-        """Continue each prompt, in order."""
+        """Continue each prompt, in order.
+
+        `on_token` gets each token as `hookspecs.mindprint_generate` says. A backend without the capability `streaming`
+        generates first: its tokens are told afterwards, and rows that `on_token` ends are cut.
+        """
         hook = "mindprint_generate"
         _require_embedded(model, prompts)
-        arguments = {"prompts": prompts, "sampling": sampling, "adapter": adapter}
+        relay = None if on_token is None or not self.streams else TokenRelay(on_token, len(prompts))
+        arguments = {"prompts": prompts, "sampling": sampling, "adapter": adapter, "on_token": relay}
         generations = self._sequence(hook, Generation, model=model.handle, **arguments)
+        if relay is not None and relay.error is not None:
+            raise relay.error
         self._guarded(
             hook,
             lambda answer: answers.check_generations(answer, generations, len(prompts), sampling, model.vocab_size),
         )
+        if relay is not None:
+            self._guarded(hook, lambda answer: answers.check_told(answer, generations, relay.told, relay.ended))
+        elif on_token is not None:
+            return replay(generations, on_token)
         return generations
 
     def save(self, model: LoadedModel) -> TrainingState:
