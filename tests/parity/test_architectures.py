@@ -68,6 +68,24 @@ def test_absent_fields_are_what_transformers_derives(model_type: str) -> None:
         assert rope["partial_rotary_factor"] == (wanted.get("partial_rotary_factor") or 1.0)
 
 
+WHOLE = {"lfm2": {"layer_types": ["conv", "full_attention"] * 16}}
+"""Settings without which transformers' default of a family is a model that nobody has: LFM2 without convolutions."""
+
+
+@pytest.mark.parametrize("model_type", sorted(MATRIX))
+def test_a_model_of_full_size_is_accepted(model_type: str) -> None:
+    """Its config.json as transformers writes it, every field stated, with as many layers as a real model has."""
+    config = CONFIG_MAPPING[model_type](**WHOLE.get(model_type, {}))
+    written = json.loads(config.to_json_string(use_diff=False))
+    assert architectures.architecture(written).configuration.model_type == model_type
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "codegen", "mpt"])
+def test_a_family_without_a_class_is_refused_for_that(model_type: str) -> None:
+    with pytest.raises(ModelError, match=f"mlx-lm has no class for model_type '{model_type}'"):
+        architectures.architecture(CONFIG_MAPPING[model_type]().to_dict())
+
+
 def test_the_facts_are_those_of_the_installed_transformers() -> None:
     script = Path(__file__).parents[2] / "packages" / "mindprint-mlx" / "scripts" / "write_transformers_facts.py"
     spec = spec_from_file_location("write_transformers_facts", script)

@@ -188,8 +188,9 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     Raises:
         ModelError: Names the first field that the class would get wrong.
     """
+    # First the class: where there is none, a field that is missed would be a poor reason.
+    module = _module(str(config["model_type"]))
     configuration = interpret(config)
-    module = _module(configuration.model_type)
     model_class, arguments_class = (getattr(module, name) for name in family(configuration.model_type).classes)
     code = _code(module, arguments_class)
     for name, value in configuration.fields.items():

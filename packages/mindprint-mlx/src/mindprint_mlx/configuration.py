@@ -205,8 +205,9 @@ def _gemma4_heads(fields: Fields) -> Fields:
     by_layer = fields.get("per_layer_config") or {}
     stated = {json.dumps(heads, sort_keys=True) for heads in by_layer.values()}
     types = fields.get("layer_types") or ()
-    full = {str(layer) for layer, kind in enumerate(types) if kind == FULL}
-    if len(stated) > 1 or (by_layer and set(by_layer) != full):
+    full = {layer for layer, kind in enumerate(types) if kind == FULL}
+    # Keys are padded with zeros where there are ten layers or more: "05".
+    if len(stated) > 1 or (by_layer and {int(layer) for layer in by_layer} != full):
         raise ModelError(f"gemma4_text: per_layer_config = {by_layer} is not supported on MLX: it must be one for all")
     heads = json.loads(next(iter(stated), "{}"))
     if odd := sorted(heads.keys() - {"head_dim", "num_key_value_heads"}):
