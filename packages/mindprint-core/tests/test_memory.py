@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,21 @@ def test_free_memory_is_the_least_of_machine_and_container(tmp_path: Path, monke
     assert free_memory.free_bytes() == 900000
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory.free_bytes() == 5000 * 1024
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what was freed")
+def test_the_heap_is_given_back() -> None:
+    blocks = [b"x" * (64 << 10) for _ in range(1000)]
+    full = resident()
+    kept = blocks[-1]  # behind all others, so that the end of the heap stays in use
+    blocks.clear()
+    free_memory.trim_heap()
+    assert len(kept)
+    assert full - resident() > 50e6
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def test_a_plan_counts_the_largest_batch_and_fits(config: dict[str, Any]) -> None:

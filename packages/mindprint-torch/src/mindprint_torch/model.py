@@ -21,6 +21,7 @@ from transformers.utils import logging
 from mindprint.contract import AdapterSite, Dtype, LoadedModel, LoraConfig, ModelSpec
 from mindprint.errors import ModelError, first_line
 from mindprint.models.folder import weight_files
+from mindprint.models.free_memory import trim_heap
 from mindprint.models.quantized import Quantization, quantized_weights, read_quantization
 from mindprint_torch.experts import StackLora
 from mindprint_torch.head import Head, embedding_layer, read_head
@@ -135,6 +136,8 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     # A GPU's fast attention takes no mask. On a CPU a mask costs less than the copies.
     if model.longest_shared and model.device.type == "cuda":
         model.masks_forks = not attends_without_mask(head)
+    # Conversions of weights and the trial runs above leave tens of megabytes.
+    trim_heap()
     vocabulary = embedding_layer(network).num_embeddings
     parameters = network.num_parameters() + packed_elements(network)
     return LoadedModel(model, spec.device, spec.dtype, parameters, vocabulary, notes)
@@ -144,6 +147,7 @@ def release(model: TorchModel) -> None:
     """Drop everything the handle holds, and give cached device memory back."""
     vars(model).clear()
     gc.collect()
+    trim_heap()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
