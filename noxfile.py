@@ -40,6 +40,8 @@ UNCOMPILED = ("--no-compile",)
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """For the same tests: a second thread makes models this small slower."""
 TRACKERS = ("tensorboard", "wandb")
+SERVING = ("starlette", "uvicorn", "openai")
+"""The libraries of `mindprint serve`, and a client for it."""
 LLAMA_CPP = "3.22.1"
 """The release of the npm packages that hold llama.cpp v0.5.0: its converters as source, and its library."""
 NOTEBOOK = ("nbclient", "nbformat", "ipykernel", "matplotlib")
@@ -81,7 +83,7 @@ def pythons(session: nox.Session) -> None:
 
 
 def core_tests(session: nox.Session) -> None:
-    install(session, ("core",), *TESTS, *TRACKERS)
+    install(session, ("core",), *TESTS, *TRACKERS, *SERVING)
     forbid(session, "torch", "mlx")
     session.run("pytest", "packages/mindprint-core/tests", *IN_PARALLEL, *session.posargs, env=ONE_THREAD)
 
@@ -121,7 +123,7 @@ def mlx(session: nox.Session) -> None:
 def both(session: nox.Session) -> None:
     """The environment that the sessions below share: both backends, all of core's scorers, and the tools for tests."""
     tools = (*TESTS, *NOTEBOOK, "bitsandbytes", "hypothesis", "mypy", "types-PyYAML")
-    install(session, PACKAGES, "packages/mindprint-core[all,embeddings,gguf]", *tools)
+    install(session, PACKAGES, "packages/mindprint-core[all,embeddings,gguf,serve,chat]", *tools)
 
 
 def run_in_both(session: nox.Session, command: str, *words: str, env: dict[str, str] | None = None) -> None:

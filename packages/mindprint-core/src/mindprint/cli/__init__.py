@@ -26,6 +26,8 @@ COMMANDS = {
     "plan": "State the memory that a run needs, before anything is loaded.",
     "train": "Train SFT, then DPO, topic by topic, and write one adapter.",
     "generate": "Answer prompts without and with the adapter.",
+    "chat": "Talk to the adapter, to its base model, or to both.",
+    "serve": "Serve the adapter and its base model with OpenAI's API, and a page to chat with both.",
     "eval": "Measure the voice on held-out pairs, before and after training.",
     "compare": "Train on two backends, or take two runs, and say whether they are equivalent.",
     "report": "Write report.md and report.html of a run again.",

@@ -18,10 +18,11 @@ from typing import Literal
 from mindprint.adapter.formats import named_base, read_any_adapter
 from mindprint.adapter.peft_format import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from mindprint.config import FILE_NAME, BackendConfig, Config, ConfigFile, GenerationConfig, ModelConfig, load_config
-from mindprint.contract import AdapterState, Dtype, LoadedModel, Sampling
+from mindprint.contract import AdapterState, Dtype, Int32, LoadedModel, Sampling
 from mindprint.data.render import render_prompt
 from mindprint.data.rows import Rows, Text, read_rows, text_of
 from mindprint.data.split import read_split
+from mindprint.data.text_stream import answer_stream, finished_answer
 from mindprint.data.tokenizer import Tokenizer, load_tokenizer
 from mindprint.errors import AdapterError, MindprintError, RunError
 from mindprint.models import folder as models
@@ -31,6 +32,9 @@ from mindprint.models.quantized import QuantizedWeight, dense_weights
 from mindprint.models.token_ids import check_token_ids
 from mindprint.plugins.backend import Backend
 from mindprint.runs.folder import RunFolder, newest_run
+
+OnText = Callable[[int, str], bool | None]
+"""Takes the index of a prompt and the next piece of its answer. False ends the answer."""
 
 
 @dataclass(frozen=True)
@@ -78,23 +82,47 @@ class OpenedModel:
         *,
         seed: int = 0,
         adapter: bool = True,
+        on_text: OnText | None = None,
     ) -> tuple[Answer, ...]:
-        """Answer each prompt, with the adapter or as the base alone. `settings` default to the run's."""
-        settings = settings or self.config.generation
-        sampling = Sampling(
+        """Answer each prompt, with the adapter or as the base alone. `settings` default to the run's.
+
+        `on_text` gets the index of a prompt and the next piece of its answer, as soon as the text is certain. If it
+        returns False, that answer ends.
+        """
+        rendered = [self.render(prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
+        streams = [answer_stream(self.tokenizer, prompt) for prompt in rendered]
+
+        def tell(row: int, token: int) -> bool:
+            piece = streams[row].add(token)
+            return not piece or on_text is None or on_text(row, piece) is not False
+
+        sampling = self.sampling(settings or self.config.generation, seed)
+        on_token = tell if on_text is not None else None
+        made = self.backend.generate(self.model, rendered, sampling, adapter=adapter, on_token=on_token)
+        answers = []
+        for row, (generation, prompt) in enumerate(zip(made, rendered, strict=True)):
+            text = finished_answer(self.tokenizer, prompt, generation.tokens.tolist())
+            answers.append(Answer(text, generation.stop_reason))
+            rest = streams[row].finish(text) if on_text is not None else ""
+            if on_text is not None and rest:
+                on_text(row, rest)
+        return tuple(answers)
+
+    def render(self, prompt: Text, name: str = "prompt", data_format: Literal["chat", "raw"] | None = None) -> Int32:
+        """Return the token ids of a prompt, as the model was trained to read it, or in another format.
+
+        Raises `DataError`, with the prompt's name, for a token that the model has no embedding for.
+        """
+        ids = render_prompt(prompt, self.tokenizer, data_format or self.config.data.format)
+        # Ids beyond the embedding may fail late and unclearly in a framework, so they are refused here.
+        check_token_ids([(name, ids)], self.base, self.tokenizer)
+        return ids
+
+    def sampling(self, settings: GenerationConfig, seed: int = 0) -> Sampling:
+        """Return how answers are generated: the settings, and the stop tokens of this model."""
+        return Sampling(
             settings.max_new_tokens, self.tokenizer.stop_token_ids, settings.temperature, settings.top_p, seed
         )
-        rendered = [render_prompt(prompt, self.tokenizer, self.config.data.format) for prompt in prompts]
-        # Ids beyond the embedding may fail late and unclearly in a framework, so they are refused here.
-        check_token_ids(((f"prompt {n}", ids) for n, ids in enumerate(rendered, 1)), self.base, self.tokenizer)
-        made = self.backend.generate(self.model, rendered, sampling, adapter=adapter)
-        answers = []
-        for generation, prompt in zip(made, rendered, strict=True):
-            ids = generation.tokens.tolist()
-            # An answer that ends within its thought is shown with it: nothing would be left.
-            text = self.tokenizer.answer_text(ids, prompt.tolist()) or self.tokenizer.decode(ids).strip()
-            answers.append(Answer(text, generation.stop_reason))
-        return tuple(answers)
 
 
 @dataclass(frozen=True, repr=False)
