@@ -34,6 +34,8 @@ COMMANDS = (
     "plan",
     "train",
     "generate",
+    "chat",
+    "serve",
     "eval",
     "compare",
     "report",

@@ -61,8 +61,8 @@ def command(
 ) -> None:
     """Chat with the adapter at PATH: a project (its newest complete run), a run, an adapter, or a whole model.
 
-    Answers appear while they are written. /help lists the commands. A message of several lines stands between
-    three quotes, or has a backslash at the end of each line but the last. Through a pipe, each line is a message.
+    Answers appear while they are written. /help lists the commands. Put three quotes around a message of
+    several lines, or a backslash at the end of each line but the last. Through a pipe, each line is a message.
     """
     is_model = runs_opened.is_model_folder(path)
     opening = runs_opened.open_model if is_model else runs_opened.open_adapter

@@ -64,7 +64,7 @@ class TextStream:
         return text[: len(text) - waiting].rstrip()
 
     def _give(self, text: str) -> str:
-        # A decoder may change what it has shown, which is too late for a listener. It gets what continues its text.
+        # A decoder may change text that was given out already, which is too late. Only text that continues it follows.
         if not text.startswith(self.text):
             return ""
         piece, self.text = text[len(self.text) :], text

@@ -275,7 +275,7 @@ def _json(value: dict[str, Any], status: int = 200) -> Response:
 
 
 def _host(url: str) -> str:
-    """Return the host of a URL in small letters, empty for what is not one."""
+    """Return the host of a URL in small letters, empty for any other text."""
     try:
         return urlsplit(url).hostname or ""
     except ValueError:
@@ -287,7 +287,10 @@ async def _refused(_: Request, error: RequestError) -> Response:
 
 
 async def _not_found(_: Request, error: HTTPException) -> Response:
-    messages = {404: "there is no such address here", 405: "this address is asked in another way (GET or POST)"}
+    messages = {
+        404: "there is no such address here",
+        405: "this address takes the other method: GET instead of POST, or POST instead of GET",
+    }
     refusal = RequestError(messages.get(error.status_code, str(error.detail)), error.status_code, code="not_found")
     return _json(refusal.body(), error.status_code)
 
