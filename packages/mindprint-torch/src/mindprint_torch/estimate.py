@@ -13,7 +13,14 @@ import torch
 
 from mindprint.contract import Dtype, MemoryNeed, MemoryRequest, PreferenceBatch, TokenBatch
 from mindprint.layouts import forked, groups_of_like_length, pair_lengths, pairs_of, preference_sequences, token_rows
-from mindprint_torch.logprobs import FUSED_VOCABULARY_CHUNK, LOGITS_BYTES, LOGITS_BYTES_CUDA, fused_head_usable
+from mindprint_torch.elementwise import triton_kernels
+from mindprint_torch.logprobs import (
+    FUSED_TOKENS,
+    FUSED_VOCABULARY_CHUNK,
+    LOGITS_BYTES,
+    LOGITS_BYTES_CUDA,
+    fused_head_usable,
+)
 from mindprint_torch.lora import FUSED_DTYPES
 from mindprint_torch.model import TORCH_DTYPES
 from mindprint_torch.prompts import WINDOWS
@@ -137,8 +144,9 @@ def _kept_per_token(request: MemoryRequest, part: _Rows) -> int:
     """Return the bytes that a layer keeps of each token for its backward pass."""
     base, item = request.base, BYTES[request.spec.dtype]
     queries, keys = base.heads * base.head_size, base.key_heads * base.head_size
-    # Normalisations keep their input in float32, whatever the dtype.
-    norms = 4 * (base.norms * base.hidden + (queries + keys if base.head_norms else 0))
+    # Normalisations keep their input, and transformers' own in float32, whatever the dtype.
+    in_one_kernel = triton_kernels(torch.device(request.spec.device)) is not None
+    norms = (item if in_one_kernel else 4) * (base.norms * base.hidden + (queries + keys if base.head_norms else 0))
     # Under a mask, keys and values are repeated for the heads that share them.
     attention = queries + 2 * (queries if part.forked else keys)
     softcapped = 3 * base.heads * part.width if base.config.get("attn_logit_softcapping") else 0
@@ -168,7 +176,7 @@ def _training_logits(request: MemoryRequest, part: _Rows) -> int:
     config, vocabulary = request.base.config, request.base.vocabulary
     plain = not any(config.get(name) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
     if plain and fused_head_usable(device):
-        return 2 * 4 * part.targets * min(vocabulary, FUSED_VOCABULARY_CHUNK)
+        return item * min(part.targets, FUSED_TOKENS) * min(vocabulary, FUSED_VOCABULARY_CHUNK)
     # Plain heads hold float32 logits, and in another dtype those too, and their gradient. Others keep a graph.
     arrays = 4 + (0 if item == 4 else 2 * item) if plain else 4 + 3 * item
     return _chunk(request, part.targets) * vocabulary * arrays

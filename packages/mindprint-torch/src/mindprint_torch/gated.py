@@ -16,6 +16,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mindprint_torch.elementwise import triton_kernels
 from mindprint_torch.lora import NAME, is_fusible
 from mindprint_torch.packed import Weight, add_multiplied_back, multiply, multiply_back
 from mindprint_torch.packed_layers import frozen_weight
@@ -94,7 +95,7 @@ class GatedBlock(torch.autograd.Function):
         gate.addmm_(gate_low, gate_b.T, alpha=scales[0])
         multiply(rows, up_w, None, up)
         up.addmm_(up_low, up_b.T, alpha=scales[1])
-        inner = functional.silu(gate).mul_(up)
+        inner = _inner_product(gate, up)
         down_low = inner @ down_a.T
         # Filled through a view, not returned as one: a model may change it in place (see `LoraProduct`).
         output = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -115,12 +116,8 @@ class GatedBlock(torch.autograd.Function):
         # Each of the three layers differentiates as in `LoraProduct`; `by_` names a gradient by the thing after it.
         by_down_low = (gradient @ down_b).mul_(down_scale)
         by_inner = multiply_back(gradient, down_w).addmm_(by_down_low, down_a)
-        activated = functional.silu(gate)
-        by_down_a = by_down_low.T @ (activated * up)
         by_down_b = (down_low.T @ gradient).mul_(down_scale).T
-        # From here on arrays of the inner size are overwritten as soon as they have served: they are the largest.
-        by_up = activated.mul_(by_inner)
-        by_gate = torch.ops.aten.silu_backward(by_inner.mul_(up), gate)
+        by_gate, by_up, by_down_a = _inner_gradients(gate, up, by_inner, by_down_low)
         del by_inner
         ranks = [len(gate_a), len(up_a)]
         by_low = torch.cat([(by_gate @ gate_b).mul_(gate_scale), (by_up @ up_b).mul_(up_scale)], dim=1)
@@ -136,3 +133,23 @@ class GatedBlock(torch.autograd.Function):
             by_x = by_x.addmm_(by_low, both_a).view(outer[0].shape)
         by_factors = (by_gate_a, by_gate_b, by_up_a, by_up_b, by_down_a, by_down_b)
         return by_x, None, None, *(gradient.float() for gradient in by_factors)
+
+
+def _inner_product(gate: Tensor, up: Tensor) -> Tensor:
+    kernels = triton_kernels(gate.device)
+    if kernels is not None:
+        return kernels.gate_product(gate, up)  # type: ignore[no-any-return]
+    return functional.silu(gate).mul_(up)
+
+
+def _inner_gradients(gate: Tensor, up: Tensor, by_inner: Tensor, by_down_low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients by gate, by up and by down's A. `by_inner` is overwritten."""
+    # Arrays of the inner size are overwritten as soon as they have served: they are the largest.
+    kernels = triton_kernels(gate.device)
+    if kernels is not None:
+        by_gate, by_up = kernels.gate_gradients(gate, up, by_inner)
+        return by_gate, by_up, by_down_low.T @ by_inner
+    activated = functional.silu(gate)
+    by_down_a = by_down_low.T @ (activated * up)
+    by_up = activated.mul_(by_inner)
+    return torch.ops.aten.silu_backward(by_inner.mul_(up), gate), by_up, by_down_a

@@ -36,6 +36,9 @@ ROWS_IN_CACHE = 16
 FUSED_VOCABULARY_CHUNK = 32768
 """The width of the tiles that TRL's kernel computes. TRL's trainers use the same."""
 
+FUSED_TOKENS = 4096
+"""The rows of these tiles at most: `TOKEN_CHUNK_SIZE` of `trl.kernels.chunked_logprob`."""
+
 
 def log_probs(model: TorchModel, batch: TokenBatch, *, adapter: bool) -> Float32:
     """Return log-probs under the mask, float32 `[rows, T]`, 0 elsewhere."""

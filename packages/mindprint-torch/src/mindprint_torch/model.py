@@ -23,14 +23,17 @@ from mindprint.errors import ModelError, first_line
 from mindprint.models.folder import weight_files
 from mindprint.models.free_memory import trim_heap
 from mindprint.models.quantized import Quantization, quantized_weights, read_quantization
+from mindprint_torch.elementwise import triton_kernels
 from mindprint_torch.experts import StackLora
 from mindprint_torch.head import Head, embedding_layer, read_head
 from mindprint_torch.lora import NAME
+from mindprint_torch.norms import fuse_norms
 from mindprint_torch.optimizer import Optimizer
 from mindprint_torch.prompts import attends_without_mask, longest_shared
 from mindprint_torch.quantized import packed_elements, packed_tensors, read_quantized_base
 from mindprint_torch.quantizing import base_to_quantize
 from mindprint_torch.rope import read_rotary_limit
+from mindprint_torch.rotation import fuse_rotation
 from mindprint_torch.sites import list_sites
 from mindprint_torch.towers import concrete_class, model_class
 
@@ -122,6 +125,9 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     network.eval().requires_grad_(False)
     # The folder's own sampling defaults must not leak into ours.
     network.generation_config = GenerationConfig()
+    if triton_kernels(torch.device(spec.device)) is not None:
+        fuse_norms(network)
+        fuse_rotation(network)
     with _naming(spec.path):
         head = read_head(network, read_rotary_limit(network))
     model = TorchModel(

@@ -10,17 +10,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mindprint.models.quantized import bitsandbytes, microscaled
+from mindprint_torch.elementwise import triton_kernels
 
 ELEMENTS_AT_ONCE = 1 << 22
 """Elements of a weight that are numbers at one time: 16 MiB in float32, which is much less than activations take."""
 
+ELEMENTS_AT_ONCE_CUDA = 1 << 26
+"""The same on a GPU, 128 MiB in bfloat16: products of fewer rows do not fill it."""
+
 ELEMENTS_IN_CACHE = 1 << 18
 """Elements that go through all steps of the arithmetic together on a CPU: the steps then meet in its cache."""
+
+NESTED_PARTS = ("nested_absmax", "nested_quant_map", "nested_offset")
+"""The tensors that double quantization adds to a weight of bitsandbytes."""
 
 Rows = slice | Tensor
 """Some rows of a matrix: those between two numbers, or those at int64 indices `[n]`."""
@@ -44,6 +52,10 @@ class PackedWeight(ABC):
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return the rows between two numbers, `[stop - start, in]`, in the dtype of the computation."""
+        kernels = triton_kernels(self.device)
+        unpacked = None if kernels is None else self._unpacked(kernels, start, stop)
+        if unpacked is not None:
+            return unpacked
         if self.device.type != "cpu":
             return self.values(slice(start, stop)).to(self.dtype)
         numbers = torch.empty((stop - start, self.shape[1]), dtype=self.dtype)
@@ -59,7 +71,8 @@ class PackedWeight(ABC):
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the matrix as numbers, a block of rows at a time, each with its place."""
-        together = max(ELEMENTS_AT_ONCE // self.shape[1], 1)
+        at_once = ELEMENTS_AT_ONCE_CUDA if self.device.type == "cuda" else ELEMENTS_AT_ONCE
+        together = max(at_once // self.shape[1], 1)
         for start in range(0, self.shape[0], together):
             stop = min(start + together, self.shape[0])
             yield slice(start, stop), self.rows(start, stop)
@@ -68,6 +81,10 @@ class PackedWeight(ABC):
         """Return whether no scale is NaN or infinite."""
         floats = (part for part in self.parts.values() if part.is_floating_point())
         return all(bool(part.isfinite().all()) for part in floats)
+
+    def _unpacked(self, kernels: Any, start: int, stop: int) -> Tensor | None:  # noqa: ARG002  for formats that have one
+        """Return the rows between two numbers by one of `triton_kernels`, None if it has none for this format."""
+        return None
 
     def _part(self, name: str, rows: Rows) -> Tensor:
         part = self.parts[name]
@@ -92,6 +109,10 @@ class AffineWeight(PackedWeight):
         # Two roundings, as in core's definition. `addcmul` may fuse them into one.
         grouped.mul_(scales).add_(biases)
         return levels
+
+    def _unpacked(self, kernels: Any, start: int, stop: int) -> Tensor:
+        words, scales, biases = (self.parts[name][start:stop] for name in ("weight", "scales", "biases"))
+        return kernels.unpack_affine(words, scales, biases, self._bits, self.dtype)  # type: ignore[no-any-return]
 
 
 class MicroscaledWeight(PackedWeight):
@@ -153,6 +174,14 @@ class BlockWeight(PackedWeight):
         scales = self._block_scales(_places(rows, columns // self._size, self.device))
         elements.view(*scales.shape, -1).mul_(scales.unsqueeze(-1))
         return elements
+
+    def _unpacked(self, kernels: Any, start: int, stop: int) -> Tensor:
+        parts, width = self.parts, self.shape[1]
+        nested = tuple(parts[name] for name in NESTED_PARTS) if self._nested_size else None
+        return kernels.unpack_blocks(  # type: ignore[no-any-return]
+            parts["weight"], parts["quant_map"], parts["absmax"], nested, start * width, (stop - start, width),
+            (self._size, self._nested_size), self.dtype,
+        )  # fmt: skip
 
     def _values_across_blocks(self, rows: Rows) -> Tensor:
         """Compute as `values` where a block may begin within a row: element by element, which takes longer."""
