@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION",
                         help=f"some of: {', '.join(SECTIONS)}")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, which try every call on any device")
+    parser.add_argument("--lengths", nargs="+", type=int, help="other lengths of rows, the most important first")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")), help="a folder")
     parser.add_argument("--seconds", type=float, default=460.0, help="the time of the whole run (default: 460)")
     parser.add_argument("--patience", type=float, default=1.0, help="a factor of every call's own limit")
@@ -41,6 +43,8 @@ def main() -> int:
         workers = Workers(Path(logs))
         try:
             sizes = TINY if options.tiny else FULL
+            if options.lengths:
+                sizes = replace(sizes, lengths=tuple(options.lengths))
             return measure(Run(options.out, workers, sizes, options.seconds, options.patience), options.only)
         finally:
             workers.stop()
@@ -59,7 +63,7 @@ def measure(run: Run, names: list[str]) -> int:
     run.workers.prepare(2)
     with run.surviving("peak", "the section"):
         measure_peak(run)
-    if run.device == "cpu" and run.sizes is FULL:
+    if run.device == "cpu" and run.sizes.models == FULL.models:
         say("no CUDA device is visible; `--tiny` tries the same code on a CPU")
         return 0
     for name in (name for name in SECTIONS if name in names):

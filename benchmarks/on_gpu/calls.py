@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
 from collections.abc import Callable
 from importlib import import_module
@@ -101,7 +102,9 @@ def open_contestant(name: str, folder: str, device: str, dtype: str, four_bits: 
     forget()
     started = perf_counter()
     start_peak(device)
-    if name == "mindprint":
+    if name.startswith("mindprint"):
+        # Before anything is loaded: our layers compute with Triton's kernels or with torch's operations.
+        os.environ["MINDPRINT_TRITON"] = "0" if name == "mindprint, no kernels" else "1"
         LOADED["contestant"] = ours.open_model(Path(folder), device, dtype, quantize="nf4" if four_bits else None)
     else:
         LOADED["contestant"] = peers.open_peer(
@@ -300,6 +303,6 @@ CALLS: dict[str, Callable[..., Any]] = {
     for call in (
         forget, about, peaks, write_model, open_contestant, measure_cell, compare_losses, compare_devices,
         compare_heads, generate, wrap_with_adapter, checks.compare_packed, checks.compare_experts, checks.compare_plan,
-        checks.profile_steps,
+        checks.profile_steps, checks.compare_kernels,
     )
 }  # fmt: skip

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from on_gpu import ours, work
-from on_gpu.clock import wait_for
+from on_gpu.clock import seconds_of, spread, wait_for
 from on_gpu.packed_base import write_twins
 
 # ruff: noqa: PLC0415  the process that orders the measurements imports no framework
@@ -117,6 +118,71 @@ def profile_steps(folder: str, device: str, dtype: Any, cells: Sequence[dict[str
         })  # fmt: skip
     ours.close(opened)
     return results
+
+
+def compare_kernels(device: str, tokens: int, hidden: int, inner: int, heads: int) -> list[dict[str, Any]]:
+    """Return each Triton kernel's seconds and those of torch's operations, and how far their numbers are apart."""
+    import torch
+
+    from mindprint_torch.elementwise import SWITCH
+
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, action in _kernel_cases(torch.device(device), dtype, tokens, hidden, inner, heads):
+            both: dict[str, Any] = {}
+            for switch in ("0", "1"):
+                os.environ[SWITCH] = switch
+                both[switch] = action(), spread(seconds_of(device, action, 10, 3))["seconds"]
+            (expected, plain_seconds), (computed, seconds) = both["0"], both["1"]
+            pairs = [(first.double(), second.double()) for first, second in zip(computed, expected, strict=True)]
+            error = max(float((first - second).norm() / second.norm()) for first, second in pairs)
+            results.append({
+                "kernel": name, "dtype": str(dtype).removeprefix("torch."), "seconds": seconds,
+                "plain_seconds": plain_seconds, "error": error,
+            })  # fmt: skip
+    return results
+
+
+def _kernel_cases(
+    device: Any, dtype: Any, tokens: int, hidden: int, inner: int, heads: int
+) -> Iterator[tuple[str, Callable[[], tuple[Any, ...]]]]:
+    """Yield what the kernels compute, as functions that use them or torch, as the switch says."""
+    import torch
+
+    from mindprint_torch import elementwise, gated, packed
+
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Any:
+        return torch.randn(shape, device=device, dtype=dtype, generator=generator)
+
+    x, outer, weight = draw(tokens, hidden), draw(tokens, hidden), draw(hidden)
+    for name, variant in (("Llama", (False, True)), ("Gemma", (True, False))):
+        kind = dict(zip(("plus_one", "rounds_first"), variant, strict=True))
+        _, inverse = elementwise.normalise(x, weight, 1e-6, **kind)
+        yield f"norm, {name}'s", lambda kind=kind: elementwise.normalise(x, weight, 1e-6, **kind)
+        yield (
+            f"norm, {name}'s, backward",
+            lambda kind=kind, inverse=inverse: (elementwise.normalise_back(outer, x, weight, inverse, **kind),),
+        )
+    gate, up, by_inner, low = draw(tokens, inner), draw(tokens, inner), draw(tokens, inner), draw(tokens, work.RANK)
+    yield "SwiGLU", lambda: (gated._inner_product(gate, up),)
+    yield "SwiGLU, backward", lambda: gated._inner_gradients(gate, up, by_inner.clone(), low)[:2]
+    size = hidden // heads
+    states = draw(1, tokens, heads, size).transpose(1, 2)
+    cosine, sine = draw(1, tokens, size), draw(1, tokens, size)
+    for back in (False, True):
+        name = "rotation" + ", backward" * back
+        yield name, lambda back=back: (elementwise.rotate(states, cosine, sine, back=back),)
+    words = torch.randint(-(1 << 31), 1 << 31, (inner, hidden // 8), dtype=torch.int32, device=device)
+    parts = {"weight": words, "scales": draw(inner, hidden // 64), "biases": draw(inner, hidden // 64)}
+    affine = packed.AffineWeight((inner, hidden), dtype, parts, 4)
+    yield "affine 4 bits to numbers", lambda: (affine.rows(0, inner),)
+    if device.type == "cuda":
+        from mindprint_torch.quantizing import _nf4
+
+        blocks = _nf4((inner, hidden), dtype, torch.randn((inner, hidden), device=device, generator=generator))
+        yield "NF4 to numbers", lambda: (blocks.rows(0, inner),)
 
 
 def _own_time(event: Any, on_device: bool) -> float:

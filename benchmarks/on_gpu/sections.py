@@ -19,6 +19,7 @@ from on_gpu.workers import CallError, Worker, Workers
 REPOSITORY = Path(__file__).parents[2]
 LIGER = "trl+liger"
 CONTESTANTS = ("mindprint", "trl", LIGER)
+PLAIN = "mindprint, no kernels"
 LEAST_SECONDS = 8.0
 """With less time left, nothing new is begun."""
 
@@ -248,9 +249,10 @@ def opened(
 ) -> Iterator[dict[str, Worker]]:
     """Load contestants at the same time, each in another process. Those that fail are left out."""
     workers = {name: run.workers.take() for name in names}
-    if LIGER in workers:
-        # Liger replaces functions of transformers' modules: nobody else may compute in that process.
-        workers[LIGER].reusable = False
+    for name in workers.keys() & {LIGER, PLAIN}:
+        # Liger replaces functions of transformers' modules, and the other has our kernels turned off: nobody else may
+        # compute in that process.
+        workers[name].reusable = False
 
     def load(name: str) -> Any:
         return run.ask(
@@ -360,6 +362,32 @@ def compare_nf4(run: Run) -> None:
             measure_cell(run, "nf4", worker, name, cell(run, shape, "sft", length, checkpointing=False))
 
 
+def compare_kernels(run: Run) -> None:
+    """Print our Triton kernels next to torch's operations, and steps with and without them in turns."""
+    tokens, hidden, _ = run.sizes.head
+    title(run, "Triton's kernels next to torch's operations")
+    if run.device == "cuda":
+        with run.surviving("kernels", "one by one"), run.workers.use() as worker:
+            for figures in run.ask(
+                worker, "compare_kernels", 60,
+                device=run.device, tokens=2 * tokens, hidden=hidden, inner=4 * hidden, heads=hidden // 64,
+            ):  # fmt: skip
+                run.keep("kernels", **figures)
+                say(
+                    f"  {figures['dtype']:9s} {figures['kernel']:28s} {1e6 * figures['seconds']:8.1f} us"
+                    f" instead of {1e6 * figures['plain_seconds']:8.1f}, apart {figures['error']:.1e}"
+                )
+    for which, model in enumerate(run.sizes.models):
+        folder = prepare_model(run, model, "bfloat16")
+        run.workers.prepare(2)
+        with opened(run, f"kernels {model}", ("mindprint", PLAIN), folder) as workers:
+            say_columns()
+            for stage in ("sft", "dpo"):
+                chosen = cell(run, model, stage, run.sizes.lengths[0], checkpointing=which == 1)
+                for name, worker in [*workers.items()] * 2:
+                    measure_cell(run, f"kernels {model}", worker, name, chosen)
+
+
 def compare_packed(run: Run) -> None:
     """Print a base in packed 4 bits next to the same numbers in bfloat16: losses, a step's time, memory."""
     shape, length = run.sizes.models[0], run.sizes.lengths[0]
@@ -442,7 +470,7 @@ def run_conformance(run: Run) -> None:
     title(run, f"the conformance suite on {run.device}")
     tests = REPOSITORY / "packages" / "mindprint-torch" / "tests" / "test_conformance.py"
     command = [sys.executable, "-m", "pytest", str(tests), "-q", "-W", "ignore", "-p", "no:cacheprovider", "--tb=short"]
-    if run.sizes is TINY and run.device == "cpu":
+    if run.sizes.models == TINY.models and run.device == "cpu":
         command += ["-k", "devices_are_stated"]
     environment = {**os.environ, "MINDPRINT_TEST_DEVICE": run.device}
     try:
@@ -472,6 +500,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "speed-8b": lambda run: measure_speed(run, 1),
     "parity": compare_devices,
     "generation": measure_generation,
+    "kernels": compare_kernels,
     "profile": profile_steps,
     "plan": compare_plan,
     "packed": compare_packed,
