@@ -16,7 +16,7 @@ from typing import Literal
 
 from mindprint.contract import Generation, Int32
 from mindprint.data.text_stream import TextStream, answer_stream, finished_answer
-from mindprint.errors import DataError, MindprintError
+from mindprint.errors import DataError, first_line
 from mindprint.runs.opened import OpenedModel
 from mindprint.serving.protocol import DEFAULT_LIMITS, Asked, Limits, RequestError, Usage
 
@@ -191,6 +191,8 @@ class Batcher:
             job.tell(error)
         except DataError as error:
             job.tell(RequestError(str(error)))
+        except Exception as error:  # noqa: BLE001 (likewise: a tokenizer's own libraries raise anything)
+            job.tell(_failure(error))
         return job.prompt is not None
 
     def _read_prompt(self, asked: Asked) -> Int32:
@@ -226,10 +228,9 @@ class Batcher:
         adapter = self._sides[asked.model]
         try:
             made = self._opened.backend.generate(self._opened.model, prompts, sampling, adapter=adapter, on_token=tell)
-        except (MindprintError, MemoryError) as error:
-            # One line and no traceback goes to the client: it names the backend and the finding.
+        except Exception as error:  # noqa: BLE001 (whatever it is, the next request may be answered)
             for job in batch:
-                job.tell(RequestError(f"the model failed: {error}", 500, code="model_failed"))
+                job.tell(_failure(error))
             return
         self.batches = [*self.batches[-99:], len(batch)]
         for job, stream, generation in zip(batch, streams, made, strict=True):
@@ -253,3 +254,8 @@ class Batcher:
             job.tell(rest)
         reason = "stop" if stream.stopped else generation.stop_reason
         job.tell(Finished(stream.cut(text)[0], reason, Usage(len(job.prompt), len(tokens))))
+
+
+def _failure(error: Exception) -> RequestError:
+    """Return the failure that a client is told: one line, which names the backend and the finding, and no traceback."""
+    return RequestError(f"the model failed: {first_line(error)}", 500, code="model_failed")
