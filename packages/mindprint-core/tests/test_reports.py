@@ -334,7 +334,7 @@ def test_the_page_leads_nowhere(run: Path) -> None:
 def test_every_chart_says_in_words_what_it_shows(run: Path) -> None:
     page = write_reports(run)[1].read_text(encoding="utf-8")
     charts = re.findall(r"<svg [^>]*role=\"img\"[^>]*><title>([^<]+)</title><desc>([^<]+)</desc>", page)
-    assert len(charts) == page.count("<svg") == 6  # three of curves, and a row each for two topics and all of them
+    assert len(charts) == page.count("<svg") == 7  # three of curves, and rows: two topics, all, other people
     assert ("The harbour", "base 0.01, from -0.12 to 0.14; tuned 0.83, from 0.71 to 0.95") in charts
 
 

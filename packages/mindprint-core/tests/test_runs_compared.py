@@ -38,6 +38,23 @@ def test_figures_stand_side_by_side(runs: tuple[Path, ...], capsys: pytest.Captu
     assert f"warning: {runs[2]}: not evaluated: it has no evaluations.jsonl" in said.err
 
 
+def test_a_distance_from_the_base_model_is_not_called_a_voice(
+    runs: tuple[Path, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    far = EvaluationRecord("final", "", 240, figures=replace(MEASURED, people_voice=None))
+    write_lines(runs[1] / "evaluations.jsonl", [as_line(far)])
+    assert main(["eval", "--compare", *map(str, runs[:2])]) == 0
+    lines = {line.split("  ")[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines()}
+    assert lines["voice"] == "-" and lines["distance from the base model"] == "0.95)"
+    reason = "one run has a voice, and the other a distance from the base model"
+    assert f"voice of {runs[1]} against the first: cannot be told: {reason}" in lines
+    write_lines(runs[0] / "evaluations.jsonl", [as_line(far)])
+    assert main(["eval", "--compare", *map(str, runs[:2])]) == 0
+    told = capsys.readouterr().out
+    assert f"distance from the base model of {runs[1]} against the first: +0.00" in told
+    assert not any(line.startswith("voice") for line in told.splitlines())
+
+
 def test_json_tells_what_is_missing_apart_from_zero(runs: tuple[Path, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--json", "--compare", *map(str, runs)]) == 0
     said = json.loads(capsys.readouterr().out)

@@ -61,7 +61,8 @@ class CompareResult(Result):
                 f"equivalent in its losses: {losses}; the voice could not be scored ({why}), so nothing is said of it"
             )
         difference = abs(comparison.voice_difference)
-        return f"equivalent: {losses}; voice scores differ by {difference:.3f} of {VOICE_TOLERANCE} allowed"
+        name = comparison.sides[0].voice_name
+        return f"equivalent: {losses}; the scores of {name} differ by {difference:.3f} of {VOICE_TOLERANCE} allowed"
 
     def blocks(self) -> Iterator[Table | str]:
         """Yield costs and voice, losses by stage, adapter and answers, and the verdict."""
@@ -102,7 +103,7 @@ class CompareResult(Result):
             if any(stage in side.step_seconds for side in sides):
                 yield (f"{stage.upper()} step, median ms", *(_milliseconds(side, stage) for side in sides))
         yield ("peak memory, MiB", *(f"{cost.peak_bytes / 2**20:.0f}" if cost else NOT_RECORDED for cost in costs))
-        yield ("voice", *(interval(side.voice) if side.voice else "not scored" for side in sides))
+        yield (sides[0].voice_name, *(interval(side.voice) if side.voice else "not scored" for side in sides))
 
     def _answer_lines(self) -> Iterator[str]:
         answers = self.comparison.answers

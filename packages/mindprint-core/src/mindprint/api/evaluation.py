@@ -70,6 +70,8 @@ def evaluate(
     if scored.empty:
         why = scored.why_none or "no held-out rows that are not trained on: add heldout.jsonl to the data folder"
         raise DataError(f"{path}: {why}, or name a file with --heldout")
+    # Before the model too: a background that has your own text in it would make every figure wrong.
+    people = read_background(scored.file, training_voice(scored.train).own)
     for note in scored.notes:
         notices(note, warning=True)
     with open_adapter(path, backend_section(backend, device), model=model, notice=notices) as opened:
@@ -84,7 +86,7 @@ def evaluate(
             scored.file.config,
             extra=load_scorers(scored.file.config.voice.scorers),
             answers=answers,
-            people=read_background(scored.file, training_voice(scored.train, opened.tokenizer.without_thoughts).own),
+            people=people,
         )
         source = source_of(opened)
     for note in evaluation.notes:

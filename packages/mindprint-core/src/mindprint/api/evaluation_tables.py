@@ -108,8 +108,8 @@ class EvaluateResult(Result):
             **(asdict(self.pairs) if self.pairs else {"overall": None, "topics": {}}),
             **{name: asdict(part) if part else None for name, part in parts.items()},
             "figures": {
-                "overall": asdict(self.figures),
-                "topics": {topic: asdict(figures) for topic, figures in self.topics.items()},
+                "overall": _named(self.figures),
+                "topics": {topic: _named(figures) for topic, figures in self.topics.items()},
             },
             "not_evaluated": list(self.not_evaluated),
         }
@@ -117,6 +117,11 @@ class EvaluateResult(Result):
     def _repr_html_(self) -> str:
         heard = [notice.message for notice in self.notices if notice.warning]
         return "\n".join([super()._repr_html_(), *(html_text(message, warning=True) for message in heard)])
+
+
+def _named(figures: Figures) -> dict[str, Any]:
+    """Return figures as JSON, with the name that their `voice` has."""
+    return {**asdict(figures), "voice_name": figures.voice_name}
 
 
 def _pairs_row(topic: str, measured: PairFigures) -> tuple[str, ...]:

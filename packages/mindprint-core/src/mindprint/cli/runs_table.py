@@ -13,12 +13,18 @@ from mindprint.contract import STAGES
 from mindprint.reports import read_run
 from mindprint.reports.phrases import interval, number, percent
 from mindprint.reports.side_by_side import RunFigures, RunsCompared, VoiceDifference, compare_runs
-from mindprint.runs.records import Figures
+from mindprint.runs.records import BASE_DISTANCE, Figures
 
 NOT_EVALUATED = "not evaluated"
 
+NONE = "-"
+"""The cell of a figure that a run has under another name."""
+
 FIGURES: dict[str, Callable[[Figures], str]] = {
-    "voice": lambda one: interval(one.voice),
+    # A voice that was not told from people has another name. So each run has a value in one of these rows.
+    "voice": lambda one: NONE if one.voice and one.people_missing else interval(one.voice),
+    BASE_DISTANCE: lambda one: interval(one.voice) if one.voice and one.people_missing else NONE,
+    "other people's voice": lambda one: interval(one.people_voice) if one.people_voice else NONE,
     "base voice": lambda one: interval(one.base_voice),
     "words": lambda one: str(one.words),
     "copied words": lambda one: percent(one.copy_rate),
@@ -52,6 +58,8 @@ def show_compared(paths: Sequence[Path], *, as_json: bool) -> None:
 
 def _table(paths: Sequence[Path], compared: RunsCompared) -> str:
     rows = [(name, *(_cell(run, show) for run in compared.runs)) for name, show in FIGURES.items()]
+    # A row that is about no run would only raise questions.
+    rows = [row for row in rows if NONE not in row or set(row[1:]) - {NONE, NOT_EVALUATED}]
     rows += [(f"last {stage.upper()} loss", *(number(run.losses.get(stage), 4) if stage in run.losses else "none"
                                               for run in compared.runs)) for stage in STAGES]  # fmt: skip
     rows.append(("seconds", *(f"{run.seconds:.1f}" for run in compared.runs)))
@@ -65,6 +73,6 @@ def _cell(run: RunFigures, show: Callable[[Figures], str]) -> str:
 
 def _told(one: VoiceDifference) -> str:
     if one.difference is None:
-        return f"voice of {one.run} against the first: cannot be told: {one.reason}"
+        return f"{one.name} of {one.run} against the first: cannot be told: {one.reason}"
     verdict = "more than their intervals" if one.beyond else "within their intervals, so not shown to differ"
-    return f"voice of {one.run} against the first: {one.difference:+.2f}, {verdict}"
+    return f"{one.name} of {one.run} against the first: {one.difference:+.2f}, {verdict}"

@@ -52,7 +52,7 @@ def contents(record: RunRecord) -> Document:
         Section("Result", tuple(_outcome(record))),
         Section("Learning curves", tuple(_learning(record))),
         Section("Rewards and margins", tuple(_rewards(record))),
-        Section("Voice by topic", tuple(_voice(record))),
+        Section(f"{record.voice_name.capitalize()} by topic", tuple(_voice(record))),
         Section("Answers of both models", tuple(heldout.answers(record))),
         Section("Forgetting", tuple(heldout.forgetting(record))),
         Section("Copying", tuple(heldout.copying(record))),
@@ -266,11 +266,15 @@ def _voice(record: RunRecord) -> Iterator[Block]:
         yield Paragraph(f"The voice of no topic was evaluated: {_no_evaluations(record)}")
         return
     rows = [(record.title(topic), _dots(one)) for topic, one in latest]
+    name, people = record.voice_name, None
     if record.final:
         rows.append(("all topics", _dots(record.final)))
+        people = record.final.figures.people_voice
+    if people:
+        rows.append(("other people's text", (Dot("people", "second", people),)))
     yield DotChart(
-        "Voice by topic",
-        "For each topic the voice of the base and of the tuned model's answers with 95 % intervals, between the "
+        f"{name.capitalize()} by topic",
+        f"For each topic the {name} of the base and of the tuned model's answers with 95 % intervals, between the "
         "floor, 0, and the ceiling, 1. The table below has the figures.",
         tuple(rows),
         (0.0, "base model"),
@@ -293,7 +297,8 @@ def _voice_table(record: RunRecord) -> Table:
         rows.append(("all topics", interval(one.figures.base_voice), NONE, _scored(one), str(one.figures.words),
                      one.outcome, "; ".join(one.reasons)))  # fmt: skip
     header = ("topic", "base model", "after its training", "at the end", "words", "outcome", "why")
-    return Table("Voice, with 95 % intervals: 0 is the base model, 1 the person", header, tuple(rows),
+    title = f"{record.voice_name.capitalize()}, with 95 % intervals: 0 is the base model, 1 the person"
+    return Table(title, header, tuple(rows),
                  frozenset({1, 2, 3, 4}))  # fmt: skip
 
 

@@ -38,6 +38,7 @@ class Side:
     step_seconds: Mapping[StageName, float]
     voice: Interval | None
     voice_missing: str
+    voice_name: str = "voice"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def compare(first: RunRecord, other: RunRecord) -> Comparison:
     voice = None if first_voice is None or other_voice is None else other_voice.value - first_voice.value
     return Comparison(
         sides, stages, _adapters(first, other), _answers(first, other), voice,
-        (*_precision(sides), *uneven, *_losses(stages), *_voices(voice)),
+        (*_precision(sides), *uneven, *_losses(stages), *_voices(sides[0].voice_name, voice)),
     )  # fmt: skip
 
 
@@ -158,6 +159,7 @@ def _side(record: RunRecord, name: str) -> Side:
         step_seconds={stage: median(found) for stage, found in seconds.items()},
         voice=figures.voice if figures else None,
         voice_missing="" if figures and figures.voice else why_missing(figures, "voice"),
+        voice_name=record.voice_name,
     )
 
 
@@ -213,10 +215,10 @@ def _precision(sides: Sequence[Side]) -> list[str]:
     return [f"computed in {' and '.join(reduced)}: the tolerances hold for backend.dtype=float32"] if reduced else []
 
 
-def _voices(difference: float | None) -> list[str]:
+def _voices(name: str, difference: float | None) -> list[str]:
     if difference is None or abs(difference) <= VOICE_TOLERANCE:
         return []
-    return [f"the voice scores differ by {abs(difference):.3f}, and {VOICE_TOLERANCE} is allowed"]
+    return [f"the scores of {name} differ by {abs(difference):.3f}, and {VOICE_TOLERANCE} is allowed"]
 
 
 def _adapters(first: RunRecord, other: RunRecord) -> AdapterDifference:

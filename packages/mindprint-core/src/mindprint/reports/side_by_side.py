@@ -33,13 +33,15 @@ class RunFigures:
 class VoiceDifference:
     """The voice of `run` less that of the first run.
 
-    `beyond` is True if the two 95 % intervals do not overlap. It is None if a voice is missing, for `reason`.
+    `beyond` is True if the two 95 % intervals do not overlap. It is None if a voice is missing, for `reason`. `name` is
+    what was compared: a voice, or only the distance from the base model.
     """
 
     run: str
     difference: float | None
     beyond: bool | None
     reason: str = ""
+    name: str = "voice"
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,11 @@ def _difference(first: RunFigures, other: RunFigures) -> VoiceDifference:
     if first_voice is None or other_voice is None:
         lacking = [run.run for run, voice in ((first, first_voice), (other, other_voice)) if voice is None]
         return VoiceDifference(other.run, None, None, f"no voice was evaluated in {' and '.join(lacking)}")
-    return VoiceDifference(other.run, other_voice.value - first_voice.value, apart(first_voice, other_voice))
+    names = [run.figures.voice_name for run in (first, other) if run.figures]
+    if len(set(names)) > 1:
+        return VoiceDifference(other.run, None, None, f"one run has a {names[0]}, and the other a {names[1]}")
+    difference = other_voice.value - first_voice.value
+    return VoiceDifference(other.run, difference, apart(first_voice, other_voice), name=names[0])
 
 
 def apart(first: Interval, other: Interval) -> bool:

@@ -108,6 +108,12 @@ class RunRecord:
         """Return the evaluation of the finished adapter on all held-out text."""
         return self._last(lambda one: one.level == "final")
 
+    @property
+    def voice_name(self) -> str:
+        """Return the name of the run's voice: without other people's text it is a distance from the base model."""
+        measured = [record.figures for record in self.evaluations or () if record.figures.voice]
+        return measured[-1].voice_name if measured else "voice"
+
     def trained(self, topic: str) -> EvaluationRecord | None:
         """Return the evaluation right after the topic's training, of the state that was kept."""
         return self._last(lambda one: _about(one, topic) and one.stage is not None and not self.undone(one))

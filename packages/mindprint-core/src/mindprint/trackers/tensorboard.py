@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mindprint.events import Event, RunFinished, RunStarted, StepDone
+from mindprint.events import Evaluated, Event, RunFinished, RunStarted, StepDone
 from mindprint.hookspecs import hookimpl
-from mindprint.trackers.scalars import step_scalars
+from mindprint.trackers.scalars import evaluation_scalars, step_scalars
 
 
 class TensorBoard:
@@ -27,8 +28,15 @@ class TensorBoard:
         if isinstance(event, RunStarted):
             self._writer = self._make(str(Path(event.run) / "tensorboard"))
         elif isinstance(event, StepDone):
-            values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in step_scalars(event).items()]
-            self._writer.add_event(self._event(step=event.step, summary=self._summary(value=values)))
-            self._writer.flush()  # the writer buffers for two minutes otherwise, which a kill would lose
+            self._write(event.step, step_scalars(event))
+        elif isinstance(event, Evaluated):
+            self._write(event.record.step, evaluation_scalars(event))
         elif isinstance(event, RunFinished):
             self._writer.close()
+
+    def _write(self, step: int, scalars: Mapping[str, float]) -> None:
+        if not scalars:
+            return
+        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._writer.add_event(self._event(step=step, summary=self._summary(value=values)))
+        self._writer.flush()  # the writer buffers for two minutes otherwise, which a kill would lose

@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mindprint.events import Event, RunFinished, RunStarted, StepDone
+from mindprint.events import Evaluated, Event, RunFinished, RunStarted, StepDone
 from mindprint.hookspecs import hookimpl
-from mindprint.trackers.scalars import step_scalars
+from mindprint.trackers.scalars import evaluation_scalars, step_scalars
 
 
 class Wandb:
@@ -32,5 +32,7 @@ class Wandb:
             )
         elif isinstance(event, StepDone):
             self._run.log(step_scalars(event), step=event.step)
+        elif isinstance(event, Evaluated):
+            self._run.log(evaluation_scalars(event), step=event.record.step)
         elif isinstance(event, RunFinished):
             self._run.finish()

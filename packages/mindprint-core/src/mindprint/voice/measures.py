@@ -10,14 +10,17 @@ Five measures make different errors. `scoring` standardises and averages them:
   as attribution (Teahan & Harper 2003), with interpolated Witten-Bell smoothing (1991).
 - `phrases`: the same per word, with two words of context: a language model for each author (Huang et al. 2024).
 
-`TfidfCosine` and `CosineDelta` are the classical forms. benchmarks/voice.py compares them with the five.
+`TfidfCosine` and `CosineDelta` are the classical forms. The masked measures see only frequent words, and the shape of
+all others, because rare words show the subject more than the voice (text distortion, Stamatatos 2018). On authors that
+did not take part in the choice they gained nothing for certain. benchmarks/voice.py compares both with the five.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -33,8 +36,10 @@ from mindprint.text.ngrams import (
     grams,
     joined,
     lookup,
+    word_symbols,
     word_tokens,
 )
+from mindprint.text.words import plain, tokens
 
 VOCABULARY = 10_000
 """The most common n-grams, which a classifier looks at: rarer ones show names and subjects more than voice."""
@@ -109,6 +114,39 @@ def unit_rows(rows: Float32) -> Float32:
     return (rows / np.where(length > 0, length, 1)).astype(np.float32)
 
 
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """The words that a measure sees as they are. Of any other it sees whether it is capitalised, and about how long."""
+
+    kept: frozenset[str]
+
+    @classmethod
+    def of(cls, texts: Sequence[str], most_frequent: int) -> Mask:
+        """Return the mask that leaves the most frequent words of the texts."""
+        counts = Counter(word for text in texts for word, _ in _shaped(text))
+        return cls(frozenset(word for word, _ in counts.most_common(most_frequent)))
+
+    def __call__(self, text: str) -> list[str]:
+        kept = self.kept
+        return [word if word in kept else shape for word, shape in _shaped(text)]
+
+
+# Each masked measure reads every text, to count its words and to mask them.
+@lru_cache(maxsize=1024)
+def _shaped(text: str) -> tuple[tuple[str, str], ...]:
+    """Return each word, case folded, and its shape. A number and a sign of punctuation are their own shape."""
+    return tuple((word.casefold(), _shape(word)) for word in tokens(plain(text)))
+
+
+# Texts say the same words again and again. The bound keeps a long run from filling the memory.
+@lru_cache(maxsize=2**16)
+def _shape(word: str) -> str:
+    if not word[0].isalpha():
+        return word
+    # Three letters more or less are one shape: single lengths would be rare, and name a word again.
+    return f"{'A' if word[0].isupper() else 'a'}{min(len(word), 9) // 3}"
+
+
 @dataclass(frozen=True)
 class _NGrams:
     """A choice of n-grams: of characters or words, from the lowest to the highest n."""
@@ -117,29 +155,39 @@ class _NGrams:
     lowest: int
     highest: int
 
-    def of(self, texts: Sequence[str]) -> list[UInt64]:
-        """Return the keys of each text's n-grams."""
-        read = characters if self.symbols == "characters" else word_tokens
-        return [joined(read(text), self.lowest, self.highest) for text in texts]
+    def of(self, texts: Sequence[str], mask: Mask | None = None) -> list[UInt64]:
+        """Return the keys of each text's n-grams, in the text as the mask shows it."""
+        return [joined(self._read(text, mask), self.lowest, self.highest) for text in texts]
+
+    def _read(self, text: str, mask: Mask | None) -> UInt64:
+        if self.symbols == "characters":
+            return characters(text if mask is None else " ".join(mask(text)))
+        return word_tokens(text) if mask is None else word_symbols(mask(text))
 
 
 @dataclass(frozen=True)
 class RidgeMeasure:
-    """A ridge classifier on n-grams. `features` is `tfidf`, `hellinger` or `zscores`."""
+    """A ridge classifier on n-grams. `features` is `tfidf`, `hellinger` or `zscores`.
+
+    With `unmasked` only this number of the most frequent words is seen as they are.
+    """
 
     name: str
     ngrams: _NGrams
     features: str
+    unmasked: int | None = None
+    most: int = VOCABULARY
 
     def fit(self, own: Sequence[str], background: Sequence[str]) -> Fitted:
         """Fit on the person's texts against the background's."""
-        documents = self.ngrams.of([*own, *background])
+        mask = None if self.unmasked is None else Mask.of([*own, *background], self.unmasked)
+        documents = self.ngrams.of([*own, *background], mask)
         # An n-gram of one passage only can be learned by heart, and tells nothing about any other passage.
-        vocabulary, frequencies = document_frequencies(documents, 2, VOCABULARY)
+        vocabulary, frequencies = document_frequencies(documents, 2, self.most)
         counts = count_matrix(documents, vocabulary)
         rows = _features(self.features, counts, frequencies)
         labels = np.repeat([1.0, -1.0], [len(own), len(background)])
-        return FittedRidge(self.ngrams, vocabulary, rows, ridge(rows(counts), labels))
+        return FittedRidge(self.ngrams, vocabulary, rows, ridge(rows(counts), labels), mask)
 
 
 class Ridge(NamedTuple):
@@ -158,9 +206,10 @@ class FittedRidge:
     vocabulary: UInt64
     rows: Rows
     learned: Ridge
+    mask: Mask | None = None
 
     def __call__(self, texts: Sequence[str], /) -> Float64:
-        parts = [self.rows(count_matrix(self.ngrams.of(part), self.vocabulary)) for part in _parts(texts)]
+        parts = [self.rows(count_matrix(self.ngrams.of(part, self.mask), self.vocabulary)) for part in _parts(texts)]
         return np.concatenate([part @ self.learned.weights + self.learned.bias for part in parts]).astype(np.float64)
 
 
@@ -228,23 +277,23 @@ class SymbolModel:
     @classmethod
     def of(cls, texts: Sequence[UInt64], order: int, alphabet: int) -> SymbolModel:
         """Count the n-grams of texts, with up to `order` symbols of context."""
-        symbols = [_padded(text, order) for text in texts]
-        return cls(tuple(_order(symbols, n, order) for n in range(order + 1)), alphabet)
+        return cls(tuple(_order(*level) for level in _levels(texts, order)), alphabet)
 
     def log_probs(self, texts: Sequence[UInt64]) -> Float64:
         """Return the mean log-prob of each text's symbols under each order, in nats: float64 `[orders, texts]`.
 
         The first order has no context, the last one the longest. A text without symbols gets 0.
         """
-        order = len(self.orders) - 1
-        symbols = [_padded(text, order) for text in texts]
-        owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
-        sizes = np.maximum(np.bincount(owner, minlength=len(texts)), 1)
+        return self.read(_levels(texts, len(self.orders) - 1), [len(text) for text in texts])
+
+    def read(self, levels: Sequence[tuple[UInt64, UInt64]], lengths: Sequence[int]) -> Float64:
+        """Return the `log_probs` of texts of the given lengths, from the contexts and keys of all their symbols."""
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        sizes = np.maximum(np.bincount(owner, minlength=len(lengths)), 1)
         p = np.full(len(owner), 1 / self.alphabet)
-        means = np.zeros((order + 1, len(texts)))
+        means = np.zeros((len(self.orders), len(lengths)))
         # All texts are read in one go: a call of NumPy for each text and order would take longer than the sums.
-        for n, level in enumerate(self.orders if texts else ()):
-            contexts, keys = _joined_contexts(symbols, n, order)
+        for n, (level, (contexts, keys)) in enumerate(zip(self.orders, levels, strict=True)):
             place, known = lookup(level.contexts, contexts)
             # `lookup` returns a place for unknown keys too. The product with `known` makes their counts 0.
             total, kinds = level.totals[place] * known, level.kinds[place] * known
@@ -252,34 +301,29 @@ class SymbolModel:
             count = level.counts[place] * seen
             # A context that was never seen says nothing, so the probability of the order below stays.
             p = np.where(known, (count + kinds * p) / np.maximum(total + kinds, 1), p)
-            means[n] = np.bincount(owner, weights=np.log(p), minlength=len(texts)) / sizes
+            means[n] = np.bincount(owner, weights=np.log(p), minlength=len(lengths)) / sizes
         return means
 
 
-def _padded(text: UInt64, order: int) -> UInt64:
-    """Return the symbols after `order` spaces, so that the first has a context too."""
-    return np.concatenate([np.full(order, ord(" "), dtype=np.uint64), text])
+def _levels(texts: Sequence[UInt64], order: int) -> list[tuple[UInt64, UInt64]]:
+    """Return for each order 0 to `order` the keys of every symbol's context, and of the context with the symbol.
+
+    The symbols are those of all texts, one after the other. Each text is preceded by `order` spaces, so that its first
+    symbol has a context too.
+    """
+    padding = np.full(order, ord(" "), dtype=np.uint64)
+    line = np.concatenate([part for text in texts for part in (padding, text)] or [padding])
+    lengths = np.array([len(text) for text in texts], dtype=np.int64)
+    # Before a symbol of text i there are the symbols before it in all texts, and the spaces of i + 1 texts.
+    places = np.arange(lengths.sum()) + np.repeat(order * np.arange(1, len(texts) + 1), lengths)
+    # All n-grams are hashed in one pass over the line. Those that reach into the text before are never looked at.
+    hashed = grams(line, 1, order + 1)
+    levels = [(np.zeros(len(places), dtype=np.uint64), hashed[0][places])]
+    levels += [(hashed[n - 1][places - n], hashed[n][places - n]) for n in range(1, order + 1)]
+    return levels
 
 
-def _with_contexts(symbols: UInt64, n: int, order: int) -> tuple[UInt64, UInt64]:
-    """Return for each symbol after the padding the key of the `n` before it, and the key of those with it."""
-    # Each order starts at its own context's first symbol, so that every order has one entry per symbol.
-    length = len(symbols) - order
-    keys = grams(symbols[order - n :], n + 1, n + 1)[0]
-    if n == 0:
-        return np.zeros(length, dtype=np.uint64), keys
-    # The last n-gram would be the context of a symbol after the end of the text.
-    return grams(symbols[order - n :], n, n)[0][:length], keys
-
-
-def _joined_contexts(texts: Sequence[UInt64], n: int, order: int) -> tuple[UInt64, UInt64]:
-    parts = [_with_contexts(symbols, n, order) for symbols in texts]
-    contexts, keys = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
-    return contexts, keys
-
-
-def _order(texts: Sequence[UInt64], n: int, order: int) -> _Order:
-    contexts, keys = _joined_contexts(texts, n, order)
+def _order(contexts: UInt64, keys: UInt64) -> _Order:
     unique, first, counts = np.unique(keys, return_index=True, return_counts=True)
     # Each different key is one kind of symbol after its context. So the keys of a context count its kinds, and their
     # counts add up to its total.
@@ -304,7 +348,8 @@ class Surprise:
 
         def decide(texts: Sequence[str]) -> Float64:
             symbols = [self._read(text) for text in texts]
-            difference: Float64 = person.log_probs(symbols)[-1] - others.log_probs(symbols)[-1]
+            levels, lengths = _levels(symbols, self.order), [len(text) for text in symbols]
+            difference: Float64 = person.read(levels, lengths)[-1] - others.read(levels, lengths)[-1]
             return difference
 
         return decide
@@ -317,10 +362,8 @@ class Surprise:
         owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
         if not len(owner):
             return np.zeros(len(texts))
-        symbols = [_padded(text, self.order) for text in texts]
         p = np.full((2, len(owner)), 1 / self.alphabet)
-        for n in range(self.order + 1):
-            contexts, keys = _joined_contexts(symbols, n, self.order)
+        for contexts, keys in _levels(texts, self.order):
             _, first, key = np.unique(keys, return_index=True, return_inverse=True)
             heads, context = np.unique(contexts, return_inverse=True)
             head = context[first]
@@ -389,6 +432,11 @@ class CosineDelta:
             return cosines
 
         return decide
+
+
+MASKED_CHARACTERS = RidgeMeasure("masked characters", _NGrams("characters", 1, 5), "tfidf", unmasked=150)
+MASKED_WORDS = RidgeMeasure("masked words", _NGrams("words", 1, 2), "zscores", unmasked=400, most=2_000)
+"""The first two measures with rare words masked, for comparison."""
 
 
 @cache
