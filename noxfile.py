@@ -83,7 +83,7 @@ def pythons(session: nox.Session) -> None:
 
 
 def core_tests(session: nox.Session) -> None:
-    install(session, ("core",), *TESTS, *TRACKERS, *SERVING)
+    install(session, ("core",), "packages/mindprint-core[documents]", *TESTS, *TRACKERS, *SERVING)
     forbid(session, "torch", "mlx")
     session.run("pytest", "packages/mindprint-core/tests", *IN_PARALLEL, *session.posargs, env=ONE_THREAD)
 
@@ -123,7 +123,7 @@ def mlx(session: nox.Session) -> None:
 def both(session: nox.Session) -> None:
     """The environment that the sessions below share: both backends, all of core's scorers, and the tools for tests."""
     tools = (*TESTS, *NOTEBOOK, "bitsandbytes", "hypothesis", "mypy", "types-PyYAML")
-    install(session, PACKAGES, "packages/mindprint-core[all,embeddings,gguf,serve,chat]", *tools)
+    install(session, PACKAGES, "packages/mindprint-core[all,documents,embeddings,gguf,serve,chat]", *tools)
 
 
 def run_in_both(session: nox.Session, command: str, *words: str, env: dict[str, str] | None = None) -> None:

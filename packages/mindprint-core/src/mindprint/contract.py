@@ -513,6 +513,39 @@ class MemoryNeed:
         return self.weights + self.adapter + self.activations + self.logits + self.other
 
 
+@dataclass(frozen=True)
+class Block:
+    """A paragraph of a text without its line breaks, or a heading, which no passage crosses."""
+
+    text: str
+    heading: bool = False
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn of a conversation. `author` is None for the person whose export it is, where the file gives no name."""
+
+    author: str | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """A piece of writing, or a conversation, as a reader finds it in a file.
+
+    Args:
+        name: Where it is: the file, and behind a `#` its place in the file.
+        author: Who wrote the blocks, as the file says. None where it does not say.
+        blocks: A text, in its order.
+        turns: A conversation, in its order. A document has blocks or turns, not both.
+    """
+
+    name: str
+    author: str | None = None
+    blocks: tuple[Block, ...] = ()
+    turns: tuple[Turn, ...] = ()
+
+
 class Fitted(Protocol):
     """A measure that knows a person's texts."""
 

@@ -14,18 +14,21 @@ else that a hook raises becomes a `BackendError` that names backend and hook. Ke
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 # For annotations, which are never evaluated: plugins import this module at top level, so it must be quick to import.
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mindprint.contract import (
         AdapterFacts,
         AdapterSite,
         AdapterState,
         BackendInfo,
+        Document,
         Float32,
         Generation,
         Int32,
@@ -315,4 +318,23 @@ def mindprint_scorers(settings: Mapping[str, object]) -> Sequence[Measure]:  # t
 
     Raises:
         ConfigError: The scorer does not understand the settings.
+    """
+
+
+@hookspec(firstresult=True)
+def mindprint_read_documents(path: Path, head: bytes) -> Iterable[Document] | None:
+    """Read what a person wrote from a file of a format that this reader knows, or from a folder that is a mailbox.
+
+    A reader is a module in the entry-point group `mindprint.readers`. It imports the library that it needs inside the
+    hook. Readers of other distributions are asked before core's.
+
+    Args:
+        path: A regular file, or a folder.
+        head: The first 4096 bytes of the file. Empty for a folder.
+
+    Returns:
+        The documents, in the order of the file, read as they are asked for. None for a file that is not of its format.
+
+    Raises:
+        DataError: The file is of its format and cannot be read: broken, encrypted, without text.
     """

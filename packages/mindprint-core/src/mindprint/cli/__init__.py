@@ -23,6 +23,7 @@ from mindprint.plugins.entries import installed
 
 COMMANDS = {
     "init": "Make a project: configuration, sample data, and a README of what goes where.",
+    "prepare": "Make a project of a person's own files: texts, books, mails, chats.",
     "plan": "State the memory that a run needs, before anything is loaded.",
     "train": "Train SFT, then DPO, topic by topic, and write one adapter.",
     "generate": "Answer prompts without and with the adapter.",

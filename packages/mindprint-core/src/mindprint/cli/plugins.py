@@ -13,6 +13,7 @@ from mindprint.plugins.entries import (
     BACKENDS,
     COMMANDS,
     GROUPS,
+    READERS,
     SCORERS,
     TRACKERS,
     Plugin,
@@ -100,7 +101,7 @@ def _imported(plugin: Plugin) -> dict[str, Any]:
     loaded = load_plugin(find_plugin(plugin.group, plugin.name))
     if plugin.group == COMMANDS and not isinstance(loaded, click.Command):
         raise failure(plugin, f": {plugin.module} is of type {type(loaded).__name__}, not a click.Command")
-    if plugin.group == SCORERS or (plugin.group == TRACKERS and isinstance(loaded, type)):
+    if plugin.group in (SCORERS, READERS) or (plugin.group == TRACKERS and isinstance(loaded, type)):
         plugin_hooks(plugin, loaded)
     if plugin.group == TRACKERS:
         from mindprint.plugins.watching import load_trackers  # noqa: PLC0415 (listing needs none of it)

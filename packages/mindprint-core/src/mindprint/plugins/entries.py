@@ -12,7 +12,8 @@ BACKENDS = "mindprint.backends"
 SCORERS = "mindprint.scorers"
 TRACKERS = "mindprint.trackers"
 COMMANDS = "mindprint.commands"
-GROUPS = (BACKENDS, SCORERS, TRACKERS, COMMANDS)
+READERS = "mindprint.readers"
+GROUPS = (BACKENDS, SCORERS, TRACKERS, COMMANDS, READERS)
 """The entry-point groups. A plugin's group says which kind of plugin it is, and so when it is imported."""
 
 OUR_BACKENDS = {"torch": "mindprint-core[torch]", "mlx": "mindprint-core[mlx]"}
@@ -40,7 +41,7 @@ class Plugin:
 
     @property
     def kind(self) -> str:
-        """`backend`, `scorer`, `tracker` or `command`."""
+        """`backend`, `scorer`, `tracker`, `command` or `reader`."""
         return kind_of(self.group)
 
     @property
@@ -79,7 +80,7 @@ def is_disabled(point: EntryPoint) -> bool:
 
 
 def kind_of(group: str) -> str:
-    """Return the word for a plugin of this group: `backend`, `scorer`, `tracker` or `command`."""
+    """Return the word for a plugin of this group: `backend`, `scorer`, `tracker`, `command` or `reader`."""
     return group.rpartition(".")[2].removesuffix("s")
 
 

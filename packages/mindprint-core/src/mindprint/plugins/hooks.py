@@ -12,11 +12,11 @@ import pluggy
 
 from mindprint import hookspecs
 from mindprint.errors import PluginError
-from mindprint.plugins.entries import SCORERS, TRACKERS, Plugin
+from mindprint.plugins.entries import READERS, SCORERS, TRACKERS, Plugin
 from mindprint.plugins.loading import failure
 from mindprint.plugins.tracing import trace_if_asked
 
-NEEDED_HOOKS = {TRACKERS: "mindprint_event", SCORERS: "mindprint_scorers"}
+NEEDED_HOOKS = {TRACKERS: "mindprint_event", SCORERS: "mindprint_scorers", READERS: "mindprint_read_documents"}
 """The hook that makes a plugin of each group a plugin of that kind. A backend needs `hookspecs.REQUIRED_HOOKS`."""
 
 MISFIT = "does not fit the hook contract: "
@@ -46,10 +46,10 @@ def backend_hooks(plugin: Plugin, module: object, observers: Iterable[object] = 
 
 
 def plugin_hooks(plugin: Plugin, loaded: object) -> pluggy.HookRelay:
-    """Return the hooks of a tracker, of a tracker's class, or of a scorer's module.
+    """Return the hooks of a tracker, of a tracker's class, or of the module of a scorer or a reader.
 
     Raises:
-        PluginError: A hook does not fit the contract, or the one that makes it a tracker or a scorer is missing.
+        PluginError: A hook does not fit the contract, or the one that makes it a plugin of its kind is missing.
             `ScorerError`, a kind of it, for a scorer.
     """
     needed = NEEDED_HOOKS[plugin.group]

@@ -20,6 +20,7 @@ from mindprint.plugins.entries import (
     COMMANDS,
     DISABLE,
     OUR_BACKENDS,
+    READERS,
     SCORERS,
     TRACKERS,
     Plugin,
@@ -39,6 +40,7 @@ ERRORS: dict[str, type[MindprintError]] = {
     SCORERS: ScorerError,
     TRACKERS: PluginError,
     COMMANDS: PluginError,
+    READERS: PluginError,
 }
 """The error of each group."""
 
@@ -47,6 +49,7 @@ ALTERNATIVES = {
     SCORERS: "take it out of voice.scorers",
     TRACKERS: "take it out of `trackers`",
     COMMANDS: "uninstall its distribution",
+    READERS: "turn it off (MINDPRINT_DISABLE_PLUGINS)",
 }
 """The remedy for who can do without the plugin."""
 

@@ -176,6 +176,15 @@ def open_model(
 
 
 @contextmanager
+def open_base(
+    model: ModelConfig, folder: Path, backend: BackendConfig, notice: Callable[[str], None] = lambda _: None
+) -> Iterator[OpenedModel]:
+    """Load a base that a configuration names, relative to `folder`, while the block lasts."""
+    with _loaded(None, models.resolve_model(model, folder), backend, notice) as (_, opened):
+        yield opened
+
+
+@contextmanager
 def _loaded(
     file: ConfigFile | None, base: models.ModelFolder, backend: BackendConfig | None, notice: Callable[[str], None]
 ) -> Iterator[tuple[Engine, OpenedModel]]:

@@ -1,0 +1,219 @@
+"""From a person's files to a project that can be trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from mindprint import atomic
+from mindprint.api.options import Notices, OnNotice, backend_section
+from mindprint.api.project import config_text, model_from
+from mindprint.api.results import Result, Table
+from mindprint.config import FILE_NAME
+from mindprint.contract import Dtype
+from mindprint.errors import ConfigError, DataError
+from mindprint.events import Notice
+from mindprint.reports.page import as_page
+from mindprint.reports.prepared import preparation_report
+from mindprint.runs import opened as runs_opened
+from mindprint.writing.asking import BaseModel, Kept, OnBatch
+from mindprint.writing.gathering import Gathered, Options, gather
+from mindprint.writing.making import KINDS, MIX, Made, RowKind, make_rows, pair_exchanges
+from mindprint.writing.project import REPORT, find_project
+from mindprint.writing.templates import Templates
+
+ANSWERS = "prepare.jsonl"
+"""The base model's answers, next to the rows: they make the command resumable, and later calls quick."""
+
+TOPIC, CHATS = "writing", "conversations"
+TITLES = {TOPIC: "Writing", CHATS: "Conversations"}
+ROWS = ("sft.jsonl", "preferences.jsonl", "heldout.jsonl")
+OUTLINE = "curriculum.yaml"
+LONGEST_PASSAGE = 1000
+
+
+@dataclass(frozen=True)
+class PrepareResult(Result):
+    """The rows of a project, returned by `mindprint.prepare`.
+
+    Attributes:
+        project: The project's folder.
+        gathered: What was read, and how it was divided.
+        counts: Rows by file.
+        notices: Messages, in order.
+    """
+
+    project: Path
+    gathered: Gathered
+    counts: Mapping[str, int]
+    notices: tuple[Notice, ...]
+
+    @property
+    def report(self) -> Path:
+        """The page that shows what was read, dropped and made."""
+        return self.project / "data" / "report.html"
+
+    def blocks(self) -> Iterator[Table | str]:
+        gathered = self.gathered
+        read, skipped = len(gathered.reading.read), len(gathered.reading.skipped)
+        yield Table(
+            ("", ""),
+            [
+                ("files read", f"{read}" + (f" ({skipped} could not be read)" if skipped else "")),
+                ("words", f"{gathered.words:,}"),
+                ("language", gathered.language or "unknown"),
+                *((name, f"{count:,} rows") for name, count in self.counts.items()),
+            ],
+        )
+        if gathered.private:
+            yield f"{len(gathered.private)} private things were found, listed in {self.report}; --redact replaces them"
+        yield f"look at {self.report}, then: mindprint train {self.project}"
+
+    def to_dict(self) -> dict[str, Any]:
+        gathered = self.gathered
+        return {
+            "project": str(self.project),
+            "report": str(self.report),
+            "rows": dict(self.counts),
+            "words": gathered.words,
+            "language": gathered.language,
+            "other_languages": dict(gathered.other_languages),
+            "duplicates": gathered.duplicates,
+            "read": gathered.reading.read,
+            "skipped": gathered.reading.skipped,
+            "private": [{"kind": kind, "document": name} for kind, name, _ in gathered.private],
+            "notices": [asdict(notice) for notice in self.notices],
+        }
+
+
+def prepare(
+    writing: Sequence[str | PathLike[str]] | str | PathLike[str],
+    into: str | PathLike[str],
+    *,
+    model: str | None = None,
+    author: str | None = None,
+    passage_words: tuple[int, int] | None = None,
+    mix: Mapping[RowKind, float] | None = None,
+    heldout: float = 0.1,
+    redact: bool = False,
+    templates: str | PathLike[str] | None = None,
+    seed: int = 0,
+    backend: str | None = None,
+    device: str | None = None,
+    dtype: Dtype | None = None,
+    on_notice: OnNotice | None = None,
+    on_batch: OnBatch = lambda *_: None,
+) -> PrepareResult:
+    """Make the rows of a project from a person's own files, with the base model and nothing else.
+
+    Args:
+        writing: Files and folders: texts, Markdown, HTML, EPUB, DOCX, PDF, mailboxes, exported chats.
+        into: The project's folder, which may exist. Its `mindprint.yaml` is kept if there is one.
+        model: The base model. Default: the project's.
+        author: The person's name as mails and chats have it.
+        passage_words: The fewest and the most words of a passage. Default: 60 and 250.
+        mix: Shares of the kinds of row: `answer`, `continue`, `topic`, `rewrite`.
+        heldout: Share of the passages whose documents give no training row.
+        redact: Replace addresses, numbers and keys.
+        templates: A folder with texts that replace those by which the model is asked.
+        seed: Seed of every draw.
+        backend: `torch`, `mlx`, or any installed backend. Default: the project's, or what is here.
+        device: `cpu`, `cuda`, `mps`, `metal`.
+        dtype: `float32`, `bfloat16` or `float16`. Taken only with `backend` or `device`.
+        on_notice: Receives messages as they come.
+        on_batch: Receives the kind of work, how much of it is done, and how much there is.
+
+    Returns:
+        A `PrepareResult`. Print it, or open `result.report`.
+
+    Raises:
+        DataError: A path does not exist, it is not clear who the person is, or there is too little text.
+        MindprintError: The base model cannot be loaded, or the project has rows that something else wrote.
+    """
+    notices = Notices(on_notice)
+    paths = [writing] if isinstance(writing, str | PathLike) else list(writing)
+    least, most = passage_words or (Options.least, Options.most)
+    options = Options(author, least, most, heldout, redact, seed)
+    _check_options(options)
+    shares = _checked_mix(mix)
+    project = find_project(Path(into), model)
+    project.refuse_others_files((*ROWS, OUTLINE, REPORT))
+    asking = Templates(Path(templates) if templates is not None else None)
+    gathered = gather([Path(path) for path in paths], options)
+    for name, reason in (*gathered.reading.broken.items(), *gathered.reading.skipped.items()):
+        notices(f"{name}: {reason}", warning=True)
+    section = backend_section(backend, device, dtype) or project.backend
+    with (
+        runs_opened.open_base(project.model, project.folder, section, notices) as opened,
+        Kept(project.data / ANSWERS) as kept,
+    ):
+        base = BaseModel(opened, kept, on_batch)
+        made = make_rows([*gathered.train, *gathered.heldout], base, asking, shares, seed)
+        pairs = pair_exchanges([*gathered.exchanges, *gathered.heldout_exchanges], base)
+        name = opened.base.name
+    rows = _rows(gathered, made, pairs)
+    if not rows["sft.jsonl"]:
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in made.dropped.most_common())
+        raise DataError(f"{name} found no prompt for any of {len(gathered.train)} passages: {reasons}")
+    counts = {name: len(lines) for name, lines in rows.items()}
+    files = {name: "".join(_line(row) for row in lines).encode() for name, lines in rows.items()}
+    files[OUTLINE] = _outline(rows["sft.jsonl"]).encode()
+    files[REPORT] = as_page(preparation_report(gathered, made, counts)).encode()
+    project.write(files, {"model": name, "seed": seed, "options": asdict(options), "mix": dict(shares)})
+    if not project.exists:
+        text = config_text(model_from(project.folder.resolve(), model or project.model.name), backend or "auto")
+        atomic.write_text(project.folder / FILE_NAME, text)
+    return PrepareResult(project.folder, gathered, counts, notices.heard)
+
+
+def _rows(gathered: Gathered, made: Made, pairs: Sequence[dict[str, Any] | None]) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of each file, in the order of the documents."""
+    heldout = {id(passage) for passage in gathered.heldout}
+    trained = [row for row in made.rows if id(row.passage) not in heldout]
+    of_chats = list(zip([*gathered.exchanges, *gathered.heldout_exchanges], pairs, strict=True))
+    learnt, examined = of_chats[: len(gathered.exchanges)], of_chats[len(gathered.exchanges) :]
+    return {
+        "sft.jsonl": [{**row.sft, "topic": TOPIC} for row in trained]
+        + [{**exchange.sft, "topic": CHATS} for exchange, _ in learnt],
+        "preferences.jsonl": [{**row.pair, "topic": TOPIC} for row in trained if row.rejected is not None]
+        + [{**pair, "topic": CHATS} for _, pair in learnt if pair],
+        "heldout.jsonl": [
+            {**row.pair, "topic": TOPIC} for row in made.rows if id(row.passage) in heldout and row.rejected is not None
+        ]
+        + [{**pair, "topic": CHATS} for _, pair in examined if pair],
+    }
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _outline(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return curriculum.yaml: the topics that have rows, with their titles."""
+    topics = dict.fromkeys(row["topic"] for row in rows)
+    lines = [f"  - {{id: {topic}, title: {TITLES[topic]}}}" for topic in topics]
+    return "\n".join(["topics:", *lines]) + "\n"
+
+
+def _check_options(options: Options) -> None:
+    if not 10 <= options.least <= options.most <= LONGEST_PASSAGE:
+        raise ConfigError(
+            f"passages of {options.least} to {options.most} words: the first number must be at least 10 and at most "
+            f"the second, and that at most {LONGEST_PASSAGE}"
+        )
+    if not 0 <= options.heldout <= 0.5:
+        raise ConfigError(f"heldout is {options.heldout}: give a share from 0 to 0.5")
+
+
+def _checked_mix(mix: Mapping[RowKind, float] | None) -> Mapping[RowKind, float]:
+    if mix is None:
+        return MIX
+    unknown = [name for name in mix if name not in KINDS]
+    if unknown or any(share < 0 for share in mix.values()) or not sum(mix.values()) > 0:
+        problem = f"{unknown[0]!r} is no kind of row" if unknown else "shares must be 0 or more, and one more than 0"
+        raise ConfigError(f"mix: {problem}; kinds are {', '.join(KINDS)}")
+    return mix

@@ -1,0 +1,119 @@
+"""What `mindprint prepare` read, dropped and made, as a page with examples to look at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+
+from mindprint.reports.document import Block, Bullets, Document, Paragraph, Section, SideBySide, Table
+from mindprint.text.words import words
+from mindprint.writing.gathering import Gathered
+from mindprint.writing.making import KINDS, Made, MadeRow
+
+MOST_FILES = 200
+"""Files and private things that the page lists."""
+
+EXAMPLES = 3
+"""Rows of each kind that are shown."""
+
+EXPECTED = (
+    (2_000, "enough for a trace of the voice: short sentences, favourite words"),
+    (10_000, "enough for a voice that is recognised, with few preference pairs"),
+    (40_000, "enough for a voice that holds over long answers"),
+)
+"""Words, and what to expect of so many. docs/prepare.md says where these come from."""
+
+HIDDEN = 4
+"""Characters of a private thing that the page shows: enough to find it, and not to use it."""
+
+
+def preparation_report(gathered: Gathered, made: Made, counts: Mapping[str, int]) -> Document:
+    """Return the report of a preparation. `counts` are rows by file."""
+    sections = (
+        Section("What was made", tuple(_made(gathered, made, counts))),
+        Section("Examples", tuple(_examples(made))),
+        Section("What was read", tuple(_read(gathered))),
+        Section("Private things", tuple(_private(gathered))),
+    )
+    return Document("The rows of a voice", f"{gathered.words:,} words", sections)
+
+
+def _made(gathered: Gathered, made: Made, counts: Mapping[str, int]) -> Iterator[Block]:
+    yield Table("Rows", ("file", "rows"), tuple((name, f"{count:,}") for name, count in counts.items()), frozenset({1}))
+    expected = next((text for least, text in reversed(EXPECTED) if gathered.words >= least), "too little for a voice")
+    yield Paragraph(f"The writing has {gathered.words:,} words in {_language(gathered)}: {expected}.")
+    by_kind = {kind: [row for row in made.rows if row.kind == kind] for kind in KINDS}
+    rows = tuple(
+        (
+            kind,
+            f"{len(found)}",
+            f"{median(row.gain for row in found):.2f}",
+            f"{median(len(words(row.passage.text)) for row in found):.0f}",
+            f"{sum(row.rejected is not None for row in found)}",
+        )
+        for kind, found in by_kind.items()
+        if found
+    )
+    header = ("kind", "rows", "gain of the prompt (nats a token)", "words of the passage", "with a rejected answer")
+    yield Table("Kinds of row", header, rows, frozenset(range(1, 5)))
+    if reasons := (*_reasons(made.dropped, "passages: "), *_reasons(made.unpaired, "rows without a pair: ")):
+        yield Bullets(reasons)
+
+
+def _reasons(counts: Counter[str], subject: str) -> tuple[str, ...]:
+    return tuple(f"{count} {subject}{reason}" for reason, count in counts.most_common())
+
+
+def _examples(made: Made) -> Iterator[Block]:
+    for kind in KINDS:
+        found = [row for row in made.rows if row.kind == kind]
+        # From the middle: the first passages of a book are its front matter.
+        middle = len(found) // 2
+        for row in found[middle : middle + EXAMPLES]:
+            yield _example(row)
+
+
+def _example(row: MadeRow) -> SideBySide:
+    texts = [("the person (chosen)", row.passage.text)]
+    if row.rejected is not None:
+        texts.append(("the base model (rejected)", row.rejected))
+    note = f"{row.passage.document}, passage {row.passage.place + 1}"
+    return SideBySide(row.kind, row.prompt, tuple(texts), note)
+
+
+def _read(gathered: Gathered) -> Iterator[Block]:
+    reading = gathered.reading
+    left_out = [f"{gathered.duplicates} passages nearly equal others and were left out"] if gathered.duplicates else []
+    left_out += [
+        f"{count} passages are in {name} and were left out" for name, count in gathered.other_languages.items()
+    ]
+    if gathered.others_documents:
+        left_out.append(f"{gathered.others_documents} mails are by other people and were left out")
+    if left_out:
+        yield Bullets(tuple(left_out))
+    rows = tuple((name, f"{count}") for name, count in reading.read.items())
+    yield from _listed("Files that were read", ("file", "documents"), rows)
+    yield from _listed("Files that could not be read", ("file", "why"), tuple(reading.skipped.items()))
+
+
+def _private(gathered: Gathered) -> Iterator[Block]:
+    if not gathered.private:
+        yield Paragraph("No addresses, telephone numbers, accounts, cards or keys were found by their patterns.")
+        return
+    kinds = Counter(kind for kind, _, _ in gathered.private)
+    found = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
+    yield Paragraph(f"Found by their patterns: {found}. `--redact` replaces them. Names of people are not found.")
+    rows = tuple((kind, name, f"{thing[:HIDDEN]}…") for kind, name, thing in gathered.private)
+    yield from _listed("Private things", ("kind", "document", "begins with"), rows)
+
+
+def _listed(caption: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[Block]:
+    if rows:
+        yield Table(caption, header, tuple(rows[:MOST_FILES]))
+    if len(rows) > MOST_FILES:
+        yield Paragraph(f"And {len(rows) - MOST_FILES:,} more.")
+
+
+def _language(gathered: Gathered) -> str:
+    return f"the language {gathered.language!r}" if gathered.language else "an unknown language"

@@ -1,0 +1,86 @@
+"""Whether a text that the base model wrote serves as a prompt, or as an answer that is not the person's."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from mindprint.text.words import words
+
+PROMPT_WORDS = 3, 60
+COPIED = 8
+"""Words that prompt and passage may not have in common in a row: the model would learn to recite its prompt."""
+
+LENGTHS = 0.5, 2.0
+"""Words of a rejected answer, divided by those of the passage."""
+
+REPEATED = 0.3
+"""Share of an answer's 4-grams that occur before in it, from which on it is a loop. People stay below 0.05."""
+
+ALIKE = 0.5
+"""Share of a passage's 4-grams in the answer to its prompt, from which on both say the same."""
+
+_LABEL = re.compile(
+    r"^(?:(?:the )?(?:user(?:'s)? )?(?:request|question|prompt|topic|title|instruction|answer)\b[^:\n]{0,40}:"
+    r"|[-*•]|\d+[.)])\s*",
+    re.IGNORECASE,
+)
+_QUOTES = "\"'“”‘’«»„ *_`"
+
+
+def clean_prompt(reply: str) -> str:
+    """Return the first paragraph of a reply without a label (`Request:`) and without quotation marks around it."""
+    lines = [line.strip() for line in reply.strip().splitlines() if line.strip()]
+    # Small models announce what they do on a line by itself.
+    while len(lines) > 1 and lines[0].endswith(":"):
+        lines = lines[1:]
+    text = _LABEL.sub("", lines[0]) if lines else ""
+    stripped = text.strip(_QUOTES)
+    return stripped + ("." if text.endswith((".", '."')) and not stripped.endswith((".", "?", "!")) else "")
+
+
+def is_prompt(prompt: str, passage: str) -> bool:
+    """Return whether a text has the length of a prompt and does not copy the passage."""
+    asked = words(prompt)
+    return PROMPT_WORDS[0] <= len(asked) <= PROMPT_WORDS[1] and longest_common(asked, words(passage)) < COPIED
+
+
+def unfit(answer: str, passage: str) -> str | None:
+    """Return why an answer cannot be the rejected one, None if it can."""
+    said, own = words(answer), words(passage)
+    if not LENGTHS[0] * len(own) <= len(said) <= LENGTHS[1] * len(own):
+        return "of another length than the passage"
+    if repeated_share(said) > REPEATED:
+        return "a loop"
+    grams = set(_grams(own))
+    if grams and len(grams & set(_grams(said))) > ALIKE * len(grams):
+        return "too like the passage"
+    return None
+
+
+def repeated_share(said: Sequence[str]) -> float:
+    """Return the share of 4-grams of words that occurred before in the same text, 0 to 1."""
+    grams = Counter(_grams(said))
+    total = sum(grams.values())
+    return 1 - len(grams) / total if total else 0.0
+
+
+def longest_common(first: Sequence[str], second: Sequence[str]) -> int:
+    """Return the length of the longest run of words that both texts have."""
+    # One row of the table of dynamic programming: `row[j]` is the run that ends at word j of the second text.
+    longest, row = 0, [0] * (len(second) + 1)
+    for word in first:
+        row = [0, *(row[place] + 1 if other == word else 0 for place, other in enumerate(second))]
+        longest = max(longest, *row)
+    return longest
+
+
+def up_to_sentence(text: str) -> str:
+    """Return a text up to the end of its last whole sentence, or all of it if it has none."""
+    ends = list(re.finditer(r"[.!?…][\"'”’»)]*(?=\s|$)", text))
+    return text[: ends[-1].end()] if ends else text
+
+
+def _grams(said: Sequence[str]) -> list[tuple[str, ...]]:
+    return [tuple(said[place : place + 4]) for place in range(len(said) - 3)]

@@ -1,0 +1,178 @@
+"""Everything that the person wrote, before any model is asked: passages and exchanges, checked and divided."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import TypeVar
+
+from mindprint.contract import Document
+from mindprint.draws import uniform
+from mindprint.errors import DataError
+from mindprint.readers.finding import Reading, read_documents
+from mindprint.text.near_duplicates import near_duplicate_groups
+from mindprint.text.words import word_count
+from mindprint.writing.conversations import Exchange, exchanges
+from mindprint.writing.languages import languages_of
+from mindprint.writing.passages import LEAST, MOST, Passage, cut
+from mindprint.writing.people import is_own, person_in
+from mindprint.writing.private import find_private, redact
+
+FEWEST_PASSAGES = 8
+"""Passages from which on there is something to learn and something to hold out."""
+
+Part = TypeVar("Part", Passage, Exchange)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a person may say about their writing.
+
+    Args:
+        author: Their name, as mails and chats have it.
+        least: The fewest words of a passage.
+        most: The most words of a passage.
+        heldout: Share of the passages whose documents give no training row.
+        redact: Whether private things are replaced.
+        seed: Seed of every draw.
+    """
+
+    author: str | None = None
+    least: int = LEAST
+    most: int = MOST
+    heldout: float = 0.1
+    redact: bool = False
+    seed: int = 0
+
+
+@dataclass
+class Gathered:
+    """The person's writing.
+
+    Args:
+        train: Passages to train on, in the order of the documents.
+        heldout: Passages of documents that give no training row.
+        exchanges: Stretches of conversations to train on.
+        heldout_exchanges: Stretches of conversations that are held out.
+        reading: The files that were read, and those that were not.
+        language: The main language.
+        other_languages: Passages in other languages, which are left out, by language.
+        duplicates: Passages that nearly equal one before them, which are left out.
+        others_documents: Documents that somebody else wrote.
+        private: The private things found: kind, the name of the document, and the thing itself.
+        words: The person's words in all.
+    """
+
+    train: list[Passage] = field(default_factory=list)
+    heldout: list[Passage] = field(default_factory=list)
+    exchanges: list[Exchange] = field(default_factory=list)
+    heldout_exchanges: list[Exchange] = field(default_factory=list)
+    reading: Reading = field(default_factory=Reading)
+    language: str = ""
+    other_languages: Mapping[str, int] = field(default_factory=dict)
+    duplicates: int = 0
+    others_documents: int = 0
+    private: list[tuple[str, str, str]] = field(default_factory=list)
+    words: int = 0
+
+
+def gather(paths: Sequence[Path], options: Options, on_file: Callable[[Path], None] = lambda _: None) -> Gathered:
+    """Read the files and cut them into passages and exchanges.
+
+    Raises `DataError` if a path does not exist, if it is not clear who the person is, or if too little is left.
+    """
+    gathered = Gathered()
+    documents = list(read_documents(paths, gathered.reading, on_file))
+    person = person_in(documents, options.author)
+    own = [document for document in documents if document.turns or is_own(document, person)]
+    gathered.others_documents = len(documents) - len(own)
+    passages = [passage for document in own for passage in cut(document, options.least, options.most)]
+    spoken = [exchange for document in own for exchange in exchanges(document, person)]
+    passages = _in_main_language(passages, gathered)
+    passages = _without_duplicates(passages, lambda passage: passage.text, gathered)
+    spoken = _without_duplicates(spoken, lambda exchange: exchange.own, gathered)
+    gathered.private = [
+        (private.kind, document, text[private.start : private.end])
+        for document, text in (*((p.document, p.text) for p in passages), *((e.document, e.own) for e in spoken))
+        for private in find_private(text)
+    ]
+    if options.redact:
+        passages = [replace(p, text=redact(p.text), before=redact(p.before)) for p in passages]
+        spoken = [replace(e, messages=tuple((role, redact(text)) for role, text in e.messages)) for e in spoken]
+    gathered.words = word_count([p.text for p in passages]) + word_count([e.own for e in spoken])
+    if len(passages) + len(spoken) < FEWEST_PASSAGES:
+        raise DataError(_too_little(gathered, len(passages) + len(spoken), documents))
+    gathered.train, gathered.heldout = _divided(passages, options)
+    gathered.exchanges, gathered.heldout_exchanges = _divided(spoken, options)
+    return gathered
+
+
+def _in_main_language(passages: Sequence[Passage], gathered: Gathered) -> list[Passage]:
+    if not passages:
+        return []
+    main, languages = languages_of([passage.text for passage in passages])
+    gathered.language = main
+    others = Counter(language for language in languages if language != main)
+    gathered.other_languages = dict(others.most_common())
+    return [passage for passage, language in zip(passages, languages, strict=True) if language == main]
+
+
+def _without_duplicates(parts: Sequence[Part], text_of: Callable[[Part], str], gathered: Gathered) -> list[Part]:
+    if not parts:
+        return []
+    groups = near_duplicate_groups([text_of(part) for part in parts])
+    kept = [part for place, (part, group) in enumerate(zip(parts, groups, strict=True)) if place == group]
+    gathered.duplicates += len(parts) - len(kept)
+    return kept
+
+
+def _divided(parts: Sequence[Part], options: Options) -> tuple[list[Part], list[Part]]:
+    """Divide by document: a hash of each decides, so that writing that is added later moves none.
+
+    Of a single document, or where the hash would hold out nothing or too much, the last part of the longest one is held
+    out, after a gap of one passage.
+    """
+    by_document: dict[str, list[Part]] = {}
+    for part in parts:
+        by_document.setdefault(part.document, []).append(part)
+    if not parts or not options.heldout:
+        return list(parts), []
+    drawn = {name for name in by_document if _draw(by_document[name], options.seed) < options.heldout}
+    share = sum(len(by_document[name]) for name in drawn) / len(parts)
+    if drawn and share <= 3 * options.heldout:
+        return (
+            [part for part in parts if part.document not in drawn],
+            [part for part in parts if part.document in drawn],
+        )
+    longest = max(by_document.values(), key=len)
+    count = max(1, round(options.heldout * len(parts)))
+    # Of many short documents the last ones, whole; of a long one its end.
+    if count >= len(longest):
+        return list(parts[: -count - 1]), list(parts[-count:])
+    heldout = longest[-count:]
+    gap = {id(part) for part in longest[-count - 1 :]}
+    return [part for part in parts if id(part) not in gap], heldout
+
+
+def _draw(parts: Sequence[Passage] | Sequence[Exchange], seed: int) -> float:
+    # By the text and not by the name: a folder that is moved stays divided as it was.
+    first = parts[0]
+    text = first.text if isinstance(first, Passage) else first.own
+    digest = blake2b(text.encode(), digest_size=8).hexdigest()
+    return float(uniform((1,), seed, "held out", digest)[0])
+
+
+def _too_little(gathered: Gathered, found: int, documents: Sequence[Document]) -> str:
+    reading = gathered.reading
+    if not documents and reading.skipped:
+        first, reason = next(iter(reading.skipped.items()))
+        return f"none of the {len(reading.skipped)} files could be read; the first: {first}: {reason}"
+    if not documents:
+        return "there is no file to read: name files or folders with the person's writing"
+    return (
+        f"only {found} passages were found in {len(documents)} documents ({gathered.words:,} words), and "
+        f"{FEWEST_PASSAGES} are needed: give more of the person's writing, or shorter passages (--passage-words)"
+    )

@@ -1,0 +1,197 @@
+"""Rows from passages, by the base model itself.
+
+A prompt is found by instruction backtranslation (Li et al. 2023, arXiv 2308.06259): the model proposes several, and the
+one under which the passage gains most log-prob is kept. The rejected answer is the model's own to the same prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, Literal, get_args
+
+from mindprint.data.rows import Message, Messages
+from mindprint.draws import uniform
+from mindprint.text.words import words
+from mindprint.writing.asking import BaseModel, Question
+from mindprint.writing.checks import clean_prompt, is_prompt, unfit, up_to_sentence
+from mindprint.writing.conversations import Exchange
+from mindprint.writing.passages import Passage
+from mindprint.writing.templates import Templates
+
+RowKind = Literal["answer", "continue", "topic", "rewrite"]
+KINDS: tuple[RowKind, ...] = get_args(RowKind)
+
+MIX: Mapping[RowKind, float] = {"answer": 0.4, "continue": 0.2, "topic": 0.2, "rewrite": 0.2}
+"""Shares of the kinds of row."""
+
+PROMPT_TOKENS = 80
+CONTEXT_WORDS = 80
+"""Words before a passage that a row asks to continue."""
+
+LONGER = 1.3
+"""Tokens that an answer may have, relative to the passage's: what is cut then is cut at a sentence."""
+
+
+@dataclass(frozen=True)
+class MadeRow:
+    """A row from a passage. `gain` is in nats a token; `rejected` None if the model gave no usable answer."""
+
+    kind: RowKind
+    passage: Passage
+    prompt: str
+    gain: float
+    rejected: str | None
+
+    @property
+    def sft(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, "completion": self.passage.text}
+
+    @property
+    def pair(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, "chosen": self.passage.text, "rejected": self.rejected}
+
+
+@dataclass
+class Made:
+    """All rows, in the order of their passages, and how often what went wrong, by its reason."""
+
+    rows: list[MadeRow] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    unpaired: Counter[str] = field(default_factory=Counter)
+
+
+def make_rows(
+    passages: Sequence[Passage], model: BaseModel, templates: Templates, mix: Mapping[RowKind, float], seed: int
+) -> Made:
+    """Find a prompt and a rejected answer for each passage."""
+    made = Made()
+    kinds = [kind_of(passage, mix, seed) for passage in passages]
+    candidates = _candidates(passages, kinds, model, templates)
+    gains = _gains(passages, candidates, model, templates)
+    chosen: list[tuple[RowKind, Passage, str, float]] = []
+    for passage, kind, prompts, gained in zip(passages, kinds, candidates, gains, strict=True):
+        # The first of equals, whichever order floats come in.
+        best = max(range(len(prompts)), key=lambda place: gained[place], default=None)
+        if best is None:
+            made.dropped["no prompt was found that does not copy the passage"] += 1
+        elif gained[best] <= 0:
+            made.dropped["no prompt made the passage more probable"] += 1
+        else:
+            chosen.append((kind, passage, prompts[best], gained[best]))
+    rejected = _rejected(chosen, model)
+    for (kind, passage, prompt, gain), reply in zip(chosen, rejected, strict=True):
+        # For a rewriting, the answer that is not the person's is the plain text itself.
+        answer = _plain_of(prompt, templates) if kind == "rewrite" else up_to_sentence(reply)
+        why = unfit(answer, passage.text)
+        if why is not None:
+            made.unpaired[f"the model's answer was {why}"] += 1
+        made.rows.append(MadeRow(kind, passage, prompt, gain, None if why else answer))
+    return made
+
+
+def kind_of(passage: Passage, mix: Mapping[RowKind, float], seed: int) -> RowKind:
+    """Return the kind of row that a passage becomes: by its text alone, so that added writing changes no other row."""
+    possible = [kind for kind in KINDS if mix.get(kind) and (kind != "continue" or passage.before)]
+    if not possible:
+        possible = [kind for kind in KINDS if kind != "continue"]
+    total = sum(mix.get(kind, 0) or 1e-9 for kind in possible)
+    digest = blake2b(passage.text.encode(), digest_size=8).hexdigest()
+    draw = float(uniform((1,), seed, "kind of row", digest)[0]) * total
+    for kind in possible:
+        draw -= mix.get(kind, 0) or 1e-9
+        if draw < 0:
+            return kind
+    return possible[-1]
+
+
+def _candidates(
+    passages: Sequence[Passage], kinds: Sequence[RowKind], model: BaseModel, templates: Templates
+) -> list[list[str]]:
+    """Return the prompts that are proposed for each passage and fit it, in the order of the templates."""
+    names = [_proposing(kind, templates) for kind in kinds]
+    questions = [
+        Question(templates.fill(name, passage.text), _limit(name, passage, model))
+        for passage, proposing in zip(passages, names, strict=True)
+        for name in proposing
+    ]
+    replies = iter(model.replies(questions, "prompts"))
+    found = []
+    for passage, kind, proposing in zip(passages, kinds, names, strict=True):
+        if kind == "continue":
+            found.append([templates.fill("ask-continue", last_words(passage.before))])
+            continue
+        proposed = [next(replies).text for _ in proposing]
+        if kind == "rewrite":
+            plain = up_to_sentence(proposed[0].strip())
+            found.append([] if unfit(plain, passage.text) else [templates.fill("ask-rewrite", plain)])
+            continue
+        prompts = [clean_prompt(text) for text in proposed]
+        fit = dict.fromkeys(prompt for prompt in prompts if is_prompt(prompt, passage.text))
+        found.append([templates.fill("ask-topic", prompt) if kind == "topic" else prompt for prompt in fit])
+    return found
+
+
+def _proposing(kind: RowKind, templates: Templates) -> Sequence[str]:
+    if kind == "rewrite":
+        return ("rewrite",)
+    return () if kind == "continue" else templates.proposals(kind)
+
+
+def _limit(name: str, passage: Passage, model: BaseModel) -> int:
+    return math.ceil(LONGER * model.tokens(passage.text)) if name == "rewrite" else PROMPT_TOKENS
+
+
+def _gains(
+    passages: Sequence[Passage], candidates: Sequence[Sequence[str]], model: BaseModel, templates: Templates
+) -> list[list[float]]:
+    """Return what each candidate adds to the passage's mean log-prob, compared with a prompt that says nothing."""
+    nothing = templates.fill("ask-nothing")
+    pairs = [
+        (prompt, passage.text)
+        for passage, prompts in zip(passages, candidates, strict=True)
+        for prompt in (nothing, *prompts)
+        if prompts
+    ]
+    scores = iter(model.log_probs(pairs, "scores of prompts"))
+    gains = []
+    for prompts in candidates:
+        without = next(scores) if prompts else 0.0
+        gains.append([next(scores) - without for _ in prompts])
+    return gains
+
+
+def _rejected(chosen: Sequence[tuple[RowKind, Passage, str, float]], model: BaseModel) -> list[str]:
+    asked = [entry for entry in chosen if entry[0] != "rewrite"]
+    questions = [Question(prompt, math.ceil(LONGER * model.tokens(passage.text))) for _, passage, prompt, _ in asked]
+    replies = iter(model.replies(questions, "rejected answers"))
+    return ["" if kind == "rewrite" else next(replies).text for kind, *_ in chosen]
+
+
+def _plain_of(prompt: str, templates: Templates) -> str:
+    before, _, after = templates.texts["ask-rewrite"].partition("{plain}")
+    return prompt.removeprefix(before).removesuffix(after)
+
+
+def last_words(text: str, count: int = CONTEXT_WORDS) -> str:
+    """Return the end of a text, from the beginning of a sentence or of a paragraph if one is near."""
+    if len(words(text)) <= count:
+        return text
+    return " ".join(text.split()[-count:])
+
+
+def pair_exchanges(exchanges: Sequence[Exchange], model: BaseModel) -> list[dict[str, Any] | None]:
+    """Return a preference pair for each exchange, None where the base model gave no usable answer."""
+    questions = [Question(_prompt(e), math.ceil(LONGER * model.tokens(e.messages[-1][1]))) for e in exchanges]
+    replies = (up_to_sentence(reply.text) for reply in model.replies(questions, "rejected answers"))
+    return [
+        None if unfit(answer, exchange.messages[-1][1]) else exchange.pair(answer)
+        for exchange, answer in zip(exchanges, replies, strict=True)
+    ]
+
+
+def _prompt(exchange: Exchange) -> Messages:
+    return tuple(Message(message["role"], message["content"]) for message in exchange.prompt)  # type: ignore[arg-type]

@@ -1,0 +1,272 @@
+"""From documents to passages, exchanges and private things."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mindprint.contract import Block, Document, Turn
+from mindprint.errors import DataError
+from mindprint.text.words import words
+from mindprint.writing.checks import clean_prompt, is_prompt, longest_common, repeated_share, unfit, up_to_sentence
+from mindprint.writing.conversations import exchanges
+from mindprint.writing.gathering import Options, gather
+from mindprint.writing.languages import languages_of
+from mindprint.writing.passages import cut
+from mindprint.writing.people import person_in
+from mindprint.writing.private import find_private, redact
+
+
+def sentence(number: int, length: int) -> str:
+    return " ".join(f"w{chr(97 + number % 26)}{chr(97 + n % 26)}" for n in range(length)) + "."
+
+
+def prose(*lengths: int) -> Document:
+    return Document("book.txt", blocks=tuple(Block(sentence(n, length)) for n, length in enumerate(lengths)))
+
+
+def sizes(document: Document, least: int, most: int) -> list[int]:
+    return [len(words(passage.text)) for passage in cut(document, least, most)]
+
+
+def test_passages_are_whole_paragraphs_within_the_bounds() -> None:
+    document = prose(40, 30, 50, 20, 80, 10)
+    passages = list(cut(document, 60, 120))
+    assert [len(words(passage.text)) for passage in passages] == [120, 110]
+    assert "\n\n".join(p.text for p in passages).split("\n\n") == [block.text for block in document.blocks]
+    assert passages[1].before == passages[0].text
+
+
+def test_a_passage_never_crosses_a_heading() -> None:
+    blocks = (Block(sentence(0, 70)), Block("Chapter II", heading=True), Block(sentence(1, 70)))
+    passages = list(cut(Document("b", blocks=blocks), 60, 250))
+    assert [passage.text for passage in passages] == [sentence(0, 70), sentence(1, 70)]
+    assert [passage.before for passage in passages] == ["", ""]
+
+
+def test_a_long_paragraph_is_divided_between_sentences() -> None:
+    text = " ".join(sentence(n, 25) for n in range(10))
+    assert sizes(Document("b", blocks=(Block(text),)), 60, 110) == [100, 100, 50] or all(
+        50 <= size <= 110 for size in sizes(Document("b", blocks=(Block(text),)), 60, 110)
+    )
+
+
+def test_a_dialogue_is_kept_together_while_it_fits() -> None:
+    blocks = tuple(Block(f"“{sentence(n, 30)}”") for n in range(4))
+    assert sizes(Document("b", blocks=blocks), 60, 130) == [120]
+
+
+def test_a_rest_before_a_heading_goes_to_the_passage_before_it() -> None:
+    assert sizes(prose(70, 70, 20), 60, 100) == [70, 90]
+    assert sizes(prose(20), 60, 100) == []
+
+
+def test_the_main_language_is_that_of_most_characters() -> None:
+    english = "The ferry was late that morning, and nobody on the bank knew when it would come across the river."
+    german = "Die Fähre kam an diesem Morgen zu spät, und niemand am Ufer wusste, wann sie über den Fluss käme."
+    main, languages = languages_of([english, english, german, "Ada Lovelace"])
+    assert main == "en"
+    assert languages == ["en", "en", "de", "en"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("write to ada@example.org soon", "e-mail address"),
+        ("call +49 30 1234567 today", "telephone number"),
+        ("call (030) 123-4567 today", "telephone number"),
+        ("pay to DE89 3704 0044 0532 0130 00 now", "IBAN"),
+        ("the card 4111 1111 1111 1111 expired", "card number"),
+        ("token ghp_0123456789abcdefghijklmnopqrstuvwxyz leaked", "key"),
+    ],
+)
+def test_private_things_are_found_and_replaced(text: str, kind: str) -> None:
+    (private,) = find_private(text)
+    assert private.kind == kind
+    words_around = text.split()
+    assert redact(text) == f"{words_around[0]} " + redact(text).split(" ", 1)[1]
+    assert f"[{kind}]" in redact(text)
+    assert text[private.start : private.end] not in redact(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "on 2024-05-06 it rained",
+        "the years 1914 to 1918",
+        "DE89 3704 0044 0532 0130 01",
+        "4111 1111 1111 1112 times",
+        "a@b",
+    ],
+)
+def test_dates_years_and_wrong_sums_are_not_private(text: str) -> None:
+    assert redact(text) == text
+
+
+CHAT = Document(
+    "chat",
+    turns=(
+        Turn("Ada", "Anyone there?"),
+        Turn("Tom", "Yes."),
+        Turn("Zoe", "Me too."),
+        Turn("Ada", "Then let us meet at the ferry at four."),
+        Turn("Tom", "Fine."),
+    ),
+)
+
+
+def test_the_persons_turns_are_trained_and_the_others_are_the_prompt() -> None:
+    (exchange,) = exchanges(CHAT, frozenset({"Ada"}))
+    assert exchange.sft["messages"] == [
+        {"role": "user", "content": "Yes.\nMe too."},
+        {"role": "assistant", "content": "Then let us meet at the ferry at four."},
+    ]
+    assert exchange.pair("No.")["prompt"] == [{"role": "user", "content": "Yes.\nMe too."}]
+
+
+def test_a_conversation_of_which_the_person_says_too_little_makes_no_row() -> None:
+    assert list(exchanges(Document("c", turns=(Turn("Tom", "Tea?"), Turn("Ada", "Yes."))), frozenset({"Ada"}))) == []
+
+
+def test_a_long_conversation_becomes_several_rows() -> None:
+    turns = [Turn(name, sentence(n, 100)) for n in range(10) for name in ("Tom", "Ada")]
+    found = list(exchanges(Document("c", turns=tuple(turns)), frozenset({"Ada"})))
+    assert [exchange.place for exchange in found] == [0, 1, 2, 3]
+    assert all(exchange.messages[0][0] == "user" and exchange.messages[-1][0] == "assistant" for exchange in found)
+
+
+def test_the_person_is_found_by_part_of_a_name_or_by_an_address() -> None:
+    mails = [Document("m", "Ada Lovelace <ada@example.org>"), Document("n", "Tom <tom@example.org>")]
+    assert person_in(mails, "ada lovelace") == {"Ada Lovelace <ada@example.org>"}
+    assert person_in(mails, "tom@example.org") == {"Tom <tom@example.org>"}
+    assert person_in(mails[:1], None) == {"Ada Lovelace <ada@example.org>"}
+
+
+def test_names_are_listed_where_it_is_not_clear_who_the_person_is() -> None:
+    with pytest.raises(
+        DataError, match=r"--author 'Eve' is in none of the mails and chats; the names found: Ada \(2\)"
+    ):
+        person_in([CHAT], "Eve")
+    with pytest.raises(DataError, match="say who you are with --author"):
+        person_in([CHAT], None)
+
+
+@pytest.mark.parametrize(
+    ("reply", "prompt"),
+    [
+        ("Request: Tell me about the ferry.", "Tell me about the ferry."),
+        ('"What happened at four?"', "What happened at four?"),
+        ("Here is the request:\n\nDescribe the river.\n\nI hope it helps.", "Describe the river."),
+        ("", ""),
+    ],
+)
+def test_a_prompt_is_taken_out_of_a_reply(reply: str, prompt: str) -> None:
+    assert clean_prompt(reply) == prompt
+
+
+def test_a_prompt_that_copies_its_passage_is_none() -> None:
+    passage = "one two three four five six seven eight nine ten"
+    assert is_prompt("Tell me of one two three four five six seven", passage)
+    assert not is_prompt("Tell me of one two three four five six seven eight", passage)
+    assert not is_prompt("Why so", passage)
+    assert longest_common(["a", "b", "c", "d"], ["x", "b", "c", "y"]) == 2
+
+
+def test_an_answer_that_loops_or_copies_or_is_short_is_unfit() -> None:
+    passage = sentence(1, 60)
+    assert unfit(sentence(2, 60), passage) is None or unfit(sentence(2, 60), passage) == "a loop"
+    assert unfit("yes", passage) == "of another length than the passage"
+    assert unfit(passage, passage) in ("too like the passage", "a loop")
+    assert unfit("I have been in the world. " * 12, passage) == "a loop"
+    assert repeated_share(["a", "b", "c", "d", "e", "f"]) == 0
+
+
+def test_an_answer_ends_with_a_sentence() -> None:
+    assert up_to_sentence('He came. "Good." And then he') == 'He came. "Good."'
+    assert up_to_sentence("no end") == "no end"
+
+
+STORY = [
+    "The {n} ferry left the bank at dawn, and old {w} stood at the rail with a lantern that nobody had lit for years.",
+    "Nobody spoke of {w}, because the river had taken the {n} boat and given back nothing but a rope and one boot.",
+    "When the fog lifted, {w} counted the {n} posts along the shore and found that there was one more than before.",
+]
+PEOPLE = [
+    "Marten",
+    "Hilda",
+    "Osric",
+    "Wen",
+    "Tobias",
+    "Freya",
+    "Anselm",
+    "Ruth",
+    "Casimir",
+    "Ida",
+    "Gustav",
+    "Pia",
+    "Ottilie",
+    "Bruno",
+    "Selma",
+    "Hanno",
+    "Vera",
+    "Ludo",
+]
+NUMBERS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
+
+
+def story(start: int, paragraphs: int) -> str:
+    lines = [
+        " ".join(
+            text.format(n=NUMBERS[(start + 3 * p + k) % 10], w=PEOPLE[(start + 5 * p + 7 * k) % len(PEOPLE)])
+            for k, text in enumerate(STORY)
+        )
+        + f" It was the year {1800 + start + p}."
+        for p in range(paragraphs)
+    ]
+    return "\n\n".join(lines)
+
+
+def test_documents_are_held_out_whole(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"letter-{number:02}.txt").write_text(story(17 * number, 2))
+    gathered = gather([tmp_path], Options(heldout=0.2, least=40, most=70))
+    heldout = {passage.document for passage in gathered.heldout}
+    assert heldout
+    assert not heldout & {passage.document for passage in gathered.train}
+    # More writing moves no letter from one side to the other.
+    (tmp_path / "more.txt").write_text(story(900, 2))
+    again = gather([tmp_path], Options(heldout=0.2, least=40, most=70))
+    assert heldout <= {passage.document for passage in again.heldout}
+
+
+def test_the_end_of_a_single_document_is_held_out_after_a_gap(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(story(0, 20))
+    gathered = gather([tmp_path / "book.txt"], Options(heldout=0.1, least=40, most=70))
+    places = [passage.place for passage in gathered.train], [passage.place for passage in gathered.heldout]
+    assert max(places[0]) + 2 == min(places[1])
+    assert gathered.language == "en"
+
+
+def test_files_that_are_the_same_count_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(story(0, 12))
+    (tmp_path / "b.txt").write_text(story(0, 12))
+    gathered = gather([tmp_path], Options(heldout=0, least=40, most=70))
+    assert len(gathered.train) == gathered.duplicates
+
+
+def test_private_things_are_replaced_only_when_asked(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(story(0, 12) + "\n\n" + story(50, 1) + " Write to ada@example.org for the rest.")
+    plain = gather([tmp_path], Options(heldout=0, least=40, most=90))
+    assert [(kind, thing) for kind, _, thing in plain.private] == [("e-mail address", "ada@example.org")]
+    redacted = gather([tmp_path], Options(heldout=0, least=40, most=90, redact=True))
+    assert "ada@" in plain.train[-1].text
+    assert "[e-mail address]" in redacted.train[-1].text
+
+
+def test_one_word_and_an_empty_folder_are_too_little(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no file to read"):
+        gather([tmp_path], Options())
+    (tmp_path / "a.txt").write_text("Word.")
+    with pytest.raises(DataError, match="only 0 passages were found in 1 documents"):
+        gather([tmp_path], Options())
