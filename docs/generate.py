@@ -171,6 +171,7 @@ The examples below belong to one project, which `mindprint init my-voice` made. 
 
 FUNCTIONS = (
     "load_config",
+    "prepare",
     "plan",
     "train",
     "open_adapter",
@@ -182,6 +183,7 @@ FUNCTIONS = (
     "compare",
 )
 RESULTS = (
+    "PrepareResult",
     "PlanResult",
     "TrainResult",
     "GenerateResult",

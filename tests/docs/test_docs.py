@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(page for place in ("", "docs/", "packages/*/", "examples/*/") for page in ROOT.glob(f"{place}*.md"))
 COMMANDS = (
     "init",
+    "prepare",
     "plan",
     "train",
     "generate",

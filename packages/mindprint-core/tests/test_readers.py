@@ -77,7 +77,8 @@ def test_the_licence_around_a_text_of_project_gutenberg_is_left_out(tmp_path: Pa
     file = tmp_path / "book.txt"
     file.write_text(
         "The Project Gutenberg eBook of Something\n\n*** START OF THE PROJECT GUTENBERG EBOOK SOMETHING ***\n\n"
-        "Produced by Somebody\n\nIt was a fine day.\n\n*** END OF THE PROJECT GUTENBERG EBOOK SOMETHING ***\n\nLicence.\n"
+        "Produced by Somebody\n\nIt was a fine day.\n\n*** END OF THE PROJECT GUTENBERG EBOOK SOMETHING ***\n\n"
+        "Licence.\n"
     )
     ((document,), _) = read(file)
     assert texts(document) == ["It was a fine day."]

@@ -15,6 +15,7 @@ _EXPORTS = {
     "MergeResult": "results",
     "NotVerifiedError": "adapters",
     "PlanResult": "planning",
+    "PrepareResult": "preparation",
     "TrainResult": "results",
     "VerifyResult": "results",
     "compare": "comparison",
@@ -25,6 +26,7 @@ _EXPORTS = {
     "merge": "adapters",
     "open_adapter": "generation",
     "plan": "planning",
+    "prepare": "preparation",
     "train": "training",
     "verify": "adapters",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "MergeResult",
     "NotVerifiedError",
     "PlanResult",
+    "PrepareResult",
     "TrainResult",
     "VerifyResult",
     "compare",
@@ -48,6 +51,7 @@ __all__ = [
     "merge",
     "open_adapter",
     "plan",
+    "prepare",
     "train",
     "verify",
 ]
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
     from mindprint.api.evaluation_tables import EvaluateResult
     from mindprint.api.generation import generate, open_adapter
     from mindprint.api.planning import PlanResult, plan
+    from mindprint.api.preparation import PrepareResult, prepare
     from mindprint.api.results import (
         AnsweredPrompt,
         ConvertResult,

@@ -35,6 +35,10 @@ ROWS = ("sft.jsonl", "preferences.jsonl", "heldout.jsonl")
 OUTLINE = "curriculum.yaml"
 LONGEST_PASSAGE = 1000
 
+DPO_STEPS = "  steps_per_topic:"
+DPO_OFF = "  enabled: false  # no preference pairs yet\n" + DPO_STEPS
+"""A line in the `dpo` section of a new mindprint.yaml, and its replacement in a project without pairs."""
+
 
 @dataclass(frozen=True)
 class PrepareResult(Result):
@@ -42,7 +46,7 @@ class PrepareResult(Result):
 
     Attributes:
         project: The project's folder.
-        gathered: What was read, and how it was divided.
+        gathered: The person's writing: the files that were read, and its passages.
         counts: Rows by file.
         notices: Messages, in order.
     """
@@ -54,7 +58,7 @@ class PrepareResult(Result):
 
     @property
     def report(self) -> Path:
-        """The page that shows what was read, dropped and made."""
+        """The page about the files, the rows, and everything that was left out."""
         return self.project / "data" / "report.html"
 
     def blocks(self) -> Iterator[Table | str]:
@@ -67,6 +71,8 @@ class PrepareResult(Result):
                 ("words", f"{gathered.words:,}"),
                 ("language", gathered.language or "unknown"),
                 *((name, f"{count:,} rows") for name, count in self.counts.items()),
+                *([("duplicates left out", f"{gathered.duplicates:,} passages")] if gathered.duplicates else []),
+                *((f"left out, in {name}", f"{count:,} passages") for name, count in gathered.other_languages.items()),
             ],
         )
         if gathered.private:
@@ -106,7 +112,7 @@ def prepare(
     device: str | None = None,
     dtype: Dtype | None = None,
     on_notice: OnNotice | None = None,
-    on_batch: OnBatch = lambda *_: None,
+    on_batch: OnBatch | None = None,
 ) -> PrepareResult:
     """Make the rows of a project from a person's own files, with the base model and nothing else.
 
@@ -121,7 +127,7 @@ def prepare(
         redact: Replace addresses, numbers and keys.
         templates: A folder with texts that replace those by which the model is asked.
         seed: Seed of every draw.
-        backend: `torch`, `mlx`, or any installed backend. Default: the project's, or what is here.
+        backend: `torch`, `mlx`, or any installed backend. Default: the project's, or the best one installed.
         device: `cpu`, `cuda`, `mps`, `metal`.
         dtype: `float32`, `bfloat16` or `float16`. Taken only with `backend` or `device`.
         on_notice: Receives messages as they come.
@@ -151,7 +157,7 @@ def prepare(
         runs_opened.open_base(project.model, project.folder, section, notices) as opened,
         Kept(project.data / ANSWERS) as kept,
     ):
-        base = BaseModel(opened, kept, on_batch)
+        base = BaseModel(opened, kept, on_batch or (lambda *_: None))
         made = make_rows([*gathered.train, *gathered.heldout], base, asking, shares, seed)
         pairs = pair_exchanges([*gathered.exchanges, *gathered.heldout_exchanges], base)
         name = opened.base.name
@@ -164,9 +170,12 @@ def prepare(
     files[OUTLINE] = _outline(rows["sft.jsonl"]).encode()
     files[REPORT] = as_page(preparation_report(gathered, made, counts)).encode()
     project.write(files, {"model": name, "seed": seed, "options": asdict(options), "mix": dict(shares)})
+    has_pairs = bool(rows["preferences.jsonl"])
     if not project.exists:
         text = config_text(model_from(project.folder.resolve(), model or project.model.name), backend or "auto")
-        atomic.write_text(project.folder / FILE_NAME, text)
+        atomic.write_text(project.folder / FILE_NAME, text if has_pairs else text.replace(DPO_STEPS, DPO_OFF))
+    if not has_pairs:
+        notices(f"{name} gave no answer that can be the rejected one: train with dpo.enabled=false", warning=True)
     return PrepareResult(project.folder, gathered, counts, notices.heard)
 
 
@@ -176,15 +185,24 @@ def _rows(gathered: Gathered, made: Made, pairs: Sequence[dict[str, Any] | None]
     trained = [row for row in made.rows if id(row.passage) not in heldout]
     of_chats = list(zip([*gathered.exchanges, *gathered.heldout_exchanges], pairs, strict=True))
     learnt, examined = of_chats[: len(gathered.exchanges)], of_chats[len(gathered.exchanges) :]
+    written = [row.pair for row in trained if row.rejected is not None]
+    spoken = [pair for _, pair in learnt if pair]
+    # A topic needs rows of both stages, so one without pairs becomes a part of the other.
+    chats = CHATS if written and spoken else TOPIC
+    measured = [row.pair for row in made.rows if id(row.passage) in heldout and row.rejected is not None]
     return {
-        "sft.jsonl": [{**row.sft, "topic": TOPIC} for row in trained]
-        + [{**exchange.sft, "topic": CHATS} for exchange, _ in learnt],
-        "preferences.jsonl": [{**row.pair, "topic": TOPIC} for row in trained if row.rejected is not None]
-        + [{**pair, "topic": CHATS} for _, pair in learnt if pair],
+        "sft.jsonl": [
+            *({**row.sft, "topic": TOPIC} for row in trained),
+            *({**exchange.sft, "topic": chats} for exchange, _ in learnt),
+        ],
+        "preferences.jsonl": [
+            *({**pair, "topic": TOPIC} for pair in written),
+            *({**pair, "topic": chats} for pair in spoken),
+        ],
         "heldout.jsonl": [
-            {**row.pair, "topic": TOPIC} for row in made.rows if id(row.passage) in heldout and row.rejected is not None
-        ]
-        + [{**pair, "topic": CHATS} for _, pair in examined if pair],
+            *({**pair, "topic": TOPIC} for pair in measured),
+            *({**pair, "topic": chats} for _, pair in examined if pair),
+        ],
     }
 
 
@@ -214,6 +232,6 @@ def _checked_mix(mix: Mapping[RowKind, float] | None) -> Mapping[RowKind, float]
         return MIX
     unknown = [name for name in mix if name not in KINDS]
     if unknown or any(share < 0 for share in mix.values()) or not sum(mix.values()) > 0:
-        problem = f"{unknown[0]!r} is no kind of row" if unknown else "shares must be 0 or more, and one more than 0"
+        problem = f"{unknown[0]!r} is not a kind of row" if unknown else "shares must be 0 or more, and one more than 0"
         raise ConfigError(f"mix: {problem}; kinds are {', '.join(KINDS)}")
     return mix

@@ -46,7 +46,7 @@ def command(
     """Make a project of WRITING: texts, Markdown, HTML, EPUB, DOCX, PDF, mailboxes, exported chats, or folders of them.
 
     The base model itself finds a prompt for each passage, and gives the answer that is not the person's. Nothing leaves
-    this machine. A command that was stopped continues where it was, and a later one makes only what is new.
+    this machine. A command that was stopped continues where it was, and a later one only makes the rows of new writing.
     """
     result = prepare(
         writing,

@@ -1,4 +1,4 @@
-"""Mail: mbox, single messages (.eml) and Maildir. Only what the writer of each message wrote."""
+"""Mail: mbox, single messages (.eml) and Maildir. Only the words of the writer of each message."""
 
 from __future__ import annotations
 

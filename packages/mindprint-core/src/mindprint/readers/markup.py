@@ -163,7 +163,7 @@ def _encrypted(content: bytes) -> set[str]:
 
 
 def _parsed(content: bytes) -> ET.Element:
-    # Without entities of its own a document cannot grow or name other files.
+    # Without entities a document cannot grow or name other files.
     if b"<!ENTITY" in content:
         raise ET.ParseError("declares entities")
     return ET.fromstring(content)  # noqa: S314

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -59,6 +60,8 @@ def _word(path: Path) -> Iterator[Document]:
 def _pdf(path: Path) -> Iterator[Document]:
     pypdf = _library("pypdf", path)
     _refuse_large(path)
+    # The library tells a logger about each flaw of a file. What matters of them is in the error below.
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     try:
         reader = pypdf.PdfReader(path)
         locked = reader.is_encrypted and not reader.decrypt("")
@@ -90,7 +93,7 @@ def _pdf_blocks(pages: list[list[str]]) -> Iterator[Block]:
 
 
 def _edge(line: str) -> str:
-    # Page numbers differ, and what is around them does not.
+    # Page numbers differ, and the words around them do not.
     return re.sub(r"\d+", "0", line.strip())
 
 

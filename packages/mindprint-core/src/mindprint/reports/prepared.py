@@ -1,4 +1,4 @@
-"""What `mindprint prepare` read, dropped and made, as a page with examples to look at."""
+"""The page about a preparation: files, rows, everything that was left out, and examples to look at."""
 
 from __future__ import annotations
 
@@ -17,13 +17,6 @@ MOST_FILES = 200
 EXAMPLES = 3
 """Rows of each kind that are shown."""
 
-EXPECTED = (
-    (2_000, "enough for a trace of the voice: short sentences, favourite words"),
-    (10_000, "enough for a voice that is recognised, with few preference pairs"),
-    (40_000, "enough for a voice that holds over long answers"),
-)
-"""Words, and what to expect of so many. docs/prepare.md says where these come from."""
-
 HIDDEN = 4
 """Characters of a private thing that the page shows: enough to find it, and not to use it."""
 
@@ -31,9 +24,9 @@ HIDDEN = 4
 def preparation_report(gathered: Gathered, made: Made, counts: Mapping[str, int]) -> Document:
     """Return the report of a preparation. `counts` are rows by file."""
     sections = (
-        Section("What was made", tuple(_made(gathered, made, counts))),
+        Section("Rows", tuple(_made(gathered, made, counts))),
         Section("Examples", tuple(_examples(made))),
-        Section("What was read", tuple(_read(gathered))),
+        Section("Files", tuple(_read(gathered))),
         Section("Private things", tuple(_private(gathered))),
     )
     return Document("The rows of a voice", f"{gathered.words:,} words", sections)
@@ -41,22 +34,23 @@ def preparation_report(gathered: Gathered, made: Made, counts: Mapping[str, int]
 
 def _made(gathered: Gathered, made: Made, counts: Mapping[str, int]) -> Iterator[Block]:
     yield Table("Rows", ("file", "rows"), tuple((name, f"{count:,}") for name, count in counts.items()), frozenset({1}))
-    expected = next((text for least, text in reversed(EXPECTED) if gathered.words >= least), "too little for a voice")
-    yield Paragraph(f"The writing has {gathered.words:,} words in {_language(gathered)}: {expected}.")
+    yield Paragraph(f"The writing has {gathered.words:,} words in {_language(gathered)}.")
     by_kind = {kind: [row for row in made.rows if row.kind == kind] for kind in KINDS}
     rows = tuple(
         (
             kind,
-            f"{len(found)}",
-            f"{median(row.gain for row in found):.2f}",
-            f"{median(len(words(row.passage.text)) for row in found):.0f}",
-            f"{sum(row.rejected is not None for row in found)}",
+            f"{len(of_kind)}",
+            f"{median(row.gain for row in of_kind):.2f}",
+            f"{median(len(words(row.passage.text)) for row in of_kind):.0f}",
+            f"{sum(row.rejected is not None for row in of_kind)}",
         )
-        for kind, found in by_kind.items()
-        if found
+        for kind, of_kind in by_kind.items()
+        if of_kind
     )
     header = ("kind", "rows", "gain of the prompt (nats a token)", "words of the passage", "with a rejected answer")
     yield Table("Kinds of row", header, rows, frozenset(range(1, 5)))
+    if made.continued:
+        yield Paragraph(f"For {made.continued} passages no prompt was found: they continue the text before them.")
     if reasons := (*_reasons(made.dropped, "passages: "), *_reasons(made.unpaired, "rows without a pair: ")):
         yield Bullets(reasons)
 
@@ -67,10 +61,10 @@ def _reasons(counts: Counter[str], subject: str) -> tuple[str, ...]:
 
 def _examples(made: Made) -> Iterator[Block]:
     for kind in KINDS:
-        found = [row for row in made.rows if row.kind == kind]
+        of_kind = [row for row in made.rows if row.kind == kind]
         # From the middle: the first passages of a book are its front matter.
-        middle = len(found) // 2
-        for row in found[middle : middle + EXAMPLES]:
+        middle = len(of_kind) // 2
+        for row in of_kind[middle : middle + EXAMPLES]:
             yield _example(row)
 
 
@@ -102,8 +96,8 @@ def _private(gathered: Gathered) -> Iterator[Block]:
         yield Paragraph("No addresses, telephone numbers, accounts, cards or keys were found by their patterns.")
         return
     kinds = Counter(kind for kind, _, _ in gathered.private)
-    found = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
-    yield Paragraph(f"Found by their patterns: {found}. `--redact` replaces them. Names of people are not found.")
+    counts = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
+    yield Paragraph(f"Found by their patterns: {counts}. `--redact` replaces them. Names of people are not found.")
     rows = tuple((kind, name, f"{thing[:HIDDEN]}…") for kind, name, thing in gathered.private)
     yield from _listed("Private things", ("kind", "document", "begins with"), rows)
 

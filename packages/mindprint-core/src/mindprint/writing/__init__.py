@@ -1,1 +1,1 @@
-"""From a person's documents to the rows of a project: passages, prompts for them, and what the base would have said."""
+"""From a person's documents to rows: passages, prompts for them, and the base model's answers to these."""

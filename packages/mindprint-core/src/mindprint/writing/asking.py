@@ -20,11 +20,19 @@ from mindprint.data.rows import SftRow, Text, as_messages
 from mindprint.errors import RunError
 from mindprint.input_files import parse_json
 from mindprint.models.folder import base_digest
-from mindprint.models.likelihoods import batches_by_length, sum_texts
+from mindprint.models.likelihoods import BATCH_ROWS, batches_by_length, sum_texts
+from mindprint.models.positions import longest_sequence
 from mindprint.runs.opened import OpenedModel
 
 OnBatch = Callable[[str, int, int], None]
 """Receives the kind of work, how much of it is done, and how much there is."""
+
+
+ROWS = 32
+"""Prompts that are answered at once, as many as both backends take together on a processor."""
+
+UNREADABLE = -1e9
+"""The log-prob of a row that is longer than the model can read. No prompt gains anything then."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,11 @@ class Reply:
 
 
 class Kept:
-    """A file of JSON lines, a result a line under its key. A killed process may leave the last one half written."""
+    """A file of JSON lines, each with the results of a batch by their keys.
+
+    A killed process may leave the last line half written, which is removed. So whole batches are kept or lost, and the
+    command that continues makes the batches that this one would have made, with the same rounding in each.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -60,7 +72,7 @@ class Kept:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 entry = parse_json(line)
-                self._values[entry["key"]] = entry["value"]
+                self._values.update(entry["values"])
             except (ValueError, KeyError, TypeError) as error:
                 os.close(handle)
                 raise RunError(f"{self._path}:{number}: is damaged; remove the file to start again") from error
@@ -78,11 +90,12 @@ class Kept:
         return self._values.get(key)
 
     def add(self, values: Mapping[str, Any]) -> None:
-        """Write results, whole lines at once."""
+        """Write the results of a batch as one line."""
+        if not values:
+            return
         assert self._file is not None, "only within the block"
         self._values.update(values)
-        lines = "".join(json.dumps({"key": key, "value": value}) + "\n" for key, value in values.items())
-        content = memoryview(lines.encode())
+        content = memoryview((json.dumps({"values": values}) + "\n").encode())
         while content:
             content = content[os.write(self._file, content) :]
 
@@ -98,6 +111,7 @@ class BaseModel:
         self._kept = kept
         self._on_batch = on_batch
         tokenizer = opened.tokenizer
+        self._longest = longest_sequence(opened.base.path) or 10**9
         # Another model, template or dtype is another answer. The backend is not in the key: both give the same one.
         self._identity = (base_digest(opened.base.path), tokenizer.template_digest, opened.placement.dtype)
 
@@ -106,19 +120,22 @@ class BaseModel:
         keys = [self._key("reply", *_words(question.prompt), question.tokens) for question in questions]
         missing = {key: question for key, question in zip(keys, questions, strict=True) if self._kept.get(key) is None}
         rendered = {key: render_prompt(question.prompt, self._opened.tokenizer) for key, question in missing.items()}
+        limits = {key: min(missing[key].tokens, self._longest - len(rendered[key])) for key in missing}
+        # A passage that fills the model's context leaves no room for an answer.
+        self._kept.add({key: ("", False) for key, limit in limits.items() if limit < 1})
         # Answers of unlike limits in one batch would wait for the longest, so the limit counts as length.
-        names = list(missing)
-        lengths = [len(rendered[name]) + missing[name].tokens for name in names]
-        for batch in self._batches(lengths, kind):
+        names = [name for name in missing if limits[name] >= 1]
+        lengths = [len(rendered[name]) + limits[name] for name in names]
+        for batch in self._batches(lengths, kind, ROWS):
             chosen = [names[place] for place in batch]
-            limit = max(missing[name].tokens for name in chosen)
+            limit = max(limits[name] for name in chosen)
             sampling = Sampling(limit, self._opened.tokenizer.stop_token_ids)
             made = self._opened.backend.generate(
                 self._opened.model, [rendered[name] for name in chosen], sampling, adapter=False
             )
             self._kept.add(
                 {
-                    name: self._reply(generation.tokens, generation.stop_reason, missing[name].tokens, rendered[name])
+                    name: self._reply(generation.tokens, generation.stop_reason, limits[name], rendered[name])
                     for name, generation in zip(chosen, made, strict=True)
                 }
             )
@@ -128,10 +145,13 @@ class BaseModel:
         """Return `log p(completion | prompt)` in nats for a token, for each pair of prompt and completion."""
         keys = [self._key("log-prob", *pair) for pair in pairs]
         missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if self._kept.get(key) is None}
-        names = list(missing)
         rows = [SftRow("main", prompt, completion, Origin("", 0)) for prompt, completion in missing.values()]
-        examples = render_sft(rows, self._opened.tokenizer, DataConfig(max_length=10**6)).examples if rows else ()
-        for batch in self._batches([len(example.tokens) for example in examples], kind):
+        rendered = render_sft(rows, self._opened.tokenizer, DataConfig(max_length=10**6)).examples if rows else ()
+        by_key = dict(zip(missing, rendered, strict=True))
+        names = [name for name, example in by_key.items() if len(example.tokens) <= self._longest]
+        self._kept.add({name: UNREADABLE for name, example in by_key.items() if len(example.tokens) > self._longest})
+        examples = [by_key[name] for name in names]
+        for batch in self._batches([len(example.tokens) for example in examples], kind, BATCH_ROWS):
             chosen = [examples[place] for place in batch]
             pad = self._opened.tokenizer.pad_id
             sums = sum_texts(self._opened.backend, self._opened.model, chosen, pad, adapter=False)
@@ -145,9 +165,9 @@ class BaseModel:
         """Return the number of tokens of a text."""
         return len(self._opened.tokenizer.encode(text))
 
-    def _batches(self, lengths: Sequence[int], kind: str) -> Iterator[list[int]]:
+    def _batches(self, lengths: Sequence[int], kind: str, rows: int) -> Iterator[list[int]]:
         done = 0
-        for batch in batches_by_length(lengths):
+        for batch in batches_by_length(lengths, rows):
             yield batch
             done += len(batch)
             self._on_batch(kind, done, len(lengths))

@@ -1,4 +1,4 @@
-"""Whether a text that the base model wrote serves as a prompt, or as an answer that is not the person's."""
+"""Checks of texts that the base model wrote: as a prompt, and as an answer that is not the person's."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ LENGTHS = 0.5, 2.0
 REPEATED = 0.3
 """Share of an answer's 4-grams that occur before in it, from which on it is a loop. People stay below 0.05."""
 
+ECHOED = 7
+"""Words that a prompt may not have in common in a row with the template that asked for it."""
+
 ALIKE = 0.5
 """Share of a passage's 4-grams in the answer to its prompt, from which on both say the same."""
 
@@ -26,13 +29,18 @@ _LABEL = re.compile(
     r"|[-*•]|\d+[.)])\s*",
     re.IGNORECASE,
 )
+# A prompt that speaks of the text it belongs to was not written as one. Small models describe their task.
+_SPEAKS_OF_TEXT = re.compile(
+    r"\b(?:the|this|that|following|above|given|your) (?:text|passage|excerpt|user|request|instructions?|question)\b",
+    re.IGNORECASE,
+)
 _QUOTES = "\"'“”‘’«»„ *_`"
 
 
 def clean_prompt(reply: str) -> str:
     """Return the first paragraph of a reply without a label (`Request:`) and without quotation marks around it."""
     lines = [line.strip() for line in reply.strip().splitlines() if line.strip()]
-    # Small models announce what they do on a line by itself.
+    # Small models announce their answer on a line by itself.
     while len(lines) > 1 and lines[0].endswith(":"):
         lines = lines[1:]
     text = _LABEL.sub("", lines[0]) if lines else ""
@@ -40,10 +48,13 @@ def clean_prompt(reply: str) -> str:
     return stripped + ("." if text.endswith((".", '."')) and not stripped.endswith((".", "?", "!")) else "")
 
 
-def is_prompt(prompt: str, passage: str) -> bool:
-    """Return whether a text has the length of a prompt and does not copy the passage."""
+def is_prompt(prompt: str, passage: str, template: str = "") -> bool:
+    """Return whether a text is of a prompt's length, copies neither the passage nor the template, and is not a loop."""
     asked = words(prompt)
-    return PROMPT_WORDS[0] <= len(asked) <= PROMPT_WORDS[1] and longest_common(asked, words(passage)) < COPIED
+    if not PROMPT_WORDS[0] <= len(asked) <= PROMPT_WORDS[1] or _SPEAKS_OF_TEXT.search(prompt):
+        return False
+    echoed = longest_common(asked, words(template)) >= min(ECHOED, len(asked))
+    return not echoed and longest_common(asked, words(passage)) < COPIED and repeated_share(asked) <= REPEATED
 
 
 def unfit(answer: str, passage: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Rows from conversations: the person's turns are what is trained, and the turns before them are the prompt."""
+"""Rows from conversations: the person's turns are trained, and the turns before them are the prompt."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def exchanges(document: Document, person: frozenset[str]) -> Iterator[Exchange]:
 
 
 def _roles(turns: Sequence[Turn], person: frozenset[str]) -> Iterator[tuple[str, str]]:
-    """Yield roles and texts, what the same side says in a row as one turn."""
+    """Yield roles and texts, with turns that follow each other on the same side as one."""
     said: tuple[str, str] | None = None
     for turn in turns:
         role = "assistant" if turn.author is None or turn.author in person else "user"
@@ -79,7 +79,7 @@ def _roles(turns: Sequence[Turn], person: frozenset[str]) -> Iterator[tuple[str,
 
 
 def _exchange(document: str, place: int, stretch: Sequence[tuple[str, str]]) -> Exchange | None:
-    # What the person says first answers nobody, and what others say last is answered by nobody.
+    # The person's first words answer nobody, and the last words of others are answered by nobody.
     messages = list(stretch)
     while messages and messages[0][0] != "user":
         messages.pop(0)

@@ -29,7 +29,7 @@ Part = TypeVar("Part", Passage, Exchange)
 
 @dataclass(frozen=True)
 class Options:
-    """What a person may say about their writing.
+    """The choices that a person has about their writing.
 
     Args:
         author: Their name, as mails and chats have it.
@@ -169,10 +169,18 @@ def _too_little(gathered: Gathered, found: int, documents: Sequence[Document]) -
     reading = gathered.reading
     if not documents and reading.skipped:
         first, reason = next(iter(reading.skipped.items()))
-        return f"none of the {len(reading.skipped)} files could be read; the first: {first}: {reason}"
+        others = len(reading.skipped) - 1
+        return f"{first}: {reason}" + (f"; nor could {_counted(others, 'other file')} be read" if others else "")
     if not documents:
-        return "there is no file to read: name files or folders with the person's writing"
+        return "no file to read: name files or folders with the person's writing"
+    texts = [block.text for document in documents for block in document.blocks]
+    read = word_count([*texts, *(turn.text for document in documents for turn in document.turns)])
     return (
-        f"only {found} passages were found in {len(documents)} documents ({gathered.words:,} words), and "
-        f"{FEWEST_PASSAGES} are needed: give more of the person's writing, or shorter passages (--passage-words)"
+        f"too little writing: the files have {_counted(read, 'word')}, which make {_counted(found, 'passage')}, and "
+        f"{FEWEST_PASSAGES} passages are needed; give more of the person's writing, or ask for shorter passages with "
+        "--passage-words"
     )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")

@@ -7,6 +7,7 @@ one under which the passage gains most log-prob is kept. The rejected answer is 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,12 +29,14 @@ KINDS: tuple[RowKind, ...] = get_args(RowKind)
 MIX: Mapping[RowKind, float] = {"answer": 0.4, "continue": 0.2, "topic": 0.2, "rewrite": 0.2}
 """Shares of the kinds of row."""
 
-PROMPT_TOKENS = 80
+PROMPT_TOKENS = 60
 CONTEXT_WORDS = 80
 """Words before a passage that a row asks to continue."""
 
+_SENTENCE_END = re.compile(r"[.!?…][\"'”’»)]*\s+")
+
 LONGER = 1.3
-"""Tokens that an answer may have, relative to the passage's: what is cut then is cut at a sentence."""
+"""Tokens that an answer may have, relative to the passage's. One that reaches it is cut after a sentence."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,13 @@ class MadeRow:
 
 @dataclass
 class Made:
-    """All rows, in the order of their passages, and how often what went wrong, by its reason."""
+    """All rows, in the order of their passages, with counts of passages and answers that were dropped, by reason.
+
+    `continued` counts the passages that continue the text before them because no other prompt fitted.
+    """
 
     rows: list[MadeRow] = field(default_factory=list)
+    continued: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     unpaired: Counter[str] = field(default_factory=Counter)
 
@@ -72,16 +79,25 @@ def make_rows(
     kinds = [kind_of(passage, mix, seed) for passage in passages]
     candidates = _candidates(passages, kinds, model, templates)
     gains = _gains(passages, candidates, model, templates)
+    best = [_best(*proposed) for proposed in zip(kinds, candidates, gains, strict=True)]
+    # A small model finds no prompt for some passages. The person's words are too few to lose them for it.
+    lost = [place for place, entry in enumerate(best) if entry is None and passages[place].before]
+    lost = [place for place in lost if mix.get("continue") and kinds[place] != "continue"]
+    following = [[templates.fill("ask-continue", last_words(passages[place].before))] for place in lost]
+    for place, prompts, gained in zip(
+        lost, following, _gains([passages[place] for place in lost], following, model, templates), strict=True
+    ):
+        best[place] = _best("continue", prompts, gained)
+        made.continued += best[place] is not None
     chosen: list[tuple[RowKind, Passage, str, float]] = []
-    for passage, kind, prompts, gained in zip(passages, kinds, candidates, gains, strict=True):
-        # The first of equals, whichever order floats come in.
-        best = max(range(len(prompts)), key=lambda place: gained[place], default=None)
-        if best is None:
-            made.dropped["no prompt was found that does not copy the passage"] += 1
-        elif gained[best] <= 0:
+    for passage, prompts, entry in zip(passages, candidates, best, strict=True):
+        if entry is not None:
+            kind, prompt, gain = entry
+            chosen.append((kind, passage, prompt, gain))
+        elif prompts:
             made.dropped["no prompt made the passage more probable"] += 1
         else:
-            chosen.append((kind, passage, prompts[best], gained[best]))
+            made.dropped["the model proposed nothing that serves as a prompt"] += 1
     rejected = _rejected(chosen, model)
     for (kind, passage, prompt, gain), reply in zip(chosen, rejected, strict=True):
         # For a rewriting, the answer that is not the person's is the plain text itself.
@@ -91,6 +107,12 @@ def make_rows(
             made.unpaired[f"the model's answer was {why}"] += 1
         made.rows.append(MadeRow(kind, passage, prompt, gain, None if why else answer))
     return made
+
+
+def _best(kind: RowKind, prompts: Sequence[str], gains: Sequence[float]) -> tuple[RowKind, str, float] | None:
+    """Return the prompt with the greatest gain, the first of equals, None if none gains anything."""
+    place = max(range(len(prompts)), key=lambda place: gains[place], default=None)
+    return (kind, prompts[place], gains[place]) if place is not None and gains[place] > 0 else None
 
 
 def kind_of(passage: Passage, mix: Mapping[RowKind, float], seed: int) -> RowKind:
@@ -114,25 +136,25 @@ def _candidates(
     """Return the prompts that are proposed for each passage and fit it, in the order of the templates."""
     names = [_proposing(kind, templates) for kind in kinds]
     questions = [
-        Question(templates.fill(name, passage.text), _limit(name, passage, model))
+        Question(templates.ask(name, passage.text), _limit(name, passage, model))
         for passage, proposing in zip(passages, names, strict=True)
         for name in proposing
     ]
     replies = iter(model.replies(questions, "prompts"))
-    found = []
+    candidates = []
     for passage, kind, proposing in zip(passages, kinds, names, strict=True):
         if kind == "continue":
-            found.append([templates.fill("ask-continue", last_words(passage.before))])
+            candidates.append([templates.fill("ask-continue", last_words(passage.before))])
             continue
         proposed = [next(replies).text for _ in proposing]
         if kind == "rewrite":
             plain = up_to_sentence(proposed[0].strip())
-            found.append([] if unfit(plain, passage.text) else [templates.fill("ask-rewrite", plain)])
+            candidates.append([] if unfit(plain, passage.text) else [templates.fill("ask-rewrite", plain)])
             continue
-        prompts = [clean_prompt(text) for text in proposed]
-        fit = dict.fromkeys(prompt for prompt in prompts if is_prompt(prompt, passage.text))
-        found.append([templates.fill("ask-topic", prompt) if kind == "topic" else prompt for prompt in fit])
-    return found
+        prompts = [(clean_prompt(text), templates.texts[name]) for text, name in zip(proposed, proposing, strict=True)]
+        fit = dict.fromkeys(prompt for prompt, asked in prompts if is_prompt(prompt, passage.text, asked))
+        candidates.append([templates.fill("ask-topic", prompt) if kind == "topic" else prompt for prompt in fit])
+    return candidates
 
 
 def _proposing(kind: RowKind, templates: Templates) -> Sequence[str]:
@@ -180,6 +202,9 @@ def last_words(text: str, count: int = CONTEXT_WORDS) -> str:
     """Return the end of a text, from the beginning of a sentence or of a paragraph if one is near."""
     if len(words(text)) <= count:
         return text
+    for start in _SENTENCE_END.finditer(text):
+        if count // 3 <= len(words(text[start.end() :])) <= count:
+            return text[start.end() :]
     return " ".join(text.split()[-count:])
 
 

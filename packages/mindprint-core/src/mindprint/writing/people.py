@@ -1,4 +1,4 @@
-"""Which documents the person wrote."""
+"""The documents of one person, among those of others."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def person_in(documents: Sequence[Document], author: str | None) -> frozenset[st
     wanted = set(words(author))
     if not wanted:
         raise DataError("--author is empty: give the name as it is in the files")
-    found = frozenset(name for name in counts if wanted <= set(words(name)) or author.casefold() in name.casefold())
-    if not found:
+    meant = frozenset(name for name in counts if wanted <= set(words(name)) or author.casefold() in name.casefold())
+    if not meant:
         raise DataError(f"--author {author!r} is in none of the mails and chats; {_listed(counts)}")
-    return found
+    return meant
 
 
 def is_own(document: Document, person: frozenset[str]) -> bool:

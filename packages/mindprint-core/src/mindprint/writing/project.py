@@ -47,7 +47,7 @@ class PreparedProject:
                 )
 
     def write(self, files: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
-        """Write files into the data folder, each whole, and what they are. `facts` are kept for the reader."""
+        """Write files into the data folder, each whole, and a record with their digests and with `facts`."""
         self.data.mkdir(parents=True, exist_ok=True)
         digests = {name: _digest(content) for name, content in files.items()}
         # The record comes first: if the process is killed between the files, the next call may replace all of them.
