@@ -63,7 +63,12 @@ def test_the_list_of_required_hooks_is_the_specifications() -> None:
     }
     assert tuple(name for name in options if name in REQUIRED_HOOKS) == REQUIRED_HOOKS
     assert all(options[name]["firstresult"] for name in REQUIRED_HOOKS)
-    assert set(options) - set(REQUIRED_HOOKS) == {"mindprint_event", "mindprint_memory", "mindprint_scorers"}
+    assert set(options) - set(REQUIRED_HOOKS) == {
+        "mindprint_event",
+        "mindprint_memory",
+        "mindprint_read_documents",
+        "mindprint_scorers",
+    }
 
 
 def rename_argument(api: Written) -> None:

@@ -392,3 +392,39 @@ def test_hidden_files_and_links_are_left_alone(tmp_path: Path) -> None:
 def test_a_path_that_does_not_exist_stops() -> None:
     with pytest.raises(DataError, match="no such file or folder"):
         read(Path("nowhere"))
+
+
+def install_reader(site: Path, name: str, code: str) -> None:
+    """Install a reader as a distribution in `site`: a module and its metadata."""
+    metadata = site / f"{name}_reader-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-reader\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[mindprint.readers]\n{name} = {name}_reader\n")
+    (site / f"{name}_reader.py").write_text(code)
+
+
+READER = """\
+from mindprint import hookimpl
+from mindprint.contract import Block, Document
+
+
+@hookimpl
+def mindprint_read_documents(path, head):
+    return [Document(str(path), blocks=(Block("a tape"),))] if path.suffix in (".tape", ".txt") else None
+"""
+
+
+def test_a_reader_of_another_distribution_comes_first_and_a_broken_one_keeps_no_file_from_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_reader(tmp_path / "site", "tape", READER)
+    install_reader(tmp_path / "site", "broken", "import nothing_of_this_name\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    folder = tmp_path / "writing"
+    folder.mkdir()
+    for name in ("a.tape", "b.txt", "c.md"):
+        (folder / name).write_text("Nobody minded.")
+    documents, reading = read(folder)
+    assert [texts(document) for document in documents] == [["a tape"], ["a tape"], ["Nobody minded."]]
+    assert list(reading.broken) == ["broken"]
+    assert "nothing_of_this_name" in reading.broken["broken"]

@@ -139,6 +139,11 @@ def prepare(
     Raises:
         DataError: A path does not exist, it is not clear who the person is, or there is too little text.
         MindprintError: The base model cannot be loaded, or the project has rows that something else wrote.
+
+    Example:
+        >>> result = mindprint.prepare("letters", "ada", model="Qwen/Qwen3-0.6B")  # doctest: +SKIP
+        >>> result.counts["sft.jsonl"]  # doctest: +SKIP
+        212
     """
     notices = Notices(on_notice)
     paths = [writing] if isinstance(writing, str | PathLike) else list(writing)

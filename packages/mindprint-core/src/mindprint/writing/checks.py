@@ -24,6 +24,9 @@ ECHOED = 7
 ALIKE = 0.5
 """Share of a passage's 4-grams in the answer to its prompt, from which on both say the same."""
 
+PLAIN_ALIKE = 0.3
+"""The same for a passage that the model was asked to rewrite, which shares its names and facts in any case."""
+
 _LABEL = re.compile(
     r"^(?:(?:the )?(?:user(?:'s)? )?(?:request|question|prompt|topic|title|instruction|answer)\b[^:\n]{0,40}:"
     r"|[-*•]|\d+[.)])\s*",
@@ -31,21 +34,27 @@ _LABEL = re.compile(
 )
 # A prompt that speaks of the text it belongs to was not written as one. Small models describe their task.
 _SPEAKS_OF_TEXT = re.compile(
-    r"\b(?:the|this|that|following|above|given|your) (?:text|passage|excerpt|user|request|instructions?|question)\b",
+    r"\b(?:the|this|that|following|above|given|your) "
+    r"(?:text|passage|excerpt|story|writing|user|request|instructions?|question)\b",
+    re.IGNORECASE,
+)
+# Summaries announce their text. The rest of the sentence is a topic.
+_SUMMARY = re.compile(
+    r"^(?:the|this) (?:text|passage|excerpt|story|narrative) "
+    r"(?:is about|describes|discusses|tells (?:the story )?of|is) ",
     re.IGNORECASE,
 )
 _QUOTES = "\"'“”‘’«»„ *_`"
 
 
 def clean_prompt(reply: str) -> str:
-    """Return the first paragraph of a reply without a label (`Request:`) and without quotation marks around it."""
+    """Return the first sentence of a reply without a label (`Request:`) and without quotation marks around it."""
     lines = [line.strip() for line in reply.strip().splitlines() if line.strip()]
     # Small models announce their answer on a line by itself.
     while len(lines) > 1 and lines[0].endswith(":"):
         lines = lines[1:]
-    text = _LABEL.sub("", lines[0]) if lines else ""
-    stripped = text.strip(_QUOTES)
-    return stripped + ("." if text.endswith((".", '."')) and not stripped.endswith((".", "?", "!")) else "")
+    text = _SUMMARY.sub("", _LABEL.sub("", lines[0])) if lines else ""
+    return first_sentence(text.strip(_QUOTES))
 
 
 def is_prompt(prompt: str, passage: str, template: str = "") -> bool:
@@ -57,15 +66,15 @@ def is_prompt(prompt: str, passage: str, template: str = "") -> bool:
     return not echoed and longest_common(asked, words(passage)) < COPIED and repeated_share(asked) <= REPEATED
 
 
-def unfit(answer: str, passage: str) -> str | None:
-    """Return why an answer cannot be the rejected one, None if it can."""
+def unfit(answer: str, passage: str, alike: float = ALIKE) -> str | None:
+    """Return why an answer cannot be the rejected one, None if it can. `alike` is the share of common 4-grams."""
     said, own = words(answer), words(passage)
     if not LENGTHS[0] * len(own) <= len(said) <= LENGTHS[1] * len(own):
         return "of another length than the passage"
     if repeated_share(said) > REPEATED:
         return "a loop"
     grams = set(_grams(own))
-    if grams and len(grams & set(_grams(said))) > ALIKE * len(grams):
+    if grams and len(grams & set(_grams(said))) > alike * len(grams):
         return "too like the passage"
     return None
 
@@ -91,6 +100,20 @@ def up_to_sentence(text: str) -> str:
     """Return a text up to the end of its last whole sentence, or all of it if it has none."""
     ends = list(re.finditer(r"[.!?…][\"'”’»)]*(?=\s|$)", text))
     return text[: ends[-1].end()] if ends else text
+
+
+def unfit_rewriting(plain: str, passage: str, template: str) -> str | None:
+    """Return why a text cannot be the plain form of a passage, None if it can."""
+    if longest_common(words(plain), words(template)) >= ECHOED:
+        return "an echo of the question"
+    return unfit(plain, passage, PLAIN_ALIKE)
+
+
+def first_sentence(text: str) -> str:
+    """Return the first sentence of a text, all of it if no sentence ends in it."""
+    # Three small letters before it: `Mr.` and `St.` end no sentence.
+    end = re.search(r"(?<=[a-zß-ÿ]{3})[.!?…][\"'”’»)]*(?=\s+[A-ZÀ-Þ\"“])", text)
+    return text[: end.end()] if end else text
 
 
 def _grams(said: Sequence[str]) -> list[tuple[str, ...]]:

@@ -18,9 +18,9 @@ from mindprint.data.rows import Message, Messages
 from mindprint.draws import uniform
 from mindprint.text.words import words
 from mindprint.writing.asking import BaseModel, Question
-from mindprint.writing.checks import clean_prompt, is_prompt, unfit, up_to_sentence
+from mindprint.writing.checks import clean_prompt, is_prompt, unfit, unfit_rewriting, up_to_sentence
 from mindprint.writing.conversations import Exchange
-from mindprint.writing.passages import Passage
+from mindprint.writing.passages import Passage, pieces_within
 from mindprint.writing.templates import Templates
 
 RowKind = Literal["answer", "continue", "topic", "rewrite"]
@@ -30,6 +30,8 @@ MIX: Mapping[RowKind, float] = {"answer": 0.4, "continue": 0.2, "topic": 0.2, "r
 """Shares of the kinds of row."""
 
 PROMPT_TOKENS = 60
+REWRITTEN_WORDS = 60
+"""Words that the model rewrites at once: small models lose the thread of longer texts, and repeat themselves."""
 CONTEXT_WORDS = 80
 """Words before a passage that a row asks to continue."""
 
@@ -136,35 +138,48 @@ def _candidates(
     """Return the prompts that are proposed for each passage and fit it, in the order of the templates."""
     names = [_proposing(kind, templates) for kind in kinds]
     questions = [
-        Question(templates.ask(name, passage.text), _limit(name, passage, model))
+        Question(templates.ask(name, passage.text), PROMPT_TOKENS)
         for passage, proposing in zip(passages, names, strict=True)
         for name in proposing
     ]
     replies = iter(model.replies(questions, "prompts"))
+    rewritten = [passage.text for passage, kind in zip(passages, kinds, strict=True) if kind == "rewrite"]
+    plain_texts = iter(_plain_texts(rewritten, model, templates))
     candidates = []
     for passage, kind, proposing in zip(passages, kinds, names, strict=True):
         if kind == "continue":
             candidates.append([templates.fill("ask-continue", last_words(passage.before))])
             continue
-        proposed = [next(replies).text for _ in proposing]
         if kind == "rewrite":
-            plain = up_to_sentence(proposed[0].strip())
-            candidates.append([] if unfit(plain, passage.text) else [templates.fill("ask-rewrite", plain)])
+            plain = next(plain_texts)
+            why = unfit_rewriting(plain, passage.text, templates.texts["rewrite"])
+            candidates.append([] if why else [templates.fill("ask-rewrite", plain)])
             continue
-        prompts = [(clean_prompt(text), templates.texts[name]) for text, name in zip(proposed, proposing, strict=True)]
+        prompts = [(clean_prompt(next(replies).text), templates.texts[name]) for name in proposing]
         fit = dict.fromkeys(prompt for prompt, asked in prompts if is_prompt(prompt, passage.text, asked))
         candidates.append([templates.fill("ask-topic", prompt) if kind == "topic" else prompt for prompt in fit])
     return candidates
 
 
 def _proposing(kind: RowKind, templates: Templates) -> Sequence[str]:
-    if kind == "rewrite":
-        return ("rewrite",)
-    return () if kind == "continue" else templates.proposals(kind)
+    return () if kind in ("continue", "rewrite") else templates.proposals(kind)
 
 
-def _limit(name: str, passage: Passage, model: BaseModel) -> int:
-    return math.ceil(LONGER * model.tokens(passage.text)) if name == "rewrite" else PROMPT_TOKENS
+def _plain_texts(texts: Sequence[str], model: BaseModel, templates: Templates) -> list[str]:
+    """Return each text in the base model's words, rewritten piece by piece and put together again."""
+    pieces = [pieces_within(text, REWRITTEN_WORDS) for text in texts]
+    questions = [
+        Question(templates.ask("rewrite", piece), math.ceil(LONGER * model.tokens(piece)) + 8)
+        for paragraphs in pieces
+        for paragraph in paragraphs
+        for piece in paragraph
+    ]
+    replies = iter(model.replies(questions, "plain texts"))
+    plain = [
+        [" ".join(up_to_sentence(" ".join(next(replies).text.split())) for _ in paragraph) for paragraph in paragraphs]
+        for paragraphs in pieces
+    ]
+    return ["\n\n".join(paragraphs) for paragraphs in plain]
 
 
 def _gains(

@@ -104,5 +104,10 @@ def _pieces(text: str, most: int) -> Iterator[_Piece]:
     yield _Piece(" ".join(part), size, speech)
 
 
+def pieces_within(text: str, most: int) -> list[list[str]]:
+    """Return the paragraphs of a passage, each as the pieces of whole sentences with at most about `most` words."""
+    return [[piece.text for piece in _pieces(paragraph, most)] for paragraph in text.split("\n\n")]
+
+
 def _size(group: Sequence[_Piece]) -> int:
     return sum(piece.words for piece in group)
