@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from mindprint.contract import Block, Document, Turn
-from mindprint.errors import ConfigError, DataError
+from mindprint.errors import ConfigError, DataError, RunError
 from mindprint.text.words import words
+from mindprint.writing.asking import BaseModel, Kept, Question, Reply
 from mindprint.writing.checks import (
     clean_prompt,
+    clean_topic,
     is_prompt,
     longest_common,
     repeated_share,
@@ -21,8 +25,8 @@ from mindprint.writing.checks import (
 from mindprint.writing.conversations import exchanges
 from mindprint.writing.gathering import Options, gather
 from mindprint.writing.languages import languages_of
-from mindprint.writing.making import last_words
-from mindprint.writing.passages import cut
+from mindprint.writing.making import Made, RowKind, last_words, make_rows
+from mindprint.writing.passages import Passage, cut
 from mindprint.writing.people import person_in
 from mindprint.writing.private import find_private, redact
 from mindprint.writing.templates import Templates
@@ -168,13 +172,17 @@ def test_names_are_listed_where_it_is_not_clear_who_the_person_is() -> None:
         ("Request: Tell me about the ferry.", "Tell me about the ferry."),
         ('"What happened at four?"', "What happened at four?"),
         ("Here is the request:\n\nDescribe the river.\n\nI hope it helps.", "Describe the river."),
-        ("The text describes a ferry that was late. It rained.", "a ferry that was late."),
         ("Why did Mr. Pohl not pay? Nobody knows.", "Why did Mr. Pohl not pay?"),
         ("", ""),
     ],
 )
 def test_a_prompt_is_taken_out_of_a_reply(reply: str, prompt: str) -> None:
     assert clean_prompt(reply) == prompt
+
+
+def test_a_topic_is_taken_out_of_a_summary() -> None:
+    assert clean_topic("The text describes a ferry that was late. It rained.") == "a ferry that was late."
+    assert clean_topic("Topic: The ferry that was late") == "The ferry that was late"
 
 
 def test_a_prompt_that_copies_its_passage_is_none() -> None:
@@ -224,6 +232,75 @@ def test_an_answer_that_loops_or_copies_or_is_short_is_unfit() -> None:
     assert unfit(passage, passage) in ("too like the passage", "a loop")
     assert unfit("I have been in the world. " * 12, passage) == "a loop"
     assert repeated_share(["a", "b", "c", "d", "e", "f"]) == 0
+
+
+class ScriptedModel:
+    """A base model that proposes one prompt, answers everything with one text, and finds each prompt equally good."""
+
+    def __init__(self, proposal: str, answer: str, gain: float) -> None:
+        self.proposal, self.answer, self.gain = proposal, answer, gain
+
+    def tokens(self, text: str) -> int:
+        return len(text.split())
+
+    def replies(self, questions: Sequence[Question], kind: str) -> list[Reply]:
+        return [Reply(self.proposal if kind == "prompts" else self.answer, ended=True) for _ in questions]
+
+    def log_probs(self, pairs: Sequence[tuple[str, str]], _: str) -> list[float]:
+        return [-2.0 if prompt == "Write something." else self.gain - 2.0 for prompt, _ in pairs]
+
+
+OWN = "The ferry was late. Nobody on the bank minded, for the coffee was hot and the talk was of other people."
+BEFORE = "It had rained since the morning of the fair, and the landing was under water up to the second step."
+BLAND = "Ferries are a common means of transport. They carry people and goods over rivers, and they are often late."
+
+
+def made_of(model: ScriptedModel, before: str, mix: dict[RowKind, float]) -> Made:
+    return make_rows([Passage("book", 1, OWN, before)], cast("BaseModel", model), Templates(), mix, 0)
+
+
+def test_a_row_has_the_prompt_that_the_model_proposed_and_its_own_answer() -> None:
+    (row,) = made_of(ScriptedModel("Request: Tell me about the ferry.", BLAND, 0.5), "", {"answer": 1}).rows
+    assert row.sft == {"prompt": "Tell me about the ferry.", "completion": OWN}
+    assert row.pair == {"prompt": "Tell me about the ferry.", "chosen": OWN, "rejected": BLAND}
+    assert row.gain == 0.5
+
+
+def test_a_rewriting_asks_with_the_plain_text_which_is_also_what_is_rejected() -> None:
+    (row,) = made_of(ScriptedModel("", BLAND, 0.5), "", {"rewrite": 1}).rows
+    assert row.prompt == f"Rewrite this text in your own voice:\n\n{BLAND}"
+    assert row.rejected == BLAND
+
+
+def test_a_passage_without_a_prompt_continues_the_text_before_it_where_there_is_one() -> None:
+    silent = ScriptedModel("The text is about a ferry and its passengers", BLAND, 0.5)
+    made = made_of(silent, BEFORE, {"answer": 1, "continue": 1e-9})
+    assert [(row.kind, row.prompt) for row in made.rows] == [("continue", f"Continue this text:\n\n{BEFORE}")]
+    assert made.continued == 1
+    assert made_of(silent, "", {"answer": 1, "continue": 1e-9}).rows == []
+    assert made_of(silent, BEFORE, {"answer": 1}).rows == []
+
+
+def test_a_prompt_under_which_the_passage_gains_nothing_is_not_used() -> None:
+    made = made_of(ScriptedModel("Tell me about the ferry.", BLAND, 0.0), "", {"answer": 1})
+    assert made.rows == []
+    assert made.dropped == {"no prompt made the passage more probable": 1}
+
+
+def test_results_are_kept_by_whole_batches(tmp_path: Path) -> None:
+    path = tmp_path / "kept.jsonl"
+    with Kept(path) as kept:
+        kept.add({"a": 1.5, "b": 2.5})
+        kept.add({"c": 3.5})
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"c")])
+    with Kept(path) as kept:
+        assert [kept.get(key) for key in "abc"] == [1.5, 2.5, None]
+        kept.add({"c": 3.5})
+    assert path.read_bytes() == content
+    path.write_bytes(b"{}\n" + content)
+    with pytest.raises(RunError, match=r"kept.jsonl:1: is damaged; remove the file to start again"), Kept(path):
+        pass
 
 
 def test_an_answer_ends_with_a_sentence() -> None:

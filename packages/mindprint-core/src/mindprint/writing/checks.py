@@ -53,8 +53,13 @@ def clean_prompt(reply: str) -> str:
     # Small models announce their answer on a line by itself.
     while len(lines) > 1 and lines[0].endswith(":"):
         lines = lines[1:]
-    text = _SUMMARY.sub("", _LABEL.sub("", lines[0])) if lines else ""
+    text = _LABEL.sub("", lines[0]) if lines else ""
     return first_sentence(text.strip(_QUOTES))
+
+
+def clean_topic(reply: str) -> str:
+    """Return the topic that a reply names, or the rest of the sentence that summarises the text."""
+    return _SUMMARY.sub("", clean_prompt(reply))
 
 
 def is_prompt(prompt: str, passage: str, template: str = "") -> bool:

@@ -18,7 +18,7 @@ from mindprint.data.rows import Message, Messages
 from mindprint.draws import uniform
 from mindprint.text.words import words
 from mindprint.writing.asking import BaseModel, Question
-from mindprint.writing.checks import clean_prompt, is_prompt, unfit, unfit_rewriting, up_to_sentence
+from mindprint.writing.checks import clean_prompt, clean_topic, is_prompt, unfit, unfit_rewriting, up_to_sentence
 from mindprint.writing.conversations import Exchange
 from mindprint.writing.passages import Passage, pieces_within
 from mindprint.writing.templates import Templates
@@ -155,7 +155,8 @@ def _candidates(
             why = unfit_rewriting(plain, passage.text, templates.texts["rewrite"])
             candidates.append([] if why else [templates.fill("ask-rewrite", plain)])
             continue
-        prompts = [(clean_prompt(next(replies).text), templates.texts[name]) for name in proposing]
+        clean = clean_topic if kind == "topic" else clean_prompt
+        prompts = [(clean(next(replies).text), templates.texts[name]) for name in proposing]
         fit = dict.fromkeys(prompt for prompt, asked in prompts if is_prompt(prompt, passage.text, asked))
         candidates.append([templates.fill("ask-topic", prompt) if kind == "topic" else prompt for prompt in fit])
     return candidates
