@@ -17,7 +17,7 @@ import numpy as np
 from mindprint.contract import Float32, TokenBatch
 from mindprint.layouts import Continued, Layout, continued, sequences, sequences_apart, token_rows
 from mindprint_mlx import adapter as adapters
-from mindprint_mlx import cpu, groups
+from mindprint_mlx import cpu, groups, points
 from mindprint_mlx.arrays import in_blocks, to_numpy
 from mindprint_mlx.model import MlxModel
 from mindprint_mlx.prompts import hidden_states
@@ -80,7 +80,10 @@ def layout_log_probs(
         chunk = chunk or max(1, LOGITS_BYTES // (4 * model.head.vocabulary))
         starts = range(0, len(layout), chunk)
         score = _head_log_probs(model, adapters.outside_layers(factors), split=len(starts) > 1)
-        return mx.concatenate([score(states[at : at + chunk], targets[at : at + chunk]) for at in starts])
+        parts = (score(states[at : at + chunk], targets[at : at + chunk]) for at in starts)
+        # MLX begins all chunks of a graph at once, and would hold the logits of all. Without factors nothing is
+        # differentiated, and each chunk can be computed before the next one is made.
+        return mx.concatenate([part if factors else points.reached(part) for part in parts])
 
 
 def _head_log_probs(

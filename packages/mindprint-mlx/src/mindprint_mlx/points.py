@@ -43,6 +43,13 @@ def forward(x: mx.array) -> mx.array:
     return x
 
 
+def reached(x: mx.array) -> mx.array:
+    """Return `x`, noted as a point, or evaluated now where no points are noted. Not for what is differentiated."""
+    if _noted is None:
+        mx.eval(x)
+    return forward(x)
+
+
 def backward(x: mx.array) -> mx.array:
     """Return `x`, its gradient noted as a point on the way back."""
     return x if _noted is None else cast(mx.array, _passed(x))
