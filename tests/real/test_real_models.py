@@ -146,9 +146,7 @@ def test_peft_loads_the_adapter_and_computes_the_same(sides: Sides, base: Path, 
     bare = opened.backend.log_probs(opened.model, batch, adapter=False)
     opened.backend.release(opened.model)
     difference = np.abs(ours - peft_log_probs(base, adapter, tokens))[batch.loss_mask]
-    print(
-        f"\n{backend}'s adapter, on {backend} and in PEFT: mean {difference.mean():.1e}, greatest {difference.max():.1e}"
-    )
+    print(f"\n{backend}'s adapter, and PEFT's float64: mean {difference.mean():.1e}, greatest {difference.max():.1e}")
     assert difference.mean() < LOG_PROB_TOLERANCE["mean"]
     assert difference.max() < LOG_PROB_TOLERANCE["greatest"]
     assert np.abs(ours - bare)[batch.loss_mask].mean() > 10 * difference.mean()

@@ -69,7 +69,7 @@ def test_commands(opened: OpenedAdapter, tmp_path: Path) -> None:
     assert chat.command("/base") == "base will answer"
     assert chat.asked == ("base",)
     assert chat.command("/both") == "voice and base will answer"
-    assert chat.command("/system") == "there is no system message"
+    assert chat.command("/system") == "no system message is set"
     assert all(command in str(chat.command("/help")) for command in COMMANDS)
     chat.say("sea 1?")
     assert chat.command(f"/save {tmp_path / 'chat.json'}") == f"written to {tmp_path / 'chat.json'}"

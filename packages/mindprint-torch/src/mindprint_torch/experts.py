@@ -79,7 +79,7 @@ def _layer_name(parameter: str) -> str:
 
 
 def _is_plain_stack(stack: Any) -> bool:
-    # PEFT takes a stack of one expert for a linear layer, and a quantized one is no parameter of numbers.
+    # PEFT takes a stack of one expert for a linear layer, and a quantized one has no parameter of numbers.
     is_stack_of_numbers = type(stack) is nn.Parameter and stack.ndim == 3 and stack.is_floating_point()
     return is_stack_of_numbers and len(stack) > 1
 

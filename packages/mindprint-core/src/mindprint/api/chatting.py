@@ -115,7 +115,7 @@ class Chat:
         """Carry out a command. Return its reply, or None to leave.
 
         Raises:
-            DataError: There is no such command, or it cannot be carried out.
+            DataError: The command is unknown, or cannot be carried out.
         """
         name, _, rest = line.partition(" ")
         rest = rest.strip()
@@ -127,7 +127,7 @@ class Chat:
             return f"{' and '.join(self.asked)} will answer"
         if name == "/system":
             self.system = rest
-            return "the system message is set" if rest else "there is no system message"
+            return "the system message is set" if rest else "no system message is set"
         if name == "/reset":
             self.turns.clear()
             return "all turns are forgotten"

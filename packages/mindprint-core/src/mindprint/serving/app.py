@@ -288,7 +288,7 @@ async def _refused(_: Request, error: RequestError) -> Response:
 
 async def _not_found(_: Request, error: HTTPException) -> Response:
     messages = {
-        404: "there is no such address here",
+        404: "this address is unknown here",
         405: "this address takes the other method: GET instead of POST, or POST instead of GET",
     }
     refusal = RequestError(messages.get(error.status_code, str(error.detail)), error.status_code, code="not_found")

@@ -119,7 +119,7 @@ def run_server(
 
 
 def check_address(host: str, api_key: str | None) -> None:
-    """Raise `ConfigError` for an address that others can reach if there is no key, and for a key that is too short."""
+    """Raise `ConfigError` for an address that others can reach without a key, and for a key that is too short."""
     if api_key is not None and (len(api_key) < 8 or not api_key.isascii() or not api_key.isprintable()):
         raise ConfigError("--api-key: needs at least 8 printable ASCII characters")
     if api_key is None and not is_loopback(host):

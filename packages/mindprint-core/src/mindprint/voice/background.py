@@ -41,7 +41,7 @@ def read_background(file: ConfigFile, person: Sequence[str]) -> tuple[str, ...]:
         person: The person's training texts, which must not be among them.
 
     Raises:
-        DataError: A path is missing, is no text, has too few words with all others, or contains the person's text.
+        DataError: A path is missing, holds no text, has too few words with all others, or contains the person's text.
     """
     paths = [path for name in file.config.voice.background for path in _text_files(file.resolve(name))]
     if not paths:
