@@ -122,7 +122,7 @@ def test_the_page_fits_the_window(page: str, width: int, sides: int, tmp_path: P
     assert found["beyond"] == []
     assert (found["scripts"], found["requests"]) == (0, [])
     assert found["title"].startswith("A voice for builtin:tiny")  # no prompt ran as a script
-    assert len(found["charts"]) == 6
+    assert len(found["charts"]) == 3 + 4  # three curves, and the voice of two topics, of all, and of other people
     assert all(across > 0.5 * found["width"] - 120 and down > 20 for across, down in found["charts"])
     assert len(found["lines"]) == 3 + 3 + 3 * 3 and min(found["lines"]) > 10
     assert found["undone"] == ["4px, 3px"] * (1 + 1 + 3)
