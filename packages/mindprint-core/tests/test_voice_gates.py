@@ -7,6 +7,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
+from mindprint.text.ngrams import repeated_share
 from mindprint.text.words import passages, unspaced_share, word_count, words
 from mindprint.voice.gates import (
     EMPTY,
@@ -17,7 +18,6 @@ from mindprint.voice.gates import (
     REPEATS,
     different_share,
     fit_gates,
-    repeated_share,
 )
 from mindprint.voice.scoring import Scale, VoiceReference, VoiceScore, VoiceScorer, fit_scorer
 

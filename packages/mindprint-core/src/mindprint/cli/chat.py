@@ -16,6 +16,15 @@ from rich.text import Text
 
 from mindprint.api.chatting import COMMANDS, Chat, Side
 from mindprint.api.options import backend_section
+from mindprint.cli.options import (
+    backend_option,
+    device_option,
+    max_new_tokens_option,
+    model_option,
+    seed_option,
+    temperature_option,
+    top_p_option,
+)
 from mindprint.cli.output import emit, json_option, notice, say
 from mindprint.errors import MindprintError
 from mindprint.printing import printable
@@ -37,13 +46,13 @@ ReadLine = Callable[[str], str]
 @click.argument("path", type=click.Path(path_type=Path), default=".")
 @click.option("--with", "side", type=click.Choice(list(SIDES)), default="voice", show_default=True, help="Who answers.")
 @click.option("--system", default="", help="System message at the beginning of the chat.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer; default: the run's setting.")
-@click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy; default: the run's setting.")
-@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), help="Nucleus sampling; likewise.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws.")
-@click.option("--backend", help="auto, torch, mlx, ...; default: the run's.")
-@click.option("--device", help="auto, cpu, cuda, mps, metal; default: the run's.")
-@click.option("--model", help="Where the base model is, if not where the run or the adapter says.")
+@max_new_tokens_option
+@temperature_option
+@top_p_option
+@seed_option
+@backend_option
+@device_option
+@model_option
 @json_option
 def command(
     *,

@@ -8,6 +8,7 @@ import click
 
 from mindprint.adapter.formats import TargetFormat
 from mindprint.api import convert
+from mindprint.cli.options import model_option
 from mindprint.cli.output import json_option, show, tell_notice
 
 
@@ -15,7 +16,7 @@ from mindprint.cli.output import json_option, show, tell_notice
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Choice(["peft", "mlx-lm", "gguf"]), required=True, help="Whose format to write.")
-@click.option("--model", help="Where the base model is, if not where the run or the adapter says.")
+@model_option
 @click.option("--fix-config", is_flag=True, help="Also write the base's config.json as mlx-lm needs it.")
 @json_option
 def command(*, adapter: Path, out: Path, to: TargetFormat, model: str | None, fix_config: bool, as_json: bool) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from mindprint.api import evaluate
+from mindprint.cli.options import backend_option, device_option, model_option
 from mindprint.cli.output import json_option, notice, show, tell_notice
 from mindprint.cli.runs_table import show_compared
 from mindprint.errors import DataError
@@ -16,9 +17,9 @@ from mindprint.errors import DataError
 @click.argument("paths", metavar="[PATH]", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--compare", is_flag=True, help="Show the figures of two or more runs, given as PATHs, side by side.")
 @click.option("--heldout", type=click.Path(path_type=Path), help="Pairs to measure with; default: the project's.")
-@click.option("--backend", help="auto, torch, mlx, ...; default: the run's.")
-@click.option("--device", help="auto, cpu, cuda, mps, metal; default: the run's.")
-@click.option("--model", help="Where the base model is, if not where the run or the adapter says.")
+@backend_option
+@device_option
+@model_option
 @click.option("--answers/--no-answers", default=True, show_default=True, help="Let it answer, and score the voice.")
 @json_option
 def command(

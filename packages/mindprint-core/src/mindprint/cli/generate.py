@@ -15,6 +15,15 @@ from rich.text import Text
 
 from mindprint.api import AnsweredPrompt, generate
 from mindprint.api.results import SIDES, shown_answer
+from mindprint.cli.options import (
+    backend_option,
+    device_option,
+    max_new_tokens_option,
+    model_option,
+    seed_option,
+    temperature_option,
+    top_p_option,
+)
 from mindprint.cli.output import json_option, say, show, tell_notice
 from mindprint.cli.settings import SETTING
 from mindprint.config import FILE_NAME
@@ -60,13 +69,13 @@ class Generate(click.Command):
 @click.argument("words", metavar="[PATH] [PROMPT]...", nargs=-1)
 @click.option("--prompt", "prompts", multiple=True, help="What to answer; repeatable; - reads it.")
 @click.option("--only", type=click.Choice(["base", "tuned", "adapter"]), help="One of the two alone (adapter: tuned).")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer; default: the run's setting.")
-@click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy; default: the run's setting.")
-@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), help="Nucleus sampling; likewise.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws.")
-@click.option("--backend", help="auto, torch, mlx, ...; default: the run's.")
-@click.option("--device", help="auto, cpu, cuda, mps, metal; default: the run's.")
-@click.option("--model", help="Where the base model is, if not where the run or the adapter says.")
+@max_new_tokens_option
+@temperature_option
+@top_p_option
+@seed_option
+@backend_option
+@device_option
+@model_option
 @json_option
 def command(
     *,

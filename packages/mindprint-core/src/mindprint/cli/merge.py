@@ -7,17 +7,18 @@ from pathlib import Path
 import click
 
 from mindprint.api import NotVerifiedError, merge
+from mindprint.cli.options import device_option, model_option
 from mindprint.cli.output import json_option, say, show, tell_notice
 
 
 @click.command("merge", short_help="Merge an adapter into its base.")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--model", help="Where the base model is, if not where the run or the adapter says.")
+@model_option
 @click.option("--into", help="Another form of the base to merge into, such as the full-precision model of a 4-bit one.")
 @click.option("--quantize", is_flag=True, help="Quantize the result as the base was; kept if the effect survives.")
 @click.option("--backend", help="What verifies the result: auto, torch, mlx, ...; default: the run's.")
-@click.option("--device", help="auto, cpu, cuda, mps, metal; default: the run's.")
+@device_option
 @click.option("--no-verify", is_flag=True, help="Compare the files only; compute nothing.")
 @click.option("--fix-config", is_flag=True, help="Add the keys to config.json that mlx-lm needs.")
 @json_option

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mindprint.cli.options import backend_option, device_option, model_option
 from mindprint.cli.output import emit, json_option, notice, tell_notice
 from mindprint.serving.server import LOOPBACK, serve
 
@@ -16,9 +17,9 @@ from mindprint.serving.server import LOOPBACK, serve
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any free one.")
 @click.option("--api-key", envvar="MINDPRINT_API_KEY", help="Key that requests must have; or MINDPRINT_API_KEY.")
 @click.option("--no-verify", is_flag=True, help="Serve an adapter without verifying it first.")
-@click.option("--backend", help="auto, torch, mlx, ...; default: the run's.")
-@click.option("--device", help="auto, cpu, cuda, mps, metal; default: the run's.")
-@click.option("--model", help="Where the base model is, if not where the run or the adapter says.")
+@backend_option
+@device_option
+@model_option
 @click.option("--max-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Of an answer.")
 @click.option("--max-batch", type=click.IntRange(min=1), default=8, show_default=True, help="Requests in one batch.")
 @click.option("--max-requests", type=click.IntRange(min=1), default=64, show_default=True, help="Waiting or answered.")

@@ -8,15 +8,16 @@ from typing import Literal
 import click
 
 from mindprint.api import verify
+from mindprint.cli.options import backend_option, device_option, model_option
 from mindprint.cli.output import json_option, show, tell_notice
 
 
 @click.command("verify", short_help="Prove that an adapter or a merge does what it did.")
 @click.argument("path", metavar="ADAPTER", type=click.Path(path_type=Path), default=".")
-@click.option("--model", help="Where the base model is, if not where the run or the adapter says.")
+@model_option
 @click.option("--adapter", type=click.Path(path_type=Path), help="The adapter that ADAPTER, a merged model, came from.")
-@click.option("--backend", help="auto, torch, mlx, ...; default: the run's.")
-@click.option("--device", help="auto, cpu, cuda, mps, metal; default: the run's.")
+@backend_option
+@device_option
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),

@@ -21,6 +21,9 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _FINISH = np.uint64(0xBF58476D1CE4E5B9)
 _SHIFT = np.uint64(29)
 
+RUN = 4
+"""Words of a run whose repetitions are counted."""
+
 
 def characters(text: str) -> UInt64:
     """Return a symbol per character of the plain text, with a space before and after: uint64 `[characters + 2]`."""
@@ -106,3 +109,9 @@ def _extended(hashed: UInt64, symbols: UInt64) -> UInt64:
 def _symbol(token: str) -> int:
     # Python's `hash` of a string differs from process to process.
     return int.from_bytes(blake2b(token.encode(), digest_size=8).digest(), "little")
+
+
+def repeated_share(text: Sequence[str]) -> float:
+    """Return the share of a text's runs of `RUN` words that it had before."""
+    runs = list(zip(*(text[start:] for start in range(RUN)), strict=False))
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0

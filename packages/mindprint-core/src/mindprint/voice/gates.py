@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mindprint.contract import Float64
-from mindprint.text.ngrams import UInt64, word_symbols
+from mindprint.text.ngrams import UInt64, repeated_share, word_symbols
 from mindprint.text.words import words
 from mindprint.voice.measures import SymbolModel
 
@@ -30,9 +30,6 @@ Gate = Callable[[Sequence[str]], "Sequence[str | None]"]
 EMPTY, ONE_WORD = "has no word", "is one word"
 REPEATS, FEW_WORDS = "repeats itself", "uses very few different words"
 OTHER_LANGUAGE, NO_ORDER = "is in another language", "has its words in no order"
-
-RUN = 4
-"""Words of a run whose repetitions are counted."""
 
 WINDOW = 50
 """Words among which different words are counted. A longer text has fewer different ones for each of its words."""
@@ -184,12 +181,6 @@ def _between(low: Float64, high: Float64) -> float | None:
     spread = float(low.std() + high.std()) + 1e-9
     distance = float(high.mean() - low.mean()) / spread
     return float(low.mean() + distance * low.std()) if distance >= SEPARATED else None
-
-
-def repeated_share(text: Sequence[str]) -> float:
-    """Return the share of a text's runs of `RUN` words that it had before."""
-    runs = list(zip(*(text[start:] for start in range(RUN)), strict=False))
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def different_share(text: Sequence[str]) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 
+from mindprint.text.ngrams import repeated_share
 from mindprint.text.words import words
 
 PROMPT_WORDS = 3, 60
@@ -82,13 +82,6 @@ def unfit(answer: str, passage: str, alike: float = ALIKE) -> str | None:
     if grams and len(grams & set(_grams(said))) > alike * len(grams):
         return "too like the passage"
     return None
-
-
-def repeated_share(said: Sequence[str]) -> float:
-    """Return the share of 4-grams of words that occurred before in the same text, 0 to 1."""
-    grams = Counter(_grams(said))
-    total = sum(grams.values())
-    return 1 - len(grams) / total if total else 0.0
 
 
 def longest_common(first: Sequence[str], second: Sequence[str]) -> int:
