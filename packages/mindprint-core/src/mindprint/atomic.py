@@ -53,6 +53,27 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Write a file under another name. It becomes `path` when the block ends well.
+
+    Raises `RunError` in one line when the disk is full or not writable, or `path` is taken. Then nothing is left.
+    """
+    with _disk_errors(path):
+        aside, handle = _make_file(path)
+        try:
+            yield aside
+            sync(aside)
+            _move_file(aside, path)
+            sync(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                aside.unlink()
+            raise
+        finally:
+            os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file (UTF-8) whole, replacing an older one. Raises `RunError` as `new_folder` does."""
     write_bytes(path, text.encode())
@@ -96,6 +117,13 @@ def tidy(parent: Path) -> None:
             if matched and not entry.is_symlink():
                 replaced = Path(parent, matched["name"]) if matched["kind"] == "replaced" else None
                 _remove_if_abandoned(Path(entry.path), replaced)
+
+
+def _move_file(new: Path, path: Path) -> None:
+    # A rename would replace a file that another process made in the meantime.
+    if os.path.lexists(path):
+        raise RunError(f"{path}: exists already, another process made it meanwhile; name a new file")
+    new.rename(path)
 
 
 def _move_folder(new: Path, path: Path, *, replace: bool) -> None:

@@ -13,24 +13,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mindprint.adapter.base_facts import BaseFacts
+from mindprint.adapter.gguf_files import gguf_package
 from mindprint.adapter.targets import is_stack
 from mindprint.contract import AdapterState, Float32, LoraFactors
 from mindprint.errors import AdapterError
 from mindprint.models.folder import model_config
 from mindprint.models.layer_names import is_embedding, is_lm_head
 
-if TYPE_CHECKING:
-    from types import ModuleType
-
 ADAPTER_FILE = "adapter.gguf"
 MODELFILE = "Modelfile"
-
-INSTALL = "writing GGUF needs the package gguf: pip install 'mindprint-core[gguf]'"
 
 BASE_FILE = "base.gguf"
 """The base model's file, as the Modelfile calls it: Mindprint does not know where a person keeps it."""
@@ -115,11 +111,11 @@ def write_adapter(
     `base_folder` is read for its config.json only. Raises `AdapterError` naming what llama.cpp cannot hold: a family
     that it does not have, stacked experts, a tied LM head, or the package `gguf` where it is missing.
     """
-    gguf = _package()
-    architecture = _architecture(base)
+    gguf = gguf_package("writing GGUF")
+    architecture = architecture_of(base, "merge the adapter (mindprint merge)")
     _refuse_tied(adapter, base)
-    names = _weight_names(gguf, architecture, adapter, base)
-    heads = _heads(base_folder) if architecture.layout else {}
+    names = _weight_names(architecture, adapter, base)
+    heads = heads_of(base_folder) if architecture.layout else {}
     alpha = _file_alpha(adapter)
     writer = gguf.GGUFWriter(folder / ADAPTER_FILE, architecture.name)
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -142,24 +138,25 @@ def write_adapter(
     return tuple(_notes(multiplied, alpha, base_name))
 
 
-def _package() -> ModuleType:
-    try:
-        import gguf  # noqa: PLC0415 (an optional extra)
-    except ModuleNotFoundError as error:
-        raise AdapterError(INSTALL) from error
-    module: ModuleType = gguf
-    return module
-
-
-def _architecture(base: BaseFacts) -> Architecture:
+def architecture_of(base: BaseFacts, remedy: str) -> Architecture:
+    """Return the architecture of a base. Raises `AdapterError` with a remedy for a family that was not compared."""
     known = ARCHITECTURES.get(base.model_type)
     if known is None:
         raise AdapterError(
-            f"an adapter for model_type {base.model_type!r} cannot be written as GGUF: the names and the order of "
-            "rows of this family's weights in llama.cpp were not compared; merge the adapter (mindprint merge) and "
-            "convert the merged model with llama.cpp's convert_hf_to_gguf.py, if that knows the family"
+            f"model_type {base.model_type!r} cannot be written as GGUF: the names and the order of rows of this "
+            f"family's weights in llama.cpp were not compared; {remedy} and convert the merged model with llama.cpp's "
+            "convert_hf_to_gguf.py, if that knows the family"
         )
     return known
+
+
+def name_map(architecture: Architecture, base: BaseFacts) -> Any:
+    """Return the package's map from transformers' names to llama.cpp's. Raises `AdapterError` without a layer count."""
+    gguf = gguf_package("writing GGUF")
+    if base.layers is None:
+        raise AdapterError("the base's config.json does not say how many layers there are (num_hidden_layers)")
+    number = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[architecture.name]
+    return gguf.get_tensor_name_map(number, base.layers)
 
 
 def _refuse_tied(adapter: AdapterState, base: BaseFacts) -> None:
@@ -172,12 +169,9 @@ def _refuse_tied(adapter: AdapterState, base: BaseFacts) -> None:
             )
 
 
-def _weight_names(gguf: Any, architecture: Architecture, adapter: AdapterState, base: BaseFacts) -> dict[str, str]:
+def _weight_names(architecture: Architecture, adapter: AdapterState, base: BaseFacts) -> dict[str, str]:
     """Return the name in llama.cpp of the weight of each site."""
-    if base.layers is None:
-        raise AdapterError("the base's config.json does not say how many layers there are (num_hidden_layers)")
-    number = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[architecture.name]
-    known = gguf.get_tensor_name_map(number, base.layers)
+    known = name_map(architecture, base)
     names = {}
     for site in adapter.tensors:
         if is_stack(site):
@@ -192,7 +186,8 @@ def _weight_names(gguf: Any, architecture: Architecture, adapter: AdapterState, 
     return names
 
 
-def _heads(folder: Path) -> Heads:
+def heads_of(folder: Path) -> Heads:
+    """Return the numbers of heads that config.json states. Raises `AdapterError` where they are no numbers."""
     config = model_config(folder)
     queries = config.get("num_attention_heads")
     keys = config.get("num_key_value_heads", queries)

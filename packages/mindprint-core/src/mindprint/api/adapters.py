@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import Literal, get_args
 
 from mindprint import atomic
 from mindprint.adapter import gguf_format, mlx_lm_format, peft_format
@@ -19,6 +20,8 @@ from mindprint.adapter.formats import (
     read_any_adapter,
     unmatched_note,
 )
+from mindprint.adapter.gguf_files import FileType
+from mindprint.adapter.gguf_merging import merged_gguf
 from mindprint.adapter.merging import merged_folder, read_record, refuse_taken
 from mindprint.adapter.mlx_lm_config import corrected_config, missing_keys, mlx_lm_note
 from mindprint.adapter.rewriting import layout_note
@@ -27,8 +30,9 @@ from mindprint.api.options import Notices, OnNotice, backend_section
 from mindprint.api.results import ConvertResult, MergeResult, VerifyResult
 from mindprint.config import BackendConfig, ModelConfig
 from mindprint.contract import AdapterState, Dtype
-from mindprint.errors import AdapterError, BackendError, GuardError
+from mindprint.errors import AdapterError, BackendError, ConfigError, GuardError
 from mindprint.models import folder as models
+from mindprint.models.folder import is_gguf
 from mindprint.plugins.entries import BACKENDS, installed
 from mindprint.runs.opened import Located, find_base, locate_adapter, placement_for, read_located
 from mindprint.trust.adapters import copy_findings
@@ -36,6 +40,9 @@ from mindprint.trust.fingerprint import read_fingerprint
 from mindprint.trust.merged import merge_findings
 from mindprint.trust.report import Finding, Report
 from mindprint.trust.verify import verify_adapter, verify_merged
+
+ModelFormat = Literal["folder", "gguf"]
+"""Whose models are written by a merge: Hugging Face's folders, or llama.cpp's files."""
 
 
 class NotVerifiedError(GuardError):
@@ -171,25 +178,30 @@ def merge(
     model: str | None = None,
     into: str | None = None,
     quantize: bool = False,
+    to: ModelFormat = "folder",
+    file_type: FileType | None = None,
     backend: str | None = None,
     device: str | None = None,
     on_notice: OnNotice | None = None,
 ) -> MergeResult:
-    """Write the base model with the adapter in it to a new folder, and verify it.
+    """Write the base model with the adapter in it to a new folder or GGUF file, and verify it.
 
     Only the verification computes with a framework. A merge that does not verify is removed. A quantized base is
     written in full precision: `dequantized weight + s·B·A`, rounded once.
 
     Args:
         adapter: A project (its newest complete run), a run, or an adapter of Mindprint's, PEFT's or mlx-lm's.
-        out: The new model's folder. It must not exist.
+        out: The new model's folder, or its GGUF file. It must not exist.
         verify: Let a backend compare the merged model with base and adapter. Otherwise only the files are compared.
         fix_config: Add the keys to the merged config.json that mlx-lm needs to compute the same model.
         model: Where the base model is, if not where the run or the adapter says.
         into: Another form of the base model to merge into, such as the full-precision model of a quantized base. The
-            adapter's effect on it is measured.
+            adapter's effect on it is measured. With `to="gguf"` also the base's own GGUF file: all its keys are kept.
         quantize: Quantize the result in the format of the base that the adapter was trained on. It is kept only if it
             has at least 0.95 of the adapter's effect.
+        to: `folder` for a folder in Hugging Face layout, `gguf` for a file of llama.cpp's.
+        file_type: `f32`, `f16`, `bf16` or `q8_0`: the type of a GGUF file's weights. Default: the type that each weight
+            has in the file that `into` names, otherwise `f16`.
         backend: The backend that verifies. Default: the run's.
         device: `cpu`, `cuda`, `mps`, `metal`. Default: the run's.
         on_notice: Receives messages about the work as they come.
@@ -213,6 +225,9 @@ def merge(
     # Refused first: reading and merging a large base would otherwise be wasted.
     refuse_taken(target)
     notices = Notices(on_notice)
+    if to == "gguf" or file_type is not None or (into is not None and is_gguf(Path(into))):
+        _refuse_mixed(to, file_type, into, fix_config=fix_config, quantize=quantize)
+        return _merge_gguf(target, adapter, model, into, file_type, notices)
     located = locate_adapter(adapter)
     trained, state = read_located(located, model)
     base = trained if into is None else models.resolve_model(ModelConfig(name=into), Path.cwd())
@@ -245,6 +260,43 @@ def merge(
         else:
             _compare_files(merged.folder, target, base, state)
     return MergeResult(target, base.name, tuple(merged.changed), verification, notices.heard)
+
+
+def _refuse_mixed(
+    to: ModelFormat, file_type: FileType | None, into: str | None, *, fix_config: bool, quantize: bool
+) -> None:
+    """Refuse options of one kind of merge that were given for the other."""
+    if to != "gguf":
+        named = "a type of GGUF weights" if into is None or not is_gguf(Path(into)) else f"{into}, a GGUF file"
+        raise ConfigError(f"{named} is only for a merge that writes GGUF: add --to gguf")
+    if fix_config or quantize:
+        option = "--fix-config" if fix_config else "--quantize"
+        raise ConfigError(f"{option} is for a merged folder, and a GGUF file has no such thing; leave it out")
+    if file_type is not None and file_type not in get_args(FileType):
+        raise ConfigError(f"{file_type!r} is not a type that is written here: {', '.join(get_args(FileType))}")
+
+
+def _merge_gguf(
+    target: Path,
+    adapter: str | PathLike[str],
+    model: str | None,
+    into: str | None,
+    file_type: FileType | None,
+    notices: Notices,
+) -> MergeResult:
+    """Write a merged GGUF file, whose bytes are compared with those that were computed."""
+    located = locate_adapter(adapter)
+    base, state = read_located(located, model)
+    base = replace(base, quantize=None)
+    file = Path(into) if into is not None and not Path(into).is_dir() else None
+    if into is not None and file is None:
+        base = models.resolve_model(ModelConfig(name=into), Path.cwd())
+    _refuse_own_weights(located.adapter, base)
+    if note := unmatched_note(located.adapter, base.path):
+        notices(note)
+    with merged_gguf(target, base, state, located.adapter, into=file, kind=file_type) as merged:
+        notices(f"rounded to the file's types, the weights have {merged.kept:.4f} of the adapter's change")
+    return MergeResult(target, base.name, merged.changed, None, notices.heard)
 
 
 def _verified(

@@ -294,7 +294,7 @@ class MergeResult(Result):
     """A merged model, returned by `mindprint.merge`.
 
     Attributes:
-        folder: The merged model's folder.
+        folder: The merged model's folder, or its GGUF file.
         base: The base model's name.
         changed: The names of the weights that the adapter changed.
         verification: The verification by a backend, or None where only the files were compared.

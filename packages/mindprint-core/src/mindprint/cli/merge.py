@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
+from mindprint.adapter.gguf_files import FileType
 from mindprint.api import NotVerifiedError, merge
+from mindprint.api.adapters import ModelFormat
 from mindprint.cli.options import device_option, model_option
 from mindprint.cli.output import json_option, say, show, tell_notice
 
@@ -15,7 +17,9 @@ from mindprint.cli.output import json_option, say, show, tell_notice
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @model_option
-@click.option("--into", help="Another form of the base to merge into, such as the full-precision model of a 4-bit one.")
+@click.option("--into", help="Another form of the base to merge into: a full-precision model, or its GGUF file.")
+@click.option("--to", type=click.Choice(["folder", "gguf"]), default="folder", help="What OUT is. Default: folder.")
+@click.option("--type", "file_type", type=click.Choice(["f32", "f16", "bf16", "q8_0"]), help="Type of GGUF weights.")
 @click.option("--quantize", is_flag=True, help="Quantize the result as the base was; kept if the effect survives.")
 @click.option("--backend", help="What verifies the result: auto, torch, mlx, ...; default: the run's.")
 @device_option
@@ -28,6 +32,8 @@ def command(
     out: Path,
     model: str | None,
     into: str | None,
+    to: ModelFormat,
+    file_type: FileType | None,
     quantize: bool,
     backend: str | None,
     device: str | None,
@@ -35,11 +41,14 @@ def command(
     fix_config: bool,
     as_json: bool,
 ) -> None:
-    """Write the base of ADAPTER with the adapter in it to the new folder OUT, and verify it.
+    """Write the base of ADAPTER with the adapter in it to the new folder or GGUF file OUT, and verify it.
 
     ADAPTER is a project (its newest complete run), a run, or an adapter of Mindprint's, PEFT's or mlx-lm's. Nothing is
     computed by a framework but the verification. A merge that does not verify is removed: exit code 1. A quantized
     base becomes a model in full precision, because its grid has no place for the adapter's change.
+
+    With --to gguf OUT is a file for llama.cpp and Ollama. --into base.gguf writes the base's own GGUF file with all its
+    keys. Without it the file is written from the base's folder.
     """
     try:
         result = merge(
@@ -50,6 +59,8 @@ def command(
             model=model,
             into=into,
             quantize=quantize,
+            to=to,
+            file_type=file_type,
             backend=backend,
             device=device,
             on_notice=tell_notice,
