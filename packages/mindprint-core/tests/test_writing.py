@@ -23,6 +23,7 @@ from mindprint.writing.checks import (
 )
 from mindprint.writing.conversations import exchanges
 from mindprint.writing.gathering import Options, gather
+from mindprint.writing.keywords import keywords
 from mindprint.writing.languages import languages_of
 from mindprint.writing.making import Made, RowKind, last_words, make_rows
 from mindprint.writing.passages import Passage, cut
@@ -199,6 +200,10 @@ def test_a_prompt_that_copies_its_passage_is_none() -> None:
         "What question does this text answer, and who asked it?",
         "I want a ferry and I want a ferry and I want a ferry and I want a ferry.",
         "Tell me about something you never learned as a child, and why.",
+        "Tell me about something you never bought as a child, and why.",
+        "I'm afraid that I am not ready to share a story.",
+        "Sure, here is what you asked for.",
+        "She was a lady of some means.",
     ],
 )
 def test_a_proposal_that_describes_its_task_or_repeats_its_example_is_no_prompt(proposal: str) -> None:
@@ -284,6 +289,19 @@ def test_a_prompt_under_which_the_passage_gains_nothing_is_not_used() -> None:
     made = made_of(ScriptedModel("Tell me about the ferry.", BLAND, 0.0), "", {"answer": 1})
     assert made.rows == []
     assert made.dropped == {"no prompt made the passage more probable": 1}
+
+
+def test_names_and_long_words_are_the_topic_of_a_passage_without_a_prompt() -> None:
+    silent = ScriptedModel("The text is about a ferry and its passengers", BLAND, 0.5)
+    (row,) = made_of(silent, BEFORE, {"answer": 1, "topic": 1e-9}).rows
+    assert (row.kind, row.prompt) == ("topic", "Write about the following topic: minded, coffee, people")
+    assert made_of(ScriptedModel("", BLAND, 0.005), "", {"answer": 1, "topic": 1e-9}).rows == []
+
+
+def test_keywords_are_names_within_sentences_and_the_longest_words() -> None:
+    text = "Nobody knew old Mrs Potter, of Lower Hythe. She sold vegetables. Everybody bought the cucumbers from her."
+    assert keywords(text) == ["Mrs Potter", "Lower Hythe", "vegetables", "cucumbers"]
+    assert keywords("It is so.") == keywords("\u6771\u4eac\u90fd\u5e81" * 9) == []
 
 
 def test_results_are_kept_by_whole_batches(tmp_path: Path) -> None:

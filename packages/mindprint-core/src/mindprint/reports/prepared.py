@@ -49,6 +49,10 @@ def _made(gathered: Gathered, made: Made, counts: Mapping[str, int]) -> Iterator
     )
     header = ("kind", "rows", "gain of the prompt (nats a token)", "words of the passage", "with a rejected answer")
     yield Table("Kinds of row", header, rows, frozenset(range(1, 5)))
+    if made.proposed:
+        yield Paragraph(f"Of {made.proposed} prompts that the base model proposed {made.served} can be used.")
+    if made.named:
+        yield Paragraph(f"For {made.named} passages none gained enough: their topic is their names and long words.")
     if made.continued:
         yield Paragraph(f"For {made.continued} passages no prompt was found: they continue the text before them.")
     if reasons := (*_reasons(made.dropped, "passages: "), *_reasons(made.unpaired, "rows without a pair: ")):

@@ -21,6 +21,9 @@ REPEATED = 0.3
 ECHOED = 7
 """Words that a prompt may not have in common in a row with the template that asked for it."""
 
+SAME_EXAMPLE = 0.6
+"""Share of the words of a prompt and of an example, each, from which on one is the other with some words replaced."""
+
 ALIKE = 0.5
 """Share of a passage's 4-grams in the answer to its prompt, from which on both say the same."""
 
@@ -44,6 +47,12 @@ _SUMMARY = re.compile(
     r"(?:is about|describes|discusses|tells (?:the story )?of|is) ",
     re.IGNORECASE,
 )
+# Small models answer the text, or continue it, where they should ask for it. A request does not begin like this.
+_STATES = re.compile(
+    r"^(?:(?:I|you|we|he|she|it|they)(?:['’]\w+| (?:am|are|is|was|were|have|has|had|will|would|can|could|do|did)\b)"
+    r"|(?:here|there) (?:is|are|was|were)\b|(?:sure|certainly|of course|thank you|sorry|hello|hi|dear)\b|as an? AI\b)",
+    re.IGNORECASE,
+)
 _QUOTES = "\"'“”‘’«»„ *_`"
 
 
@@ -63,12 +72,21 @@ def clean_topic(reply: str) -> str:
 
 
 def is_prompt(prompt: str, passage: str, template: str = "") -> bool:
-    """Return whether a text is of a prompt's length, copies neither the passage nor the template, and is not a loop."""
+    """Return whether a text is of a prompt's length, copies neither passage nor template, asks, and is not a loop."""
     asked = words(prompt)
-    if not PROMPT_WORDS[0] <= len(asked) <= PROMPT_WORDS[1] or _SPEAKS_OF_TEXT.search(prompt):
+    if not PROMPT_WORDS[0] <= len(asked) <= PROMPT_WORDS[1] or _SPEAKS_OF_TEXT.search(prompt) or _STATES.match(prompt):
         return False
-    echoed = longest_common(asked, words(template)) >= min(ECHOED, len(asked))
+    echoed = longest_common(asked, words(template)) >= min(ECHOED, len(asked)) or _is_example(asked, template)
     return not echoed and longest_common(asked, words(passage)) < COPIED and repeated_share(asked) <= REPEATED
+
+
+def _is_example(asked: Sequence[str], template: str) -> bool:
+    own = set(asked)
+    for line in template.splitlines():
+        example = set(words(line))
+        if len(own & example) >= SAME_EXAMPLE * max(len(own), len(example)):
+            return True
+    return False
 
 
 def unfit(answer: str, passage: str, alike: float = ALIKE) -> str | None:

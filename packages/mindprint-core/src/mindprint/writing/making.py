@@ -20,6 +20,7 @@ from mindprint.text.words import words
 from mindprint.writing.asking import BaseModel, Question
 from mindprint.writing.checks import clean_prompt, clean_topic, is_prompt, unfit, unfit_rewriting, up_to_sentence
 from mindprint.writing.conversations import Exchange
+from mindprint.writing.keywords import keywords
 from mindprint.writing.passages import Passage, pieces_within
 from mindprint.writing.templates import Templates
 
@@ -28,6 +29,9 @@ KINDS: tuple[RowKind, ...] = get_args(RowKind)
 
 MIX: Mapping[RowKind, float] = {"answer": 0.4, "continue": 0.2, "topic": 0.2, "rewrite": 0.2}
 """Shares of the kinds of row."""
+
+LEAST_GAIN = 0.01
+"""Nats a token that a prompt must add to a passage: two nats for one of 150 words. Vague prompts add less."""
 
 PROMPT_TOKENS = 60
 REWRITTEN_WORDS = 60
@@ -64,10 +68,15 @@ class MadeRow:
 class Made:
     """All rows, in the order of their passages, with counts of passages and answers that were dropped, by reason.
 
-    `continued` counts the passages that continue the text before them because no other prompt fitted.
+    `proposed` counts the model's proposals and `served` those that can be prompts. `named` counts the passages whose
+    topic is their names and long words, and `continued` those that continue the text before them, because no proposal
+    served.
     """
 
     rows: list[MadeRow] = field(default_factory=list)
+    proposed: int = 0
+    served: int = 0
+    named: int = 0
     continued: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     unpaired: Counter[str] = field(default_factory=Counter)
@@ -82,15 +91,20 @@ def make_rows(
     candidates = _candidates(passages, kinds, model, templates)
     gains = _gains(passages, candidates, model, templates)
     best = [_best(*proposed) for proposed in zip(kinds, candidates, gains, strict=True)]
+    made.proposed = sum(len(_proposing(kind, templates)) for kind in kinds)
+    made.served = sum(
+        len(prompts) for kind, prompts in zip(kinds, candidates, strict=True) if kind in ("answer", "topic")
+    )
     # A small model finds no prompt for some passages. The person's words are too few to lose them for it.
-    lost = [place for place, entry in enumerate(best) if entry is None and passages[place].before]
-    lost = [place for place in lost if mix.get("continue") and kinds[place] != "continue"]
-    following = [[templates.fill("ask-continue", last_words(passages[place].before))] for place in lost]
-    for place, prompts, gained in zip(
-        lost, following, _gains([passages[place] for place in lost], following, model, templates), strict=True
-    ):
-        best[place] = _best("continue", prompts, gained)
-        made.continued += best[place] is not None
+    if mix.get("topic"):
+        named = [_named_topic(passage, templates) for passage in passages]
+        made.named = _fill_lost("topic", passages, kinds, best, named, model, templates)
+    if mix.get("continue"):
+        following = [
+            [templates.fill("ask-continue", last_words(passage.before))] if passage.before else []
+            for passage in passages
+        ]
+        made.continued = _fill_lost("continue", passages, kinds, best, following, model, templates)
     chosen: list[tuple[RowKind, Passage, str, float]] = []
     for passage, prompts, entry in zip(passages, candidates, best, strict=True):
         if entry is not None:
@@ -112,9 +126,38 @@ def make_rows(
 
 
 def _best(kind: RowKind, prompts: Sequence[str], gains: Sequence[float]) -> tuple[RowKind, str, float] | None:
-    """Return the prompt with the greatest gain, the first of equals, None if none gains anything."""
+    """Return the prompt with the greatest gain, the first of equals, None if none gains enough."""
     place = max(range(len(prompts)), key=lambda place: gains[place], default=None)
-    return (kind, prompts[place], gains[place]) if place is not None and gains[place] > 0 else None
+    return (kind, prompts[place], gains[place]) if place is not None and gains[place] >= LEAST_GAIN else None
+
+
+def _fill_lost(
+    kind: RowKind,
+    passages: Sequence[Passage],
+    kinds: Sequence[RowKind],
+    best: list[tuple[RowKind, str, float] | None],
+    prompts: Sequence[Sequence[str]],
+    model: BaseModel,
+    templates: Templates,
+) -> int:
+    """Give the passages that have no prompt one of another kind, where it gains enough. Return how many got one."""
+    # A passage of this kind has been asked with the same prompt, unless the model proposes the prompts of the kind.
+    lost = [
+        place
+        for place, entry in enumerate(best)
+        if entry is None and prompts[place] and (kinds[place] != kind or kind == "topic")
+    ]
+    asked = [prompts[place] for place in lost]
+    gains = _gains([passages[place] for place in lost], asked, model, templates)
+    for place, proposed, gained in zip(lost, asked, gains, strict=True):
+        best[place] = _best(kind, proposed, gained)
+    return sum(best[place] is not None for place in lost)
+
+
+def _named_topic(passage: Passage, templates: Templates) -> list[str]:
+    """Return a prompt that names the passage's names and long words, none if they are too few."""
+    topic = ", ".join(keywords(passage.text))
+    return [templates.fill("ask-topic", topic)] if is_prompt(topic, passage.text) else []
 
 
 def kind_of(passage: Passage, mix: Mapping[RowKind, float], seed: int) -> RowKind:
@@ -144,7 +187,7 @@ def _candidates(
     ]
     replies = iter(model.replies(questions, "prompts"))
     rewritten = [passage.text for passage, kind in zip(passages, kinds, strict=True) if kind == "rewrite"]
-    plain_texts = iter(_plain_texts(rewritten, model, templates))
+    plain_texts = iter(rewritten_texts(rewritten, model, templates))
     candidates = []
     for passage, kind, proposing in zip(passages, kinds, names, strict=True):
         if kind == "continue":
@@ -166,7 +209,7 @@ def _proposing(kind: RowKind, templates: Templates) -> Sequence[str]:
     return () if kind in ("continue", "rewrite") else templates.proposals(kind)
 
 
-def _plain_texts(texts: Sequence[str], model: BaseModel, templates: Templates) -> list[str]:
+def rewritten_texts(texts: Sequence[str], model: BaseModel, templates: Templates) -> list[str]:
     """Return each text in the base model's words, rewritten piece by piece and put together again."""
     pieces = [pieces_within(text, REWRITTEN_WORDS) for text in texts]
     questions = [

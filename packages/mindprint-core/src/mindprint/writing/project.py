@@ -47,9 +47,12 @@ class PreparedProject:
                 )
 
     def write(self, files: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
-        """Write files into the data folder, each whole, and a record with their digests and with `facts`."""
+        """Write files into the data folder, each whole, and a record with their digests and with `facts`.
+
+        An empty file is not written: training would refuse it. One that an earlier call wrote is removed.
+        """
         self.data.mkdir(parents=True, exist_ok=True)
-        digests = {name: _digest(content) for name, content in files.items()}
+        digests = {name: _digest(content) for name, content in files.items() if content}
         # The record comes first: if the process is killed between the files, the next call may replace all of them.
         old = read_object(self.data / RECORD, RunError).get("files", {}) if (self.data / RECORD).is_file() else {}
         for state in (digests | {name: old[name] for name in old if name not in digests}, digests):
@@ -58,7 +61,10 @@ class PreparedProject:
             if state is digests:
                 break
             for name, content in files.items():
-                atomic.write_bytes(self.data / name, content)
+                if content:
+                    atomic.write_bytes(self.data / name, content)
+                else:
+                    (self.data / name).unlink(missing_ok=True)
 
 
 def find_project(folder: Path, model: str | None) -> PreparedProject:
