@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 # A session's environment is installed without bytecode (UNCOMPILED). Where containers forbid Python to write any, every
 # process would compile PyTorch, transformers and PEFT again: 12 of the 22 processor seconds that importing them takes.
@@ -271,11 +272,29 @@ def voice(session: nox.Session) -> None:
     """The voice score on real authors: `nox -s voice -- FOLDER`, which has a folder of two works for each of four.
 
     Twenty runs of the tiny model also show whether their intervals say how far a seed moves a voice.
+
+    `nox -s voice -- FOLDER MODEL` measures `mindprint prepare` instead: from one work of an author to a voice, on a
+    base model such as SmolLM2-135M-Instruct. Options of benchmarks/prepare.py follow: `--limit 10 --words 3000`.
     """
     if not session.posargs:
-        session.error("name the folder of the authors: nox -s voice -- FOLDER")
+        session.error("name the folder of the authors: nox -s voice -- FOLDER [MODEL]")
     install(session, ("core", "torch"), *TESTS)
-    folder = str(Path(session.posargs[0]).resolve())
+    folder, *more = session.posargs
+    folder = str(Path(folder).resolve())
+    if more:
+        model, *options = more
+        kept = Path(session.create_tmp()).resolve() / "voice"
+        failed = []
+        for command in ("voice", "rewriting"):
+            words = (command, folder, "--model", model, "--into", str(kept), *options)
+            # Every figure is printed, also after one that does not hold.
+            try:
+                session.run("python", "benchmarks/prepare.py", *words, env=ONE_THREAD)
+            except CommandFailed:
+                failed.append(command)
+        if failed:
+            session.error(f"not everything holds: {', '.join(failed)}")
+        return
     session.run("pytest", "-s", "tests/voice", "--timeout=0", env={**ONE_THREAD, "MINDPRINT_AUTHORS": folder})
     session.run("python", "benchmarks/voice.py", folder, env=ONE_THREAD)
 
