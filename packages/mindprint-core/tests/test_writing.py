@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -405,10 +406,42 @@ def test_files_that_are_the_same_count_once(tmp_path: Path) -> None:
 def test_private_things_are_replaced_only_when_asked(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(story(0, 12) + "\n\n" + story(50, 1) + " Write to ada@example.org for the rest.")
     plain = gather([tmp_path], Options(heldout=0, least=40, most=90))
-    assert [(kind, thing) for kind, _, thing in plain.private] == [("e-mail address", "ada@example.org")]
+    assert [(private.kind, private.thing) for private in plain.private] == [("e-mail address", "ada@example.org")]
     redacted = gather([tmp_path], Options(heldout=0, least=40, most=90, redact=True))
     assert "ada@" in plain.train[-1].text
     assert "[e-mail address]" in redacted.train[-1].text
+
+
+def test_private_things_have_file_and_line(tmp_path: Path) -> None:
+    wrapped = f"{story(50, 1)}\nOur number is +44 20\n7946 0958, or write\nto ada@example.org."
+    (tmp_path / "a.txt").write_text(f"{story(0, 6)}\n\n{wrapped}\n\n{story(60, 6)} Write to ada@example.org again.")
+    sent = "".join(
+        f"From ada\nFrom: Ada <ada@example.org>\n\n{story(number, 4)}\nWrite to ada@example.org.\n\n"
+        for number in (200, 210)
+    )
+    (tmp_path / "b.mbox").write_text(sent)
+    private = gather([tmp_path], Options(heldout=0, least=20, most=90)).private
+    lines = [(Path(thing.document).name, thing.line, thing.kind) for thing in private]
+    text = (tmp_path / "a.txt").read_text().splitlines()
+    addresses = [number for number, line in enumerate(text, 1) if "ada@" in line]
+    phone = next(number for number, line in enumerate(text, 1) if "+44" in line)
+    mails = [number for number, line in enumerate(sent.splitlines(), 1) if "Write to ada@" in line]
+    assert lines == [
+        ("a.txt", phone, "telephone number"),
+        ("a.txt", addresses[0], "e-mail address"),
+        ("a.txt", addresses[1], "e-mail address"),
+        ("b.mbox#1", mails[0], "e-mail address"),
+        ("b.mbox#2", mails[1], "e-mail address"),
+    ]
+    assert private[0].place == f"{tmp_path / 'a.txt'}:{phone}"
+
+
+def test_a_private_thing_in_a_mail_that_is_encoded_has_no_line(tmp_path: Path) -> None:
+    words = base64.encodebytes(f"{story(0, 12)} Write to ada@example.org.".encode()).decode()
+    headers = "From: Ada <a@b.org>\nContent-Type: text/plain; charset=utf-8\nContent-Transfer-Encoding: base64"
+    (tmp_path / "a.eml").write_text(f"{headers}\n\n{words}")
+    (thing,) = gather([tmp_path], Options(heldout=0, least=20, most=60)).private
+    assert (thing.line, thing.place) == (None, str(tmp_path / "a.eml"))
 
 
 def test_one_word_and_an_empty_folder_are_too_little(tmp_path: Path) -> None:

@@ -91,7 +91,10 @@ class PrepareResult(Result):
             "duplicates": gathered.duplicates,
             "read": gathered.reading.read,
             "skipped": gathered.reading.skipped,
-            "private": [{"kind": kind, "document": name} for kind, name, _ in gathered.private],
+            "private": [
+                {"kind": private.kind, "document": private.document, "line": private.line}
+                for private in gathered.private
+            ],
             "notices": [asdict(notice) for notice in self.notices],
         }
 

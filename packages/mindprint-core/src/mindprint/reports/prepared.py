@@ -99,11 +99,11 @@ def _private(gathered: Gathered) -> Iterator[Block]:
     if not gathered.private:
         yield Paragraph("No addresses, telephone numbers, accounts, cards or keys were found by their patterns.")
         return
-    kinds = Counter(kind for kind, _, _ in gathered.private)
+    kinds = Counter(private.kind for private in gathered.private)
     counts = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
     yield Paragraph(f"Found by their patterns: {counts}. `--redact` replaces them. Names of people are not found.")
-    rows = tuple((kind, name, f"{thing[:HIDDEN]}…") for kind, name, thing in gathered.private)
-    yield from _listed("Private things", ("kind", "document", "begins with"), rows)
+    rows = tuple((private.kind, private.place, f"{private.thing[:HIDDEN]}…") for private in gathered.private)
+    yield from _listed("Private things", ("kind", "file and line", "begins with"), rows)
 
 
 def _listed(caption: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[Block]:

@@ -19,6 +19,7 @@ from mindprint.writing.conversations import Exchange, exchanges
 from mindprint.writing.languages import languages_of
 from mindprint.writing.passages import LEAST, MOST, Passage, cut
 from mindprint.writing.people import is_own, person_in
+from mindprint.writing.places import Places
 from mindprint.writing.private import find_private, redact
 
 FEWEST_PASSAGES = 8
@@ -48,6 +49,24 @@ class Options:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class PrivateThing:
+    """A private thing, its kind, its document and the line of the file.
+
+    `line` is None in files that are no lines of text, such as DOCX, and in mails that are encoded.
+    """
+
+    kind: str
+    document: str
+    thing: str
+    line: int | None
+
+    @property
+    def place(self) -> str:
+        """Return the document and the line, as far as it is known."""
+        return self.document if self.line is None else f"{self.document}:{self.line}"
+
+
 @dataclass
 class Gathered:
     """The person's writing.
@@ -62,7 +81,7 @@ class Gathered:
         other_languages: Passages in other languages, which are left out, by language.
         duplicates: Passages that nearly equal one before them, which are left out.
         others_documents: Documents that somebody else wrote.
-        private: The private things found: kind, the name of the document, and the thing itself.
+        private: The private things found, in the order of the documents.
         words: The person's words in all.
     """
 
@@ -75,7 +94,7 @@ class Gathered:
     other_languages: Mapping[str, int] = field(default_factory=dict)
     duplicates: int = 0
     others_documents: int = 0
-    private: list[tuple[str, str, str]] = field(default_factory=list)
+    private: list[PrivateThing] = field(default_factory=list)
     words: int = 0
 
 
@@ -94,11 +113,9 @@ def gather(paths: Sequence[Path], options: Options, on_file: Callable[[Path], No
     passages = _in_main_language(passages, gathered)
     passages = _without_duplicates(passages, lambda passage: passage.text, gathered)
     spoken = _without_duplicates(spoken, lambda exchange: exchange.own, gathered)
-    gathered.private = [
-        (private.kind, document, text[private.start : private.end])
-        for document, text in (*((p.document, p.text) for p in passages), *((e.document, e.own) for e in spoken))
-        for private in find_private(text)
-    ]
+    gathered.private = _private_things(
+        [*((p.document, p.text) for p in passages), *((e.document, e.own) for e in spoken)]
+    )
     if options.redact:
         passages = [replace(p, text=redact(p.text), before=redact(p.before)) for p in passages]
         spoken = [replace(e, messages=tuple((role, redact(text)) for role, text in e.messages)) for e in spoken]
@@ -108,6 +125,21 @@ def gather(paths: Sequence[Path], options: Options, on_file: Callable[[Path], No
     gathered.train, gathered.heldout = _divided(passages, options)
     gathered.exchanges, gathered.heldout_exchanges = _divided(spoken, options)
     return gathered
+
+
+def _private_things(texts: Sequence[tuple[str, str]]) -> list[PrivateThing]:
+    """Return the private things in texts, each with the name of its document before it."""
+    places = Places()
+    return [
+        PrivateThing(
+            private.kind,
+            document,
+            text[private.start : private.end],
+            places.line(document, text, private.start, private.end),
+        )
+        for document, text in texts
+        for private in find_private(text)
+    ]
 
 
 def _in_main_language(passages: Sequence[Passage], gathered: Gathered) -> list[Passage]:
