@@ -5,8 +5,8 @@
 
 FOLDER has a folder for each author with two works (`doyle/hound.txt`). One work of --author is prepared and trained as
 `mindprint prepare` and `mindprint train` do it. The other work is only measured with, and the other authors teach the
-scorer the prose of other people. --into DIR keeps everything: what is there already is not made again, so that a
-measurement can be stopped and continued, and both commands measure one adapter.
+scorer the prose of other people. --into DIR keeps everything and uses what it holds, so that a measurement
+can be stopped and continued, and both commands measure one adapter.
 
 --words, --limit, --steps and --no-evaluation make a small trial of it.
 """
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="a folder with a folder of two works for each author")
     parser.add_argument("--author", help="whose voice is trained; default: the first author")
     parser.add_argument("--swap", action="store_true", help="train on the second work and measure on the first")
-    parser.add_argument("--into", type=Path, help="keep everything here, and use what is here already")
+    parser.add_argument("--into", type=Path, help="keep everything here, and use what an earlier call left")
     parser.add_argument("--limit", type=int, default=60, help="passages and answers behind each figure")
     parser.add_argument("--steps", type=int, help="steps of SFT, and a third as many of DPO; default: as prepared")
     parser.add_argument("--no-evaluation", action="store_true", help="train without the run's own evaluations")
@@ -90,9 +90,9 @@ def voice(options: argparse.Namespace) -> bool:
         with mindprint.open_adapter(continued(folder, project, options)) as opened:
             plain = perplexities(opened, unseen, adapter=True)
         print(f"perplexity of {len(unseen)} passages of {works.other.stem}:")
-        for name, found in (("untuned", untuned), ("prepared and trained", tuned), ("continued training", plain)):
-            shares = ", ".join(f"{found[form] / untuned[form]:.3f}" for form in found)
-            shown = ", ".join(f"{form} {value:.2f}" for form, value in found.items())
+        for name, values in (("untuned", untuned), ("prepared and trained", tuned), ("continued training", plain)):
+            shares = ", ".join(f"{values[form] / untuned[form]:.3f}" for form in values)
+            shown = ", ".join(f"{form} {value:.2f}" for form, value in values.items())
             print(f"  {name:22s}{shown} (of untuned: {shares})")
         scorer = scorer_of(works, project, unseen)
         area = area_under(scorer, after, before)
@@ -230,14 +230,14 @@ def perplexities(opened: OpenedModel, texts: Sequence[str], *, adapter: bool) ->
     The rows that were trained are answers, and continued training read plain text: each is best in its own form.
     """
     forms: dict[str, tuple[str | None, Literal["chat", "raw"]]] = {"answer": (NOTHING, "chat"), "plain": (None, "raw")}
-    found = {}
+    values = {}
     for name, (prompt, form) in forms.items():
         rows = [mindprint.SftRow("main", prompt, text, mindprint.Origin("", 0)) for text in texts]
         settings = DataConfig(max_length=10**6, format=form)
         examples = render_sft(rows, opened.tokenizer, settings).examples
         sums = sum_texts(opened.backend, opened.model, examples, opened.tokenizer.pad_id, adapter=adapter)
-        found[name] = float(np.exp(-sums.sum() / sum(int(example.loss_mask.sum()) for example in examples)))
-    return found
+        values[name] = float(np.exp(-sums.sum() / sum(int(example.loss_mask.sum()) for example in examples)))
+    return values
 
 
 def answers_of(opened: OpenedModel, prompts: Sequence[Any], *, adapter: bool) -> list[str]:

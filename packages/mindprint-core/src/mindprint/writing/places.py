@@ -56,11 +56,11 @@ class _File:
         pattern = re.compile(r"\s+".join([*parts[:before], f"({parts[before]}", *parts[before + 1 :]]) + ")")
         first = self._first(place)
         # From the last one on, because things are asked for in their order.
-        found = pattern.search(self._text, max(first, self._at)) or pattern.search(self._text, first)
-        if found is None:
+        match = pattern.search(self._text, max(first, self._at)) or pattern.search(self._text, first)
+        if match is None:
             return None
-        self._at = found.end()
-        return bisect_right(self._lines, found.start(1))
+        self._at = match.end()
+        return bisect_right(self._lines, match.start(1))
 
     def _first(self, place: str) -> int:
         """Return where the document may begin: a mail's headers are not its text."""
