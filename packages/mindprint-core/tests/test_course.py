@@ -45,6 +45,7 @@ def project(toy: str, toy_model: Path, tmp_path: Path) -> Project:
         "dpo": {"steps_per_topic": DPO, "batch_size": 2, "learning_rate": 1e-2},
         "checkpoints": {"every": 2},
         "generation": {"max_new_tokens": 12},
+        "voice": {"answers_per_prompt": 1},
     }
 
 

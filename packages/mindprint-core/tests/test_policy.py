@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -99,7 +101,10 @@ def test_what_has_collapsed() -> None:
     assert collapsed(Figures(), [said(*[7] * 20)] * 2, [said(*[3] * 20)] * 2) == ()
     assert collapsed(Figures(), [said()] * 2, [said()] * 2) == ()
     endless = [said(1, 2, 3, 4, stopped=False)] * 2
-    assert collapsed(Figures(), endless, LIVELY) == ("the answers no longer stop by themselves (0%; base model 100%)",)
+    assert collapsed(Figures(), endless, LIVELY) == ()
+    broken = Figures(no_text={"repeats itself": 2})
+    assert collapsed(broken, endless, LIVELY) == ("100% of the answers are not text (repeats itself: 2)",)
+    assert collapsed(replace(broken, base_no_text={"repeats itself": 2}), endless, LIVELY) == ()
     assert collapsed(Figures(), endless, endless) == ()
     worse = Figures(voice=Interval(-0.4, -0.6, -0.1), people_voice=PEOPLE)
     assert collapsed(worse, LIVELY, LIVELY) == ("the voice is below the base model's: -0.40",)

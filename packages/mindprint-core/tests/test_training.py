@@ -62,6 +62,7 @@ def project(toy: str, toy_model: Path, tmp_path: Path) -> Project:
         "sft": {"steps_per_topic": SFT_STEPS, "batch_size": 2, "learning_rate": 1e-2},
         "dpo": {"steps_per_topic": DPO_STEPS, "batch_size": 2, "learning_rate": 1e-2},
         "checkpoints": {"every": 2, "keep": 2},
+        "voice": {"answers_per_prompt": 1},
     }
 
 

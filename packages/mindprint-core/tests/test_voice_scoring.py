@@ -121,7 +121,7 @@ def test_too_little_to_fit_or_to_calibrate_is_no_number() -> None:
     found = fit_scorer(VoiceReference((" ".join(OWN),), REFERENCE.background), passage_words=1000)
     assert isinstance(found, NotScored) and "makes 4 passages of 1000 words: 5 are needed" in found.reason
     short = scorer().calibrated(["three words here"], HELD_OUT)
-    assert isinstance(short, NotScored) and short.reason == "the floor has 3 words: 100 are needed"
+    assert isinstance(short, NotScored) and short.reason == "the floor has 3 words: 100 are needed (about 33 more rows)"
 
 
 def test_long_texts_are_cut_into_enough_passages() -> None:

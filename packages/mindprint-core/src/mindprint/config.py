@@ -255,11 +255,19 @@ class CheckpointConfig(Section):
 
 
 class GenerationConfig(Section):
-    """The way in which `generate` and `eval` let the model answer."""
+    """The way in which `generate` lets the model answer. `voice` says how an evaluation does."""
 
-    max_new_tokens: Positive = Field(128, description="Longest answer in tokens.")
+    max_new_tokens: Positive | None = Field(
+        None,
+        description="Longest answer in tokens. Default: 128, and in an evaluation as long as 95 % of your own answers.",
+    )
     temperature: NonNegative = Field(0.0, description="0 is greedy.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling.")
+
+    @property
+    def longest(self) -> int:
+        """Return the longest answer outside evaluations."""
+        return self.max_new_tokens or 128
 
 
 class FingerprintConfig(Section):
@@ -351,12 +359,17 @@ class CurriculumConfig(Section):
 
 
 class VoiceConfig(Section):
-    """The people that the voice is told from, and the scorers that `eval` uses."""
+    """The people that the voice is told from, how answers are drawn for it, and the scorers that `eval` uses."""
 
     background: list[str] = Field(
         [],
         description="Text files (`.txt`, `.md`) or folders of them: prose of other people, never trained. "
         "Without it the voice is only the distance from the base model.",
+    )
+    temperature: NonNegative = Field(0.8, description="Temperature of answers to held-out prompts. 0 is greedy.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(0.95, description="Nucleus sampling of these answers.")
+    answers_per_prompt: Annotated[int, Field(ge=1, le=16)] = Field(
+        2, description="Answers to each held-out prompt. More are drawn where a fit needs more words."
     )
     scorers: dict[str, dict[str, Any]] = Field(
         {}, description="Scorer plugins by name, each with its settings: `lexicon`, or any installed one."

@@ -24,6 +24,9 @@ ROWS_AT_ONCE = 32
 ROWS_AT_ONCE_CUDA = 64
 """A GPU reads all weights for each token, of however many rows: twice the rows take hardly longer."""
 
+LIKELY = 1024
+"""Tokens that a draw looks at first."""
+
 PROBE = ((3, 4, 5, 6, 7), (5, 6, 7))
 """Two prompts of unlike lengths."""
 
@@ -170,7 +173,8 @@ class Draw(LogitsProcessor):
         self.generators = [np.random.Generator(np.random.Philox(_seeds(sampling, prompt))) for prompt in prompts]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002  (transformers' signature)
-        uniform = torch.tensor([[generator.random()] for generator in self.generators], dtype=torch.float32)
+        wide = torch.float32 if scores.device.type == "mps" else torch.float64
+        uniform = torch.tensor([[generator.random()] for generator in self.generators], dtype=wide)
         drawn = draw(scores, self.sampling, uniform.to(scores.device))
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
@@ -181,13 +185,21 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751): the fewest most likely tokens that together reach
     `top_p`.
     """
-    likely_first = torch.softmax(logits.float() / sampling.temperature, dim=-1).sort(descending=True, stable=True)
-    probabilities, tokens = likely_first
+    # In float64, as NumPy draws for the other backends: the same log-probs then give the same token. MPS has none.
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    every = torch.softmax(logits.to(wide) / sampling.temperature, dim=-1)
+    # To sort a whole vocabulary takes longer than to run a small model. The likeliest tokens nearly always reach
+    # `top_p`. They are sorted by id first, so that equally likely ones come in the same order as in a full sort.
+    tokens = every.topk(min(LIKELY, every.shape[-1]), dim=-1).indices.sort(dim=-1).values
+    if bool((every.gather(1, tokens).sum(-1) < sampling.top_p).any()):
+        tokens = torch.arange(every.shape[-1], device=every.device).expand_as(every)
+    probabilities, order = every.gather(1, tokens).sort(descending=True, stable=True)
+    tokens = tokens.gather(1, order)
     # A token is kept if those before it do not reach `top_p` yet: the first is kept whatever `top_p` is.
     before = probabilities.cumsum(-1) - probabilities
     kept = probabilities * (before < sampling.top_p)
     reached = kept.cumsum(-1)
-    index = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)
+    index = torch.searchsorted(reached, uniform.to(wide) * reached[:, -1:], right=True)
     return tokens.gather(1, index.clamp(max=tokens.shape[1] - 1))
 
 

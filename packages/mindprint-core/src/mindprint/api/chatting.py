@@ -148,7 +148,7 @@ class Chat:
 
     def _check_length(self, messages: Messages) -> None:
         longest = longest_sequence(self.opened.base.path)
-        new = (self.settings or self.opened.config.generation).max_new_tokens
+        new = (self.settings or self.opened.config.generation).longest
         if longest is not None and (size := len(self.opened.render(messages))) + new > longest:
             raise DataError(
                 f"the chat has {size} tokens and an answer up to {new}, together more than the {longest} that this "

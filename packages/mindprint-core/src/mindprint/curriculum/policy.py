@@ -17,9 +17,6 @@ REPEATED = 0.5
 
 LONG_ENOUGH = 8
 
-STOPS, NEVER_STOPS = 0.5, 0.1
-"""Training broke the end of answers if this share of base answers stopped, and at most that share of tuned ones."""
-
 
 def judged(thresholds: Thresholds, figures: Figures) -> tuple[Outcome, tuple[str, ...]]:
     """Compare figures with thresholds.
@@ -98,7 +95,8 @@ def idle_settings(config: Config) -> str | None:
 def collapsed(figures: Figures, tuned: Sequence[Generation], base: Sequence[Generation]) -> tuple[str, ...]:
     """Return a sentence for each sign that training broke the model, and nothing for a sound model.
 
-    The signs are empty answers, one repeated token, answers without an end, and less voice than the base model has.
+    The signs are empty answers, one repeated token, answers that are not text, and less voice than the base model has.
+    An answer that was cut is none: how it would have ended is not known.
     """
     if not tuned:
         return ()
@@ -112,11 +110,14 @@ def collapsed(figures: Figures, tuned: Sequence[Generation], base: Sequence[Gene
     repeated, base_repeated = (_share(_is_one_token(answer) for answer in answers) for answers in (tuned, base))
     if repeated > MOSTLY >= base_repeated:
         signs.append(f"{repeated:.0%} of the answers are one repeated token")
-    stopped, base_stopped = (_share(answer.stop_reason == "stop" for answer in answers) for answers in (tuned, base))
-    # Many answers are cut at the limit of tokens without being wrong. Only a base model that did stop shows that
-    # training lost the end of an answer.
-    if base_stopped >= STOPS and stopped <= NEVER_STOPS:
-        signs.append(f"the answers no longer stop by themselves ({stopped:.0%}; base model {base_stopped:.0%})")
+    broken, base_broken = (
+        sum(counts.values()) / max(len(answers), 1)
+        for counts, answers in ((figures.no_text, tuned), (figures.base_no_text, base))
+    )
+    # Empty answers and loops of one token fail these gates too. They are named once, by the plainest sign.
+    if not signs and broken > MOSTLY >= base_broken:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in figures.no_text.items())
+        signs.append(f"{broken:.0%} of the answers are not text ({reasons})")
     # 0 is the base model's voice. The whole interval must be below it, or chance would look like damage.
     if figures.voice is not None and figures.people_voice and figures.voice.high < 0:
         signs.append(f"the voice is below the base model's: {figures.voice.value:.2f}")

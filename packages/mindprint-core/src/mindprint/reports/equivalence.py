@@ -248,10 +248,10 @@ def adapter_difference(first: AdapterState, other: AdapterState) -> AdapterDiffe
 def _answers(first: RunRecord, other: RunRecord) -> tuple[Answers, ...] | None:
     if not first.answers or not other.answers:
         return None
-    # The same prompt may be in two topics, so the topic is part of the key.
-    other_answers = {(answer.topic, answer.prompt): answer.tuned for answer in other.answers}
+    # The same prompt may be in two topics, and has several answers, so the topic and the draw are part of the key.
+    other_answers = {(answer.topic, answer.prompt, answer.draw): answer.tuned for answer in other.answers}
     return tuple(
-        Answers(answer.prompt, (answer.tuned, other_answers[answer.topic, answer.prompt]))
+        Answers(answer.prompt, (answer.tuned, other_answers[answer.topic, answer.prompt, answer.draw]))
         for answer in first.answers
-        if (answer.topic, answer.prompt) in other_answers
+        if (answer.topic, answer.prompt, answer.draw) in other_answers
     )

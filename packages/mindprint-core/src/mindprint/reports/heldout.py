@@ -37,7 +37,7 @@ def answers(record: RunRecord) -> Iterator[Block]:
             "The run kept no answers to held-out prompts (no answers.jsonl): its final evaluation did not run."
         )
         return
-    prompts = [answer for answer in record.answers if not answer.quiz]
+    prompts = [answer for answer in record.answers if not answer.quiz and not answer.draw]
     shown = _spread(prompts)
     for answer in shown:
         yield _side_by_side(record, answer)

@@ -120,9 +120,7 @@ class OpenedModel:
 
     def sampling(self, settings: GenerationConfig, seed: int = 0) -> Sampling:
         """Return how answers are generated: the settings, and the stop tokens of this model."""
-        return Sampling(
-            settings.max_new_tokens, self.tokenizer.stop_token_ids, settings.temperature, settings.top_p, seed
-        )
+        return Sampling(settings.longest, self.tokenizer.stop_token_ids, settings.temperature, settings.top_p, seed)
 
 
 @dataclass(frozen=True, repr=False)

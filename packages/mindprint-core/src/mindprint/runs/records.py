@@ -46,7 +46,8 @@ class Figures:
     `empty` the share without a word. `reward_accuracy` and `reward_margin` say in what share of pairs, and by how much,
     training raised the chosen answer more than the rejected one (`voice.preferences.PairFigures`).
     `people_voice` is other people's text on the scale. Without it `voice` is only the distance from the base model.
-    `no_text` counts the answers that failed a gate by reason.
+    `no_text` counts the answers that failed a gate by reason, `base_no_text` the base model's. Each prompt has
+    `answers_per_prompt` answers.
     docs/glossary.md defines every figure.
     """
 
@@ -78,6 +79,8 @@ class Figures:
     # Added after version 1 of the hook API was written down, so at the end.
     people_voice: Interval | None = None
     no_text: Mapping[str, int] = field(default_factory=dict)
+    base_no_text: Mapping[str, int] = field(default_factory=dict)
+    answers_per_prompt: int = 1
 
     @property
     def voice_name(self) -> str:
@@ -188,8 +191,8 @@ class AnswerRecord:
     """A held-out prompt with all three answers: a line of answers.jsonl, written by the final evaluation.
 
     `person` is the person's own text; for a quiz the first reference answer, and `missing` lists the key concepts that
-    the tuned model's answer lacks. `cut` names the models (`base`, `tuned`) whose answer was cut at
-    `generation.max_new_tokens`.
+    the tuned model's answer lacks. `cut` names the models (`base`, `tuned`) whose answer was cut at the longest length.
+    A prompt with several answers has a line for each, `draw` 0 for the first.
     """
 
     topic: str
@@ -200,6 +203,7 @@ class AnswerRecord:
     quiz: bool = False
     missing: tuple[str, ...] = ()
     cut: tuple[str, ...] = ()
+    draw: int = 0
 
 
 def evaluation_from(line: Mapping[str, Any]) -> EvaluationRecord:

@@ -196,7 +196,7 @@ class Batcher:
         return job.prompt is not None
 
     def _read_prompt(self, asked: Asked) -> Int32:
-        is_chat, longest = asked.kind == "chat", asked.settings.max_new_tokens
+        is_chat, longest = asked.kind == "chat", asked.settings.longest
         field = "messages" if is_chat else "prompt"
         prompt = self._opened.render(asked.prompt, data_format="chat" if is_chat else "raw")
         if not len(prompt):

@@ -145,7 +145,7 @@ def read_request(body: bytes, kind: Kind, models: Sequence[str], defaults: Gener
         model,
         prompt,
         GenerationConfig(
-            max_new_tokens=_new_tokens(fields, defaults.max_new_tokens, limits),
+            max_new_tokens=_new_tokens(fields, defaults.longest, limits),
             temperature=_number(fields, "temperature", defaults.temperature, 0.0, 2.0),
             top_p=_number(fields, "top_p", defaults.top_p, 1e-6, 1.0),
         ),

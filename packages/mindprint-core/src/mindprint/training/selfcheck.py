@@ -266,7 +266,7 @@ def _answers(engine: Engine, prepared: Prepared) -> Finding:
     """Answer a few of the rows' prompts: every answer has words, and one at least comes to its end."""
     plan, tokenizer = prepared.plans[0], prepared.tokenizer
     prompts = [OBJECTIVES[plan.stage].sample_prompt(example) for example in prepared.examples_of(plan)[:PROMPTS]]
-    longest = max(LONGEST_ANSWER, prepared.config.generation.max_new_tokens)
+    longest = max(LONGEST_ANSWER, prepared.config.generation.longest)
     answers = engine.backend.generate(engine.model, prompts, Sampling(longest, tokenizer.stop_token_ids))
     ended = sum(answer.stop_reason == "stop" for answer in answers)
     empty = sum(not tokenizer.decode(answer.tokens.tolist()).strip() for answer in answers)

@@ -52,7 +52,9 @@ class Judge:
     """A voice that was fitted once and calibrated on all held-out prompts, to score answers to any of them.
 
     There is one scorer where the reference has a background, and otherwise one for each half of the prompts: prompt `i`
-    is judged by the scorer `i % len(scorers)`. `scale` is a `NotScored` with the reason where nothing can be scored.
+    is judged by the scorer `i % len(scorers)`. The models give `draws` answers to each prompt: `base` has all answers
+    to the first prompt, then all to the second. `person` has one text for each. `scale` is a `NotScored` with the
+    reason where nothing can be scored.
     """
 
     reference: VoiceReference
@@ -60,29 +62,44 @@ class Judge:
     person: tuple[str, ...]
     scorers: tuple[VoiceScorer, ...]
     scale: Scale | NotScored
+    draws: int = 1
     _sides: dict[tuple[int, ...], tuple[VoiceScore | NotScored, VoiceScore | NotScored]] = field(
         default_factory=dict, init=False, repr=False
     )
 
-    def score_answers(self, tuned: Sequence[str], places: Sequence[int]) -> AnswerScores:
-        """Score the tuned model's answers to the prompts at `places`, and the other two sides' answers to the same."""
-        base, person = ([texts[place] for place in places] for texts in (self.base, self.person))
+    def score_answers(
+        self, tuned: Sequence[str], places: Sequence[int], reasons: Sequence[str | None] = ()
+    ) -> AnswerScores:
+        """Score the tuned model's answers to the prompts at `places`, and the other two sides' answers to the same.
+
+        `tuned` has all draws of the first prompt, then all of the second. `reasons` say which of these answers cannot
+        count, and why.
+        """
+        base = [text for place in places for text in self.base[place * self.draws : (place + 1) * self.draws]]
+        person = [self.person[place] for place in places]
+        several = [place for place in places for _ in range(self.draws)]
         # Neither side's answers ever change, and a run scores the same prompts after each stage, chapter and unit.
         key = tuple(places)
         if key not in self._sides:
-            self._sides[key] = self.score(base, places), self.score(person, places)
+            self._sides[key] = self.score(base, several, draws=self.draws), self.score(person, places)
         people = None if isinstance(self.scale, NotScored) else self.scale.people
-        return AnswerScores(self.score(tuned, places), *self._sides[key], self._copying.measure(tuned, person), people)
+        # Answers to one prompt are alike, which is not what self-BLEU asks. So copying is measured on the first draw.
+        copying = self._copying.measure(tuned[:: self.draws], person)
+        scored = self.score(tuned, several, reasons, draws=self.draws)
+        return AnswerScores(scored, *self._sides[key], copying, people)
 
     @cached_property
     def _copying(self) -> CopyingMeter:
         return CopyingMeter(self.reference.own)
 
-    def score(self, texts: Sequence[str], places: Sequence[int]) -> VoiceScore | NotScored:
-        """Score anyone's answers to the prompts at `places`."""
+    def score(
+        self, texts: Sequence[str], places: Sequence[int], reasons: Sequence[str | None] = (), draws: int = 1
+    ) -> VoiceScore | NotScored:
+        """Score anyone's answers, each to the prompt at its place, with `draws` answers to each prompt."""
         if isinstance(self.scale, NotScored):
             return self.scale
-        return self.scale.score_decided(_decisions(self.scorers, texts, places), texts)
+        decided = _decisions(self.scorers, texts, places)
+        return self.scale.score_decided(decided, texts, reasons=reasons, draws=draws)
 
 
 def assess(
@@ -114,26 +131,32 @@ def fit_judge(
     *,
     extra: Sequence[Measure] = (),
     seed: int = 0,
+    draws: int = 1,
 ) -> Judge:
-    """Fit on the training text, and calibrate on the base model's and the person's answers to all held-out prompts."""
+    """Fit on the training text, and calibrate on the base model's and the person's answers to all held-out prompts.
+
+    `base` has `draws` answers to each prompt, in the order of the prompts.
+    """
     sides = tuple(base), tuple(person)
+    base_places = [place for place in range(len(person)) for _ in range(draws)]
     # A scorer must not be calibrated on the text that it was fitted on. Without another background each half of the
     # base model's answers is the background of the other half.
     halves = 1 if reference.background or reference.people or not base else 2
     scorers: list[VoiceScorer] = []
     for half in range(halves):
-        # Prompt i is in half i % 2, so a slice in steps of 2 is the other half.
-        background = reference.background if halves == 1 else tuple(base[1 - half :: 2])
+        # Prompt i is in half i % 2. All answers to a prompt are in its half, because they are alike.
+        other = (text for text, place in zip(base, base_places, strict=True) if place % 2 != half)
+        background = reference.background if halves == 1 else tuple(other)
         scorer = fit_scorer(replace(reference, background=background), extra=extra, seed=seed)
         if isinstance(scorer, NotScored):
-            return Judge(reference, *sides, (), scorer)
+            return Judge(reference, *sides, (), scorer, draws)
         scorers.append(scorer)
     if not base:
-        return Judge(reference, *sides, (), NotScored("there are no prompts"))
-    places = range(len(base))
+        return Judge(reference, *sides, (), NotScored("there are no prompts"), draws)
     # A scale takes no fit from its scorer, only the kinds of measures and the seed. So either scorer can hold it.
-    floor, ceiling = ((_decisions(scorers, texts, places), texts) for texts in sides)
-    return Judge(reference, *sides, tuple(scorers), scorers[-1].scale(floor, ceiling))
+    floor = _decisions(scorers, base, base_places), base
+    ceiling = _decisions(scorers, person, range(len(person))), person
+    return Judge(reference, *sides, tuple(scorers), scorers[-1].scale(floor, ceiling, draws), draws)
 
 
 def _decisions(scorers: Sequence[VoiceScorer], texts: Sequence[str], places: Sequence[int]) -> Float64:

@@ -6,6 +6,7 @@ questions of quizzes. All figures come from here, so that the same figure means 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from mindprint.config import Config
-from mindprint.contract import Generation, Measure
+from mindprint.contract import Generation, Measure, Sampling
 from mindprint.data.render import render_preferences, render_prompt, render_sft
 from mindprint.data.rows import Rows, text_of
 from mindprint.data.split import HeldOut
@@ -26,10 +27,27 @@ from mindprint.voice.answers import drop_trained_answers, held_out_prompts, trai
 from mindprint.voice.assessment import AnswerScores, Assessment, Judge, fit_judge
 from mindprint.voice.concepts import coverage
 from mindprint.voice.copying import Copying
+from mindprint.voice.fluency import FluencyGate, fit_fluency
 from mindprint.voice.preferences import ByTopic, PairFigures, TextFigures, measure_pairs, measure_texts
 from mindprint.voice.quizzing import ConceptCoverage, QuizEvaluation, evaluate_quiz
-from mindprint.voice.responses import GeneratedAnswer, HeldOutTokens, ModelInMemory, OnRows, Responses
-from mindprint.voice.scoring import NotScored, VoiceReference, VoiceScore
+from mindprint.voice.responses import MOST_DRAWS, GeneratedAnswer, HeldOutTokens, ModelInMemory, OnRows, Responses
+from mindprint.voice.scoring import (
+    FOLDS,
+    MIN_FITTED_WORDS,
+    MIN_SCORED_WORDS,
+    NotScored,
+    VoiceReference,
+    VoiceScore,
+)
+
+USUAL_NEW_TOKENS = 128
+"""The longest answer where no text of the person shows how long her answers are."""
+
+MOST_NEW_TOKENS = 512
+"""The longest answer that follows from the person's rows: the measures cut texts at 500 words."""
+
+LENGTHS_READ = 200
+"""Texts of the person, evenly spaced, whose length is counted."""
 
 SHARE_TO_NOTE = 0.1
 """Share of words in scripts without spaces from which a note says how they are counted."""
@@ -75,7 +93,8 @@ def evaluate(
         tokenizer: The base model's tokenizer.
         held_out: Pairs, texts and questions that the adapter was not trained on.
         train: The rows that it was trained on: the voice is fitted on them, and copying is searched for in them.
-        config: The run's configuration. Of `generation` only `max_new_tokens` counts: answers are greedy.
+        config: The run's configuration. `voice` says how answers are drawn. Of `generation` only `max_new_tokens`
+            counts.
         extra: Measures of scorer plugins, shown next to the voice score.
         answers: Let both models answer prompts. Without answers neither voice nor quiz is measured.
         people: Texts of other people, from which the voice is told.
@@ -90,8 +109,8 @@ def evaluate(
 class Evaluator:
     """Evaluations of whichever adapter is in memory, on the same held-out text each time.
 
-    The base model reads and answers once, and the voice is fitted once. All generation is greedy, so that a run that is
-    resumed measures the same figures as a run that was never stopped.
+    The base model reads and answers once, and the voice is fitted once. Each answer is drawn by numbers that follow
+    from `seed` and its prompt, so that a run that is resumed measures the same figures as a run that was never stopped.
 
     All held-out pairs and texts are read. Reading costs little, and an accuracy of few pairs says little.
     """
@@ -130,12 +149,27 @@ class Evaluator:
         pairs = render_preferences(held_out.pairs, tokenizer, config.data, held_out=True)
         texts = render_sft(held_out.texts, tokenizer, config.data, held_out=True)
         self._pairs, self._texts = pairs.examples, texts.examples
-        # Each with the row's own variables for the chat template.
-        asked = [(prompt.topic, prompt.prompt, prompt.variables) for prompt in self._prompts]
-        asked += [(question.topic, question.question, "") for question in self._questions]
-        rendered = tuple((topic, render_prompt(text, tokenizer, config.data.format, own)) for topic, text, own in asked)
-        rows = HeldOutTokens(rendered, tuple(self._pairs), tuple(self._texts))
-        self._responses = Responses(memory, tokenizer, rows, config.generation.max_new_tokens, reuse=reuse)
+        own_format = config.data.format
+        # Each prompt with its row's own variables for the chat template.
+        prompts = [
+            (prompt.topic, render_prompt(prompt.prompt, tokenizer, own_format, prompt.variables))
+            for prompt in self._prompts
+        ]
+        questions = [(row.topic, render_prompt(row.question, tokenizer, own_format, "")) for row in self._questions]
+        rows = HeldOutTokens(tuple(prompts), tuple(questions), tuple(self._pairs), tuple(self._texts))
+        voice = config.voice
+        longest = config.generation.max_new_tokens or answer_limit(tokenizer, training_voice(train).own)
+        sampling = Sampling(longest, tokenizer.stop_token_ids, voice.temperature, voice.top_p, config.seed)
+        self._responses = Responses(
+            memory,
+            tokenizer,
+            rows,
+            sampling,
+            # Greedy answers to one prompt are all the same.
+            draws=voice.answers_per_prompt if voice.temperature > 0 else 1,
+            draws_needed=self._draws_needed,
+            reuse=reuse,
+        )
         of_rows = (note for part in (pairs, texts) if part.examples for note in (*part.warnings, *part.notes))
         self.notes = (*of_rows, *_notes_on_prompts(len(every), self._dropped), *_notes_on_words(self._reference))
 
@@ -166,7 +200,8 @@ class Evaluator:
         self._responses.collect(topics, answers=answers, on_rows=on_rows)
         # Answers are kept by the place of their prompt, because the base model's answers and the judge use it too.
         prompt_answers = self._answers(prompts)
-        question_answers = self._answers(questions, after=len(self._prompts))
+        answered = self._responses.question_answers(questions, adapter=True)
+        question_answers = dict(zip(questions, answered, strict=True))
         pairs, texts = self._read_pairs(topics), self._read_texts(topics)
         voice = self._score_voice(topics if each else (), prompt_answers) if answers else None
         quiz = self._score_quiz(question_answers)
@@ -189,37 +224,78 @@ class Evaluator:
             voice=voice,
             quiz=quiz,
             answers=self._answer_records(prompt_answers, question_answers),
-            notes=self.notes,
-            base_generations=tuple(self._base_answers[place].generation for place in prompt_answers),
-            tuned_generations=tuple(answer.generation for answer in prompt_answers.values()),
+            notes=(*self.notes, *self._notes_on_sampling()) if answers else self.notes,
+            base_generations=_generations(self._responses.answers(list(prompt_answers), adapter=False)),
+            tuned_generations=_generations(answer for drawn in prompt_answers.values() for answer in drawn),
         )
 
-    def _answers(self, places: Sequence[int], after: int = 0) -> dict[int, GeneratedAnswer]:
-        """Return the tuned model's answers by place. Questions come `after` the prompts."""
-        answers = self._responses.answers([after + place for place in places], adapter=True)
-        return dict(zip(places, answers, strict=True))
+    def _notes_on_sampling(self) -> tuple[str, ...]:
+        if self._config.voice.temperature == 0 or self._responses.sampling.temperature > 0 or not self._prompts:
+            return ()
+        return ("the backend does not sample: one greedy answer to each prompt is scored",)
 
     @cached_property
-    def _base_answers(self) -> tuple[GeneratedAnswer, ...]:
-        """Return the base model's answers to all prompts, then to all questions."""
-        # The base model never changes, so it answers everything once, whichever topics are evaluated first.
-        return self._responses.answers(range(len(self._prompts) + len(self._questions)), adapter=False)
+    def _person_has_too_few_words(self) -> bool:
+        """Return whether no number of answers would do: the other texts that a scale needs are missing."""
+        others = (*self._reference.background, *self._reference.people)
+        return (
+            word_count(self._reference.own) < MIN_FITTED_WORDS
+            or (bool(others) and word_count(others) < MIN_FITTED_WORDS)
+            or word_count([prompt.person for prompt in self._prompts]) < MIN_SCORED_WORDS
+        )
+
+    def _draws_needed(self, answers: Sequence[Sequence[str]]) -> int:
+        """Return how many answers to each prompt the fit of a voice needs, from the words in those so far."""
+        draws, counts = len(answers[0]), [word_count(drawn) for drawn in answers]
+        if self._person_has_too_few_words:
+            return draws
+        if self._reference.background or self._reference.people:
+            # The answers are only the floor, and no fit is made on them.
+            return math.ceil(draws * MIN_SCORED_WORDS / sum(counts)) if any(counts) else MOST_DRAWS + 1
+        # Each half of the prompts is judged by a fit on the base model's answers to the other half. An answer makes a
+        # passage at least, and a fit needs passages as well as words.
+        halves = [(sum(counts[half::2]), draws * len(counts[half::2])) for half in (0, 1)]
+        return max(
+            math.ceil(draws * max(MIN_FITTED_WORDS / words, FOLDS / texts)) if words else MOST_DRAWS + 1
+            for words, texts in halves
+        )
+
+    def _answers(self, places: Sequence[int]) -> dict[int, tuple[GeneratedAnswer, ...]]:
+        """Return the tuned model's answers by the place of their prompt, one for each draw."""
+        return self._by_place(places, adapter=True)
+
+    def _by_place(self, places: Sequence[int], *, adapter: bool) -> dict[int, tuple[GeneratedAnswer, ...]]:
+        answers, draws = self._responses.answers(places, adapter=adapter), self._responses.draws
+        return {place: answers[index * draws : (index + 1) * draws] for index, place in enumerate(places)}
 
     @cached_property
     def _judge(self) -> Judge:
         # All prompts calibrate the scale, also those of other topics. So all evaluations of a run have one scale.
         base = [answer.text for answer in self._responses.answers(range(len(self._prompts)), adapter=False)]
         person = [prompt.person for prompt in self._prompts]
-        return fit_judge(self._reference, base, person, extra=self._extra, seed=self._config.seed)
+        return fit_judge(
+            self._reference, base, person, extra=self._extra, seed=self._config.seed, draws=self._responses.draws
+        )
 
-    def _score_voice(self, topics: Sequence[str], answers: Mapping[int, GeneratedAnswer]) -> Assessment | None:
+    @cached_property
+    def _fluency(self) -> FluencyGate | None:
+        # The person's held-out texts were read by the base model anyway.
+        sums = self._responses.base_sums_of_person()
+        tokens = [len(pair.chosen) for pair in self._pairs] + [int(text.loss_mask.sum()) for text in self._texts]
+        return fit_fluency(sums / np.array(tokens)) if len(sums) else None
+
+    def _score_voice(
+        self, topics: Sequence[str], answers: Mapping[int, tuple[GeneratedAnswer, ...]]
+    ) -> Assessment | None:
         # If every prompt was dropped as trained, the assessment is made nevertheless. Its scores then say why there is
         # no number.
         if not answers and (self._prompts or not self._dropped):
             return None
 
         def scores(places: Sequence[int]) -> AnswerScores:
-            return self._judge.score_answers([answers[place].text for place in places], places)
+            drawn = [answer for place in places for answer in answers[place]]
+            reasons = [self._fluency.reason(answer.base_log_prob) if self._fluency else None for answer in drawn]
+            return self._judge.score_answers([answer.text for answer in drawn], places, reasons)
 
         by_topic = {topic: [place for place in answers if self._prompts[place].topic == topic] for topic in topics}
         return Assessment(
@@ -229,31 +305,35 @@ class Evaluator:
     def _score_quiz(self, answers: Mapping[int, GeneratedAnswer]) -> QuizEvaluation | None:
         if not answers:
             return None
-        base = self._base_answers[len(self._prompts) :]
+        base = self._responses.question_answers(list(answers), adapter=False)
         return evaluate_quiz(
             [self._questions[place] for place in answers],
-            [base[place].text for place in answers],
+            [answer.text for answer in base],
             [answer.text for answer in answers.values()],
         )
 
     def _answer_records(
-        self, prompts: Mapping[int, GeneratedAnswer], questions: Mapping[int, GeneratedAnswer]
+        self, prompts: Mapping[int, tuple[GeneratedAnswer, ...]], questions: Mapping[int, GeneratedAnswer]
     ) -> tuple[AnswerRecord, ...]:
-        base = self._base_answers if prompts or questions else ()
+        """Return a line for each draw of each prompt, the first draws of all prompts first, and for each question."""
         records = []
-        for place, answer in prompts.items():
-            prompt = self._prompts[place]
-            records.append(
-                AnswerRecord(
-                    prompt.topic,
-                    text_of(prompt.prompt),
-                    prompt.person,
-                    base[place].text,
-                    answer.text,
-                    cut=_cut(base[place], answer),
+        base_answers = self._by_place(list(prompts), adapter=False)
+        for draw in range(self._responses.draws):
+            for place, drawn in prompts.items():
+                prompt, base, tuned = self._prompts[place], base_answers[place][draw], drawn[draw]
+                records.append(
+                    AnswerRecord(
+                        prompt.topic,
+                        text_of(prompt.prompt),
+                        prompt.person,
+                        base.text,
+                        tuned.text,
+                        cut=_cut(base, tuned),
+                        draw=draw,
+                    )
                 )
-            )
-        for place, answer in questions.items():
+        base_by_question = self._responses.question_answers(list(questions), adapter=False)
+        for (place, answer), base in zip(questions.items(), base_by_question, strict=True):
             question = self._questions[place]
             concepts = question.key_concepts
             records.append(
@@ -261,11 +341,11 @@ class Evaluator:
                     question.topic,
                     question.question,
                     question.reference_answers[0],
-                    base[len(self._prompts) + place].text,
+                    base.text,
                     answer.text,
                     quiz=True,
                     missing=coverage(answer.text, concepts).missing if concepts else (),
-                    cut=_cut(base[len(self._prompts) + place], answer),
+                    cut=_cut(base, answer),
                 )
             )
         return tuple(records)
@@ -313,12 +393,29 @@ def _part(divided: _Divided[PartT_co] | None, topic: str | None) -> PartT_co | N
     return divided.overall if topic is None else divided.topics.get(topic)
 
 
-def _with_answers(figures: Figures, answers: Sequence[GeneratedAnswer]) -> Figures:
+def answer_limit(tokenizer: Tokenizer, own: Sequence[str]) -> int:
+    """Return the tokens that 95 % of the person's texts need, with the token that ends them."""
+    if not own:
+        return USUAL_NEW_TOKENS
+    read = [own[index] for index in range(0, len(own), -(-len(own) // LENGTHS_READ))]
+    # Every tokenizer may add a BOS, which then counts for the end of the turn. `higher` is the length of some text.
+    lengths = [len(ids) + 1 for ids in tokenizer.encode_all(read)]
+    return min(int(np.quantile(lengths, 0.95, method="higher")), MOST_NEW_TOKENS)
+
+
+def _generations(answers: Iterable[GeneratedAnswer]) -> tuple[Generation, ...]:
+    return tuple(answer.generation for answer in answers)
+
+
+def _with_answers(figures: Figures, drawn: Sequence[Sequence[GeneratedAnswer]]) -> Figures:
+    """Set the figures of the answers to each prompt: `drawn` has those of one prompt together."""
+    answers = [answer for prompt in drawn for answer in prompt]
     if not answers:
         return figures
     return replace(
         figures,
-        prompts=len(answers),
+        prompts=len(drawn),
+        answers_per_prompt=len(answers) // len(drawn),
         words=word_count([answer.text for answer in answers]),
         stopped=_share(answer.generation.stop_reason == "stop" for answer in answers),
         empty=_share(not answer.text for answer in answers),
@@ -335,6 +432,7 @@ def _with_voice(figures: Figures, scores: AnswerScores | None, why_none: str) ->
         person_voice=_interval(scores.person),
         people_voice=None if scores.people is None else _interval(scores.people),
         no_text={} if isinstance(scores.tuned, NotScored) else scores.tuned.failed,
+        base_no_text={} if isinstance(scores.base, NotScored) else scores.base.failed,
     )
     for name, score in {"voice": scores.tuned, "base_voice": scores.base, "person_voice": scores.person}.items():
         if isinstance(score, NotScored):

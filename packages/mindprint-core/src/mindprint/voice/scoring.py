@@ -11,6 +11,7 @@ never a number. docs/voice.md has the limits of the score.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from itertools import pairwise
 from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mindprint.contract import Bool, Fitted, Float64, Measure
 from mindprint.text.words import passages, word_count
@@ -123,7 +125,8 @@ def fit_scorer(
     for whose, texts in (("of the person's training text", reference.own), ("of background", every)):
         count = word_count(texts)
         if count < MIN_FITTED_WORDS:
-            return NotScored(f"{count:,} words {whose}: {MIN_FITTED_WORDS} are needed to fit a voice", count)
+            needed = f"{MIN_FITTED_WORDS} are needed to fit a voice{_rows_missing(count, texts, MIN_FITTED_WORDS)}"
+            return NotScored(f"{count:,} words {whose}: {needed}", count)
     # Frequencies vary more in a short text. So texts to fit and texts to score are cut to the same length.
     length = passage_words or _passage_length(reference)
     # Half of the background at most is not by people, however much of it there is.
@@ -209,18 +212,23 @@ class VoiceScorer:
             else (self.by_measure(ceiling), ceiling),
         )
 
-    def scale(self, floor: End, ceiling: End) -> Scale | NotScored:
-        """Return the scale of `calibrated`, from decisions `[measures, texts]` and their texts (None: the fitted)."""
+    def scale(self, floor: End, ceiling: End, draws: int = 1) -> Scale | NotScored:
+        """Return the scale of `calibrated`, from decisions `[measures, texts]` and their texts (None: the fitted).
+
+        The floor has `draws` texts for each prompt, in the order of the prompts.
+        """
         for whose, (_, texts) in (("the floor", floor), ("the person's held-out text", ceiling)):
-            count = MIN_SCORED_WORDS if texts is None else word_count(texts)
-            if count < MIN_SCORED_WORDS:
-                return NotScored(f"{whose} has {count} words: {MIN_SCORED_WORDS} are needed", count)
+            if texts is not None and (count := word_count(texts)) < MIN_SCORED_WORDS:
+                missing = _rows_missing(count, texts, MIN_SCORED_WORDS)
+                return NotScored(f"{whose} has {count} words: {MIN_SCORED_WORDS} are needed{missing}", count)
         # All measures are NaN for the same texts, those without a word, so the first measure shows which.
-        scale = Scale(self, *(found[:, ~np.isnan(found[0])] for found, _ in (floor, ceiling)))
-        low, high = scale.drawn_ends()
+        low, high = (~np.isnan(found[0]) for found, _ in (floor, ceiling))
+        prompts = np.flatnonzero(low) // draws
+        scale = Scale(self, floor[0][:, low], ceiling[0][:, high], prompts)
+        lows, highs = scale.drawn_ends()
         # The ceiling must be above the floor in 97.5 % of the draws: else a score would divide by chance. Where it is
         # below, the curve between them would fall, and its draws would look right.
-        if scale.length <= 0 or np.quantile(high - low, 0.025) <= 0:
+        if scale.length <= 0 or np.quantile(highs - lows, 0.025) <= 0:
             return NotScored(
                 "the person's held-out text cannot be told from the floor, so there is not a scale between them"
             )
@@ -235,11 +243,15 @@ class VoiceScorer:
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """A fitted scorer with its two ends: each measure's decisions on the texts there, float64 `[measures, texts]`."""
+    """A fitted scorer with its two ends: each measure's decisions on the texts there, float64 `[measures, texts]`.
+
+    `floor_prompts` are the prompts that the floor's texts answer, int64 `[texts]`.
+    """
 
     scorer: VoiceScorer
     floor: Float64
     ceiling: Float64
+    floor_prompts: NDArray[np.int64]
 
     def score(self, texts: Sequence[str]) -> VoiceScore | NotScored:
         """Score texts together: the mean over texts, where one without a word counts as at the floor.
@@ -248,26 +260,34 @@ class Scale:
         """
         return self.score_decided(self.scorer.by_measure(texts), texts)
 
-    def score_decided(self, found: Float64, texts: Sequence[str]) -> VoiceScore | NotScored:
-        """Score texts on which the measures have decided already: `found` is float64 `[measures, texts]`."""
+    def score_decided(
+        self, found: Float64, texts: Sequence[str], *, reasons: Sequence[str | None] = (), draws: int = 1
+    ) -> VoiceScore | NotScored:
+        """Score texts on which the measures have decided already: `found` is float64 `[measures, texts]`.
+
+        `reasons` say which texts cannot count, for a reason that the text alone does not show. There are `draws` texts
+        for each prompt, in the order of the prompts.
+        """
         count = word_count(texts)
         empty = np.isnan(found[0])
         if empty.all():
             return NotScored(f"all {len(texts)} answers are empty" if texts else "there are no answers")
         if count < MIN_SCORED_WORDS:
             return NotScored(f"{count} words in {len(texts)} answers: {MIN_SCORED_WORDS} are needed", count)
-        reasons = self.scorer.gates.reasons(texts)
+        by_gates = self.scorer.gates.reasons(texts)
+        # A gate of texts names the fault more exactly than the fluency of a model does, so it comes first.
+        reasons = [gate or given for gate, given in zip(by_gates, reasons or [None] * len(texts), strict=True)]
         failed = empty | np.array([reason is not None for reason in reasons])
         floor, ceiling = self.floor.mean(axis=1, keepdims=True), self.ceiling.mean(axis=1, keepdims=True)
         # Without these answers the mean would reward a model that is silent, or loops, wherever its voice fails.
         shares = np.where(failed, 0, found - floor).mean(axis=1) / _away_from_zero((ceiling - floor)[:, 0])
         shown = np.where(failed, self._end_values[0], self.values(found))
-        draws = self._drawn_scores(shown, failed)
+        scores = self._drawn_scores(shown, failed, np.arange(len(texts)) // draws)
         low_end, high_end = self._end_values
         return VoiceScore(
             value=(float(shown.mean()) - low_end) / (high_end - low_end),
-            low=float(np.quantile(draws, 0.025)),
-            high=float(np.quantile(draws, 0.975)),
+            low=float(np.quantile(scores, 0.025)),
+            high=float(np.quantile(scores, 0.975)),
             words=count,
             texts=len(texts),
             empty=int(empty.sum()),
@@ -287,13 +307,13 @@ class Scale:
         found = np.stack([measure.background[-count:] for measure in self.scorer.fitted])
         shown, kept = self.values(found), np.zeros(count, dtype=np.bool_)
         low_end, high_end = self._end_values
-        draws = self._drawn_scores(shown, kept)
+        scores = self._drawn_scores(shown, kept, np.arange(count))
         floor, ceiling = self.floor.mean(axis=1), self.ceiling.mean(axis=1)
         shares = (found.mean(axis=1) - floor) / _away_from_zero(ceiling - floor)
         return VoiceScore(
             value=(float(shown.mean()) - low_end) / (high_end - low_end),
-            low=float(np.quantile(draws, 0.025)),
-            high=float(np.quantile(draws, 0.975)),
+            low=float(np.quantile(scores, 0.025)),
+            high=float(np.quantile(scores, 0.975)),
             words=count * self.scorer.passage_words,
             texts=count,
             empty=0,
@@ -334,15 +354,19 @@ class Scale:
         """Return bootstrap means of floor and ceiling, `[RESAMPLES]` each, with the same draws at every call."""
         # The ends have a random stream for themselves, so all scores on a scale use the same drawn ends.
         rng = np.random.default_rng([self.scorer.seed, 0])
-        floor, ceiling = (_resampled(self.values(end), rng) for end in (self.floor, self.ceiling))
+        floor = _resampled(_means(self.values(self.floor), self.floor_prompts), rng)
+        ceiling = _resampled(self.values(self.ceiling), rng)
         return floor.mean(axis=1), ceiling.mean(axis=1)
 
-    def _drawn_scores(self, values: Float64, failed: Bool) -> Float64:
+    def _drawn_scores(self, values: Float64, failed: Bool, prompts: NDArray[np.int64]) -> Float64:
         floor, ceiling = self.drawn_ends()
+        # Several answers to one prompt are alike. So prompts are drawn and not answers (a cluster bootstrap, Davison &
+        # Hinkley 1997, section 3.8), else the interval would be too narrow.
+        passed, at_floor = _means(np.where(failed, 0, values), prompts), _means(failed.astype(np.float64), prompts)
         rng = np.random.default_rng([self.scorer.seed, 1])
-        picks = rng.integers(0, len(values), (RESAMPLES, len(values)))
+        picks = rng.integers(0, len(passed), (RESAMPLES, len(passed)))
         # A failed text is at the floor of its draw, so that it counts as 0 in each draw and not only on average.
-        drawn = np.where(failed[picks], floor[:, None], values[picks]).mean(axis=1)
+        drawn = (passed[picks] + at_floor[picks] * floor[:, None]).mean(axis=1)
         scores: Float64 = (drawn - floor) / _away_from_zero(ceiling - floor)
         return scores
 
@@ -405,6 +429,21 @@ def _resampled(values: Float64, rng: np.random.Generator) -> Float64:
     """Return `RESAMPLES` draws with replacement: `[texts]` to `[RESAMPLES, texts]`."""
     drawn: Float64 = values[rng.integers(0, len(values), (RESAMPLES, len(values)))]
     return drawn
+
+
+def _means(values: Float64, prompts: NDArray[np.int64]) -> Float64:
+    """Return the mean over the texts of each prompt: `[texts]` to `[prompts that have texts]`."""
+    _, place, counts = np.unique(prompts, return_inverse=True, return_counts=True)
+    means: Float64 = np.bincount(place, weights=values) / counts
+    return means
+
+
+def _rows_missing(count: int, texts: Sequence[str], needed: int) -> str:
+    """Return how many more rows with texts of their mean length are needed, as the end of a sentence."""
+    if not count:
+        return ""
+    rows = math.ceil((needed - count) * len(texts) / count)
+    return f" (about {rows} more {'row' if rows == 1 else 'rows'})"
 
 
 def _away_from_zero(values: Float64) -> Float64:
