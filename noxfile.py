@@ -285,7 +285,7 @@ def voice(session: nox.Session) -> None:
         model, *options = more
         kept = Path(session.create_tmp()).resolve() / "voice"
         failed = []
-        for command in ("voice", "rewriting"):
+        for command in ("voice", "rewriting", "pairs"):
             words = (command, folder, "--model", model, "--into", str(kept), *options)
             # Every figure is printed, also after one that does not hold.
             try:

@@ -5,8 +5,9 @@
     python benchmarks/prepare.py same --model MODEL             kill -9 at moments drawn, and the rows of both backends
     python benchmarks/prepare.py voice FOLDER --model MODEL     from one work of an author to a voice, on the other work
     python benchmarks/prepare.py rewriting FOLDER --model MODEL the same voice rewrites plain texts
+    python benchmarks/prepare.py pairs FOLDER --model MODEL     pairs on policy next to those of the base model
 
-Seconds are those of the processor. prepare_voice.py describes the last two.
+Seconds are those of the processor. prepare_voice.py describes the last three.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from mindprint.writing.asking import BaseModel, Kept
 from mindprint.writing.gathering import Options, gather
 from mindprint.writing.making import MIX, make_rows
 from mindprint.writing.templates import Templates
-from prepare_voice import add_arguments, first_words, model_path, rewriting, voice
+from prepare_voice import add_arguments, first_words, model_path, pairs, rewriting, voice
 
 ROWS = ("sft.jsonl", "preferences.jsonl", "heldout.jsonl", "curriculum.yaml")
 KILLS = 3
@@ -54,11 +55,12 @@ def arguments() -> argparse.Namespace:
         ("same", same, 1_500),
         ("voice", voice, 40_000),
         ("rewriting", rewriting, 40_000),
+        ("pairs", pairs, 40_000),
     ):
         sub = commands.add_parser(name, help=(command.__doc__ or "").splitlines()[0])
         sub.set_defaults(command=command)
         sub.add_argument("--words", type=int, default=words, help="words of the writing that are used")
-        if command in (voice, rewriting):
+        if command in (voice, rewriting, pairs):
             add_arguments(sub)
         else:
             sub.add_argument("--writing", type=Path, help="a folder or a file; default: text that is made here")

@@ -2,11 +2,12 @@
 
     python benchmarks/prepare.py voice FOLDER --model MODEL       perplexity, held-out prompts, copying
     python benchmarks/prepare.py rewriting FOLDER --model MODEL   plain texts in the person's voice
+    python benchmarks/prepare.py pairs FOLDER --model MODEL       pairs on policy next to those of the base model
 
 FOLDER has a folder for each author with two works (`doyle/hound.txt`). One work of --author is prepared and trained as
 `mindprint prepare` and `mindprint train` do it. The other work is only measured with, and the other authors teach the
 scorer the prose of other people. --into DIR keeps everything and uses what it holds, so that a measurement
-can be stopped and continued, and both commands measure one adapter.
+can be stopped and continued, and all commands measure one adapter.
 
 --words, --limit, --steps and --no-evaluation make a small trial of it.
 """
@@ -146,6 +147,63 @@ def rewriting(options: argparse.Namespace) -> bool:
         (f"content is at least {CONTENT} of the plain text's", kept_content),
         (f"the voice moves by at least {MOVED}", values["tuned rewriting"] - values["plain text"] >= MOVED),
     )
+
+
+def pairs(options: argparse.Namespace) -> bool:
+    """Train DPO on the model's own answers instead of the base model's, for as many steps, and compare the voices."""
+    works = works_of(options)
+    with kept_folder(options) as folder:
+        project, clock = trained(folder, works, options), Clock()
+        run = finished_run(project, {})
+        heldout = rows_of(project, "heldout")[: options.limit]
+        prompts, own = [row["prompt"] for row in heldout], [row["chosen"] for row in heldout]
+        steps = [line for line in run.read_steps() if not line.get("rolled_back")]
+        taken = {stage: sum(line["stage"] == stage for line in steps) for stage in ("sft", "dpo")}
+        if not taken["dpo"]:
+            print("the project took no DPO steps, so there is nothing to compare")
+            return False
+        # The checkpoint at the start of the last stage is kept: the adapter after SFT alone.
+        after_sft = run.checkpoints / f"{taken['sft']:06d}"
+        config = load_config(run.config)
+        adapter = config.config.adapter.model_copy(update={"start_from": str(after_sft)})
+        other = folder / "on_policy"
+        other.mkdir(exist_ok=True)
+        if newest_run(other / "runs") is None:
+            mindprint.train(
+                config,
+                run=other / "runs" / "run-001",
+                progress=True,
+                adapter=adapter.model_dump(),
+                sft={"enabled": False},
+                dpo={"pairs": "on_policy", "steps_per_topic": taken["dpo"], "epochs_per_topic": None},
+                evaluation={"levels": []},
+            )
+        answered = {}
+        adapters = {
+            "after SFT": after_sft,
+            "base model's pairs": run.path,
+            "pairs on policy": other / "runs" / "run-001",
+        }
+        for name, path in adapters.items():
+            with mindprint.open_adapter(path) as opened:
+                if not answered:
+                    answered["untuned"] = answers_of(opened, prompts, adapter=False)
+                answered[name] = answers_of(opened, prompts, adapter=True)
+        print(f"{taken['dpo']} steps of DPO each, {len(prompts)} held-out prompts: {clock()}", flush=True)
+        scale = scorer_of(works, project, own).calibrated(floor=answered["untuned"], ceiling=own)
+        if isinstance(scale, NotScored):
+            print(f"no voice score: {scale.reason}")
+            return False
+        values = {}
+        for name, texts in answered.items():
+            score = scale.score(texts)
+            if isinstance(score, NotScored):
+                print(f"  {name:22s}not scored: {score.reason}")
+                return False
+            values[name] = score.value
+            print(f"  {name:22s}{score.value:.3f} ({score.low:.3f} to {score.high:.3f})", flush=True)
+    better = values["pairs on policy"] > values["base model's pairs"]
+    return holds(("pairs on policy give a higher voice than the base model's", better))
 
 
 def works_of(options: argparse.Namespace) -> Works:

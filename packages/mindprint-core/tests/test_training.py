@@ -184,8 +184,10 @@ def kill_when(project: Project, toy_site: Path, run: Path, lines: int) -> None:
         "slow = lambda event: time.sleep(0.05) if isinstance(event, StepDone) else None\n"
         "mindprint.train(json.loads(sys.argv[1]), run=sys.argv[2], on_event=slow)\n"
     )
+    # In front of the sources that this process uses.
+    path = os.pathsep.join(filter(None, [str(toy_site), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
-        [sys.executable, "-c", code, json.dumps(project), str(run)], env={**os.environ, "PYTHONPATH": str(toy_site)}
+        [sys.executable, "-c", code, json.dumps(project), str(run)], env={**os.environ, "PYTHONPATH": path}
     )
     deadline = time.monotonic() + 60
     while len(RunFolder(run).read_steps()) < lines and time.monotonic() < deadline:
@@ -284,6 +286,72 @@ def test_a_lost_reference_is_computed_again_from_the_stages_start(project: Proje
     (tmp_path / "run" / "references" / "0001.safetensors").unlink()
     mindprint.train(project, run=tmp_path / "run", resume=True)
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+
+
+def on_policy(project: Project, iterations: int = 1) -> Project:
+    return {**project, "dpo": {**project["dpo"], "pairs": "on_policy", "iterations": iterations}}
+
+
+def policy_answers(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run / "on_policy").iterdir()}
+
+
+def test_the_policy_answers_the_prompts_of_its_pairs_as_each_stage_begins(project: Project, tmp_path: Path) -> None:
+    given, own = tmp_path / "given", tmp_path / "own"
+    mindprint.train(project, run=given)
+    result = mindprint.train(on_policy(project, iterations=2), run=own)
+    assert [(stage.topic, stage.stage, stage.steps) for stage in result.stages] == [
+        ("bees", "sft", SFT_STEPS),
+        ("bees", "dpo", 2 * DPO_STEPS),
+        ("tides", "sft", SFT_STEPS),
+        ("tides", "dpo", 2 * DPO_STEPS),
+    ]
+    files = {name: json.loads(content) for name, content in policy_answers(own).items()}
+    # Stages 0 and 3 are the topics' SFT, and each iteration of DPO has its own answers.
+    assert sorted(files) == ["0001.json", "0002.json", "0004.json", "0005.json"]
+    assert all(len(file["answers"]) == 4 for file in files.values())
+    assert len({file["key"] for file in files.values()}) == 4
+    first = numbers(given)[:SFT_STEPS], numbers(own)[:SFT_STEPS]
+    assert first[0] == first[1]
+    assert numbers(own)[SFT_STEPS] != numbers(given)[SFT_STEPS]
+    starts = [line for line in RunFolder(own).read_steps() if line["stage"] == "dpo" and line["stage_step"] == 1]
+    assert [line["loss"] for line in starts] == pytest.approx([np.log(2)] * 4, abs=1e-5)
+
+
+def test_killed_on_policy_it_reads_its_answers_and_continues_to_the_same_bytes(
+    project: Project, toy_site: Path, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    mindprint.train(on_policy(project, iterations=2), run=whole)
+    kill_when(on_policy(project, iterations=2), toy_site, killed, SFT_STEPS + DPO_STEPS + 1)
+    mindprint.train(on_policy(project, iterations=2), run=killed, resume=True)
+    assert numbers(killed) == numbers(whole)
+    assert weights(killed) == weights(whole)
+    assert policy_answers(killed) == policy_answers(whole)
+
+
+def test_answers_that_are_lost_are_made_again_and_those_of_another_stage_refused(
+    project: Project, tmp_path: Path
+) -> None:
+    mindprint.train(on_policy(project), run=tmp_path / "whole")
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        mindprint.train(on_policy(project), run=run, on_event=ctrl_c_at(SFT_STEPS + 2))
+    file = run / "on_policy" / "0001.json"
+    content = file.read_text()
+    file.unlink()
+    (run / "on_policy" / "0003.json").write_text(content)
+    with pytest.raises(GuardError, match="0003.json: belongs to another base, adapter, data or template"):
+        mindprint.train(on_policy(project), run=run, resume=True)
+    (run / "on_policy" / "0003.json").unlink()
+    mindprint.train(on_policy(project), run=run, resume=True)
+    assert numbers(run) == numbers(tmp_path / "whole")
+    assert policy_answers(run) == policy_answers(tmp_path / "whole")
+
+
+def test_iterations_need_new_answers(project: Project) -> None:
+    with pytest.raises(MindprintError, match="iterations needs pairs: on_policy"):
+        mindprint.train({**project, "dpo": {"iterations": 2}})
 
 
 def test_observers_see_what_the_caller_sees(project: Project, tmp_path: Path) -> None:

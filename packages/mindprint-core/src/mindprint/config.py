@@ -219,6 +219,14 @@ class DpoConfig(StageConfig):
 
     learning_rate: Annotated[float, Field(gt=0)] = Field(5e-6, description="AdamW's learning rate at its highest.")
     batch_size: Positive = Field(2, description="Pairs in a micro-batch.")
+    pairs: Literal["data", "on_policy"] = Field(
+        "data",
+        description="Rejected answers: `data` takes those of the rows; `on_policy` has the model in training answer "
+        "their prompts as the stage begins, greedily.",
+    )
+    iterations: Positive = Field(
+        1, description="How often the stage is taken, each time with new answers; needs `pairs: on_policy`."
+    )
     loss: PreferenceLossName = Field("sigmoid", description="The preference loss; names as in TRL.")
     beta: Annotated[float, Field(gt=0)] = Field(0.1, description="Strength of the preference loss.")
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
@@ -238,6 +246,12 @@ class DpoConfig(StageConfig):
         if self.label_smoothing and not takes_label_smoothing(self.loss):
             names = " and ".join(name for name in get_args(PreferenceLossName) if takes_label_smoothing(name))
             raise ValueError(f"label_smoothing has no meaning for the loss {self.loss!r}, only for {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _iterations_have_new_answers(self) -> DpoConfig:
+        if self.iterations > 1 and self.pairs != "on_policy":
+            raise ValueError("iterations needs pairs: on_policy, because pairs from data stay the same")
         return self
 
     def preference_loss(self) -> PreferenceLoss:

@@ -76,6 +76,7 @@ class RunFolder:
         self.answers_file = path / "answers.jsonl"
         self.checkpoints = path / "checkpoints"
         self.references = path / "references"
+        self.on_policy = path / "on_policy"
         self.adapter = path / "adapter"
 
     @property

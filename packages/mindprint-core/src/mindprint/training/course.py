@@ -98,7 +98,7 @@ class Course:
                 outcome = judged(self._evaluation.topic, examined.figures)
             self._record("topic", plan.topic, step, examined, outcome, plan)
         if gate:
-            self._decide(gate)
+            self._decide(gate, plan)
         if continues:
             return replace(position, index=plan.index + 1, step=step), state
         return self._after_topic(plan, replace(position, step=step), state, outcome)
@@ -156,7 +156,7 @@ class Course:
     def _rolled_back(self, plan: StagePlan, step: int, collapse: Sequence[str]) -> TrainingState:
         why = "; ".join(collapse)
         first = plan.first_step + 1
-        self._decide(Decision("roll back", step, plan.topic, why, plan.stage, plan.attempt, first, step))
+        self._decide(Decision("roll back", step, plan.topic, why, plan.stage, plan.attempt, first, step), plan)
         # The lines stay in metrics.jsonl: a reader can see why a stage was undone.
         self._folder.mark_rolled_back(first, step)
         return self._restored(plan.first_step)
@@ -269,22 +269,20 @@ class Course:
         self._folder.append_evaluation(record)
         self._emit(Evaluated(record))
 
-    def _decide(self, decision: Decision) -> None:
+    def _decide(self, decision: Decision, ended: StagePlan | None = None) -> None:
+        """Record and tell a decision. `ended` is the stage after which it was made, where the topic continues."""
         self._folder.append_decision(decision)
-        self._emit(Decided(decision, self._planned_steps(decision)))
+        self._emit(Decided(decision, self._planned_steps(decision, ended)))
 
-    def _planned_steps(self, decision: Decision) -> int:
+    def _planned_steps(self, decision: Decision, ended: StagePlan | None) -> int:
         """Count the run's optimizer steps as now planned: those taken, and those of the stages still to come."""
         plans = self._prepared.plans
         if decision.decision == "stop":
             return decision.step
         topic = [plan for plan in plans if plan.topic == decision.topic]
-        names = [plan.stage for plan in topic]
         remaining: list[StagePlan] = []
         if decision.decision == "retry":
             remaining = topic
-        elif decision.decision == "train" and decision.stage in names:
-            remaining = topic[names.index(decision.stage) :]
-        elif decision.decision == "roll back" and decision.stage in names:
-            remaining = topic[names.index(decision.stage) + 1 :]
+        elif decision.decision in ("train", "roll back") and ended:
+            remaining = [plan for plan in topic if plan.index > ended.index]
         return decision.step + total_steps([*remaining, *plans[self._index_after(decision.topic) :]])

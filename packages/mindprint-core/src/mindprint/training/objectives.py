@@ -90,6 +90,14 @@ class Objective(ABC, Generic[Example, Batch]):
         """Return whether the stage compares with log-probs of the adapter that it starts from."""
         return False
 
+    def repeats(self, settings: StageConfig) -> int:  # noqa: ARG002
+        """Return how often a topic takes the stage, one time after the other."""
+        return 1
+
+    def is_on_policy(self, settings: StageConfig) -> bool:  # noqa: ARG002
+        """Return whether the model in training answers the prompts of the rows as the stage begins."""
+        return False
+
     @abstractmethod
     def render(self, rows: Rows, tokenizer: Tokenizer, data: Any) -> Rendered[Any]:
         """Turn its rows into examples."""
@@ -235,6 +243,12 @@ class DpoObjective(Objective[PreferenceExample, PreferenceBatch]):
 
     def needs_reference(self, settings: StageConfig) -> bool:
         return not self._loss(settings).reference_free
+
+    def repeats(self, settings: StageConfig) -> int:
+        return _dpo_settings(settings).iterations
+
+    def is_on_policy(self, settings: StageConfig) -> bool:
+        return _dpo_settings(settings).pairs == "on_policy"
 
     def render(self, rows: Rows, tokenizer: Tokenizer, data: Any) -> Rendered[PreferenceExample]:
         return render_preferences(rows.preferences, tokenizer, data)

@@ -60,7 +60,7 @@ def plan_run(config: Config, topics: Sequence[str], lengths: RowLengths) -> tupl
         for stage, objective in OBJECTIVES.items():
             settings, rows = objective.settings(config), lengths.get(stage, {}).get(topic, ())
             # A topic of one kind of rows has one stage. `check_topics` refuses it where both were asked for.
-            if settings.enabled and rows:
+            for _ in range(objective.repeats(settings) if settings.enabled and rows else 0):
                 first_step = plans[-1].first_step + plans[-1].steps if plans else 0
                 order = _stage_order(config, objective, topic, rows)
                 backend = settings.backend or config.backend

@@ -361,6 +361,10 @@ def _identity(
         stage: objective.settings(config).model_dump(exclude=set(objective.may_change_on_resume))
         for stage, objective in OBJECTIVES.items()
     }
+    # Checkpoints from before these settings existed do not have them.
+    for name, default in (("pairs", "data"), ("iterations", 1)):
+        if training["dpo"].get(name) == default:
+            del training["dpo"][name]
     sections = {name: getattr(config, name).model_dump() for name in ("curriculum", "evaluation")}
     # The default as older versions wrote it: their checkpoints can still be continued.
     sections["evaluation"]["levels"] = ["final"] if config.evaluation.levels is None else config.evaluation.levels

@@ -38,6 +38,7 @@ from mindprint.training.later_use import refused_uses
 from mindprint.training.loop import run_stage, stop_on_signal
 from mindprint.training.memory import memory_notices
 from mindprint.training.objectives import OBJECTIVES
+from mindprint.training.on_policy import PolicyPairs
 from mindprint.training.pace import Pace
 from mindprint.training.plan import StagePlan, total_steps
 from mindprint.training.prepare import SECTIONS_OF_IDENTITY, Prepared, initial_state, lora_config, prepare, write_facts
@@ -112,6 +113,14 @@ class _Run:
             folder.checkpoints, prepared.identity, prepared.model.name, config.checkpoints.keep
         )
         self.references = ReferenceCache(folder.references, prepared.identity, self.engine, prepared.tokenizer.pad_id)
+        self.policy_pairs = PolicyPairs(
+            folder.on_policy,
+            prepared.identity,
+            self.engine,
+            prepared.tokenizer,
+            config.data,
+            prepared.split.train.preferences,
+        )
         extra = load_scorers(config.voice.scorers)
         examiner = Examiner(prepared.split, config, prepared.tokenizer, self.engine, extra, prepared.people)
         self._requested: Callable[[], bool] = lambda: False
@@ -275,9 +284,13 @@ class _Run:
     ) -> None:
         """Take the steps of one stage after the first `done` of them. Raises `Interrupted` when asked to stop."""
         examples, reference = self.prepared.examples_of(plan), None
-        if OBJECTIVES[plan.stage].needs_reference(plan.settings):
-            # In the middle of a stage, `state` is not the policy any more that the stage started with.
-            start = self.checkpoints.read(plan.first_step).state if done else state
+        objective = OBJECTIVES[plan.stage]
+        is_on_policy, needs_reference = objective.is_on_policy(plan.settings), objective.needs_reference(plan.settings)
+        # In the middle of a stage, `state` is not the policy any more that the stage started with.
+        start = self.checkpoints.read(plan.first_step).state if done and (is_on_policy or needs_reference) else state
+        if is_on_policy:
+            examples = self.policy_pairs.pairs_of(plan, placement, start, examples, self._on_answers)
+        if needs_reference:
             reference = self.references.reference_of(plan, placement, start, examples)
         self.engine.start_stage(placement, state)
         stage = Stage(plan, examples, self.prepared.tokenizer.pad_id, reference)
@@ -305,6 +318,14 @@ class _Run:
         self._emit(
             StageFinished(plan.topic, plan.stage, placement.backend.name, plan.steps, first, last, round(seconds, 3))
         )
+
+    def _on_answers(self, done: int, total: int) -> None:
+        """Tell of the answers to the prompts of pairs. Raises `Interrupted` between two batches when asked to stop."""
+        if done == 0:
+            self._notice(f"the model answers the prompts of {total} pairs, for its rejected answers")
+        if done < total and self._stop_requested():
+            # The checkpoint of the stage's start, or of a later step, has been written.
+            raise self._interrupted()
 
     def _save_checkpoint(self, position: Position, stage_step: int, state: TrainingState) -> None:
         step = position.step + stage_step
