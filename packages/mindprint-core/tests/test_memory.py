@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,27 @@ def test_a_backends_own_estimate_counts(config: dict[str, Any], monkeypatch: pyt
     assert (plan.stages[0].rough, plan.stages[0].free, plan.fits) == (False, GIB, False)
     widest = max(request.batch.tokens.size for request in asked)
     assert plan.stages[0].need.activations == widest
+
+
+@pytest.mark.parametrize(("tokens", "at_end"), [(0, True), (GIB, False)])
+def test_the_fingerprint_of_a_base_in_16_bits_is_counted(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tokens: int, at_end: bool
+) -> None:
+    """It is measured in float32 too, so weights may need most there, or a step's activations in training."""
+
+    def answer(_: object, request: MemoryRequest) -> MemoryNeed:
+        weights = request.base.elements * (4 if request.spec.dtype == "float32" else 2)
+        return MemoryNeed(weights, 0, activations=tokens * (request.batch.tokens.size > 2), logits=0)
+
+    monkeypatch.setattr(mindprint.Backend, "memory", answer)
+    prepared = prepare(with_rows(mindprint.load_config(config), ROWS))
+    placements = [replace(Placements().resolve(plan.backend), dtype="bfloat16") for plan in prepared.plans]
+    estimated = memory.estimate_memory(prepared, placements)
+    (stage,) = estimated.stages
+    assert stage.fingerprint is at_end
+    assert stage.need.weights == estimated.base.elements * (4 if at_end else 2)
+    line = next(iter(memory.memory_notices(prepared, placements)))
+    assert f"in {'the fingerprint' if at_end else 'sft'} (weights" in line.message
 
 
 def test_train_states_its_need_and_warns(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,7 @@ class PlanResult(Result):
                     "rows": stage.rows,
                     "longest": stage.longest,
                     "rough": stage.rough,
+                    "fingerprint": stage.fingerprint,
                 }
                 for stage in self.stages
             ],
@@ -126,7 +127,8 @@ def _batch_line(stage: StageMemory) -> str:
     rows = "pairs" if stage.stage == "dpo" else "rows"
     where = f"{stage.placement.device}, {stage.placement.dtype}"
     rough = f"; a rough estimate, since backend {stage.placement.backend.name!r} makes none" if stage.rough else ""
-    return f"{stage.stage}: {stage.rows} {rows} of at most {stage.longest:,} tokens at once, on {where}{rough}"
+    at_end = "; most at the end, when the fingerprint reads the base in float32" if stage.fingerprint else ""
+    return f"{stage.stage}: {stage.rows} {rows} of at most {stage.longest:,} tokens at once, on {where}{at_end}{rough}"
 
 
 def _gib(size: int) -> str:

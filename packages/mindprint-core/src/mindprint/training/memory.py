@@ -29,7 +29,7 @@ from mindprint.data.collate import shared_sequences, whole_sequences
 from mindprint.data.render import PreferenceExample, render_preferences
 from mindprint.errors import AdapterError, ConfigError, MindprintError
 from mindprint.events import Notice
-from mindprint.models.engine import Placement
+from mindprint.models.engine import Placement, fits_in_float32
 from mindprint.models.folder import quantization
 from mindprint.models.free_memory import free_bytes
 from mindprint.models.likelihoods import batches_by_length
@@ -69,6 +69,7 @@ class StageMemory:
         rows: The rows, or pairs, of the batch that needs most.
         longest: The tokens of its longest row.
         rough: Whether core estimated it, because the backend does not.
+        fingerprint: Whether the run needs most at its end, when the base is loaded once more in float32.
     """
 
     stage: StageName
@@ -79,6 +80,12 @@ class StageMemory:
     rows: int
     longest: int
     rough: bool
+    fingerprint: bool = False
+
+    @property
+    def moment(self) -> str:
+        """What the run does when it needs most: its stage, or the fingerprint."""
+        return "the fingerprint" if self.fingerprint else self.stage
 
     @property
     def verdict(self) -> Verdict:
@@ -206,12 +213,28 @@ class RunMemory:
             update=objective.complete_update(update, [batch], plan.settings),
             read=self._read,
         )
-        need = placement.backend.memory(request)
-        rough = need is None
-        need = need or rough_need(request)
+        training = placement.backend.memory(request)
+        need, at_end = training or rough_need(request), False
+        if placement.dtype != "float32" and fits_in_float32(self.parameters):
+            # The fingerprint of a base in a reduced dtype is measured in float32 as well. Nothing is trained then.
+            last = self._fingerprint_request(request)
+            need_at_end = placement.backend.memory(last) or rough_need(last)
+            if need_at_end.total > need.total:
+                need, at_end = need_at_end, True
         free = self._free if need.free is None else need.free
         longest = max(objective.longest_sequence(example) for example in examples)
-        return StageMemory(plan.stage, plan.topic, placement, need, free, len(rows), longest, rough)
+        return StageMemory(plan.stage, plan.topic, placement, need, free, len(rows), longest, training is None, at_end)
+
+    def _fingerprint_request(self, request: MemoryRequest) -> MemoryRequest:
+        """Return the request for reading the fingerprint's probe in float32: as good as no step, and the probe."""
+        probe = self._prepared.probe.rows
+        return replace(
+            request,
+            spec=replace(request.spec, dtype="float32"),
+            batch=whole_sequences([row[:2] for row in probe[:1]]),
+            update=Update(0.0, 1),
+            read=whole_sequences(probe),
+        )
 
 
 def _share_of_free(stage: StageMemory) -> float:
@@ -314,7 +337,7 @@ def memory_notices(prepared: Prepared, placements: Sequence[Placement]) -> Itera
         return
     need, free = stage.need, "" if stage.free is None else f" of {_size(stage.free)} that are free"
     yield Notice(
-        f"memory: about {_size(need.total)}{free}, in {stage.stage} (weights {_size(need.weights)}, adapter "
+        f"memory: about {_size(need.total)}{free}, in {stage.moment} (weights {_size(need.weights)}, adapter "
         f"{_size(need.adapter)}, activations {_size(need.activations)}, logits {_size(need.logits)})"
     )
     if stage.verdict == "does not fit":
