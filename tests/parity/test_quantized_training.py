@@ -7,15 +7,20 @@ SmolLM2 in 4 bits if its folder is given.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mindprint.config import SftConfig
+from mindprint.config import DpoConfig, SftConfig
 from mindprint.contract import QUANTIZED_FORMATS, StepMetrics, Update
-from mindprint.data.collate import whole_sequences
+from mindprint.data.collate import preference_batch, whole_sequences
+from mindprint.data.render import PreferenceExample
+from mindprint.data.row_files import Origin
 from mindprint.data.tokenizer import load_tokenizer
+from mindprint.losses import PreferenceLoss
+from mindprint.models.likelihoods import sum_pairs
 from mindprint_testing.quantizing import write_dequantized, write_quantized
 from parity_cases import Opened, open_model, relative_difference, take_step
 
@@ -63,6 +68,9 @@ def report(stage: str, losses: dict[str, list[float]]) -> None:
         print(f"{stage}, {STEPS} steps, {name}: first {values[0]:.6f}, last {values[-1]:.6f}, greatest {greatest:.1e}")
 
 
+PROMPT = 4
+"""Tokens of a text that are a pair's prompt."""
+
 TEXTS = (
     "The ferry leaves at noon and comes back with the tide, and nobody sets a clock by it any more.",
     "My grandmother counted her eggs in the old language and her money in the new one.",
@@ -77,37 +85,57 @@ rounding grows: packed and dense weights on one backend are 4.6e-5 apart after a
 
 
 def take_text_step(opened: Opened, stage: str, step: int) -> StepMetrics:
-    """Take one optimizer step on text, two micro-batches of two ragged rows, at the default learning rate of SFT."""
-    if stage == "dpo":
-        return take_step(opened, stage, step)
+    """Take one optimizer step on text, two micro-batches of ragged rows, at the default learning rate of its stage."""
     tokenizer = load_tokenizer(Path(str(REAL)))
-    rows = [np.array(tokenizer.encode(TEXTS[(4 * step + row) % len(TEXTS)]), np.int32) for row in range(4)]
-    batches = [whole_sequences(rows[:2]), whole_sequences(rows[2:])]
-    update = Update(SftConfig().learning_rate, tokens=sum(batch.loss_tokens for batch in batches))
-    return opened.backend.sft_step(opened.model, batches, update)
+    texts = [TEXTS[(4 * step + row) % len(TEXTS)] for row in range(4)]
+    rows = [np.array(tokenizer.encode(text), np.int32) for text in texts]
+    if stage == "sft":
+        batches = [whole_sequences(rows[:2]), whole_sequences(rows[2:])]
+        update = Update(SftConfig().learning_rate, tokens=sum(batch.loss_tokens for batch in batches))
+        return opened.backend.sft_step(opened.model, batches, update)
+    # Two pairs: the end of a text is chosen over the end of the next one.
+    examples = [
+        PreferenceExample("", chosen[:PROMPT], chosen[PROMPT:], rejected[PROMPT:], Origin("text", 0))
+        for chosen, rejected in (rows[:2], rows[2:])
+    ]
+    sums = sum_pairs(opened.backend, opened.model, examples, tokenizer.pad_id, adapter=False)
+    pairs = [
+        preference_batch([example], tokenizer.pad_id, (sums.chosen[[place]], sums.rejected[[place]]))
+        for place, example in enumerate(examples)
+    ]
+    tokens = sum(int(batch.chosen_lengths.sum()) for batch in pairs)
+    update = Update(DpoConfig().learning_rate, tokens=tokens, pairs=len(pairs))
+    return opened.backend.dpo_step(opened.model, pairs, PreferenceLoss("sigmoid"), update)
 
 
-def test_steps_on_packed_weights(models: dict[str, Opened]) -> None:
+def step_taker(models: dict[str, Opened]) -> Callable[[Opened, str, int], StepMetrics]:
+    """Return how a step is taken: on text by a real model, and else on random ids."""
+    return take_text_step if models["torch packed"].model.parameters > 1e8 else take_step
+
+
+def test_sft_steps_on_packed_weights(models: dict[str, Opened]) -> None:
     start = models["torch packed"].save()
     losses: dict[str, list[float]] = {}
-    is_real = models["torch packed"].model.parameters > 1e8
+    take = step_taker(models)
     for name, opened in models.items():
         opened.restore(start)
-        take = take_text_step if is_real else take_step
         losses[name] = [take(opened, "sft", step).loss for step in range(STEPS)]
     report("SFT", losses)
     for name, values in losses.items():
         assert within(values, losses["torch packed"]), name
     assert losses["torch packed"][-1] != losses["torch packed"][0]
 
-    # Rounding grows along a trajectory of preferences: each step starts from the same state.
-    losses = {name: [] for name in models}
+
+def test_dpo_steps_on_packed_weights(models: dict[str, Opened]) -> None:
+    """Rounding grows along a trajectory of preferences: each step starts from the same state."""
+    take = step_taker(models)
+    losses: dict[str, list[float]] = {name: [] for name in models}
     for step in range(STEPS):
         state = models["torch packed"].save()
         for name, opened in models.items():
             if name != "torch packed":
                 opened.restore(state)
-            losses[name].append(take_step(opened, "dpo", step).loss)
+            losses[name].append(take(opened, "dpo", step).loss)
     report("DPO", losses)
     for name, values in losses.items():
         assert within(values, losses["torch packed"]), name
