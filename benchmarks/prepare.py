@@ -1,13 +1,15 @@
 """`mindprint prepare` measured: its reading, its throughput, its rows after a kill and on both backends, its voice.
 
     python benchmarks/prepare.py [reading]                      200,000 words made here, or of --writing FOLDER
+    python benchmarks/prepare.py mails                          a mailbox of 100,000 messages that is made here
     python benchmarks/prepare.py throughput --model MODEL       the command's questions, next to generation alone
     python benchmarks/prepare.py same --model MODEL             kill -9 at moments drawn, and the rows of both backends
     python benchmarks/prepare.py voice FOLDER --model MODEL     from one work of an author to a voice, on the other work
     python benchmarks/prepare.py rewriting FOLDER --model MODEL the same voice rewrites plain texts
     python benchmarks/prepare.py pairs FOLDER --model MODEL     pairs on policy next to those of the base model
+    python benchmarks/prepare.py settings FOLDER --model MODEL  figures by words, learning rate and passes
 
-Seconds are those of the processor. prepare_voice.py describes the last three.
+Seconds are those of the processor. prepare_voice.py describes the last four.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from mindprint.writing.asking import BaseModel, Kept
 from mindprint.writing.gathering import Options, gather
 from mindprint.writing.making import MIX, make_rows
 from mindprint.writing.templates import Templates
-from prepare_voice import add_arguments, first_words, model_path, pairs, rewriting, voice
+from prepare_voice import add_arguments, first_words, model_path, pairs, rewriting, settings, voice
 
 ROWS = ("sft.jsonl", "preferences.jsonl", "heldout.jsonl", "curriculum.yaml")
 KILLS = 3
@@ -51,20 +53,29 @@ def arguments() -> argparse.Namespace:
     commands = parser.add_subparsers()
     for name, command, words in (
         ("reading", reading, 200_000),
+        ("mails", mails, 0),
         ("throughput", throughput, 1_500),
         ("same", same, 1_500),
         ("voice", voice, 40_000),
         ("rewriting", rewriting, 40_000),
         ("pairs", pairs, 40_000),
+        ("settings", settings, 40_000),
     ):
         sub = commands.add_parser(name, help=(command.__doc__ or "").splitlines()[0])
         sub.set_defaults(command=command)
         sub.add_argument("--words", type=int, default=words, help="words of the writing that are used")
-        if command in (voice, rewriting, pairs):
+        if command in (voice, rewriting, pairs, settings):
             add_arguments(sub)
         else:
             sub.add_argument("--writing", type=Path, help="a folder or a file; default: text that is made here")
-        if name != "reading":
+        if command is settings:
+            sub.add_argument("--sizes", type=int, nargs="+", default=[2_000, 10_000, 40_000], help="words tried")
+            sub.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3], help="of SFT")
+            sub.add_argument("--dpo-rates", type=float, nargs="+", default=[5e-6, 2e-5, 1e-4])
+            sub.add_argument("--passes", type=int, default=6, help="over the rows, in SFT")
+        if command is mails:
+            sub.add_argument("--count", type=int, default=100_000, help="messages")
+        if command not in (reading, mails):
             sub.add_argument("--model", required=True)
             sub.add_argument("--backend", default="torch")
     return parser.parse_args()
@@ -84,6 +95,31 @@ def reading(options: argparse.Namespace) -> bool:
         f"{seconds:.1f} s of processor, {peak:.0f} MB at most"
     )
     return seconds < 20 and peak < 500
+
+
+def mails(options: argparse.Namespace) -> bool:
+    """Read a mailbox of many messages, each with headers, a quotation and a signature."""
+    with tempfile.TemporaryDirectory() as name:
+        box = Path(name) / "sent.mbox"
+        sentences = [line for line in made_text(50_000).splitlines() if line]
+        draw = random.Random(0)  # noqa: S311 (the same mails each time)
+        with box.open("w", encoding="utf-8") as file:
+            for number in range(options.count):
+                body = "\n\n".join(draw.choice(sentences) for _ in range(3))
+                file.write(
+                    f"From ada@example.org Mon Jan  5 10:00:00 2026\nFrom: Ada <ada@example.org>\nTo: tom@example.org\n"
+                    f"Subject: {number}\nContent-Type: text/plain; charset=utf-8\n\n{body}\n\n"
+                    f"On Monday, Tom wrote:\n> {draw.choice(sentences)}\n\n-- \nAda\n\n"
+                )
+        started = time.process_time()
+        gathered = gather([box], Options())
+        seconds = time.process_time() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    print(
+        f"mails: {options.count:,} messages, {gathered.words:,} words in {len(gathered.train):,} passages to train on: "
+        f"{seconds:.1f} s of processor, {peak:.0f} MB at most"
+    )
+    return len(gathered.train) > 0
 
 
 def throughput(options: argparse.Namespace) -> bool:

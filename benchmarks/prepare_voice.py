@@ -3,6 +3,7 @@
     python benchmarks/prepare.py voice FOLDER --model MODEL       perplexity, held-out prompts, copying
     python benchmarks/prepare.py rewriting FOLDER --model MODEL   plain texts in the person's voice
     python benchmarks/prepare.py pairs FOLDER --model MODEL       pairs on policy next to those of the base model
+    python benchmarks/prepare.py settings FOLDER --model MODEL    figures by words, learning rate and passes
 
 FOLDER has a folder for each author with two works (`doyle/hound.txt`). One work of --author is prepared and trained as
 `mindprint prepare` and `mindprint train` do it. The other work is only measured with, and the other authors teach the
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import tempfile
 import time
@@ -204,6 +206,109 @@ def pairs(options: argparse.Namespace) -> bool:
             print(f"  {name:22s}{score.value:.3f} ({score.low:.3f} to {score.high:.3f})", flush=True)
     better = values["pairs on policy"] > values["base model's pairs"]
     return holds(("pairs on policy give a higher voice than the base model's", better))
+
+
+def settings(options: argparse.Namespace) -> bool:
+    """Print perplexity and voice by words, learning rate and passes over the rows, to find settings that suit.
+
+    An adapter is trained once for each rate, and measured after each pass, at a checkpoint. DPO starts from the
+    checkpoint whose perplexity is the lowest.
+    """
+    works = works_of(options)
+    with kept_folder(options) as folder:
+        for words in options.sizes:
+            project = folder / f"words-{words}" / "voice"
+            writing = folder / "writing" / works.trained.name
+            writing.parent.mkdir(parents=True, exist_ok=True)
+            writing.write_text(first_words(works.trained, words), encoding="utf-8")
+            result = mindprint.prepare(
+                writing, project, model=str(model_path(options.model)), backend=options.backend, on_batch=progress
+            )
+            proposed = load_config(project).config
+            print(
+                f"{words:,} words: rows {dict(result.counts)}; proposed: {proposed.sft.epochs_per_topic} passes at "
+                f"{proposed.sft.learning_rate:g}, {proposed.dpo.steps_per_topic} steps of DPO at "
+                f"{proposed.dpo.learning_rate:g}",
+                flush=True,
+            )
+            per_pass = math.ceil(result.counts["sft.jsonl"] / proposed.sft.batch_size)
+            scores: dict[Path, float] = {}
+            for rate in options.rates:
+                run = explored(project, f"sft-{rate:g}", per_pass, per_pass * options.passes, sft_rate=rate)
+                scores |= measured_run(run, f"SFT at {rate:g}", "pass", per_pass, project, works, options)
+            best = min(scores, key=lambda path: scores[path])
+            steps = max(1, proposed.dpo.steps_per_topic or 1)
+            for rate in options.dpo_rates if result.counts["preferences.jsonl"] else ():
+                run = explored(project, f"dpo-{rate:g}", steps, 2 * steps, dpo_rate=rate, start=best)
+                measured_run(run, f"DPO at {rate:g}", f"{steps} steps", steps, project, works, options)
+    return True
+
+
+def explored(
+    project: Path,
+    name: str,
+    every: int,
+    steps: int,
+    *,
+    sft_rate: float | None = None,
+    dpo_rate: float | None = None,
+    start: Path | None = None,
+) -> RunFolder:
+    """Return a run of one stage with a checkpoint every few steps, trained unless it is complete."""
+    run = project / "runs" / name
+    if RunFolder(run).complete:
+        return RunFolder(run)
+    file = load_config(project)
+    adapter = file.config.adapter.model_copy(update={"start_from": str(start) if start else None})
+    length = {"steps_per_topic": steps, "epochs_per_topic": None}
+    mindprint.train(
+        file,
+        run=run,
+        resume=RunFolder(run).holds_run,
+        progress=True,
+        adapter=adapter.model_dump(),
+        sft={"enabled": sft_rate is not None, **length, **({"learning_rate": sft_rate} if sft_rate else {})},
+        dpo={"enabled": dpo_rate is not None, **length, **({"learning_rate": dpo_rate} if dpo_rate else {})},
+        checkpoints={"every": every, "keep": steps // every + 1},
+        evaluation={"levels": []},
+    )
+    return RunFolder(run)
+
+
+def measured_run(
+    run: RunFolder,
+    title: str,
+    unit: str,
+    every: int,
+    project: Path,
+    works: Works,
+    options: argparse.Namespace,
+) -> dict[Path, float]:
+    """Print the figures of each checkpoint of a run, and return the perplexities by their folders."""
+    unseen = spread(passages_of(works.other), options.limit)
+    prompts = [row["prompt"] for row in rows_of(project, "heldout")][: options.limit]
+    training = [row["completion"] for row in rows_of(project, "sft") if "completion" in row]
+    scorer = scorer_of(works, project, unseen)
+    scores: dict[Path, float] = {}
+    untuned: dict[str, float] = {}
+    before: list[str] = []
+    checkpoints = sorted(path for path in run.checkpoints.iterdir() if path.name.isdigit() and int(path.name))
+    for path in checkpoints:
+        with mindprint.open_adapter(path) as opened:
+            if not untuned:
+                untuned = perplexities(opened, unseen, adapter=False)
+                before = answers_of(opened, prompts, adapter=False)
+            tuned = perplexities(opened, unseen, adapter=True)
+            after = answers_of(opened, prompts, adapter=True)
+        copying = measure_copying(after, training)
+        copied = copying.copy_rate if isinstance(copying, Copying) else float("nan")
+        scores[path] = tuned["answer"]
+        print(
+            f"  {title}, {int(path.name) / every:g} × {unit}: perplexity {tuned['answer'] / untuned['answer']:.3f} of "
+            f"the untuned model's, AUC {area_under(scorer, after, before):.3f}, copied {copied:.3f}",
+            flush=True,
+        )
+    return scores
 
 
 def works_of(options: argparse.Namespace) -> Works:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mindprint.cli import main
+from mindprint.config import ModelConfig
+from mindprint.models.folder import resolve_model
 
 ROWS = ("sft.jsonl", "preferences.jsonl", "heldout.jsonl", "curriculum.yaml", "report.html")
 OPTIONS = ("--passage-words", "16", "40", "--model", "builtin:tiny", "--mix", "answer=0.5", "--mix", "continue=0.5")
@@ -86,3 +89,31 @@ def test_what_was_prepared_is_trained(prepare: Prepare, capsys: pytest.CaptureFi
     rows = [json.loads(line) for line in (folder / "data" / "sft.jsonl").read_text().splitlines()]
     assert {row["completion"] for row in rows} <= set(WRITING.strip().split("\n\n"))
     assert (folder / "runs" / "run-001" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_model_without_a_chat_template_makes_rows_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(resolve_model(ModelConfig(name="builtin:tiny"), tmp_path).path, base)
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "ferry.txt").write_text(WRITING, encoding="utf-8")
+    words = [str(tmp_path / "ferry.txt"), "--into", str(tmp_path / "voice"), "--backend", "torch", *OPTIONS[:3]]
+    assert main(["prepare", *words, "--model", str(base), "--mix", "continue=1"]) == 0
+    assert "has no chat template" in capsys.readouterr().err
+    assert (tmp_path / "voice" / "data" / "sft.jsonl").is_file()
+
+
+def test_a_textbook_is_prepared_and_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    book = Path(__file__).parents[2] / "packages" / "mindprint-core" / "tests" / "textbook"
+    folder = tmp_path / "voice"
+    assert main(["prepare", str(book), "--into", str(folder), "--backend", "torch", *OPTIONS]) == 0, capsys.readouterr()
+    rows = [json.loads(line) for line in (folder / "data" / "sft.jsonl").read_text().splitlines()]
+    assert {row["topic"].rpartition("/")[0] for row in rows} == {"unit-01/chapter-01", "unit-01/chapter-02"}
+    settings = ("sft.steps_per_topic=1", "dpo.steps_per_topic=1", "evaluation.levels=[]")
+    assert main(["train", str(folder), *settings]) == 0, capsys.readouterr().err
+    manifest = json.loads((folder / "runs" / "run-001" / "manifest.json").read_text())
+    assert manifest["curriculum"]["titles"]["unit-01/chapter-02"] == "People"

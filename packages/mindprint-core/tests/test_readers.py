@@ -208,6 +208,17 @@ def test_a_pdf_of_images_says_so(tmp_path: Path) -> None:
     assert "only images" in reading.skipped[str(file)]
 
 
+def test_an_encrypted_pdf_is_named(tmp_path: Path) -> None:
+    pypdf = pytest.importorskip("pypdf")
+    file = tmp_path / "locked.pdf"
+    file.write_bytes(pdf([["Nobody reads this."]]))
+    writer = pypdf.PdfWriter(clone_from=file)
+    writer.encrypt("secret", algorithm="RC4-128")
+    writer.write(file)
+    assert read(file)[0] == []
+    assert read(file)[1].skipped[str(file)] == "is encrypted; save it without a password"
+
+
 MAIL = """Dear Tom,
 
 I shall be there at four.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -17,6 +19,7 @@ from mindprint.config import FILE_NAME
 from mindprint.contract import Dtype
 from mindprint.errors import ConfigError, DataError
 from mindprint.events import Notice
+from mindprint.models.quantized import dense_weights
 from mindprint.reports.page import as_page
 from mindprint.reports.prepared import preparation_report
 from mindprint.runs import opened as runs_opened
@@ -24,7 +27,9 @@ from mindprint.writing.asking import BaseModel, Kept, OnBatch
 from mindprint.writing.gathering import Gathered, Options, gather
 from mindprint.writing.making import KINDS, MIX, Made, RowKind, make_rows, pair_exchanges
 from mindprint.writing.project import REPORT, find_project
+from mindprint.writing.settings import proposed_settings
 from mindprint.writing.templates import Templates
+from mindprint.writing.textbook import Textbook
 
 ANSWERS = "prepare.jsonl"
 """The base model's answers, next to the rows: they make the command resumable, and later calls quick."""
@@ -157,7 +162,11 @@ def prepare(
     project = find_project(Path(into), model)
     project.refuse_others_files((*ROWS, OUTLINE, REPORT))
     asking = Templates(Path(templates) if templates is not None else None)
-    gathered = gather([Path(path) for path in paths], options)
+    gathered = gather([Path(path) for path in paths], options, templates=asking)
+    quizzes = _quizzes(gathered.textbook)
+    project.refuse_others_files(list(quizzes))
+    for note in gathered.textbook.notes:
+        notices(note, warning=True)
     for name, reason in (*gathered.reading.broken.items(), *gathered.reading.skipped.items()):
         notices(f"{name}: {reason}", warning=True)
     section = backend_section(backend, device, dtype) or project.backend
@@ -165,25 +174,39 @@ def prepare(
         runs_opened.open_base(project.model, project.folder, section, notices) as opened,
         Kept(project.data / ANSWERS) as kept,
     ):
+        # Of a tokenizer without a chat template, for example.
+        for note in opened.tokenizer.notes:
+            notices(note)
         base = BaseModel(opened, kept, on_batch or (lambda *_: None))
         made = make_rows([*gathered.train, *gathered.heldout], base, asking, shares, seed)
-        pairs = pair_exchanges([*gathered.exchanges, *gathered.heldout_exchanges], base)
+        pairs = pair_exchanges([*gathered.exchanges, *gathered.heldout_exchanges], base, gathered.textbook.topics)
         name = opened.base.name
+        size = sum(math.prod(weight.shape) for weight in dense_weights(opened.base.path).values())
     rows = _rows(gathered, made, pairs)
     if not rows["sft.jsonl"]:
         reasons = "; ".join(f"{reason} ({count})" for reason, count in made.dropped.most_common())
         raise DataError(f"{name} found no prompt for any of {len(gathered.train)} passages: {reasons}")
     counts = {name: len(lines) for name, lines in rows.items()}
     files = {name: "".join(_line(row) for row in lines).encode() for name, lines in rows.items()}
-    files[OUTLINE] = _outline(rows["sft.jsonl"]).encode()
+    files[OUTLINE] = _outline(rows["sft.jsonl"], gathered.textbook).encode()
+    files |= quizzes
     files[REPORT] = as_page(preparation_report(gathered, made, counts)).encode()
     project.write(files, {"model": name, "seed": seed, "options": asdict(options), "mix": dict(shares)})
-    has_pairs = bool(rows["preferences.jsonl"])
+    topics, paired = ({row["topic"] for row in rows[file]} for file in ("sft.jsonl", "preferences.jsonl"))
+    has_pairs = bool(paired) and topics == paired
+    lexicon = gathered.textbook.lexicon
     if not project.exists:
-        text = config_text(model_from(project.folder.resolve(), model or project.model.name), backend or "auto")
-        atomic.write_text(project.folder / FILE_NAME, text if has_pairs else text.replace(DPO_STEPS, DPO_OFF))
+        named = model_from(project.folder.resolve(), model or project.model.name)
+        text = config_text(named, backend or "auto", _proposed(rows, size))
+        text = text if has_pairs else text.replace(DPO_STEPS, DPO_OFF)
+        # JSON is YAML.
+        text += f"\nvoice:\n  scorers:\n    lexicon: {json.dumps(lexicon, ensure_ascii=False)}\n" if lexicon else ""
+        atomic.write_text(project.folder / FILE_NAME, text)
+    elif lexicon:
+        notices(f"the style guide's phrases, for voice.scorers.lexicon: {json.dumps(lexicon, ensure_ascii=False)}")
     if not has_pairs:
-        notices(f"{name} gave no answer that can be the rejected one: train with dpo.enabled=false", warning=True)
+        of = f" for the topic {min(topics - paired)}" if paired else ""
+        notices(f"{name} gave no answer that can be the rejected one{of}: train with dpo.enabled=false", warning=True)
     return PrepareResult(project.folder, gathered, counts, notices.heard)
 
 
@@ -193,19 +216,24 @@ def _rows(gathered: Gathered, made: Made, pairs: Sequence[dict[str, Any] | None]
     trained = [row for row in made.rows if id(row.passage) not in heldout]
     of_chats = list(zip([*gathered.exchanges, *gathered.heldout_exchanges], pairs, strict=True))
     learnt, examined = of_chats[: len(gathered.exchanges)], of_chats[len(gathered.exchanges) :]
-    written = [row.pair for row in trained if row.rejected is not None]
-    spoken = [pair for _, pair in learnt if pair]
+    taught = gathered.textbook.topics
+    written = any(row.rejected is not None for row in trained if row.passage.document not in taught)
+    spoken = any(pair for exchange, pair in learnt if exchange.document not in taught)
     # A topic needs rows of both stages, so one without pairs becomes a part of the other.
     chats = CHATS if written and spoken else TOPIC
+
+    def topic(document: str, other: str) -> str:
+        return gathered.textbook.topics.get(document, other)
+
     measured = [row.pair for row in made.rows if id(row.passage) in heldout and row.rejected is not None]
     return {
         "sft.jsonl": [
-            *({**row.sft, "topic": TOPIC} for row in trained),
-            *({**exchange.sft, "topic": chats} for exchange, _ in learnt),
+            *({**row.sft, "topic": topic(row.passage.document, TOPIC)} for row in trained),
+            *({**exchange.sft, "topic": topic(exchange.document, chats)} for exchange, _ in learnt),
         ],
         "preferences.jsonl": [
-            *({**pair, "topic": TOPIC} for pair in written),
-            *({**pair, "topic": chats} for pair in spoken),
+            *({**row.pair, "topic": topic(row.passage.document, TOPIC)} for row in trained if row.rejected is not None),
+            *({**pair, "topic": topic(exchange.document, chats)} for exchange, pair in learnt if pair),
         ],
         "heldout.jsonl": [
             *({**pair, "topic": TOPIC} for pair in measured),
@@ -214,15 +242,65 @@ def _rows(gathered: Gathered, made: Made, pairs: Sequence[dict[str, Any] | None]
     }
 
 
+def _proposed(rows: Mapping[str, Sequence[Mapping[str, Any]]], parameters: int) -> Mapping[str, str]:
+    """Return the settings that suit the rows. They hold for each topic, so the one with the fewest rows decides."""
+    counts = [Counter(row["topic"] for row in rows[name]) for name in ("sft.jsonl", "preferences.jsonl")]
+    fewest, fewest_pairs = (min(of.values(), default=0) for of in counts)
+    return proposed_settings(fewest, fewest_pairs, parameters)
+
+
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _outline(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return curriculum.yaml: the topics that have rows, with their titles."""
-    topics = dict.fromkeys(row["topic"] for row in rows)
-    lines = [f"  - {{id: {topic}, title: {TITLES[topic]}}}" for topic in topics]
-    return "\n".join(["topics:", *lines]) + "\n"
+def _outline(rows: Sequence[Mapping[str, Any]], book: Textbook) -> str:
+    """Return curriculum.yaml: the topics that have rows, those of a textbook in its order, with their titles."""
+    topics = {row["topic"] for row in rows}
+    titles = {**TITLES, **book.titles}
+    ordered = [topic for topic in (*book.topics.values(), *TITLES) if topic in topics]
+    lines: list[str] = []
+    # Below its unit and its chapter each topic is one line. The lists of a file's last level are `topics`.
+    plain = [topic for topic in ordered if "/" not in topic]
+    if plain:
+        lines += ["topics:", *(f"  - {_entry(topic, topic, titles)}" for topic in plain)]
+    units = dict.fromkeys(topic.partition("/")[0] for topic in ordered if "/" in topic)
+    lines += ["units:"] if units else []
+    for unit in units:
+        within = [topic for topic in ordered if topic.startswith(f"{unit}/")]
+        lines += _named("  - ", unit, unit, titles)
+        direct = [topic for topic in within if topic.count("/") == 1]
+        lines += ["    topics:"] if direct else []
+        lines += [f"      - {_entry(topic.rpartition('/')[2], topic, titles)}" for topic in direct]
+        chapters = dict.fromkeys(topic.rpartition("/")[0] for topic in within if topic.count("/") > 1)
+        lines += ["    chapters:"] if chapters else []
+        for chapter in chapters:
+            lines += [*_named("      - ", chapter.partition("/")[2], chapter, titles), "        topics:"]
+            inner = [topic for topic in within if topic.rpartition("/")[0] == chapter]
+            lines += [f"          - {_entry(topic.rpartition('/')[2], topic, titles)}" for topic in inner]
+    return "\n".join(lines) + "\n"
+
+
+def _named(indent: str, name: str, full: str, titles: Mapping[str, str]) -> list[str]:
+    title = [f"{' ' * len(indent)}title: {json.dumps(titles[full], ensure_ascii=False)}"] if titles.get(full) else []
+    return [f"{indent}id: {json.dumps(name, ensure_ascii=False)}", *title]
+
+
+def _entry(name: str, full: str, titles: Mapping[str, str]) -> str:
+    """Return the line of a topic in curriculum.yaml."""
+    parts = {"id": name, **({"title": titles[full]} if titles.get(full) else {})}
+    return "{" + ", ".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in parts.items()) + "}"
+
+
+def _quizzes(book: Textbook) -> dict[str, bytes]:
+    """Return the files of the quizzes, by their names in the data folder."""
+    files = {}
+    for topic, questions in book.tests.items():
+        quiz = [
+            {"question": q.question, "reference_answers": [q.reference], "key_concepts": list(q.concepts)}
+            for q in questions
+        ]
+        files[f"{topic}/quiz.json"] = (json.dumps(quiz, ensure_ascii=False, indent=2) + "\n").encode()
+    return files
 
 
 def _check_options(options: Options) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 TINY = "builtin:tiny"
 
 RATES = {
-    True: {"sft_rate": "2e-4", "dpo_rate": "2e-5", "dpo_steps": "15"},
-    False: {"sft_rate": "3e-4", "dpo_rate": "5e-6", "dpo_steps": "100"},
+    True: {"sft_epochs": "3", "sft_rate": "2e-4", "dpo_rate": "2e-5", "dpo_steps": "15"},
+    False: {"sft_epochs": "3", "sft_rate": "3e-4", "dpo_rate": "5e-6", "dpo_steps": "100"},
 }
 """Settings that suit the embedded model of 3 million parameters (True), and one of billions (False)."""
 
@@ -36,7 +37,7 @@ adapter:
   target_modules: all-linear
 
 sft:  # first: imitate the voice
-  epochs_per_topic: 3
+  epochs_per_topic: {sft_epochs}
   learning_rate: {sft_rate}
   batch_size: 4
 
@@ -66,15 +67,15 @@ seed: 0
 """
 
 
-def config_text(model: str, backend: str = "auto") -> str:
-    """Return mindprint.yaml with the settings that suit `model`."""
+def config_text(model: str, backend: str = "auto", proposed: Mapping[str, str] | None = None) -> str:
+    """Return mindprint.yaml with the settings that suit `model`, or those that are `proposed` for its rows."""
     tiny = model == TINY
     return CONFIG.format(
         # JSON strings are valid YAML, and quote names that YAML would read as something else.
         model=json.dumps(model, ensure_ascii=False) if model != TINY else TINY,
         backend=json.dumps(backend) if backend != "auto" else backend,
         max_length=256 if tiny else 1024,
-        **RATES[tiny],
+        **{**RATES[tiny], **({} if tiny else proposed or {})},
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -14,16 +14,21 @@ from mindprint.draws import uniform
 from mindprint.errors import DataError
 from mindprint.readers.finding import Reading, read_documents
 from mindprint.text.near_duplicates import near_duplicate_groups
-from mindprint.text.words import word_count
-from mindprint.writing.conversations import Exchange, exchanges
+from mindprint.text.words import word_count, words
+from mindprint.writing.conversations import SPOKEN, Exchange, exchanges
 from mindprint.writing.languages import languages_of
 from mindprint.writing.passages import LEAST, MOST, Passage, cut
 from mindprint.writing.people import is_own, person_in
 from mindprint.writing.places import Places
 from mindprint.writing.private import find_private, redact
+from mindprint.writing.templates import Templates
+from mindprint.writing.textbook import Textbook, is_textbook, read_textbook
 
 FEWEST_PASSAGES = 8
 """Passages from which on there is something to learn and something to hold out."""
+
+MOST_CHARACTERS = 2**28
+"""Characters of all writing: forty million words, or four hundred novels. They take a few bytes of memory each."""
 
 Part = TypeVar("Part", Passage, Exchange)
 
@@ -81,6 +86,7 @@ class Gathered:
         other_languages: Passages in other languages, which are left out, by language.
         duplicates: Passages that nearly equal one before them, which are left out.
         others_documents: Documents that somebody else wrote.
+        textbook: The textbook among the paths, if one is.
         private: The private things found, in the order of the documents.
         words: The person's words in all.
     """
@@ -94,22 +100,31 @@ class Gathered:
     other_languages: Mapping[str, int] = field(default_factory=dict)
     duplicates: int = 0
     others_documents: int = 0
+    textbook: Textbook = field(default_factory=Textbook)
     private: list[PrivateThing] = field(default_factory=list)
     words: int = 0
 
 
-def gather(paths: Sequence[Path], options: Options, on_file: Callable[[Path], None] = lambda _: None) -> Gathered:
-    """Read the files and cut them into passages and exchanges.
+def gather(
+    paths: Sequence[Path],
+    options: Options,
+    on_file: Callable[[Path], None] = lambda _: None,
+    templates: Templates | None = None,
+) -> Gathered:
+    """Read the files and cut them into passages and exchanges. `templates` ask for the concepts of a textbook.
 
     Raises `DataError` if a path does not exist, if it is not clear who the person is, or if too little is left.
     """
     gathered = Gathered()
-    documents = list(read_documents(paths, gathered.reading, on_file))
+    gathered.textbook = book = _textbook(paths, gathered)
+    others = [path for path in paths if not is_textbook(path)]
+    documents = [*book.documents, *_bounded(read_documents(others, gathered.reading, on_file))]
     person = person_in(documents, options.author)
     own = [document for document in documents if document.turns or is_own(document, person)]
     gathered.others_documents = len(documents) - len(own)
     passages = [passage for document in own for passage in cut(document, options.least, options.most)]
     spoken = [exchange for document in own for exchange in exchanges(document, person)]
+    spoken += _lessons(book, templates or Templates())
     passages = _in_main_language(passages, gathered)
     passages = _without_duplicates(passages, lambda passage: passage.text, gathered)
     spoken = _without_duplicates(spoken, lambda exchange: exchange.own, gathered)
@@ -122,9 +137,50 @@ def gather(paths: Sequence[Path], options: Options, on_file: Callable[[Path], No
     gathered.words = word_count([p.text for p in passages]) + word_count([e.own for e in spoken])
     if len(passages) + len(spoken) < FEWEST_PASSAGES:
         raise DataError(_too_little(gathered, len(passages) + len(spoken), documents))
-    gathered.train, gathered.heldout = _divided(passages, options)
+    # A textbook is measured with its tests, and each of its topics needs its rows.
+    taught = [part for part in passages if part.document in book.topics]
+    gathered.train, gathered.heldout = _divided([p for p in passages if p.document not in book.topics], options)
+    gathered.train = [*taught, *gathered.train]
+    explained = [exchange for exchange in spoken if exchange.document in book.topics]
+    spoken = [exchange for exchange in spoken if exchange.document not in book.topics]
     gathered.exchanges, gathered.heldout_exchanges = _divided(spoken, options)
+    gathered.exchanges = [*explained, *gathered.exchanges]
     return gathered
+
+
+def _bounded(documents: Iterable[Document]) -> Iterator[Document]:
+    """Yield documents. Raises `DataError` as soon as they are more than anybody writes: they stay in memory."""
+    size = 0
+    for document in documents:
+        size += sum(len(block.text) for block in document.blocks) + sum(len(turn.text) for turn in document.turns)
+        if size > MOST_CHARACTERS:
+            raise DataError(
+                f"the files up to {document.name} have more than {MOST_CHARACTERS:,} characters, and nobody writes so "
+                "much: leave out logs and data"
+            )
+        yield document
+
+
+def _textbook(paths: Sequence[Path], gathered: Gathered) -> Textbook:
+    folders = [path for path in paths if is_textbook(path)]
+    if len(folders) > 1:
+        raise DataError(f"{folders[1]}: is a second textbook: prepare each into a project")
+    book = read_textbook(folders[0]) if folders else Textbook()
+    gathered.reading.read |= dict.fromkeys(book.topics, 1)
+    return book
+
+
+def _lessons(book: Textbook, templates: Templates) -> list[Exchange]:
+    """Return the concepts and summaries of a textbook with the prompts of their templates."""
+    return [
+        Exchange(
+            lesson.document,
+            place,
+            (("user", templates.fill(f"ask-{lesson.kind}", lesson.about)), ("assistant", lesson.text)),
+        )
+        for place, lesson in enumerate(book.lessons)
+        if len(words(lesson.text)) >= SPOKEN
+    ]
 
 
 def _private_things(texts: Sequence[tuple[str, str]]) -> list[PrivateThing]:

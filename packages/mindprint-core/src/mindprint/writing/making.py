@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Literal, get_args
@@ -267,14 +267,21 @@ def last_words(text: str, count: int = CONTEXT_WORDS) -> str:
     return " ".join(text.split()[-count:])
 
 
-def pair_exchanges(exchanges: Sequence[Exchange], model: BaseModel) -> list[dict[str, Any] | None]:
-    """Return a preference pair for each exchange, None where the base model gave no usable answer."""
+def pair_exchanges(
+    exchanges: Sequence[Exchange], model: BaseModel, taught: Collection[str] = ()
+) -> list[dict[str, Any] | None]:
+    """Return a preference pair for each exchange, None where the base model gave no usable answer.
+
+    Documents in `taught` are topics of a textbook: each needs a pair, so that any answer will do that is not the same.
+    """
     questions = [Question(_prompt(e), math.ceil(LONGER * model.tokens(e.messages[-1][1]))) for e in exchanges]
     replies = (up_to_sentence(reply.text) for reply in model.replies(questions, "rejected answers"))
-    return [
-        None if unfit(answer, exchange.messages[-1][1]) else exchange.pair(answer)
-        for exchange, answer in zip(exchanges, replies, strict=True)
-    ]
+    pairs = []
+    for exchange, answer in zip(exchanges, replies, strict=True):
+        own = exchange.messages[-1][1]
+        serves = bool(answer.strip()) and answer != own if exchange.document in taught else not unfit(answer, own)
+        pairs.append(exchange.pair(answer) if serves else None)
+    return pairs
 
 
 def _prompt(exchange: Exchange) -> Messages:

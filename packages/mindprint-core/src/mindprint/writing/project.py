@@ -62,6 +62,8 @@ class PreparedProject:
                 break
             for name, content in files.items():
                 if content:
+                    # A quiz is in the folder of its topic.
+                    (self.data / name).parent.mkdir(parents=True, exist_ok=True)
                     atomic.write_bytes(self.data / name, content)
                 else:
                     (self.data / name).unlink(missing_ok=True)

@@ -25,6 +25,8 @@ NAMES: Mapping[str, str] = {
     "ask-topic": "topic",
     "ask-rewrite": "plain",
     "ask-continue": "before",
+    "ask-concept": "concept",
+    "ask-summary": "topic",
     "ask-nothing": "",
 }
 """Each template, and the word in braces that it must have."""
