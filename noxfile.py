@@ -274,19 +274,22 @@ def voice(session: nox.Session) -> None:
     Twenty runs of the tiny model also show whether their intervals say how far a seed moves a voice.
 
     `nox -s voice -- FOLDER MODEL` measures `mindprint prepare` instead: from one work of an author to a voice, on a
-    base model such as SmolLM2-135M-Instruct. Options of benchmarks/prepare.py follow: `--limit 10 --words 3000`.
+    base model such as SmolLM2-135M-Instruct, and the throughput and sameness of its rows. Options of the first may
+    follow: `--limit 10 --words 3000`.
     """
     if not session.posargs:
         session.error("name the folder of the authors: nox -s voice -- FOLDER [MODEL]")
-    install(session, ("core", "torch"), *TESTS)
     folder, *more = session.posargs
+    install(session, ("core", "torch", *(("mlx",) if more else ())), *TESTS)
     folder = str(Path(folder).resolve())
     if more:
         model, *options = more
         kept = Path(session.create_tmp()).resolve() / "voice"
         failed = []
-        for command in ("voice", "rewriting", "pairs"):
-            words = (command, folder, "--model", model, "--into", str(kept), *options)
+        of_an_author = (folder, "--into", str(kept), *options)
+        for command in ("voice", "rewriting", "pairs", "throughput", "same"):
+            chosen = of_an_author if command in ("voice", "rewriting", "pairs") else ()
+            words = (command, "--model", model, *chosen)
             # Every figure is printed, also after one that does not hold.
             try:
                 session.run("python", "benchmarks/prepare.py", *words, env=ONE_THREAD)

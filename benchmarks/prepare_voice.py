@@ -165,7 +165,8 @@ def pairs(options: argparse.Namespace) -> bool:
             print("the project took no DPO steps, so there is nothing to compare")
             return False
         # The checkpoint at the start of the last stage is kept: the adapter after SFT alone.
-        after_sft = run.checkpoints / f"{taken['sft']:06d}"
+        first = next(line for line in steps if line["stage"] == "dpo")
+        after_sft = run.checkpoints / f"{first['step'] - first['stage_step']:06d}"
         config = load_config(run.config)
         adapter = config.config.adapter.model_copy(update={"start_from": str(after_sft)})
         other = folder / "on_policy"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import median
+from statistics import fmean, median
 
 from mindprint.reports.document import Block, Bullets, Document, Paragraph, Section, SideBySide, Table
 from mindprint.text.words import words
@@ -16,6 +16,9 @@ MOST_FILES = 200
 
 EXAMPLES = 3
 """Rows of each kind that are shown."""
+
+RUN = 4
+"""Words of the runs that are looked for in both prompt and passage."""
 
 HIDDEN = 4
 """Characters of a private thing that the page shows: enough to find it, and not to use it."""
@@ -43,12 +46,21 @@ def _made(gathered: Gathered, made: Made, counts: Mapping[str, int]) -> Iterator
             f"{median(row.gain for row in of_kind):.2f}",
             f"{median(len(words(row.passage.text)) for row in of_kind):.0f}",
             f"{sum(row.rejected is not None for row in of_kind)}",
+            f"{fmean(_copied(row) for row in of_kind):.1%}",
         )
         for kind, of_kind in by_kind.items()
         if of_kind
     )
-    header = ("kind", "rows", "gain of the prompt (nats a token)", "words of the passage", "with a rejected answer")
-    yield Table("Kinds of row", header, rows, frozenset(range(1, 5)))
+    header = (
+        "kind",
+        "rows",
+        "gain of the prompt (nats a token)",
+        "words of the passage",
+        "with a rejected answer",
+        "of the prompt in the passage",
+    )
+    yield Table("Kinds of row", header, rows, frozenset(range(1, 6)))
+    yield Paragraph(f"The last column is the share of a prompt's runs of {RUN} words that its passage has too.")
     if made.proposed:
         yield Paragraph(f"Of {made.proposed} prompts that the base model proposed {made.served} can be used.")
     if made.named:
@@ -72,11 +84,21 @@ def _examples(made: Made) -> Iterator[Block]:
             yield _example(row)
 
 
+def _copied(row: MadeRow) -> float:
+    """Return the share of the prompt's runs of words that are in the passage."""
+    asked, said = (
+        [tuple(text[at : at + RUN]) for at in range(len(text) - RUN + 1)]
+        for text in (words(row.prompt), words(row.passage.text))
+    )
+    present = set(said)
+    return sum(run in present for run in asked) / len(asked) if asked else 0.0
+
+
 def _example(row: MadeRow) -> SideBySide:
     texts = [("the person (chosen)", row.passage.text)]
     if row.rejected is not None:
         texts.append(("the base model (rejected)", row.rejected))
-    note = f"{row.passage.document}, passage {row.passage.place + 1}"
+    note = f"{row.passage.document}, passage {row.passage.place + 1}; the prompt gains {row.gain:.2f} nats a token"
     return SideBySide(row.kind, row.prompt, tuple(texts), note)
 
 
