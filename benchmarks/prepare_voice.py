@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,7 +143,7 @@ def rewriting(options: argparse.Namespace) -> bool:
             score = scale.score(texts)
             content[name] = shared_names(own, texts)
             values[name] = score.value if isinstance(score, VoiceScore) else float("nan")
-            share = content[name] / content["plain text"]
+            share = content[name] / content["plain text"] if content["plain text"] else float("nan")
             print(f"  {name:22s}{content[name]:.3f}     {share:.3f}                 {values[name]:.3f}", flush=True)
     kept_content = content["tuned rewriting"] >= CONTENT * content["plain text"]
     return holds(
@@ -217,8 +218,15 @@ def settings(options: argparse.Namespace) -> bool:
     """
     works = works_of(options)
     with kept_folder(options) as folder:
-        for words in options.sizes:
+        earlier: Path | None = None
+        for words in sorted(options.sizes):
             project = folder / f"words-{words}" / "voice"
+            answers = project / "data" / "prepare.jsonl"
+            # The base model's answers about the words that the smaller size has too.
+            if earlier and not answers.exists():
+                answers.parent.mkdir(parents=True)
+                shutil.copy(earlier, answers)
+            earlier = answers
             writing = folder / "writing" / works.trained.name
             writing.parent.mkdir(parents=True, exist_ok=True)
             writing.write_text(first_words(works.trained, words), encoding="utf-8")
@@ -480,8 +488,10 @@ def passages_of(work: Path) -> list[str]:
 
 
 def rows_of(project: Path, name: str) -> list[dict[str, Any]]:
-    with (project / "data" / f"{name}.jsonl").open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    file = project / "data" / f"{name}.jsonl"
+    # A file without rows is not written.
+    lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
+    return [json.loads(line) for line in lines if line]
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
