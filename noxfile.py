@@ -32,6 +32,8 @@ PYTHON = "3.11" if shutil.which("python3.11") else f"{sys.version_info.major}.{s
 BOTH = Path(__file__).resolve().parent / ".nox" / "both"
 CONSTRAINTS = "constraints.txt"
 PACKAGES = ("core", "torch", "mlx", "testing")
+INFERENCE = ("llamacpp",)
+"""Distributions that do not train. The environments of the other tests are without them."""
 HELLO = "examples/mindprint-hello"
 TESTS = ("pytest", "pytest-timeout", "pytest-xdist")
 IN_PARALLEL = ("-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile")
@@ -121,6 +123,14 @@ def mlx(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON, default=False)
+def llamacpp(session: nox.Session) -> None:
+    """The llama.cpp backend's tests, from its wheel, where neither torch nor mlx is installed."""
+    install(session, ("core", "llamacpp", "testing"), *TESTS)
+    forbid(session, "torch", "mlx")
+    session.run("pytest", "packages/mindprint-llamacpp/tests", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(python=PYTHON, default=False)
 def both(session: nox.Session) -> None:
     """The environment that the sessions below share: both backends, all of core's scorers, and the tools for tests."""
     tools = (*TESTS, *NOTEBOOK, "bitsandbytes", "hypothesis", "mypy", "types-PyYAML")
@@ -138,7 +148,7 @@ def run_in_both(session: nox.Session, command: str, *words: str, env: dict[str, 
 def types(session: nox.Session) -> None:
     """mypy, strict, on every distribution."""
     # One call for all of them: each would check core and load the stubs of the frameworks again.
-    folders = (*(f"packages/mindprint-{name}" for name in PACKAGES), HELLO)
+    folders = (*(f"packages/mindprint-{name}" for name in (*PACKAGES, *INFERENCE)), HELLO)
     run_in_both(session, "mypy", *(f"{folder}/src" for folder in folders))
 
 
@@ -192,7 +202,7 @@ def wheels(session: nox.Session) -> None:
     session.install("-q", "-c", CONSTRAINTS, "build", "hatchling", "twine")
     dist = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(dist, ignore_errors=True)
-    for folder in (*(f"packages/mindprint-{name}" for name in PACKAGES), HELLO):
+    for folder in (*(f"packages/mindprint-{name}" for name in (*PACKAGES, *INFERENCE)), HELLO):
         session.run("python", "-m", "build", "--no-isolation", "--outdir", str(dist), folder, silent=True)
     session.run("twine", "check", "--strict", *sorted(str(path) for path in dist.iterdir()))
     constraints = Path(CONSTRAINTS).resolve()
@@ -349,7 +359,10 @@ def soak(session: nox.Session) -> None:
 
 @nox.session(python=False, requires=["both"], default=False)
 def gguf(session: nox.Session) -> None:
-    """Adapters in GGUF against llama.cpp's own converter and its log-probs. Needs npm, and Linux on x64."""
+    """Adapters and merged models in GGUF against llama.cpp's own converter and its log-probs, SmolLM2 among them.
+
+    Needs npm, and Linux on x64.
+    """
     folder = Path(session.create_tmp()).resolve()
     for package in ("node-llama-cpp", "@node-llama-cpp/linux-x64"):
         target = folder / package.replace("/", "-")
@@ -362,7 +375,10 @@ def gguf(session: nox.Session) -> None:
         bundle = folder / "node-llama-cpp" / "package" / "llama" / "gitRelease.bundle"
         session.run("git", "clone", "-q", str(bundle), str(source), external=True)
     library = folder / "@node-llama-cpp-linux-x64" / "package" / "bins" / "linux-x64"
+    models = folder / "models"
+    run_in_both(session, "python", "tests/real/pretrained.py", str(models), "smollm2")
     env = {**ONE_THREAD, "LLAMA_CPP_SOURCE": str(source), "LLAMA_CPP_LIBRARY": str(library)}
+    env["MINDPRINT_REAL"] = str(models)
     run_in_both(session, "pytest", "tests/gguf", "-s", *session.posargs, env=env)
 
 

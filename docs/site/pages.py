@@ -23,6 +23,7 @@ MORE_PAGES = {
     "packages/mindprint-core/README.md": "packages/mindprint-core.md",
     "packages/mindprint-torch/README.md": "packages/mindprint-torch.md",
     "packages/mindprint-mlx/README.md": "packages/mindprint-mlx.md",
+    "packages/mindprint-llamacpp/README.md": "packages/mindprint-llamacpp.md",
     "packages/mindprint-testing/README.md": "packages/mindprint-testing.md",
     "examples/mindprint-hello/README.md": "examples/mindprint-hello.md",
 }

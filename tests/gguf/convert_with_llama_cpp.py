@@ -1,9 +1,10 @@
 """Run llama.cpp's own converters on many folders in one process: `python convert_with_llama_cpp.py SOURCE JOBS.json`.
 
 SOURCE is a checkout of llama.cpp. JOBS is a list of {"base", "adapter", "base_gguf", "adapter_gguf", "settings"}. The
-random models have no vocabulary that llama.cpp could read, so a file says `no_vocab`. `settings` are added to those of
-config.json. Nothing else of the converters is replaced. For each job a line of JSON is printed: an object with the
-errors of `base` and `adapter`, empty if both were written.
+random models have no vocabulary that llama.cpp could read, so a file says `no_vocab`, unless a job has "pre", the name
+of its way of splitting text. The converters know that name only by the tokens that published tokenizers give a text.
+`settings` are added to those of config.json. Nothing else of the converters is replaced. For each job a line of JSON is
+printed: an object with the errors of `base` and `adapter`, empty if both were written.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ def main(source: Path, jobs: list[dict[str, Any]]) -> None:
     for job in jobs:
         settings.clear()
         settings.update(job["settings"])
+        settings["pre"] = job.get("pre")
         base = [job["base"], "--outfile", job["base_gguf"], "--outtype", "f32"]
-        adapter = [job["adapter"], "--base", job["base"], "--outfile", job["adapter_gguf"], "--outtype", "f32"]
-        errors = {
-            "base": error_of(source / "convert_hf_to_gguf.py", base),
-            "adapter": error_of(source / "convert_lora_to_gguf.py", adapter),
-        }
+        errors = {"base": error_of(source / "convert_hf_to_gguf.py", base)}
+        if job["adapter"]:
+            adapter = [job["adapter"], "--base", job["base"], "--outfile", job["adapter_gguf"], "--outtype", "f32"]
+            errors["adapter"] = error_of(source / "convert_lora_to_gguf.py", adapter)
         print(json.dumps({name: error for name, error in errors.items() if error}), flush=True)
 
 
@@ -65,15 +66,13 @@ def adapt_classes(settings: dict[str, Any]) -> None:
         set_parameters = model_class.set_gguf_parameters
 
         def set_gguf_parameters(model: Any) -> None:
-            model.hparams = model.hparams | settings
+            model.hparams = model.hparams | {name: value for name, value in settings.items() if name != "pre"}
             set_parameters(model)
 
         # A new class for each job, because the families of a module share the converter's classes.
-        parts = {
-            "set_vocab": set_vocab,
-            "set_gguf_parameters": set_gguf_parameters,
-            "model_arch": model_class.model_arch,
-        }
+        parts = {"set_gguf_parameters": set_gguf_parameters, "model_arch": model_class.model_arch}
+        pre = settings["pre"]
+        parts |= {"set_vocab": set_vocab} if pre is None else {"get_vocab_base_pre": lambda *_: pre}
         return type(model_class.__name__, (model_class,), parts)
 
     conversion.get_model_class = adapted

@@ -102,6 +102,22 @@ def test_llama_cpps_scale_gives_the_same_change(base: Path, settings: dict[str, 
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [{}, {"rank_pattern": {Q: 5}}], ids=["plain", "ranks"])
+def test_a_file_is_read_back_as_it_was(base: Path, settings: dict[str, Any]) -> None:
+    adapter = adapter_of(Q, K, **settings)
+    written(base, adapter)
+    weights = {f"{site}.weight": np.ones((2, 2), np.float32) for site in (Q, K)}
+    save_file(weights, base / "model.safetensors")
+    found = gguf_format.read_adapter(base.parent / "out" / "adapter.gguf", BaseFacts("llama", 2, True), base)
+    for site, pair in adapter.tensors.items():
+        np.testing.assert_array_equal(found.tensors[site].a, pair.a)
+        # Other ranks have another scale, whose rest is in B.
+        ratio = adapter.config.scale(site) / found.config.scale(site)
+        np.testing.assert_allclose(found.tensors[site].b, pair.b * ratio, rtol=1e-6)
+    with pytest.raises(AdapterError, match="is not a LoRA adapter for the architecture 'qwen2'"):
+        gguf_format.read_adapter(base.parent / "out" / "adapter.gguf", BaseFacts("qwen2", 2, True), base)
+
+
 def test_an_alpha_of_0_changes_nothing(base: Path) -> None:
     """llama.cpp reads an alpha of 0 as a factor of 1."""
     adapter = adapter_of(Q)

@@ -17,11 +17,18 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
 from mindprint.adapter import peft_format
 from mindprint.cli import main
 from mindprint.contract import AdapterState, LoraConfig, LoraFactors
-from mindprint.errors import AdapterError, ConfigError, MindprintError, ModelError, RunError
+from mindprint.errors import AdapterError, BackendError, ConfigError, MindprintError, ModelError, RunError
+from mindprint.plugins.entries import DISABLE
 
 HEADS, KEYS, WIDTH, HEAD, INNER = 4, 2, 64, 16, 96
 Q, K, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.up_proj"
 SITES = {Q: "blk.0.attn_q.weight", K: "blk.0.attn_k.weight", UP: "blk.0.ffn_up.weight"}
+
+
+@pytest.fixture(autouse=True)
+def _without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    # These models are too small a part of a Llama for it to load.
+    monkeypatch.setenv(DISABLE, "llamacpp")
 
 
 @pytest.fixture
@@ -32,7 +39,7 @@ def base(tmp_path: Path) -> Path:
 def write_base(folder: Path, seed: int = 0, **settings: Any) -> Path:
     """Write a random Llama of one layer, with a tokenizer that knows every byte."""
     folder.mkdir()
-    vocabulary = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
     config = {
         "model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": HEADS, "num_key_value_heads": KEYS,
         "hidden_size": WIDTH, "intermediate_size": INNER, "tie_word_embeddings": True, "vocab_size": 260,
@@ -138,7 +145,7 @@ def test_a_file_from_the_folder_has_every_weight_and_key(base: Path, adapter: Pa
         "tokenizer.ggml.eos_token_id": 0, "tokenizer.ggml.merges": ["a b"], "tokenizer.chat_template": "{{ x }}",
     }  # fmt: skip
     assert {name: key_of(out, name) for name in keys} == keys
-    # Rows of the embedding that no token has: 257 tokens, 260 rows.
+    # Rows of the embedding that no token has: 258 tokens, 260 rows.
     assert key_of(out, "tokenizer.ggml.tokens")[-1] == "[PAD259]"
     assert key_of(out, "tokenizer.ggml.token_type")[0] == 3
 
@@ -239,6 +246,19 @@ def test_options_that_do_not_go_together(base: Path, adapter: Path) -> None:
     with pytest.raises(RunError, match="exists already"):
         mindprint.merge(adapter, out, model=str(base), to="gguf")
     assert out.read_text() == "mine"
+
+
+def test_a_merged_file_is_judged_by_llama_cpp_alone(base: Path, adapter: Path) -> None:
+    out = base.parent / "voice.gguf"
+    result = mindprint.merge(adapter, out, model=str(base), to="gguf", file_type="f16")
+    assert result.verification is None
+    assert "pip install mindprint-llamacpp" in result.notices[-1].message
+    with pytest.raises(BackendError, match="pip install mindprint-llamacpp"):
+        mindprint.verify(out, model=str(base))
+    with pytest.raises(BackendError, match="backend 'torch' reads no GGUF files"):
+        mindprint.verify(out, model=str(base), backend="torch")
+    with pytest.raises(AdapterError, match="name it with --adapter"):
+        mindprint.verify(into_file(base), model=str(base))
 
 
 def test_the_command_and_the_missing_extra(

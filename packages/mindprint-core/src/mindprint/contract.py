@@ -32,7 +32,18 @@ QUANTIZED_FORMATS = ("affine", "mxfp4", "mxfp8", "nvfp4", "nf4", "fp4", "int8")
 """The formats of quantized bases. `mindprint.models.quantized` defines the numbers of each."""
 
 CAPABILITIES = frozenset(
-    {"dropout", "bfloat16", "float16", "sampling", "streaming", "embedding", "experts", "quantize", *QUANTIZED_FORMATS}
+    {
+        "dropout",
+        "bfloat16",
+        "float16",
+        "sampling",
+        "streaming",
+        "embedding",
+        "experts",
+        "quantize",
+        "gguf",
+        *QUANTIZED_FORMATS,
+    }
 )
 """The optional parts of the contract, beyond the minimum of float32, greedy generation and LoRA on linear layers.
 
@@ -45,6 +56,7 @@ CAPABILITIES = frozenset(
 - `affine`, `mxfp4`, `mxfp8`, `nvfp4`, `nf4`, `fp4`, `int8`: a base quantized in that format, with the numbers that
   core's dequantizer gives. A backend without a kernel for packed weights may take them from `load_dense`.
 - `quantize`: a full-precision base whose linear layers are packed while they are loaded, as `ModelSpec.quantize` says.
+- `gguf`: a GGUF file of llama.cpp's in place of a folder as `ModelSpec.path`. It has no adapter sites.
 - `experts`: sites of the kind `experts` where a base has stacks of experts, and LoRA on them.
 """
 
@@ -90,6 +102,8 @@ class BackendInfo:
         capabilities: The optional parts of the contract that it claims, of `CAPABILITIES`.
         libraries: The versions that decide its numbers. They are recorded in the manifest and compared on resume.
         notes: Sentences for the user, which `mindprint plugins --check` prints.
+        training: Whether it trains. A backend that does not may leave out `hookspecs.TRAINING_HOOKS`. Core takes it for
+            evaluation, verification and answers, and says so where training is asked of it.
     """
 
     name: str
@@ -97,6 +111,8 @@ class BackendInfo:
     capabilities: frozenset[str] = frozenset()
     libraries: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    # Added in version 2 with a default, so that a backend that does not mention it trains.
+    training: bool = True
 
     def device(self, name: str) -> DeviceInfo | None:
         """Return the device called `name`, if the backend states one."""
@@ -108,7 +124,8 @@ class ModelSpec:
     """A base model to load.
 
     Args:
-        path: A local folder in Hugging Face layout. Core has resolved names of the hub.
+        path: A local folder in Hugging Face layout. Core has resolved names of the hub. For a backend that claims
+            `gguf` it may be a GGUF file.
         device: The device's name, never `auto`.
         dtype: The dtype of the base's weights, never `auto`.
         quantization: The base's own quantization scheme as its config.json states it. None for full precision. A

@@ -73,6 +73,9 @@ REQUIRED_HOOKS = (
 )
 """The hooks that every backend implements. A longer list is another version of the hook API."""
 
+TRAINING_HOOKS = ("mindprint_sft_step", "mindprint_dpo_step", "mindprint_save", "mindprint_restore")
+"""The required hooks that a backend may leave out if it states `training=False`."""
+
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 

@@ -21,6 +21,7 @@ NEEDS: Mapping[str, str] = {
         for method in methods
     },
     "quantize": "the linear layers of a full-precision base packed while they are loaded, by `ModelSpec.quantize`",
+    "gguf": "a GGUF file in place of a folder, with the log-probs of the weights in it",
     "experts": "sites of the kind `experts` on a Mixtral, with LoRA on them as PEFT defines it for `target_parameters`",
 }
 """For each capability of `mindprint.contract.CAPABILITIES`, the work that a backend must do before it may claim it."""
@@ -35,6 +36,9 @@ class Claims:
     capabilities: ClassVar[frozenset[str]] = frozenset()
     """The optional parts of the contract that the backend claims, of `mindprint.contract.CAPABILITIES`."""
 
+    training: ClassVar[bool] = True
+    """Whether the backend trains, as `BackendInfo.training` states it."""
+
     device: ClassVar[str] = "cpu"
     """The device on which it is tested."""
 
@@ -43,3 +47,8 @@ class Claims:
         # Skipped and not passed, so that a report of the suite lists everything that was not tested.
         if capability not in self.capabilities:
             pytest.skip(f"not claimed: {capability} (needs {NEEDS[capability]})")
+
+    def needs_training(self) -> None:
+        """Skip the test for a backend that does not train."""
+        if not self.training:
+            pytest.skip("not claimed: training (the backend states that it only evaluates and answers)")

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from mindprint.contract import CAPABILITIES
+from mindprint.errors import BackendError
 from mindprint.plugins.entries import BACKENDS
 from mindprint.plugins.loading import find_plugin
 from mindprint_testing.bench import Bench
@@ -54,14 +55,17 @@ class Stating(Claims):
         assert chosen.accelerator or not any(device.accelerator for device in usable), "an accelerator comes later"
 
     def test_asking_twice_gives_one_answer(self, bench: Bench) -> None:
-        """The backend gives the same account of itself before and after training.
+        """The backend gives the same account of itself before and after training, or before and after an evaluation.
 
         If it fails: `mindprint_backend_info` changes something, or reads something that training changes; resume
         compares `libraries` and would warn for nothing. Look at it.
         """
         # The hook itself, because `Backend` asks once and keeps the answer.
         before = bench.backend._hook.mindprint_backend_info()
-        bench.sft_step(bench.ready(), bench.token_batch())
+        if self.training:
+            bench.sft_step(bench.ready(), bench.token_batch())
+        else:
+            bench.backend.log_probs(bench.ready(), bench.token_batch())
         assert bench.backend._hook.mindprint_backend_info() == before
 
     def test_capabilities_are_those_claimed_here(self, bench: Bench) -> None:
@@ -72,6 +76,17 @@ class Stating(Claims):
         """
         assert bench.backend.info.capabilities == self.capabilities
         assert self.capabilities <= CAPABILITIES, "unknown capabilities"
+        assert bench.backend.info.training == self.training, "`training` of BackendInfo and of the test class differ"
+
+    def test_a_backend_that_does_not_train_says_so(self, bench: Bench) -> None:
+        """Where a backend states that it does not train, core refuses a step in one line, before any hook is called.
+
+        If it fails: users start a run that cannot train. Look at `training` of `BackendInfo`.
+        """
+        if self.training:
+            return
+        with pytest.raises(BackendError, match="does not train"):
+            bench.sft_step(bench.load(), bench.token_batch())
 
     def test_importing_the_plugin_imports_no_framework(self, bench: Bench) -> None:
         """The plugin's module imports none of the libraries that it states.

@@ -25,6 +25,9 @@ from mindprint_testing.stating import Stating
 from mindprint_testing.tiny import write_tiny_model
 from mindprint_testing.training import Sft
 
+OF_TRAINING = frozenset(suite.__name__ for suite in (Sft, Optimizer, Preference, State))
+"""The parts of the suite that a backend without training skips."""
+
 
 class BackendConformance(
     Stating,
@@ -42,10 +45,11 @@ class BackendConformance(
 ):
     """Every test of the contract. Subclass it in a test module, name the backend, and state its capabilities.
 
-    `backend_name` is its entry point's name. `capabilities` are the optional parts that it claims, none unless stated:
-    `mindprint_testing.claims.NEEDS` says what each of them needs. `device` is the device on which it is tested. A
-    backend that cannot compute the default model, a tiny Llama, overrides the fixture `model_folder`. An inherited test
-    that is overridden fails unless its replacement is marked with `@departs`.
+    `backend_name` is its entry point's name. `capabilities` are the optional parts that it claims, none unless
+    stated: `mindprint_testing.claims.NEEDS` says what each of them needs. `training = False` skips the tests that
+    train, for a backend that only evaluates and answers. `device` is the device on which it is tested. A backend that
+    cannot compute the default model, a tiny Llama, overrides the fixture `model_folder`. An inherited test that is
+    overridden fails unless its replacement is marked with `@departs`.
     """
 
     __conformance_tests__: ClassVar[dict[str, Callable[..., None]]] = {}
@@ -53,6 +57,12 @@ class BackendConformance(
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         refuse_quiet_overrides(BackendConformance, cls)
+
+    @pytest.fixture(autouse=True)
+    def _trains(self, request: pytest.FixtureRequest) -> None:
+        """Skip the tests of steps and states for a backend that does not train."""
+        if request.function.__qualname__.partition(".")[0] in OF_TRAINING:
+            self.needs_training()
 
     @pytest.fixture
     def model_folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from mindprint.adapter.base_facts import BaseFacts
-from mindprint.adapter.gguf_files import gguf_package
+from mindprint.adapter.gguf_files import gguf_package, read_gguf
 from mindprint.adapter.targets import is_stack
-from mindprint.contract import AdapterState, Float32, LoraFactors
+from mindprint.contract import AdapterState, Float32, LoraConfig, LoraFactors
 from mindprint.errors import AdapterError
-from mindprint.models.folder import model_config
+from mindprint.models.folder import model_config, tensors
 from mindprint.models.layer_names import is_embedding, is_lm_head
 
 ADAPTER_FILE = "adapter.gguf"
@@ -136,6 +136,44 @@ def write_adapter(
     writer.close()
     (folder / MODELFILE).write_text(_modelfile(base_name), encoding="utf-8")
     return tuple(_notes(multiplied, alpha, base_name))
+
+
+def read_adapter(file: Path, base: BaseFacts, base_folder: Path) -> AdapterState:
+    """Read an adapter file of llama.cpp's back, under transformers' names and in its order of rows.
+
+    Raises:
+        AdapterError: It is not an adapter for this base, or holds something that is not LoRA on linear layers.
+    """
+    opened = read_gguf(file)
+    architecture = architecture_of(base, "name the adapter's own folder")
+    if opened.architecture != architecture.name or opened.key("adapter.type") != "lora":
+        raise AdapterError(f"{file}: is not a LoRA adapter for the architecture {architecture.name!r}")
+    names = name_map(architecture, base)
+    heads = heads_of(base_folder) if architecture.layout else {}
+    weights = {
+        names.get_name(tensor, try_suffixes=(".weight",)): tensor.removesuffix(".weight")
+        for tensor in tensors(base_folder)
+        if tensor.endswith(".weight")
+    }
+    factors = {}
+    for name, tensor in opened.tensors.items():
+        weight, _, part = name.rpartition(".lora_")
+        other = opened.tensors.get(f"{weight}.lora_{'b' if part == 'a' else 'a'}")
+        if part not in ("a", "b") or other is None or weight not in weights or is_embedding(weights[weight]):
+            raise AdapterError(f"{file}: {name} is not a LoRA factor of a linear layer of this base")
+        if part == "b":
+            continue
+        site, b = weights[weight], other.values()
+        # The layout of the rows' own numbers says where each row of B is in the file.
+        if architecture.layout is not None:
+            places = architecture.layout(site, np.arange(len(b), dtype=np.float32)[:, None], heads)[:, 0]
+            b = b[np.argsort(places)]
+        factors[site] = LoraFactors(np.array(tensor.values(), np.float32), np.array(b, np.float32))
+    ranks = {site: len(pair.a) for site, pair in factors.items()}
+    rank = max(ranks.values(), default=1)
+    pattern = {site: own for site, own in ranks.items() if own != rank}
+    alpha = float(opened.key("adapter.lora.alpha") or 0.0)
+    return AdapterState(LoraConfig(rank, alpha, tuple(factors), rank_pattern=pattern), factors)
 
 
 def architecture_of(base: BaseFacts, remedy: str) -> Architecture:

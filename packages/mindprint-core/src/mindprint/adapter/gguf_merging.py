@@ -167,6 +167,47 @@ def merged_gguf(
         yield MergedGguf(aside, tuple(sorted(merge.changes)), kept.share)
 
 
+def merged_share(opened: GgufFile, base: ModelFolder, adapter: AdapterState) -> float:
+    """Return the share of an adapter's change of the weights that a merged file has: near 1 for a sound merge.
+
+    Raises:
+        AdapterError: The adapter cannot be merged into GGUF.
+        ModelError: The file is of another base.
+    """
+    merge = _prepared(opened.path, base, adapter, base.path)
+    _require_same_shapes(opened, merge)
+    product = squared = 0.0
+    for name in merge.changes:
+        change = merge.change(name)
+        found = opened.tensors[name].values() - _folder_values(merge, merge.sources[name])
+        product += float(np.vdot(found, change))
+        squared += float(np.vdot(change, change))
+    return product / squared if squared else 1.0
+
+
+def write_base(out: Path, folder: Path) -> None:
+    """Write a base's folder as a GGUF file in float32 without a vocabulary, for a library that is given token ids.
+
+    Raises:
+        AdapterError: The family cannot be written, or the package `gguf` is missing.
+        ModelError: A weight of the folder has no place in llama.cpp's architecture, or cannot be read.
+    """
+    gguf_package("computing with llama.cpp")
+    require_family(folder, vocabulary=False)
+    facts = read_base_facts(folder)
+    architecture = architecture_of(facts, "merge it")
+    heads = heads_of(folder) if architecture.layout else {}
+    base = ModelFolder(folder, str(folder))
+    merge = _Merge(base, facts, architecture, heads, dense_weights(folder), {}, {}, {})
+    planned, _ = _from_folder(merge, quantization_type("f32"), _Kept())
+
+    def keys(writer: Any) -> None:
+        base_keys(writer, folder, folder.name, facts, vocabulary=False)
+        writer.add_file_type(file_type(quantization_type("f32")))
+
+    write_gguf(out, architecture.name, keys, planned)
+
+
 def _prepared(out: Path, base: ModelFolder, adapter: AdapterState, source: Path) -> _Merge:
     facts = read_base_facts(base.path)
     if stacks := [site for site in adapter.tensors if is_stack(site)]:
@@ -273,7 +314,7 @@ def _from_folder(merge: _Merge, kind: Any, kept: _Kept) -> tuple[list[PlannedTen
         planned.append(PlannedTensor(name, target, weight.shape, data))
 
     def keys(writer: Any) -> None:
-        base_keys(writer, merge.base, merge.facts)
+        base_keys(writer, merge.base.path, merge.base.name, merge.facts)
         writer.add_file_type(file_type(kind))
         _add_record(writer, merge.record)
 
@@ -314,8 +355,8 @@ def _add_record(writer: Any, record: Mapping[str, str]) -> None:
         writer.add_string(f"{RECORD}{name}", value)
 
 
-def _require_same_base(opened: GgufFile, merge: _Merge) -> None:
-    """Raise `ModelError` unless a file has the base's architecture, shapes and weights."""
+def _require_same_shapes(opened: GgufFile, merge: _Merge) -> None:
+    """Raise `ModelError` unless a file has the base's architecture and the shapes of its adapted weights."""
     wrong = f"{opened.path}: is not a file of {merge.base.name}"
     if opened.architecture != merge.architecture.name:
         raise ModelError(
@@ -328,6 +369,12 @@ def _require_same_base(opened: GgufFile, merge: _Merge) -> None:
         expected = merge.laid_out(merge.sources[name], np.empty(weight.shape, np.float32)).shape
         if opened.tensors[name].shape != expected:
             raise ModelError(f"{wrong}: {name} is {list(opened.tensors[name].shape)} there, and here {list(expected)}")
+
+
+def _require_same_base(opened: GgufFile, merge: _Merge) -> None:
+    """Raise `ModelError` unless a file has the base's architecture, shapes and weights."""
+    _require_same_shapes(opened, merge)
+    wrong = f"{opened.path}: is not a file of {merge.base.name}"
     names = list(merge.changes)
     # Three weights tell two models apart, and reading all of them would take as long as the merge.
     for name in dict.fromkeys((names[0], names[len(names) // 2], names[-1])):

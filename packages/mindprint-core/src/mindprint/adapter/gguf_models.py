@@ -17,7 +17,7 @@ from mindprint.adapter.gguf_files import gguf_package
 from mindprint.contract import Float32
 from mindprint.errors import AdapterError, ModelError
 from mindprint.input_files import read_object
-from mindprint.models.folder import ModelFolder, model_config
+from mindprint.models.folder import model_config
 
 WRITTEN = ("llama", "qwen2", "qwen3")
 """The families whose files are written from a folder, by transformers' `model_type`."""
@@ -40,8 +40,8 @@ PRE_TOKENIZERS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
 """llama.cpp's names for ways of splitting text before BPE, by the steps in tokenizer.json that split in that way."""
 
 
-def require_family(folder: Path) -> None:
-    """Raise `AdapterError` unless a GGUF file can be written from a base's folder."""
+def require_family(folder: Path, *, vocabulary: bool = True) -> None:
+    """Raise `AdapterError` unless a GGUF file, with or without a vocabulary, can be written from a base's folder."""
     config = model_config(folder)
     if config["model_type"] not in WRITTEN:
         raise AdapterError(
@@ -53,15 +53,16 @@ def require_family(folder: Path) -> None:
         raise AdapterError(f"{folder}: rotary embeddings of type {kind!r} cannot be written to GGUF; {OTHERWISE}")
     if config.get("use_sliding_window"):
         raise AdapterError(f"{folder}: a sliding window cannot be written to GGUF; {OTHERWISE}")
-    _pre_tokenizer(folder, _tokenizer(folder))
+    if vocabulary:
+        _pre_tokenizer(folder, _tokenizer(folder))
 
 
-def base_keys(writer: Any, base: ModelFolder, facts: BaseFacts) -> None:
+def base_keys(writer: Any, folder: Path, name: str, facts: BaseFacts, *, vocabulary: bool = True) -> None:
     """Add the keys of a base model to a writer: its sizes, then its tokenizer and chat template."""
-    config = model_config(base.path)
+    config = model_config(folder)
     heads, width = _number(config, "num_attention_heads"), _number(config, "hidden_size")
     writer.add_type(gguf_package("writing GGUF").GGUFType.MODEL)
-    writer.add_name(Path(base.name).name)
+    writer.add_name(Path(name).name)
     writer.add_block_count(facts.layers)
     writer.add_context_length(_number(config, "max_position_embeddings"))
     writer.add_embedding_length(width)
@@ -73,11 +74,15 @@ def base_keys(writer: Any, base: ModelFolder, facts: BaseFacts) -> None:
     if config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
-    if config["model_type"] == "llama":
+    if config["model_type"] == "llama" or not vocabulary:
         writer.add_vocab_size(_number(config, "vocab_size"))
+    if config["model_type"] == "llama":
         writer.add_rope_dimension_count(config.get("head_dim") or width // heads)
     writer.add_quantization_version(gguf_package("writing GGUF").GGML_QUANT_VERSION)
-    _add_vocabulary(writer, base.path, _number(config, "vocab_size"))
+    if vocabulary:
+        _add_vocabulary(writer, folder, _number(config, "vocab_size"))
+    else:
+        writer.add_tokenizer_model("no_vocab")
 
 
 def extra_tensors(folder: Path) -> dict[str, Float32]:

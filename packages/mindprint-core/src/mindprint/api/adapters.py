@@ -20,8 +20,8 @@ from mindprint.adapter.formats import (
     read_any_adapter,
     unmatched_note,
 )
-from mindprint.adapter.gguf_files import FileType
-from mindprint.adapter.gguf_merging import merged_gguf
+from mindprint.adapter.gguf_files import FileType, read_gguf
+from mindprint.adapter.gguf_merging import RECORD, merged_gguf
 from mindprint.adapter.merging import merged_folder, read_record, refuse_taken
 from mindprint.adapter.mlx_lm_config import corrected_config, missing_keys, mlx_lm_note
 from mindprint.adapter.rewriting import layout_note
@@ -32,14 +32,18 @@ from mindprint.config import BackendConfig, ModelConfig
 from mindprint.contract import AdapterState, Dtype
 from mindprint.errors import AdapterError, BackendError, ConfigError, GuardError
 from mindprint.models import folder as models
+from mindprint.models.engine import Placement
 from mindprint.models.folder import is_gguf
-from mindprint.plugins.entries import BACKENDS, installed
+from mindprint.plugins.entries import BACKENDS, installed, installed_names
 from mindprint.runs.opened import Located, find_base, locate_adapter, placement_for, read_located
 from mindprint.trust.adapters import copy_findings
 from mindprint.trust.fingerprint import read_fingerprint
 from mindprint.trust.merged import merge_findings
 from mindprint.trust.report import Finding, Report
-from mindprint.trust.verify import verify_adapter, verify_merged
+from mindprint.trust.verify import verify_adapter, verify_gguf, verify_merged
+
+GGUF_BACKEND = "llamacpp"
+"""The backend that computes with GGUF files unless another one is named."""
 
 ModelFormat = Literal["folder", "gguf"]
 """Whose models are written by a merge: Hugging Face's folders, or llama.cpp's files."""
@@ -73,7 +77,8 @@ def verify(
     """Recompute an adapter's fingerprint and name what differs.
 
     Args:
-        path: A project (its newest complete run), the folder of a run or of an adapter, or that of a merged model.
+        path: A project (its newest complete run), the folder of a run or of an adapter, that of a merged model, or the
+            GGUF file of a merged model or an adapter.
         model: Where the base model is, if not where the run or the adapter says.
         adapter: The adapter that `path`, a merged model, came from, if it was moved.
         backend: `torch`, `mlx`, or any installed backend. Default: the run's.
@@ -103,7 +108,9 @@ def verify(
     chosen = None if backend is None and device is None else section
     notices = Notices(on_notice)
     folder = Path(path)
-    if is_merged(folder):
+    if folder.is_file() and is_gguf(folder):
+        report = _verify_gguf(folder, adapter, model, chosen, notices, require_fingerprint=require_fingerprint)
+    elif is_merged(folder):
         source = Path(adapter) if adapter else None
         report = _verify_merge(
             folder, source, model, chosen, dtype, notices, require_fingerprint, any_quantization=any_quantization
@@ -121,6 +128,50 @@ def verify(
             any_quantization=any_quantization,
         )
     return VerifyResult(report, notices.heard)
+
+
+def _verify_gguf(
+    file: Path,
+    adapter: str | PathLike[str] | None,
+    model: str | None,
+    section: BackendConfig | None,
+    notices: Notices,
+    *,
+    require_fingerprint: bool,
+) -> Report:
+    """Judge a GGUF file through llama.cpp, against the fingerprint of the adapter that it came from."""
+    opened = read_gguf(file)
+    recorded = opened.key(f"{RECORD}adapter")
+    source = Path(adapter) if adapter is not None else file.parent / str(recorded)
+    if adapter is None and (recorded is None or not source.is_dir()):
+        raise AdapterError(f"{file}: where the adapter is that it came from is not known; name it with --adapter")
+    located = locate_adapter(source)
+    base, state = read_located(located, model)
+    placement = _place_gguf(located, section, base)
+    if opened.key("general.type") == "adapter":
+        held = gguf_format.read_adapter(file, read_base_facts(base.path), base.path)
+        report = verify_adapter(
+            located.adapter, base, placement, notices, require_fingerprint=require_fingerprint, state=held
+        )
+        return replace(report, subject=str(file))
+    digest = opened.key(f"{RECORD}adapter_digest")
+    if adapter is None and digest is not None and digest != peft_format.adapter_digest(state):
+        raise AdapterError(f"{source}: is no longer the adapter that was merged into {file}; name that with --adapter")
+    fingerprint = read_fingerprint(located.adapter)
+    if fingerprint is None and require_fingerprint:
+        raise AdapterError(f"{located.adapter}: the adapter has no fingerprint.json, and one is required")
+    return verify_gguf(opened, base, state, placement, fingerprint, notices)
+
+
+def _place_gguf(located: Located, section: BackendConfig | None, base: models.ModelFolder) -> Placement:
+    """Return where a GGUF file is computed. Raises `BackendError` for a backend that does not read such files."""
+    # Asking every backend would import its framework only to learn that it reads none.
+    if section is None and GGUF_BACKEND not in installed_names(BACKENDS):
+        raise BackendError(f"computing with a GGUF file needs llama.cpp: pip install mindprint-{GGUF_BACKEND}")
+    placement = placement_for(located, section or BackendConfig(type=GGUF_BACKEND), None, base)
+    if "gguf" not in placement.backend.info.capabilities:
+        raise BackendError(f"backend {placement.backend.name!r} reads no GGUF files: leave out --backend")
+    return placement
 
 
 def is_merged(folder: Path) -> bool:
@@ -227,7 +278,8 @@ def merge(
     notices = Notices(on_notice)
     if to == "gguf" or file_type is not None or (into is not None and is_gguf(Path(into))):
         _refuse_mixed(to, file_type, into, fix_config=fix_config, quantize=quantize)
-        return _merge_gguf(target, adapter, model, into, file_type, notices)
+        section = None if backend is None else backend_section(backend, device)
+        return _merge_gguf(target, adapter, model, into, file_type, notices, section, computes=verify)
     located = locate_adapter(adapter)
     trained, state = read_located(located, model)
     base = trained if into is None else models.resolve_model(ModelConfig(name=into), Path.cwd())
@@ -283,8 +335,11 @@ def _merge_gguf(
     into: str | None,
     file_type: FileType | None,
     notices: Notices,
+    section: BackendConfig | None,
+    *,
+    computes: bool,
 ) -> MergeResult:
-    """Write a merged GGUF file, whose bytes are compared with those that were computed."""
+    """Write a merged GGUF file, whose bytes are compared with those that were computed, and judge it with llama.cpp."""
     located = locate_adapter(adapter)
     base, state = read_located(located, model)
     base = replace(base, quantize=None)
@@ -296,7 +351,19 @@ def _merge_gguf(
         notices(note)
     with merged_gguf(target, base, state, located.adapter, into=file, kind=file_type) as merged:
         notices(f"rounded to the file's types, the weights have {merged.kept:.4f} of the adapter's change")
-    return MergeResult(target, base.name, merged.changed, None, notices.heard)
+        verification = None
+        if computes:
+            try:
+                placement = _place_gguf(located, section, base)
+            except BackendError as error:
+                notices(f"the file's bytes were compared, and nothing was computed with it: {error}")
+            else:
+                fingerprint = read_fingerprint(located.adapter)
+                report = verify_gguf(read_gguf(merged.path), base, state, placement, fingerprint, notices)
+                verification = VerifyResult(replace(report, subject=str(target)))
+                if not verification.ok:
+                    raise NotVerifiedError(target, verification, verification.findings)
+    return MergeResult(target, base.name, merged.changed, verification, notices.heard)
 
 
 def _verified(

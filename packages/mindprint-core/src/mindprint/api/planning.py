@@ -117,7 +117,9 @@ def plan(config: Configuration, *, rows: Records | None = None, **overrides: Any
     if not prepared.plans:
         raise DataError("there is nothing to train: no stage that is enabled has rows")
     placements = Placements()
-    memory: RunMemory = estimate_memory(prepared, [placements.resolve(each.backend) for each in prepared.plans])
+    memory: RunMemory = estimate_memory(
+        prepared, [placements.resolve_training(each.backend) for each in prepared.plans]
+    )
     fits = all(stage.verdict == "fits" for stage in memory.stages)
     proposals = () if fits else memory.proposals()
     return PlanResult(prepared.model.name, memory.parameters, memory.trainable, memory.stages, proposals)

@@ -91,6 +91,9 @@ def _check_backend(report: Report, name: str, model: str) -> None:
     report.findings.extend(guarded(name, partial(_loads, loaded, name)))
     for backend in loaded:
         report.backends[name] = backend
+        if not backend.info.training:
+            report.findings.append(Finding("trains", ok=True, detail=f"{name} only evaluates and answers"))
+            continue
         for placement in _placements(backend):
             where = f"{name} on {placement.device}, {placement.dtype}"
             report.findings.extend(guarded(where, partial(_trains, placement, model)))
@@ -118,7 +121,7 @@ def _check_config(path: Path, *, deep: bool) -> Iterator[Finding]:
     yield from guarded(str(path), partial(_prepares, path, prepared))
     # The list is empty if the preparation failed. That finding is already in the report.
     for ready in prepared if deep else ():
-        placement = Placements().resolve(ready.plans[0].backend)
+        placement = Placements().resolve_training(ready.plans[0].backend)
         where = f"{path} on {placement.backend.name}, {placement.device}, {placement.dtype}"
         yield from guarded(where, partial(check_deeply, ready, placement))
 
@@ -131,7 +134,7 @@ def _prepares(path: Path, into: list[Prepared]) -> Iterator[Finding]:
     placements = Placements()
     # Stages mostly share one backend section. Each is resolved once.
     for section in dict.fromkeys(plan.backend for plan in prepared.plans):
-        yield Finding("backend", ok=True, detail=str(placements.resolve(section)))
+        yield Finding("backend", ok=True, detail=str(placements.resolve_training(section)))
     into.append(prepared)
 
 

@@ -80,6 +80,12 @@ class Placements:
         device = backend.device(section.device)
         return Placement(backend, device.name, backend.dtype(device, section.dtype), reason)
 
+    def resolve_training(self, section: BackendConfig) -> Placement:
+        """Return the placement of a stage. Raises `BackendError` also for a backend that does not train."""
+        placement = self.resolve(section)
+        placement.backend.require_training()
+        return placement
+
     def _load(self, name: str) -> Backend:
         if name not in self._backends:
             self._backends[name] = load_backend(name, self._observers)

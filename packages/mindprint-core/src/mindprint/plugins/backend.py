@@ -39,8 +39,8 @@ from mindprint.errors import BackendError, ContractError, DataError
 from mindprint.losses import PreferenceLoss
 from mindprint.plugins import answers
 from mindprint.plugins.entries import Plugin
-from mindprint.plugins.hooks import backend_hooks
-from mindprint.plugins.loading import call_plugin, load_backend_plugin
+from mindprint.plugins.hooks import backend_hooks, missing_hooks
+from mindprint.plugins.loading import call_plugin, failure, load_backend_plugin
 from mindprint.plugins.stated import check_info
 from mindprint.plugins.streaming import TokenRelay, replay
 
@@ -60,6 +60,16 @@ class Backend:
         # The plugin's own classes may be behind this: reading them is guarded as calling it is.
         call_plugin(plugin, hook_name, lambda: check_info(plugin, info))
         self.info = info
+        if info.training and (missing := missing_hooks(hook)):
+            raise failure(plugin, f" does not implement {', '.join(missing)}")
+
+    def require_training(self) -> None:
+        """Raise `BackendError` if this backend only evaluates and answers."""
+        if not self.info.training:
+            raise BackendError(
+                f"backend {self.name!r} does not train, it only evaluates and answers: train with another backend "
+                "(backend.type=torch or mlx), and name this one where an adapter is used (--backend)"
+            )
 
     @property
     def name(self) -> str:
@@ -96,6 +106,7 @@ class Backend:
     def sft_step(self, model: LoadedModel, batches: Sequence[TokenBatch], update: Update) -> StepMetrics:
         """Take one optimizer step on the completion loss."""
         hook = "mindprint_sft_step"
+        self.require_training()
         _require_embedded(model, (batch.tokens for batch in batches))
         with self._inputs_kept(hook, batches):
             metrics = self._call(hook, model=model.handle, batches=batches, update=update)
@@ -106,6 +117,7 @@ class Backend:
     ) -> StepMetrics:
         """Take one optimizer step on a preference loss."""
         hook = "mindprint_dpo_step"
+        self.require_training()
         _require_embedded(model, (ids for batch in batches for ids in (batch.prompt, batch.chosen, batch.rejected)))
         with self._inputs_kept(hook, batches):
             answer = self._call(hook, model=model.handle, batches=batches, loss=loss, update=update)
@@ -161,11 +173,13 @@ class Backend:
     def save(self, model: LoadedModel) -> TrainingState:
         """Copy out adapter, moments and step count."""
         hook = "mindprint_save"
+        self.require_training()
         state = self._checked(hook, TrainingState, self._call(hook, model=model.handle))
         return self._guarded(hook, lambda answer: answers.check_state(answer, state, model.dtype))
 
     def restore(self, model: LoadedModel, state: TrainingState) -> None:
         """Take over a saved state. `models.engine.Engine.restore` looks whether it was."""
+        self.require_training()
         self._call("mindprint_restore", model=model.handle, state=state)
 
     def memory(self, request: MemoryRequest) -> MemoryNeed | None:

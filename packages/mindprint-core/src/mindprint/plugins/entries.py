@@ -16,7 +16,7 @@ READERS = "mindprint.readers"
 GROUPS = (BACKENDS, SCORERS, TRACKERS, COMMANDS, READERS)
 """The entry-point groups. A plugin's group says which kind of plugin it is, and so when it is imported."""
 
-OUR_BACKENDS = {"torch": "mindprint-core[torch]", "mlx": "mindprint-core[mlx]"}
+OUR_BACKENDS = {"torch": "mindprint-core[torch]", "mlx": "mindprint-core[mlx]", "llamacpp": "mindprint-core[llamacpp]"}
 """The requirement that installs each backend of this project. Messages quote it, and no decision depends on it."""
 
 ALIASES = {"pytorch": "torch"}
@@ -94,8 +94,8 @@ def canonical_name(name: str) -> str:
     return ALIASES.get(name.lower(), name.lower())
 
 
-def install_commands(names: Sequence[str] = tuple(OUR_BACKENDS)) -> str:
-    """Return the commands that install backends of this project, for a message."""
+def install_commands(names: Sequence[str] = ("torch", "mlx")) -> str:
+    """Return the commands that install backends of this project, those that train unless others are named."""
     return " or ".join(f'pip install "{OUR_BACKENDS[name]}"' for name in names)
 
 

@@ -38,11 +38,17 @@ def backend_hooks(plugin: Plugin, module: object, observers: Iterable[object] = 
     except (pluggy.PluginValidationError, ValueError) as error:
         raise failure(plugin, f" {MISFIT}{error}") from error
     # pluggy takes a hook without an implementation for a call that nobody answers, and returns None.
-    missing = [hook for hook in hookspecs.REQUIRED_HOOKS if not getattr(manager.hook, hook).get_hookimpls()]
-    if missing:
+    missing = missing_hooks(manager.hook)
+    # Whether a backend trains is known only when it has been asked, which `Backend` does next.
+    if set(missing) - set(hookspecs.TRAINING_HOOKS):
         raise failure(plugin, f" does not implement {', '.join(missing)}")
     trace_if_asked(manager)
     return manager.hook
+
+
+def missing_hooks(hooks: pluggy.HookRelay) -> tuple[str, ...]:
+    """Return the required hooks that a backend does not implement."""
+    return tuple(hook for hook in hookspecs.REQUIRED_HOOKS if not getattr(hooks, hook).get_hookimpls())
 
 
 def plugin_hooks(plugin: Plugin, loaded: object) -> pluggy.HookRelay:

@@ -28,6 +28,7 @@ def check_info(plugin: Plugin, info: BackendInfo) -> None:
     libraries = info.libraries
     are_versions = isinstance(libraries, Mapping) and _are_text([*libraries, *libraries.values()])
     _check(plugin, "libraries", libraries, are_versions, "a mapping of text to text")
+    _check(plugin, "training", info.training, isinstance(info.training, bool), "True or False")
     _check(plugin, "notes", info.notes, isinstance(info.notes, tuple | list) and _are_text(info.notes), "texts")
 
 

@@ -80,7 +80,7 @@ def train(
     prepared = prepare(file, on_event)
     trackers = Trackers(load_trackers(file.config.trackers))
     placements = Placements(observers)
-    resolved = tuple(placements.resolve(plan.backend) for plan in prepared.plans)
+    resolved = tuple(placements.resolve_training(plan.backend) for plan in prepared.plans)
     # From here on another process may not write to the run, and a failure removes a folder without a checkpoint.
     with open_run(runs_folder(file), run, mode) as folder:
         once = _Run(prepared, resolved, folder, mode, on_event or (lambda _: None), observers, trackers)

@@ -6,7 +6,7 @@ alone cannot judge (a setting that only one config.json states, weights under ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,9 @@ from typing import Literal
 import numpy as np
 
 from mindprint.adapter.formats import read_any_adapter
-from mindprint.contract import AdapterState, Dtype, Float32
+from mindprint.adapter.gguf_files import GgufFile
+from mindprint.adapter.gguf_merging import merged_share
+from mindprint.contract import AdapterState, Dtype, Float32, ModelSpec
 from mindprint.data.tokenizer import load_tokenizer
 from mindprint.errors import AdapterError, GuardError, ModelError, NotFiniteError, TransposedError
 from mindprint.models import folder as models
@@ -33,6 +35,12 @@ from mindprint.trust.report import Code, Comparison, Effect, Finding, Report, To
 
 TELLING = 3.0
 """The probe tells something about an adapter if its effect is this many times the tolerance or more."""
+
+LOST = 0.5
+"""The share of an adapter's change below which a GGUF file counts as the base model's."""
+
+GGUF_DTYPES: Mapping[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The types of GGUF weights that are judged by the tolerance of a dtype."""
 
 OF_THE_BASE: frozenset[Code] = frozenset({"wrong_base", "base_changed", "rope_differs", "config_differs", "not_finite"})
 """Findings that explain why the base alone computes something else."""
@@ -55,11 +63,13 @@ def verify_adapter(
     *,
     require_fingerprint: bool = False,
     any_quantization: bool = False,
+    state: AdapterState | None = None,
 ) -> Report:
     """Verify the adapter in `folder` on `base`, against its fingerprint if it has one or if that is required.
 
     On a base that is quantized otherwise than in training, the share of the effect that is left is measured. It fails
-    unless `any_quantization` asks for such a base, and then if too little is left.
+    unless `any_quantization` asks for such a base, and then if too little is left. `state` is the same adapter as it is
+    in a file of another format, which is then what is verified.
 
     Raises a `MindprintError` for files that cannot be read, or that cannot belong to each other at all.
     """
@@ -68,7 +78,7 @@ def verify_adapter(
         judgement.add([_required(folder)], "fingerprint.json")
         return judgement.report(folder, "adapter", base, placement)
     try:
-        adapter, _ = read_any_adapter(folder, base.path)
+        adapter = state or read_any_adapter(folder, base.path)[0]
     except TransposedError as error:  # readable, and decided without a look at the values
         judgement.add([Finding("transposed", str(error))], "adapter shapes")
         return judgement.report(folder, "adapter", base, placement)
@@ -118,6 +128,65 @@ def verify_merged(
     judgement.add(tokenizer_findings(merged, tokenizer), "merged tokenizer and chat template")
     _probe_merge(judgement, merged, base, adapter, placement, fingerprint, notice, any_quantization=any_quantization)
     return judgement.report(merged.path, "merged model", base, placement)
+
+
+def verify_gguf(
+    opened: GgufFile,
+    base: models.ModelFolder,
+    adapter: AdapterState,
+    placement: Placement,
+    fingerprint: Fingerprint | None = None,
+    notice: Notice = lambda _: None,
+) -> Report:
+    """Verify that a GGUF file is `base` with `adapter` in it: by its weights, then by the probe on a backend for GGUF.
+
+    A file of fewer than 16 bits is judged by the share of the adapter's effect that is left.
+
+    Raises a `MindprintError` for files that cannot be read, or a file of another base.
+    """
+    judgement = _Judgement()
+    _judge_files(judgement, adapter, base, fingerprint)
+    share = merged_share(opened, base, adapter)
+    judgement.checked.append("merged weights")
+    if share < LOST:
+        message = f"the weights have {share:.2f} of the adapter's change: this is the base model's file"
+        judgement.findings.append(Finding("merge_lost", message, factor=share))
+    probe = fingerprint.probe if fingerprint else _own_probe(base)
+    recorded = fingerprint.measurement(placement.dtype) if fingerprint else None
+    noise: Noise | None
+    if recorded is not None:
+        before, after, noise = recorded.base, recorded.adapter, recorded.noise
+    else:
+        here = _scored(judgement, probe, base, placement, adapter, notice, _differs_from(None, placement.dtype, base))
+        if here.base is None or here.adapter is None:
+            return judgement.report(opened.path, "merged model", base, placement)
+        before, after, noise = here.base, here.adapter, here.noise
+    now = _scored_file(judgement, probe, opened.path, placement)
+    judgement.effect = Effect(mean_effect(before, after), mean_effect(before, now))
+    types = {tensor.kind.name for tensor in opened.tensors.values()}
+    dtypes = [GGUF_DTYPES[name] for name in types if name in GGUF_DTYPES]
+    dtypes += [recorded.dtype] if recorded is not None else []
+    allowed = tolerance([placement.dtype, *dtypes], noise, config=models.model_config(base.path))
+    if coarse := sorted(types - set(GGUF_DTYPES)):
+        _judge_requantized(judgement, (before, after, now), allowed, ", ".join(coarse))
+    else:
+        both = compared("merged model", now, after, allowed)
+        judgement.settle(same=both.within)
+        _judge_comparison(judgement, both, before, after, now)
+    return judgement.report(opened.path, "merged model", base, placement)
+
+
+def _scored_file(judgement: _Judgement, probe: Probe, file: Path, placement: Placement) -> Float32:
+    """Score the probe on a GGUF file."""
+    backend = placement.backend
+    model = backend.load_model(ModelSpec(str(file), placement.device, placement.dtype))
+    try:
+        if int(max(row.max() for row in probe.rows)) >= model.vocab_size:
+            raise ModelError(f"{file}: has {model.vocab_size} tokens, and the probe uses others: another base")
+        judgement.checked.append(f"probe of {probe.tokens} tokens")
+        return score(backend, model, probe, adapter=False)
+    finally:
+        backend.release(model)
 
 
 def _required(folder: Path) -> Finding:
