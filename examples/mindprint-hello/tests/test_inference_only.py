@@ -14,8 +14,7 @@ from mindprint.contract import BackendInfo, ModelSpec
 from mindprint.errors import BackendError
 from mindprint.hookspecs import REQUIRED_HOOKS, TRAINING_HOOKS, hookimpl
 from mindprint.models.engine import Placements
-from mindprint.plugins import hooks
-from mindprint.plugins.backend import Backend
+from mindprint.plugins.backend import Backend, make_backend
 from mindprint.plugins.entries import BACKENDS, Plugin
 from mindprint_hello import plugin as hello
 from mindprint_hello.model_folder import write_model
@@ -34,7 +33,7 @@ def backend(*, states_it: bool, without: tuple[str, ...] = TRAINING_HOOKS) -> Ba
 
     vars(module)["mindprint_backend_info"] = mindprint_backend_info
     plugin = Plugin(**{**plugin_fields(), "name": "reader", "group": BACKENDS})
-    return Backend(plugin, hooks.backend_hooks(plugin, module))
+    return make_backend(plugin, module)
 
 
 def plugin_fields() -> dict[str, Any]:

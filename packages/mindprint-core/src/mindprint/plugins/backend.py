@@ -60,8 +60,6 @@ class Backend:
         # The plugin's own classes may be behind this: reading them is guarded as calling it is.
         call_plugin(plugin, hook_name, lambda: check_info(plugin, info))
         self.info = info
-        if info.training and (missing := missing_hooks(hook)):
-            raise failure(plugin, f" does not implement {', '.join(missing)}")
 
     def require_training(self) -> None:
         """Raise `BackendError` if this backend only evaluates and answers."""
@@ -299,7 +297,21 @@ def load_backend(name: str, observers: Iterable[object] = ()) -> Backend:
         BackendError: The backend is missing, broken, or does not fit the contract.
     """
     plugin, module = load_backend_plugin(name)
-    return Backend(plugin, backend_hooks(plugin, module, observers))
+    return make_backend(plugin, module, observers)
+
+
+def make_backend(plugin: Plugin, module: object, observers: Iterable[object] = ()) -> Backend:
+    """Make a backend of a plugin's module, and ask it what it can do.
+
+    Raises:
+        BackendError: A hook is missing that it needs, or does not fit the contract.
+    """
+    hooks = backend_hooks(plugin, module, observers)
+    backend = Backend(plugin, hooks)
+    # A backend that does not mention it trains, and then none of the required hooks may be missing.
+    if backend.info.training and (missing := missing_hooks(hooks)):
+        raise failure(plugin, f" does not implement {', '.join(missing)}")
+    return backend
 
 
 def is_finite(metrics: StepMetrics) -> bool:
