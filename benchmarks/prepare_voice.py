@@ -170,12 +170,13 @@ def pairs(options: argparse.Namespace) -> bool:
         after_sft = run.checkpoints / f"{first['step'] - first['stage_step']:06d}"
         config = load_config(run.config)
         adapter = config.config.adapter.model_copy(update={"start_from": str(after_sft)})
-        other = folder / "on_policy"
-        other.mkdir(exist_ok=True)
-        if newest_run(other / "runs") is None:
+        other = RunFolder(folder / "on_policy" / "runs" / "run-001")
+        if not other.complete:
+            other.path.parent.mkdir(parents=True, exist_ok=True)
             mindprint.train(
                 config,
-                run=other / "runs" / "run-001",
+                run=other.path,
+                resume=other.holds_run,
                 progress=True,
                 adapter=adapter.model_dump(),
                 sft={"enabled": False},
@@ -186,7 +187,7 @@ def pairs(options: argparse.Namespace) -> bool:
         adapters = {
             "after SFT": after_sft,
             "base model's pairs": run.path,
-            "pairs on policy": other / "runs" / "run-001",
+            "pairs on policy": other.path,
         }
         for name, path in adapters.items():
             with mindprint.open_adapter(path) as opened:
