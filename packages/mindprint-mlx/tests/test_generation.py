@@ -62,19 +62,45 @@ def test_a_prompt_alone_and_among_others(make: Callable[..., LoadedModel], famil
     assert [a.tokens.tolist() for a in backwards] == [a.tokens.tolist() for a in together]
 
 
-def test_a_rows_logits_are_the_same_bits_in_any_company(
+def test_a_rows_logits_are_the_same_in_any_company_but_for_rounding(
     make: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With each number of rows, and at each place among them. Matrix products of other shapes round otherwise."""
     handle = make().handle
     seen: list[np.ndarray] = []
     monkeypatch.setattr("mindprint_mlx.generation._take", _recording(seen))
-    generate(handle, prompts(5), GREEDY, adapter=True)
-    crowd = [values[1] for values in seen if len(values) == ROWS]
-    seen.clear()
-    generate(handle, prompts(5)[1:2], GREEDY, adapter=True)
-    alone = [values[0] for values in seen if len(values) == ROWS]
-    assert len(alone) == 8
-    np.testing.assert_array_equal(np.stack(alone), np.stack(crowd))
+    own = prompts(5)[1]
+    generate(handle, [own], GREEDY, adapter=True)
+    alone = np.stack([values[0] for values in seen])
+    assert len(alone) == 9
+    for others in (1, 3, ROWS - 1):
+        # A prompt keeps its place among others of its length.
+        for place in (0, others):
+            seen.clear()
+            company = [own + 1] * others
+            generate(handle, [*company[:place], own, *company[place:]], GREEDY, adapter=True)
+            read, continued = seen[place], [values[place] for values in seen if len(values) == others + 1]
+            found = np.stack([read[0], *continued])
+            np.testing.assert_allclose(found, alone, rtol=0, atol=1e-5 * float(np.abs(alone).max()))
+
+
+def test_rows_that_are_done_cost_nothing(make: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = make().handle
+    many = prompts(7)
+    answers = generate(handle, many, GREEDY, adapter=True)
+    seen: list[np.ndarray] = []
+    monkeypatch.setattr("mindprint_mlx.generation._take", _recording(seen))
+    ends = {row: 2 + row for row in range(7)}
+
+    def on_token(row: int, _: int) -> bool:
+        ends[row] -= 1
+        return ends[row] > 0
+
+    found = generate(handle, many, GREEDY, adapter=True, on_token=on_token)
+    for row, (whole, part) in enumerate(zip(answers, found, strict=True)):
+        assert part.tokens.tolist() == whole.tokens.tolist()[: 2 + row]
+    widths = [len(values) for values in seen if len(values) > 1]
+    assert widths[0] == 7 and sorted(widths, reverse=True) == widths and 3 in widths
 
 
 def _recording(seen: list[np.ndarray]) -> Callable[..., None]:

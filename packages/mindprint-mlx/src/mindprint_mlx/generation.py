@@ -1,9 +1,8 @@
 """Continuing prompts: greedy, or sampled reproducibly.
 
-The answer to a prompt must not depend on its neighbours, not even where two tokens are equally likely to the last bit.
-So each prompt is read alone. Then rows continue together, always the same number of them, with keys and values in
-arrays whose length is a function of the prompt alone. The arithmetic of a row is then the same with any neighbours.
-Where a class cannot do that (recurrent layers, other caches), every prompt runs alone.
+Each prompt is read alone. Then rows continue together, as many as there are. A row's numbers do not depend on its
+neighbours, except by rounding: matrix products add in an order that depends on the number of rows and on a row's place
+among them. Where a class cannot do that (recurrent layers, other caches), every prompt runs alone.
 """
 
 from __future__ import annotations
@@ -24,9 +23,6 @@ from mindprint_mlx.rows import ROWS, row_caches
 
 LIKELY = 1024
 """Tokens that a draw looks at first."""
-
-GRAIN = 256
-"""Keys and values of rows that continue together are kept in arrays of a multiple of this many positions."""
 
 Tell = Callable[[int], bool | None]
 """Tells a token of one row. False ends the row."""
@@ -80,22 +76,15 @@ def generate(
         for index, prompt in enumerate(prompts)
     ]
     with model.in_use(adapter=adapter):
-        for group in _row_groups(rows, sampling) if model.continues_rows else [[row] for row in rows]:
+        for group in _row_groups(rows) if model.continues_rows else [[row] for row in rows]:
             _continue(model, group, sampling)
     return tuple(row.answer() for row in rows)
 
 
-def _row_groups(rows: Sequence[Row], sampling: Sampling) -> list[list[Row]]:
-    """Return which rows continue together: at most `ROWS` with the same number of positions."""
-    # Exactly the same number, since it decides the shapes, and shapes decide how sums are rounded.
-    by_length: dict[int, list[Row]] = {}
-    for row in rows:
-        by_length.setdefault(_positions(row, sampling), []).append(row)
-    return [group[at : at + ROWS] for group in by_length.values() for at in range(0, len(group), ROWS)]
-
-
-def _positions(row: Row, sampling: Sampling) -> int:
-    return -(-(len(row.prompt) + sampling.max_new_tokens) // GRAIN) * GRAIN
+def _row_groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return which rows continue together: those of like length, which keeps the filling short."""
+    by_length = sorted(rows, key=lambda row: len(row.prompt))
+    return [by_length[start : start + ROWS] for start in range(0, len(rows), ROWS)]
 
 
 def _continue(model: MlxModel, rows: Sequence[Row], sampling: Sampling) -> None:
@@ -105,12 +94,28 @@ def _continue(model: MlxModel, rows: Sequence[Row], sampling: Sampling) -> None:
     for row in rows:
         caches.append(model.new_cache())
         _take(model.module(mx.array(row.prompt)[None], cache=caches[-1])[:, -1], [row], sampling)
-    cache: list[Any] = row_caches(caches, _positions(rows[0], sampling)) if model.continues_rows else caches[0]
-    while not all(row.is_done(sampling) for row in rows):
-        last = [row.tokens[-1] if row.tokens else 0 for row in rows]
-        # Empty places are filled with any token: the shapes are then the same for any number of rows.
-        filled = last + [0] * (ROWS - len(rows)) if model.continues_rows else last
-        _take(model.module(mx.array(filled)[:, None], cache=cache)[:, -1], rows, sampling)
+    running = [place for place, row in enumerate(rows) if not row.is_done(sampling)]
+    if len(running) == 1:
+        _continue_together(model, [rows[running[0]]], caches[running[0]], sampling)
+    elif running:
+        joined = row_caches([caches[place] for place in running])
+        _continue_together(model, [rows[place] for place in running], joined, sampling)
+
+
+def _continue_together(model: MlxModel, rows: list[Row], cache: list[Any], sampling: Sampling) -> None:
+    """Continue rows that have a token each until all are done. `cache` has them in the same order, by layer."""
+    while rows:
+        last = [row.tokens[-1] for row in rows]
+        _take(model.module(mx.array(last)[:, None], cache=cache)[:, -1], rows, sampling)
+        running = [place for place, row in enumerate(rows) if not row.is_done(sampling)]
+        # To take rows out costs a copy of all keys and values, so it must save a good part of the work.
+        if len(running) > len(rows) / 2:
+            continue
+        rows = [rows[place] for place in running]
+        if rows:
+            kept = mx.array(running)
+            for layer in cache:
+                layer.keep(kept)
 
 
 def _take(logits: mx.array, rows: Sequence[Row], sampling: Sampling) -> None:

@@ -1,7 +1,8 @@
 """A cache in which several rows continue at once, each at another position.
 
-Keys and values lie at their positions, filled up on the right, and a mask hides the places beyond a row's end. mlx-lm's
-own `BatchKVCache` fills up on the left instead, which changes a row's numbers with the length of its neighbours.
+Prompts lie at their positions and are filled up on the right to the longest one. New positions of all rows are appended
+behind that, at one place, so that an array is extended and not copied. A mask hides the filling. mlx-lm's own
+`BatchKVCache` fills prompts up on the left, which moves the positions of a row with the length of its neighbours.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from mlx import nn
 from mindprint_mlx.imports import mlx_lm_module
 
 ROWS = 16
-"""The number of rows that continue at once, always: with fewer, the rest are copies."""
+"""The most rows that continue at once."""
+
+GRAIN = 256
+"""Places by which the arrays of keys and values grow."""
 
 POSITIONS = 4096
 CACHE_BYTES = 4 * 2**30
@@ -26,34 +30,60 @@ AGREEMENT = 1e-2
 
 
 class RowCache:
-    """One layer's keys and values, `[ROWS, heads, positions, dims]`, and how many of each row are filled, `[ROWS]`."""
+    """One layer's keys and values, `[rows, heads, places, dims]`, and the next position of each row, `[rows]`."""
 
-    def __init__(self, caches: Sequence[Any], positions: int) -> None:
-        """Join the caches of rows that were read alone. Places beyond them are copies of the first."""
-        full = [*caches, *([caches[0]] * (ROWS - len(caches)))]
-        self.offset = mx.array([cache.offset for cache in full])
-        self.keys = mx.concatenate([_extended(cache, cache.keys, positions) for cache in full])
-        self.values = mx.concatenate([_extended(cache, cache.values, positions) for cache in full])
+    def __init__(self, caches: Sequence[Any]) -> None:
+        """Join the caches of rows that were read alone."""
+        lengths = [cache.offset for cache in caches]
+        self._width = self._filled = max(lengths)
+        self._prompts = self.offset = mx.array(lengths)
+        # Rows of one length have no filling, and need no mask.
+        self._is_even = min(lengths) == self._width
+        self._keys = mx.concatenate([_filled_up(cache, cache.keys, self._width) for cache in caches])
+        self._values = mx.concatenate([_filled_up(cache, cache.values, self._width) for cache in caches])
+
+    @property
+    def places(self) -> int:
+        """Return the number of places that the next position may see, its own among them."""
+        return self._filled + 1
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Put one new position of each row, `[ROWS, heads, 1, dims]`, behind the others."""
-        # Each row writes at its own position: an indexed assignment instead of the slice of mlx-lm's cache.
-        rows = mx.arange(ROWS)
-        self.keys[rows, :, self.offset] = keys[:, :, 0]
-        self.values[rows, :, self.offset] = values[:, :, 0]
+        """Append one new position of each row, `[rows, heads, 1, dims]`, and return all that are filled."""
+        place, self._filled = self._filled, self._filled + 1
+        if self._filled > self._keys.shape[2]:
+            self._keys, self._values = (_grown(array) for array in (self._keys, self._values))
+        self._keys[:, :, place : self._filled] = keys
+        self._values[:, :, place : self._filled] = values
         self.offset = self.offset + 1
-        return self.keys, self.values
+        return self._keys[:, :, : self._filled], self._values[:, :, : self._filled]
 
-    def make_mask(self, _: int, window_size: int | None = None, **__: Any) -> mx.array:
-        """Return which positions each row's next one sees: itself and those before. Bool `[ROWS, 1, 1, positions]`."""
-        ahead = self.offset[:, None] - mx.arange(self.keys.shape[2])
-        seen = ahead >= 0 if window_size is None else (ahead >= 0) & (ahead < window_size)
-        return seen[:, None, None, :]
+    def make_mask(self, _: int, window_size: int | None = None, **__: Any) -> mx.array | None:
+        """Return which places the next position of each row sees: bool `[rows, 1, 1, places]`, or None for all."""
+        if window_size is not None:
+            return self.window_mask(window_size)
+        return None if self._is_even else self._seen()[:, None, None, :]
+
+    def window_mask(self, window: int) -> mx.array:
+        """Return which places the next position sees if it sees `window` positions: bool `[rows, 1, 1, places]`."""
+        places = mx.arange(self.places)
+        positions = mx.where(places < self._width, places, self._prompts[:, None] + places - self._width)
+        near = self.offset[:, None] - positions < window
+        return mx.logical_and(self._seen(), near)[:, None, None, :]
+
+    def _seen(self) -> mx.array:
+        """Return which places are no filling, bool `[rows, places]`."""
+        places = mx.arange(self.places)
+        return mx.logical_or(places >= self._width, places < self._prompts[:, None])
+
+    def keep(self, rows: mx.array) -> None:
+        """Keep these rows, int32 `[kept]`, and forget the others."""
+        self._keys, self._values = self._keys[rows], self._values[rows]
+        self._prompts, self.offset = self._prompts[rows], self.offset[rows]
 
 
-def row_caches(rows: Sequence[Sequence[Any]], positions: int) -> list[RowCache]:
+def row_caches(rows: Sequence[Sequence[Any]]) -> list[RowCache]:
     """Return the caches of several prompts, each a list by layer, as one list by layer."""
-    return [RowCache(layer, positions) for layer in zip(*rows, strict=True)]
+    return [RowCache(layer) for layer in zip(*rows, strict=True)]
 
 
 def can_continue_rows(module: nn.Module, empty: Sequence[Any]) -> bool:
@@ -67,8 +97,8 @@ def can_continue_rows(module: nn.Module, empty: Sequence[Any]) -> bool:
             module(mx.array([prompt]), cache=cache)
         if ROWS * POSITIONS * sum(_bytes_a_position(cache) for cache in caches[0]) > CACHE_BYTES:
             return False
-        # Compared with the same tokens continued alone, in the places of the first two rows.
-        together = module(mx.array([[2]] * ROWS), cache=row_caches(caches, 8))[:2, -1].astype(mx.float32)
+        # Compared with the same tokens continued alone.
+        together = module(mx.array([[2]] * len(prompts)), cache=row_caches(caches))[:, -1].astype(mx.float32)
         alone = [module(mx.array([[2]]), cache=cache)[0, -1].astype(mx.float32) for cache in caches]
         wanted = mx.stack(alone)
         return bool((mx.linalg.norm(together - wanted) <= AGREEMENT * mx.linalg.norm(wanted)).item())
@@ -87,6 +117,11 @@ def _bytes_a_position(cache: Any) -> int:
     return sum(values.nbytes // values.shape[2] for values in (cache.keys, cache.values))
 
 
-def _extended(cache: Any, values: mx.array, positions: int) -> mx.array:
-    filled = values[:, :, : cache.offset]
-    return mx.pad(filled, [(0, 0), (0, 0), (0, positions - cache.offset), (0, 0)])
+def _filled_up(cache: Any, values: mx.array, width: int) -> mx.array:
+    prompt = values[:, :, : cache.offset]
+    return mx.pad(prompt, [(0, 0), (0, 0), (0, width - cache.offset), (0, 0)])
+
+
+def _grown(values: mx.array) -> mx.array:
+    rows, heads, _, dims = values.shape
+    return mx.concatenate([values, mx.zeros((rows, heads, GRAIN, dims), values.dtype)], axis=2)

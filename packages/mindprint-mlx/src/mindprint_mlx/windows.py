@@ -40,7 +40,7 @@ def windowed(window: int, attention: Callable[..., Any]) -> Callable[..., Any]:
 def _length(x: mx.array, cache: Any) -> int:
     """Return how many positions a token can see at most."""
     if isinstance(cache, RowCache):
-        return cache.keys.shape[2]
+        return cache.places
     if isinstance(cache, Continuation):
         return int(x.shape[1] + cache.keys.shape[2])
     return int(x.shape[1] + (0 if cache is None else cache.offset))
@@ -48,7 +48,7 @@ def _length(x: mx.array, cache: Any) -> int:
 
 def _mask(tokens: int, window: int, cache: Any) -> mx.array:
     if isinstance(cache, RowCache):
-        return cache.make_mask(tokens, window)
+        return cache.window_mask(window)
     mask: mx.array = mlx_lm_module("models.base").create_causal_mask(
         tokens, 0 if cache is None else cache.offset, window
     )
