@@ -1,6 +1,6 @@
 """Continuing prompts: greedy, or sampled reproducibly.
 
-Each prompt is read alone. Then rows continue together, as many as there are. A row's numbers do not depend on its
+Prompts are read together, and then continued together, as many rows as there are. A row's numbers do not depend on its
 neighbours, except by rounding: matrix products add in an order that depends on the number of rows and on a row's place
 among them. Where a class cannot do that (recurrent layers, other caches), every prompt runs alone.
 """
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mindprint.contract import Generation, Int32, OnToken, Sampling
 from mindprint_mlx.arrays import to_numpy
 from mindprint_mlx.model import MlxModel
-from mindprint_mlx.rows import ROWS, row_caches
+from mindprint_mlx.rows import ROWS, read_together
 
 LIKELY = 1024
 """Tokens that a draw looks at first."""
@@ -40,6 +40,10 @@ class Row:
     tell: Tell | None = None
     tokens: list[int] = field(default_factory=list)
     stopped: bool = False
+
+    @property
+    def last_token(self) -> int:
+        return self.tokens[-1] if self.tokens else int(self.prompt[-1])
 
     def take(self, token: int, sampling: Sampling) -> None:
         """Append a token, or stop at it."""
@@ -90,30 +94,23 @@ def _row_groups(rows: Sequence[Row]) -> list[list[Row]]:
 def _continue(model: MlxModel, rows: Sequence[Row], sampling: Sampling) -> None:
     if sampling.max_new_tokens == 0:
         return
-    caches = []
-    for row in rows:
-        caches.append(model.new_cache())
-        _take(model.module(mx.array(row.prompt)[None], cache=caches[-1])[:, -1], [row], sampling)
-    running = [place for place, row in enumerate(rows) if not row.is_done(sampling)]
-    if len(running) == 1:
-        _continue_together(model, [rows[running[0]]], caches[running[0]], sampling)
-    elif running:
-        joined = row_caches([caches[place] for place in running])
-        _continue_together(model, [rows[place] for place in running], joined, sampling)
-
-
-def _continue_together(model: MlxModel, rows: list[Row], cache: list[Any], sampling: Sampling) -> None:
-    """Continue rows that have a token each until all are done. `cache` has them in the same order, by layer."""
-    while rows:
-        last = [row.tokens[-1] for row in rows]
-        _take(model.module(mx.array(last)[:, None], cache=cache)[:, -1], rows, sampling)
-        running = [place for place, row in enumerate(rows) if not row.is_done(sampling)]
+    # The last token of a prompt is left for the first step, so that logits are computed for it alone.
+    read = [row.prompt[:-1] for row in rows]
+    cache: list[Any] = model.new_cache() if len(rows) == 1 else read_together(model.module, model.new_cache(), read)
+    if len(rows) == 1 and len(read[0]):
+        model.module(mx.array(read[0])[None], cache=cache)
+        mx.eval([layer.state for layer in cache])
+    running = list(rows)
+    while running:
+        last = [row.last_token for row in running]
+        _take(model.module(mx.array(last)[:, None], cache=cache)[:, -1], running, sampling)
+        places = [place for place, row in enumerate(running) if not row.is_done(sampling)]
         # To take rows out costs a copy of all keys and values, so it must save a good part of the work.
-        if len(running) > len(rows) / 2:
+        if len(places) > len(running) / 2:
             continue
-        rows = [rows[place] for place in running]
-        if rows:
-            kept = mx.array(running)
+        running = [running[place] for place in places]
+        if running:
+            kept = mx.array(places)
             for layer in cache:
                 layer.keep(kept)
 

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
+from mindprint.contract import Int32
 from mindprint_mlx.imports import mlx_lm_module
 
 ROWS = 16
@@ -32,15 +34,13 @@ AGREEMENT = 1e-2
 class RowCache:
     """One layer's keys and values, `[rows, heads, places, dims]`, and the next position of each row, `[rows]`."""
 
-    def __init__(self, caches: Sequence[Any]) -> None:
-        """Join the caches of rows that were read alone."""
-        lengths = [cache.offset for cache in caches]
-        self._width = self._filled = max(lengths)
+    def __init__(self, cache: Any, lengths: Sequence[int]) -> None:
+        """Take over mlx-lm's cache of prompts that were read together, filled up on the right, with their lengths."""
+        self._width = self._filled = int(cache.offset)
         self._prompts = self.offset = mx.array(lengths)
         # Rows of one length have no filling, and need no mask.
         self._is_even = min(lengths) == self._width
-        self._keys = mx.concatenate([_filled_up(cache, cache.keys, self._width) for cache in caches])
-        self._values = mx.concatenate([_filled_up(cache, cache.values, self._width) for cache in caches])
+        self._keys, self._values = cache.keys, cache.values
 
     @property
     def places(self) -> int:
@@ -81,25 +81,36 @@ class RowCache:
         self._prompts, self.offset = self._prompts[rows], self.offset[rows]
 
 
-def row_caches(rows: Sequence[Sequence[Any]]) -> list[RowCache]:
-    """Return the caches of several prompts, each a list by layer, as one list by layer."""
-    return [RowCache(layer) for layer in zip(*rows, strict=True)]
+def read_together(module: nn.Module, empty: Sequence[Any], prompts: Sequence[Int32]) -> list[RowCache]:
+    """Read prompts (int32 `[P]`, which may be empty) and return their caches by layer. No logits are computed."""
+    # Filling is behind the tokens, where causal attention does not see it. One place of it stands for no tokens at all.
+    width = max(1, *map(len, prompts))
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    # MLX computes only what it is asked for, and these are not the logits.
+    module(mx.array(tokens), cache=empty)
+    mx.eval([cache.state for cache in empty])
+    lengths = [len(prompt) for prompt in prompts]
+    return [RowCache(cache, lengths) for cache in empty]
 
 
 def can_continue_rows(module: nn.Module, empty: Sequence[Any]) -> bool:
     """Return whether the model continues rows of different lengths together as it does alone, tried out on two."""
     if any(type(cache) is not mlx_lm_module("models.cache").KVCache for cache in empty):
         return False
-    prompts = ([1, 2, 3, 0], [4])
+    prompts = [np.array(prompt, np.int32) for prompt in ([1, 2, 3, 0], [4])]
     try:
-        caches = [[_small_cache(type(cache)) for cache in empty] for _ in prompts]
-        for prompt, cache in zip(prompts, caches, strict=True):
-            module(mx.array([prompt]), cache=cache)
-        if ROWS * POSITIONS * sum(_bytes_a_position(cache) for cache in caches[0]) > CACHE_BYTES:
+        caches = [[_small_cache(type(cache)) for cache in empty] for _ in range(3)]
+        rows = read_together(module, caches[2], prompts)
+        if ROWS * POSITIONS * sum(_bytes_a_position(cache) for cache in caches[2]) > CACHE_BYTES:
             return False
-        # Compared with the same tokens continued alone.
-        together = module(mx.array([[2]] * len(prompts)), cache=row_caches(caches))[:, -1].astype(mx.float32)
-        alone = [module(mx.array([[2]]), cache=cache)[0, -1].astype(mx.float32) for cache in caches]
+        # Compared with the same tokens read and continued alone.
+        together = module(mx.array([[2]] * len(prompts)), cache=rows)[:, -1].astype(mx.float32)
+        alone = [
+            module(mx.array([[*prompt.tolist(), 2]]), cache=cache)[0, -1].astype(mx.float32)
+            for prompt, cache in zip(prompts, caches, strict=False)
+        ]
         wanted = mx.stack(alone)
         return bool((mx.linalg.norm(together - wanted) <= AGREEMENT * mx.linalg.norm(wanted)).item())
     except Exception:  # noqa: BLE001  a class that cannot take such a cache may fail in any way
@@ -114,12 +125,8 @@ def _small_cache(kind: Any) -> Any:
 
 
 def _bytes_a_position(cache: Any) -> int:
-    return sum(values.nbytes // values.shape[2] for values in (cache.keys, cache.values))
-
-
-def _filled_up(cache: Any, values: mx.array, width: int) -> mx.array:
-    prompt = values[:, :, : cache.offset]
-    return mx.pad(prompt, [(0, 0), (0, 0), (0, width - cache.offset), (0, 0)])
+    rows, _, positions, _ = cache.keys.shape
+    return sum(values.nbytes // (rows * positions) for values in (cache.keys, cache.values))
 
 
 def _grown(values: mx.array) -> mx.array:
