@@ -244,7 +244,8 @@ def mindprint_generate(  # type: ignore[empty-body]
 
     Returns:
         An answer for each prompt. It depends neither on the prompt's neighbours nor on `on_token`, except that a row
-        which `on_token` ended is shorter.
+        which `on_token` ended is shorter. Neighbours may change how sums are rounded: where two tokens are equally
+        likely but for rounding, either may be taken.
     """
 
 

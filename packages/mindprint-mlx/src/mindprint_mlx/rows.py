@@ -37,7 +37,7 @@ class RowCache:
     def __init__(self, cache: Any, lengths: Sequence[int]) -> None:
         """Take over mlx-lm's cache of prompts that were read together, filled up on the right, with their lengths."""
         self._width = self._filled = int(cache.offset)
-        self._prompts = self.offset = mx.array(lengths)
+        self._prompts = self.offset = mx.array(list(lengths))
         # Rows of one length have no filling, and need no mask.
         self._is_even = min(lengths) == self._width
         self._keys, self._values = cache.keys, cache.values

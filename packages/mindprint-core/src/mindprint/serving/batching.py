@@ -2,7 +2,7 @@
 
 A model computes one batch at a time, in the thread that loaded it. Requests come from other threads and wait. When the
 model is free it takes the oldest one, together with all that may share its batch: the same model and the same
-settings. An answer does not depend on its neighbours, which the contract promises, so sharing changes no answer.
+settings. An answer does not depend on its neighbours but for rounding, which the contract promises.
 """
 
 from __future__ import annotations

@@ -103,7 +103,8 @@ class Kept:
 class BaseModel:
     """A base model that is asked, greedily, and whose results are kept.
 
-    Its answers do not depend on their neighbours, so that batches can be made of whatever is missing.
+    Batches follow from the lengths of the questions, in their order, and each is kept whole. So a command that was
+    killed asks the rest in the batches in which it would have been asked, and rounding is the same.
     """
 
     def __init__(self, opened: OpenedModel, kept: Kept, on_batch: OnBatch) -> None:
