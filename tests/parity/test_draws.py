@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mindprint.contract import Sampling
-from mindprint_mlx.generation import draw as draw_mlx
-from mindprint_torch.generation import draw as draw_torch
+from mindprint.sampling import draw_token
+from mindprint_torch.generation import draw
 
 ROWS = 64
 
@@ -21,9 +21,9 @@ def test_the_same_draws(vocabulary: int, temperature: float, top_p: float, sprea
     logits = (spread * rng.standard_normal((ROWS, vocabulary))).astype(np.float32)
     uniform = rng.random(ROWS)
     sampling = Sampling(1, (), temperature, top_p)
-    drawn = draw_torch(torch.from_numpy(logits), sampling, torch.from_numpy(uniform[:, None]))[:, 0].tolist()
+    drawn = draw(torch.from_numpy(logits), sampling, torch.from_numpy(uniform[:, None]))[:, 0].tolist()
     alone = [
-        draw_mlx(row.astype(np.float64), temperature, top_p, number)
+        draw_token(row.astype(np.float64), temperature, top_p, number)
         for row, number in zip(logits, uniform, strict=True)
     ]
     assert drawn == alone

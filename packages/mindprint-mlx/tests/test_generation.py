@@ -11,7 +11,7 @@ from mlx_samples import VOCABULARY, linear_sites, lora
 
 from mindprint.contract import LoadedModel, Sampling
 from mindprint_mlx import adapter
-from mindprint_mlx.generation import draw, generate
+from mindprint_mlx.generation import generate
 from mindprint_mlx.model import MlxModel
 from mindprint_mlx.rows import ROWS
 
@@ -131,20 +131,3 @@ class TestSampling:
 
         assert sample(1) == sample(1)
         assert sample(1) != sample(2)
-
-    def test_draws_follow_the_tempered_distribution(self) -> None:
-        """Probabilities 0.5, 0.3, 0.2; at temperature 0.5 their squares over the sum of them: 25, 9, 4 of 38."""
-        logits = np.log(np.array([0.3, 0.5, 0.2]))
-        grid = (np.arange(10000) + 0.5) / 10000
-        plain = np.bincount([draw(logits, 1.0, 1.0, uniform) for uniform in grid], minlength=3) / 10000
-        np.testing.assert_allclose(plain, [0.3, 0.5, 0.2], atol=2e-4)
-        cold = np.bincount([draw(logits, 0.5, 1.0, uniform) for uniform in grid], minlength=3) / 10000
-        np.testing.assert_allclose(cold, [9 / 38, 25 / 38, 4 / 38], atol=2e-4)
-
-    @pytest.mark.parametrize(
-        ("top_p", "kept"), [(0.5, {1}), (0.6, {0, 1}), (0.8, {0, 1}), (0.81, {0, 1, 2}), (0.0, {1})]
-    )
-    def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(self, top_p: float, kept: set[int]) -> None:
-        logits = np.log(np.array([0.3, 0.5, 0.2]))
-        found = {draw(logits, 1.0, top_p, uniform) for uniform in np.linspace(0, 0.9999, 500)}
-        assert found == kept

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mindprint.contract import Float32, Generation, Int32, OnToken, Sampling
+from mindprint.sampling import draw_token, token_generator
 from mindprint_llamacpp.model import Context, LlamaModel
 
 ROWS = 16
@@ -39,7 +39,7 @@ def generate(
     Rows take turns: each call of llama.cpp reads one token of one row. A batch of several rows would be rounded
     otherwise than each row alone.
     """
-    rows = [_Row(index, prompt, _generator(sampling, prompt)) for index, prompt in enumerate(prompts)]
+    rows = [_Row(index, prompt, token_generator(sampling, prompt)) for index, prompt in enumerate(prompts)]
     for start in range(0, len(rows) if sampling.max_new_tokens else 0, ROWS):
         group = rows[start : start + ROWS]
         length = max(len(row.prompt) for row in group) + sampling.max_new_tokens
@@ -80,27 +80,4 @@ def _take(row: _Row, token: int, sampling: Sampling, on_token: OnToken | None) -
 def _choose(logits: Float32, sampling: Sampling, random: np.random.Generator) -> int:
     if sampling.temperature == 0:
         return int(logits.argmax())
-    return draw(logits.astype(np.float64), sampling.temperature, sampling.top_p, random.random())
-
-
-def _generator(sampling: Sampling, prompt: Int32) -> np.random.Generator:
-    """Return random numbers that follow from seed and prompt alone, as the other backends draw them."""
-    seeds = np.random.SeedSequence([sampling.seed, *map(int, prompt)])
-    return np.random.Generator(np.random.Philox(seeds))
-
-
-def draw(logits: NDArray[np.float64], temperature: float, top_p: float, uniform: float) -> int:
-    """Return the token for a uniform number in [0, 1), for float64 logits `[vocabulary]`.
-
-    Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751): the fewest most likely tokens that together reach
-    `top_p`.
-    """
-    scaled = (logits - logits.max()) / temperature
-    order = np.argsort(-scaled, kind="stable")
-    probabilities = np.exp(scaled[order]) / np.exp(scaled).sum()
-    before = np.cumsum(probabilities) - probabilities
-    kept = before < top_p
-    kept[0] = True
-    reached = np.cumsum(np.where(kept, probabilities, 0.0))
-    index = np.searchsorted(reached, uniform * reached[-1], side="right")
-    return int(order[min(int(index), len(order) - 1)])
+    return draw_token(logits.astype(np.float64), sampling.temperature, sampling.top_p, random.random())

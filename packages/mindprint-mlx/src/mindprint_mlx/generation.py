@@ -17,12 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mindprint.contract import Generation, Int32, OnToken, Sampling
+from mindprint.sampling import draw_token, token_generator
 from mindprint_mlx.arrays import to_numpy
 from mindprint_mlx.model import MlxModel
 from mindprint_mlx.rows import ROWS, read_together
-
-LIKELY = 1024
-"""Tokens that a draw looks at first."""
 
 Tell = Callable[[int], bool | None]
 """Tells a token of one row. False ends the row."""
@@ -128,30 +126,5 @@ def _take(logits: mx.array, rows: Sequence[Row], sampling: Sampling) -> None:
 
 def _sampler(sampling: Sampling, prompt: Int32) -> Choice:
     """Return a choice by random numbers from the seed and the prompt itself: the same whatever its neighbours are."""
-    seeds = np.random.SeedSequence([sampling.seed, *map(int, prompt)])
-    generator = np.random.Generator(np.random.Philox(seeds))
-    return lambda logits: draw(logits, sampling.temperature, sampling.top_p, generator.random())
-
-
-def draw(logits: NDArray[np.float64], temperature: float, top_p: float, uniform: float) -> int:
-    """Return the token for a uniform number in [0, 1), for float64 logits `[vocabulary]`.
-
-    Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751): the fewest most likely tokens that together reach
-    `top_p`.
-    """
-    scaled = (logits - logits.max()) / temperature
-    every = np.exp(scaled)
-    every /= every.sum()
-    # To sort a whole vocabulary takes longer than to run a small model. The likeliest tokens nearly always reach
-    # `top_p`. They are sorted by id first, so that equally likely ones come in the same order as in a full sort.
-    ids = np.sort(np.argpartition(-every, LIKELY)[:LIKELY]) if len(every) > LIKELY else np.arange(len(every))
-    if every[ids].sum() < top_p:
-        ids = np.arange(len(every))
-    order = ids[np.argsort(-every[ids], kind="stable")]
-    probabilities = every[order]
-    before = np.cumsum(probabilities) - probabilities
-    kept = before < top_p
-    kept[0] = True
-    reached = np.cumsum(np.where(kept, probabilities, 0.0))
-    index = np.searchsorted(reached, uniform * reached[-1], side="right")
-    return int(order[min(int(index), len(order) - 1)])
+    generator = token_generator(sampling, prompt)
+    return lambda logits: draw_token(logits, sampling.temperature, sampling.top_p, generator.random())

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from mindprint.contract import Generation, Int32, OnToken, Sampling
+from mindprint.sampling import LIKELY, token_generator
 from mindprint_torch.adapter import adapter_enabled
 from mindprint_torch.model import TorchModel
 from mindprint_torch.rope import forget_lengths
@@ -23,9 +24,6 @@ ROWS_AT_ONCE = 32
 
 ROWS_AT_ONCE_CUDA = 64
 """A GPU reads all weights for each token, of however many rows: twice the rows take hardly longer."""
-
-LIKELY = 1024
-"""Tokens that a draw looks at first."""
 
 PROBE = ((3, 4, 5, 6, 7), (5, 6, 7))
 """Two prompts of unlike lengths."""
@@ -170,7 +168,7 @@ class Draw(LogitsProcessor):
 
     def __init__(self, sampling: Sampling, prompts: Sequence[Int32]) -> None:
         self.sampling = sampling
-        self.generators = [np.random.Generator(np.random.Philox(_seeds(sampling, prompt))) for prompt in prompts]
+        self.generators = [token_generator(sampling, prompt) for prompt in prompts]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002  (transformers' signature)
         wide = torch.float32 if scores.device.type == "mps" else torch.float64
@@ -182,14 +180,12 @@ class Draw(LogitsProcessor):
 def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     """Return the token for each uniform number in [0, 1), int64 `[rows, 1]`, for logits `[rows, vocabulary]`.
 
-    Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751): the fewest most likely tokens that together reach
-    `top_p`.
+    The definition is `mindprint.sampling.draw_token`, here on the device and for all rows at once.
     """
-    # In float64, as NumPy draws for the other backends: the same log-probs then give the same token. MPS has none.
+    # In float64 as there, so that the same logits give the same token. MPS has none.
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
     every = torch.softmax(logits.to(wide) / sampling.temperature, dim=-1)
-    # To sort a whole vocabulary takes longer than to run a small model. The likeliest tokens nearly always reach
-    # `top_p`. They are sorted by id first, so that equally likely ones come in the same order as in a full sort.
+    # The likeliest first, in the order of their ids, so that equally likely ones come as in a full sort.
     tokens = every.topk(min(LIKELY, every.shape[-1]), dim=-1).indices.sort(dim=-1).values
     if bool((every.gather(1, tokens).sum(-1) < sampling.top_p).any()):
         tokens = torch.arange(every.shape[-1], device=every.device).expand_as(every)
@@ -201,10 +197,6 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     reached = kept.cumsum(-1)
     index = torch.searchsorted(reached, uniform.to(wide) * reached[:, -1:], right=True)
     return tokens.gather(1, index.clamp(max=tokens.shape[1] - 1))
-
-
-def _seeds(sampling: Sampling, prompt: Int32) -> np.random.SeedSequence:
-    return np.random.SeedSequence([sampling.seed, *map(int, prompt)])
 
 
 def left_padded(prompts: list[Int32], fill: int) -> tuple[Int64, Int64]:
