@@ -109,6 +109,14 @@ def test_generated_tokens_are_int32() -> None:
         make(generate=[answer]).generate(MODEL, [IDS[0]], Sampling(5, (1,)))
 
 
+@pytest.mark.parametrize("filters", [{"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.1}])
+def test_filters_need_a_backend_that_has_them(filters: dict[str, Any]) -> None:
+    backend = make(generate=[Generation(np.zeros(2, np.int32), "length")])
+    with pytest.raises(BackendError, match="backend 'acme' knows neither top_k nor min_p nor repetition_penalty"):
+        backend.generate(MODEL, [IDS[0]], Sampling(2, (1,), **filters))
+    assert backend.generate(MODEL, [IDS[0]], Sampling(2, (1,), top_k=0, min_p=0.0, repetition_penalty=1.0))
+
+
 def test_a_backend_that_writes_into_its_input() -> None:
     """Core's rows are used again in the next epoch: the finding names hook and array."""
     batch = TokenBatch(IDS.copy(), LENGTHS, BATCH.loss_mask)

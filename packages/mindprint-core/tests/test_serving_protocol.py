@@ -87,6 +87,10 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"temperature": 10**400}, "temperature", "must be a number"),
     ({"top_p": 0}, "top_p", "from 1e-06 to 1"),
     ({"top_p": []}, "top_p", "must be a number"),
+    ({"top_k": -2}, "top_k", "0 or -1 for all"),
+    ({"top_k": 1.5}, "top_k", "must be a whole number"),
+    ({"min_p": 1}, "min_p", "from 0 to 0.999"),
+    ({"repetition_penalty": 0.5}, "repetition_penalty", "from 1 to 10"),
     ({"seed": -1}, "seed", "at least 0"),
     ({"seed": 1.5}, "seed", "at least 0"),
     ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
@@ -108,6 +112,12 @@ def test_a_request_that_is_refused(fields: dict[str, Any], param: str | None, wo
     assert "\n" not in body["message"]
     assert (body["param"], body["type"]) == (param, "invalid_request_error")
     assert refused.value.status == (404 if fields.get("model") == "gpt-4o" else 400)
+
+
+@pytest.mark.parametrize(("top_k", "kept"), [(40, 40), (0, 0), (-1, 0)])
+def test_filters_are_settings(top_k: int, kept: int) -> None:
+    settings = read(top_k=top_k, min_p=0.1, repetition_penalty=1.2).settings
+    assert (settings.top_k, settings.min_p, settings.repetition_penalty) == (kept, 0.1, 1.2)
 
 
 @pytest.mark.parametrize("prompt", ["", [], ["a", "b"], [1, 2], {"a": 1}, 5, [[1]]])

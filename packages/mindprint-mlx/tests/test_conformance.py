@@ -9,5 +9,15 @@ from mindprint_testing import BackendConformance
 class TestConformance(BackendConformance):
     backend_name = "mlx"
     capabilities = frozenset(
-        {"dropout", "bfloat16", "float16", "sampling", "streaming", "embedding", "experts", *QUANTIZED_FORMATS}
+        {
+            "dropout",
+            "bfloat16",
+            "float16",
+            "sampling",
+            "filters",
+            "streaming",
+            "embedding",
+            "experts",
+            *QUANTIZED_FORMATS,
+        }
     )

@@ -13,6 +13,6 @@ class TestConformance(BackendConformance):
     # On a machine with a GPU, `MINDPRINT_TEST_DEVICE=cuda` runs the same suite there.
     device = os.environ.get("MINDPRINT_TEST_DEVICE", "cpu")
     capabilities = frozenset(
-        {"dropout", "bfloat16", "float16", "sampling", "streaming", "embedding", "quantize", "experts"}
+        {"dropout", "bfloat16", "float16", "sampling", "filters", "streaming", "embedding", "quantize", "experts"}
         | set(QUANTIZED_FORMATS)
     )

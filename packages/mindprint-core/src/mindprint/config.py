@@ -277,6 +277,15 @@ class GenerationConfig(Section):
     )
     temperature: NonNegative = Field(0.0, description="0 is greedy.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling.")
+    top_k: Annotated[int, Field(ge=0)] = Field(
+        0, description="Number of the likeliest tokens that may be drawn. 0 is all."
+    )
+    min_p: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Least probability of a token that may be drawn, relative to the likeliest."
+    )
+    repetition_penalty: Annotated[float, Field(ge=1, le=10)] = Field(
+        1.0, description="Makes tokens of the prompt and of the answer so far less likely, also at temperature 0."
+    )
 
     @property
     def longest(self) -> int:

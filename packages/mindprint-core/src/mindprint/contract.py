@@ -37,6 +37,7 @@ CAPABILITIES = frozenset(
         "bfloat16",
         "float16",
         "sampling",
+        "filters",
         "streaming",
         "embedding",
         "experts",
@@ -50,6 +51,7 @@ CAPABILITIES = frozenset(
 - `dropout`: LoRA dropout in SFT steps, keyed by `Update.seed` and the index of the micro-batch.
 - `bfloat16`, `float16`: a base in that dtype, adapter and moments in float32, and for float16 a dynamic loss scale.
 - `sampling`: draws at a temperature above 0 and with `top_p`, reproducible for a seed.
+- `filters`: `top_k`, `min_p` and `repetition_penalty` of `Sampling`. `mindprint.sampling` defines them.
 - `streaming`: `on_token` of `mindprint_generate`, called for each token as soon as it is known. Core passes a callback
   only to backends that claim this. For the others it calls its own when the answers are there.
 - `embedding`: sites of the kind `embedding`, and LoRA on them.
@@ -404,8 +406,14 @@ class Sampling:
         max_new_tokens: Limit of new tokens.
         stop_token_ids: Ids of which any ends the answer.
         temperature: 0 is greedy.
-        top_p: Share of probability from which a draw is taken.
+        top_p: Share of probability from which a draw is taken, of what `top_k` leaves.
         seed: Makes draws reproducible.
+        top_k: Number of the likeliest tokens from which a draw is taken. 0 is all.
+        min_p: Least probability of a token that may be drawn, relative to the likeliest (Nguyen et al. 2024, arXiv
+            2407.01082). 0 leaves all.
+        repetition_penalty: Divides the logits above 0, and multiplies those below, of every token of the prompt and of
+            the answer so far (Keskar et al. 2019, arXiv 1909.05858, section 4.1), before anything else and also in
+            greedy generation. 1 changes nothing.
     """
 
     max_new_tokens: int
@@ -413,6 +421,14 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def filters(self) -> bool:
+        """Whether it asks for anything of the capability `filters`."""
+        return self.top_k > 0 or self.min_p > 0 or self.repetition_penalty != 1
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mindprint.contract import Float32, Generation, Int32, OnToken, Sampling
-from mindprint.sampling import draw_token, token_generator
+from mindprint.contract import Generation, Int32, OnToken, Sampling
+from mindprint.sampling import TokenChoice
 from mindprint_llamacpp.model import Context, LlamaModel
 
 ROWS = 16
@@ -21,7 +21,7 @@ class _Row:
 
     index: int
     prompt: Int32
-    random: np.random.Generator
+    choose: TokenChoice
     tokens: list[int] = field(default_factory=list)
     stopped: bool = False
 
@@ -39,7 +39,7 @@ def generate(
     Rows take turns: each call of llama.cpp reads one token of one row. A batch of several rows would be rounded
     otherwise than each row alone.
     """
-    rows = [_Row(index, prompt, token_generator(sampling, prompt)) for index, prompt in enumerate(prompts)]
+    rows = [_Row(index, prompt, TokenChoice(sampling, prompt)) for index, prompt in enumerate(prompts)]
     for start in range(0, len(rows) if sampling.max_new_tokens else 0, ROWS):
         group = rows[start : start + ROWS]
         length = max(len(row.prompt) for row in group) + sampling.max_new_tokens
@@ -56,7 +56,7 @@ def generate(
 def _continue(context: Context, rows: Sequence[_Row], sampling: Sampling, on_token: OnToken | None) -> None:
     def step(place: int, row: _Row, tokens: Int32, start: int) -> None:
         for _, logits in context.decode(place, tokens, start, [len(tokens) - 1]):
-            _take(row, _choose(logits, sampling, row.random), sampling, on_token)
+            _take(row, row.choose(logits.astype(np.float64)), sampling, on_token)
 
     for place, row in enumerate(rows):
         step(place, row, row.prompt, 0)
@@ -75,9 +75,3 @@ def _take(row: _Row, token: int, sampling: Sampling, on_token: OnToken | None) -
     row.tokens.append(token)
     if on_token is not None and on_token(row.index, token) is False:
         row.stopped = True
-
-
-def _choose(logits: Float32, sampling: Sampling, random: np.random.Generator) -> int:
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    return draw_token(logits.astype(np.float64), sampling.temperature, sampling.top_p, random.random())

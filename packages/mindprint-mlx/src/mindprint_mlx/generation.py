@@ -14,10 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
 from mindprint.contract import Generation, Int32, OnToken, Sampling
-from mindprint.sampling import draw_token, token_generator
+from mindprint.sampling import TokenChoice
 from mindprint_mlx.arrays import to_numpy
 from mindprint_mlx.model import MlxModel
 from mindprint_mlx.rows import ROWS, read_together
@@ -25,16 +24,16 @@ from mindprint_mlx.rows import ROWS, read_together
 Tell = Callable[[int], bool | None]
 """Tells a token of one row. False ends the row."""
 
-Choice = Callable[[NDArray[np.float64]], int]
-"""From the logits of the next token, float64 `[vocabulary]`, to its id."""
-
 
 @dataclass
 class Row:
-    """A prompt and the tokens of its answer so far. `choose` is None for greedy decoding, `tell` if nobody listens."""
+    """A prompt and the tokens of its answer so far.
+
+    `choose` is None for plain greedy decoding, and `tell` if nobody listens.
+    """
 
     prompt: Int32
-    choose: Choice | None
+    choose: TokenChoice | None
     tell: Tell | None = None
     tokens: list[int] = field(default_factory=list)
     stopped: bool = False
@@ -72,7 +71,7 @@ def generate(
     rows = [
         Row(
             prompt,
-            _sampler(sampling, prompt) if sampling.temperature > 0 else None,
+            TokenChoice(sampling, prompt) if sampling.temperature > 0 or sampling.repetition_penalty != 1 else None,
             None if on_token is None else partial(on_token, index),
         )
         for index, prompt in enumerate(prompts)
@@ -115,16 +114,10 @@ def _continue(model: MlxModel, rows: Sequence[Row], sampling: Sampling) -> None:
 
 def _take(logits: mx.array, rows: Sequence[Row], sampling: Sampling) -> None:
     """Choose the next token of each row from logits `[rows, vocabulary]`."""
-    if sampling.temperature == 0:
+    if rows[0].choose is None:
         tokens = np.array(mx.argmax(logits, axis=-1)).tolist()
     else:
         values = to_numpy(logits).astype(np.float64)
         tokens = [row.choose(scores) for row, scores in zip(rows, values, strict=False) if row.choose]
     for row, token in zip(rows, tokens, strict=False):
         row.take(token, sampling)
-
-
-def _sampler(sampling: Sampling, prompt: Int32) -> Choice:
-    """Return a choice by random numbers from the seed and the prompt itself: the same whatever its neighbours are."""
-    generator = token_generator(sampling, prompt)
-    return lambda logits: draw_token(logits, sampling.temperature, sampling.top_p, generator.random())

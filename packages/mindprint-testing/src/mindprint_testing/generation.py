@@ -122,6 +122,46 @@ class Generation(Claims):
         deviation = float(np.sqrt((np.exp(scores) * (scores - expected) ** 2).sum() / len(drawn)))
         assert abs(float(scores[drawn].mean()) - expected) < 4 * deviation
 
+    def test_filters_that_leave_no_choice_are_greedy(self, bench: Bench) -> None:
+        """At a temperature of 2 the likeliest token is drawn where `top_k` is 1, and where `min_p` is as good as 1.
+
+        If it fails: a filter is ignored, or it keeps the wrong end.
+        """
+        self.needs("filters")
+        model, prompts = bench.ready(), _prompts(bench)
+        greedy = _words(bench.backend.generate(model, prompts, GREEDY))
+        for filtered in ({"top_k": 1}, {"min_p": 1 - 1e-9}):
+            sampling = Sampling(6, (), temperature=2.0, **filtered)  # type: ignore[arg-type]
+            assert _words(bench.backend.generate(model, prompts, sampling)) == greedy
+
+    def test_filters_draw_from_what_they_leave(self, bench: Bench) -> None:
+        """60 draws with `top_k` 3 at a high temperature are the three likeliest tokens.
+
+        If it fails: `top_k` counts from the wrong end, or is off by one.
+        """
+        self.needs("filters")
+        model, prompt = bench.ready(), _prompts(bench)[0]
+        likeliest = np.argsort(-_next_log_probs(bench, model, prompt), kind="stable")[:3]
+        settings = [Sampling(1, (), temperature=50.0, top_k=3, seed=seed) for seed in range(60)]
+        drawn = {int(bench.backend.generate(model, [prompt], each)[0].tokens[0]) for each in settings}
+        assert drawn == set(likeliest.tolist())
+
+    def test_a_penalty_forbids_what_was_there(self, bench: Bench) -> None:
+        """With a repetition penalty of 10^6 a greedy answer has no token of its prompt, and none of them twice.
+
+        If it fails: the penalty is not applied to greedy answers, knows only the prompt or only the answer, or takes
+        the filling of shorter prompts for text.
+        """
+        self.needs("filters")
+        model, prompts = bench.ready(), _prompts(bench)
+        sampling = Sampling(6, (), repetition_penalty=1e6)
+        made = bench.backend.generate(model, prompts, sampling)
+        for prompt, answer in zip(prompts, made, strict=True):
+            before, new = set(prompt.tolist()), answer.tokens.tolist()
+            assert len(before.union(new)) == len(before) + len(new)
+        answers = _words(made)
+        assert [_words(bench.backend.generate(model, [prompt], sampling))[0] for prompt in prompts] == answers
+
     def test_told_tokens_are_the_answers(self, bench: Bench) -> None:
         """`on_token` gets each row's tokens, in order and without the stop token, and answers stay as they are.
 

@@ -25,7 +25,7 @@ def backend_info() -> BackendInfo:
         name="torch",
         devices=(_cuda(), _cpu(), mps),
         capabilities=frozenset(
-            {"dropout", "bfloat16", "float16", "sampling", "streaming", "embedding", "quantize", "experts"}
+            {"dropout", "bfloat16", "float16", "sampling", "filters", "streaming", "embedding", "quantize", "experts"}
             | set(QUANTIZED_FORMATS)
         ),
         libraries={name: _version(name) for name in LIBRARIES} | {"threads": str(torch.get_num_threads())},

@@ -92,7 +92,7 @@ def _next_logits(model: TorchModel, prompts: list[Int32]) -> Tensor:
 
 def _continue(model: TorchModel, prompts: list[Int32], sampling: Sampling, told: TellTokens | None) -> list[Generation]:
     fill = sampling.stop_token_ids[0] if sampling.stop_token_ids else 0
-    draws = [Draw(sampling, prompts)] if sampling.temperature > 0 else []
+    draws = [Draw(sampling, prompts)] if sampling.temperature > 0 or sampling.repetition_penalty != 1 else []
     stops = list(sampling.stop_token_ids) or None
     limits = {"max_new_tokens": sampling.max_new_tokens, "eos_token_id": stops}
     output = _run(model, prompts, fill, draws, [] if told is None else [told], **limits)
@@ -160,21 +160,44 @@ class TellTokens(StoppingCriteria):
 
 
 class Draw(LogitsProcessor):
-    """Sampling as a processor of logits: of each row's logits only the drawn token's is left.
+    """Sampling and its filters as a processor of logits: of each row's logits only the chosen token's is left.
 
     A row's random numbers come from the seed and its own prompt, so that they do not depend on its neighbours.
-    transformers' own sampling draws from one generator for all rows.
+    transformers' own sampling draws from one generator for all rows, and its penalty takes filling for text.
     """
 
     def __init__(self, sampling: Sampling, prompts: Sequence[Int32]) -> None:
         self.sampling = sampling
+        self.prompts = prompts
+        self.width = max(map(len, prompts))
         self.generators = [token_generator(sampling, prompt) for prompt in prompts]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002  (transformers' signature)
-        wide = torch.float32 if scores.device.type == "mps" else torch.float64
-        uniform = torch.tensor([[generator.random()] for generator in self.generators], dtype=wide)
-        drawn = draw(scores, self.sampling, uniform.to(scores.device))
-        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # In float64 as the definition is, so that the same logits give the same token. MPS has none.
+        values = scores.to(torch.float32 if scores.device.type == "mps" else torch.float64)
+        if self.sampling.repetition_penalty != 1:
+            values = penalised(values, self._seen(input_ids, values), self.sampling.repetition_penalty)
+        if self.sampling.temperature == 0:
+            chosen = values.argmax(-1, keepdim=True)
+        else:
+            uniform = torch.tensor([[generator.random()] for generator in self.generators], dtype=values.dtype)
+            chosen = draw(values, self.sampling, uniform.to(scores.device))
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+    def _seen(self, input_ids: Tensor, values: Tensor) -> Tensor:
+        """Return which tokens each row has had, bool `[rows, vocabulary]`: those of its prompt and of its answer."""
+        seen = torch.zeros_like(values, dtype=torch.bool)
+        for row, prompt in zip(seen, self.prompts, strict=True):
+            row[torch.from_numpy(prompt.astype(np.int64)).to(row.device)] = True
+        return seen.scatter(1, input_ids[:, self.width :], True)
+
+
+def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Return logits `[rows, vocabulary]` in which the tokens that `seen` marks are less likely.
+
+    The definition is `mindprint.sampling.penalised`.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
@@ -182,20 +205,24 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 
     The definition is `mindprint.sampling.draw_token`, here on the device and for all rows at once.
     """
-    # In float64 as there, so that the same logits give the same token. MPS has none.
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    every = torch.softmax(logits.to(wide) / sampling.temperature, dim=-1)
+    every = torch.softmax(logits / sampling.temperature, dim=-1)
     # The likeliest first, in the order of their ids, so that equally likely ones come as in a full sort.
     tokens = every.topk(min(LIKELY, every.shape[-1]), dim=-1).indices.sort(dim=-1).values
-    if bool((every.gather(1, tokens).sum(-1) < sampling.top_p).any()):
+    if sampling.top_k > LIKELY or (
+        not sampling.top_k and bool((every.gather(1, tokens).sum(-1) < sampling.top_p).any())
+    ):
         tokens = torch.arange(every.shape[-1], device=every.device).expand_as(every)
     probabilities, order = every.gather(1, tokens).sort(descending=True, stable=True)
-    tokens = tokens.gather(1, order)
-    # A token is kept if those before it do not reach `top_p` yet: the first is kept whatever `top_p` is.
+    tokens, total = tokens.gather(1, order), 1.0
+    if sampling.top_k:
+        tokens, probabilities = tokens[:, : sampling.top_k], probabilities[:, : sampling.top_k]
+        total = probabilities.sum(-1, keepdim=True)
+    # A token is kept if those before it do not reach `top_p` yet: the first is kept whatever the settings are.
     before = probabilities.cumsum(-1) - probabilities
-    kept = probabilities * (before < sampling.top_p)
-    reached = kept.cumsum(-1)
-    index = torch.searchsorted(reached, uniform.to(wide) * reached[:, -1:], right=True)
+    kept = (before < sampling.top_p * total) & (probabilities >= sampling.min_p * probabilities[:, :1])
+    kept[:, 0] = True
+    reached = (probabilities * kept).cumsum(-1)
+    index = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)
     return tokens.gather(1, index.clamp(max=tokens.shape[1] - 1))
 
 

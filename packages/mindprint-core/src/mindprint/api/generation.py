@@ -61,6 +61,9 @@ def generate(
     max_new_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
     seed: int = 0,
     backend: str | None = None,
     device: str | None = None,
@@ -78,6 +81,9 @@ def generate(
         max_new_tokens: The longest answer. Default: the run's setting.
         temperature: 0 is greedy. Default: the run's setting.
         top_p: Nucleus sampling. Default: the run's setting.
+        top_k: The number of likeliest tokens to draw from. Default: the run's setting.
+        min_p: The least probability relative to the likeliest token. Default: the run's setting.
+        repetition_penalty: 1 changes nothing. Default: the run's setting.
         seed: Seed of the draws.
         backend: `torch`, `mlx`, or any installed backend. Default: the run's.
         device: `cpu`, `cuda`, `mps`, `metal`. Default: the run's.
@@ -106,7 +112,14 @@ def generate(
     if not asked or not all(prompt.strip() for prompt in asked):
         raise DataError("prompts: a prompt is empty" if asked else "prompts: there is none")
     notices = Notices(on_notice)
-    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
     section = backend_section(backend, device)
     alone = runs_opened.is_model_folder(path)
     if alone and only is None:

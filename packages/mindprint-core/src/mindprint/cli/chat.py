@@ -20,9 +20,12 @@ from mindprint.cli.options import (
     backend_option,
     device_option,
     max_new_tokens_option,
+    min_p_option,
     model_option,
+    repetition_penalty_option,
     seed_option,
     temperature_option,
+    top_k_option,
     top_p_option,
 )
 from mindprint.cli.output import emit, json_option, notice, say
@@ -49,6 +52,9 @@ ReadLine = Callable[[str], str]
 @max_new_tokens_option
 @temperature_option
 @top_p_option
+@top_k_option
+@min_p_option
+@repetition_penalty_option
 @seed_option
 @backend_option
 @device_option
@@ -62,6 +68,9 @@ def command(
     max_new_tokens: int | None,
     temperature: float | None,
     top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
     seed: int,
     backend: str | None,
     device: str | None,
@@ -76,7 +85,14 @@ def command(
     is_model = runs_opened.is_model_folder(path)
     opening = runs_opened.open_model if is_model else runs_opened.open_adapter
     with opening(path, backend_section(backend, device), model=model, notice=notice) as opened:
-        given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        given = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+        }
         changed = {name: value for name, value in given.items() if value is not None}
         settings = opened.config.generation.model_copy(update=changed)
         chat = Chat(opened, settings, SIDES[side], seed, system)

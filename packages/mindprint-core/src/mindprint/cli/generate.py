@@ -19,9 +19,12 @@ from mindprint.cli.options import (
     backend_option,
     device_option,
     max_new_tokens_option,
+    min_p_option,
     model_option,
+    repetition_penalty_option,
     seed_option,
     temperature_option,
+    top_k_option,
     top_p_option,
 )
 from mindprint.cli.output import json_option, say, show, tell_notice
@@ -38,6 +41,9 @@ OPTIONS = {
     "max_new_tokens": "--max-new-tokens",
     "temperature": "--temperature",
     "top_p": "--top-p",
+    "top_k": "--top-k",
+    "min_p": "--min-p",
+    "repetition_penalty": "--repetition-penalty",
     "seed": "--seed",
     "backend": "--backend",
     "backend.type": "--backend",
@@ -72,6 +78,9 @@ class Generate(click.Command):
 @max_new_tokens_option
 @temperature_option
 @top_p_option
+@top_k_option
+@min_p_option
+@repetition_penalty_option
 @seed_option
 @backend_option
 @device_option
@@ -85,6 +94,9 @@ def command(
     max_new_tokens: int | None,
     temperature: float | None,
     top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
     seed: int,
     backend: str | None,
     device: str | None,
@@ -100,9 +112,21 @@ def command(
     path, more = path_and_prompts(words, given=bool(prompts))
     texts = read_prompts([*prompts, *more])
     result = generate(
-        path, texts, only=only, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
-        backend=backend, device=device, model=model, on_notice=tell_notice,
-    )  # fmt: skip
+        path,
+        texts,
+        only=only,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        backend=backend,
+        device=device,
+        model=model,
+        on_notice=tell_notice,
+    )
     console = Console()
     # Side by side needs two answers and room for both. Pipes and narrow terminals get plain text.
     both = all(answer is not None for answered in result.answers for answer in answered.sides.values())

@@ -17,4 +17,13 @@ temperature_option = click.option(
 top_p_option = click.option(
     "--top-p", type=click.FloatRange(min=0, max=1, min_open=True), help="Nucleus sampling; likewise."
 )
+top_k_option = click.option(
+    "--top-k", type=click.IntRange(min=0), help="Draw from this many tokens; 0 is all; likewise."
+)
+min_p_option = click.option(
+    "--min-p", type=click.FloatRange(min=0, max=1, max_open=True), help="Least relative probability; likewise."
+)
+repetition_penalty_option = click.option(
+    "--repetition-penalty", type=click.FloatRange(min=1, max=10), help="1 changes nothing; likewise."
+)
 seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws.")

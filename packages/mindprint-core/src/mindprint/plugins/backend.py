@@ -153,6 +153,11 @@ class Backend:
         """
         hook = "mindprint_generate"
         _require_embedded(model, prompts)
+        if sampling.filters and "filters" not in self.info.capabilities:
+            raise BackendError(
+                f"backend {self.name!r} knows neither top_k nor min_p nor repetition_penalty: leave them out of "
+                "generation, or take another backend"
+            )
         relay = None if on_token is None or not self.streams else TokenRelay(on_token, len(prompts))
         arguments = {"prompts": prompts, "sampling": sampling, "adapter": adapter, "on_token": relay}
         generations = self._sequence(hook, Generation, model=model.handle, **arguments)

@@ -38,9 +38,6 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "logit_bias": ({},),
     "presence_penalty": (0, 0.0),
     "frequency_penalty": (0, 0.0),
-    "top_k": (0, -1),
-    "min_p": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
 }
 """Fields that would change an answer and that this server does not know, with the values that change nothing."""
 
@@ -148,6 +145,9 @@ def read_request(body: bytes, kind: Kind, models: Sequence[str], defaults: Gener
             max_new_tokens=_new_tokens(fields, defaults.longest, limits),
             temperature=_number(fields, "temperature", defaults.temperature, 0.0, 2.0),
             top_p=_number(fields, "top_p", defaults.top_p, 1e-6, 1.0),
+            top_k=_top_k(fields, defaults.top_k),
+            min_p=_number(fields, "min_p", defaults.min_p, 0.0, 0.999),
+            repetition_penalty=_number(fields, "repetition_penalty", defaults.repetition_penalty, 1.0, 10.0),
         ),
         _seed(fields),
         _stop(fields),
@@ -221,6 +221,13 @@ def _number(fields: Mapping[str, Any], name: str, default: float, least: float, 
     if not (least <= value <= greatest or value == default):
         raise RequestError(f"{name} must be a number from {least:g} to {greatest:g}", param=name)
     return float(value)
+
+
+def _top_k(fields: Mapping[str, Any], default: int) -> int:
+    value = fields.get("top_k", default)
+    if not _is_whole(value) or not -1 <= value < 2**31:
+        raise RequestError("top_k must be a whole number, 0 or -1 for all tokens", param="top_k")
+    return max(int(value), 0)
 
 
 def _seed(fields: Mapping[str, Any]) -> int | None:
