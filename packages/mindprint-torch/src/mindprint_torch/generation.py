@@ -213,7 +213,8 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     ):
         tokens = torch.arange(every.shape[-1], device=every.device).expand_as(every)
     probabilities, order = every.gather(1, tokens).sort(descending=True, stable=True)
-    tokens, total = tokens.gather(1, order), 1.0
+    tokens = tokens.gather(1, order)
+    total: Tensor | float = 1.0
     if sampling.top_k:
         tokens, probabilities = tokens[:, : sampling.top_k], probabilities[:, : sampling.top_k]
         total = probabilities.sum(-1, keepdim=True)
