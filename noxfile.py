@@ -23,8 +23,8 @@ nox.needs_version = ">=2024.4"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = [
-    "lint", "core", "testing", "hello", "torch", "mlx", "types", "parity", "faults", "integration", "docs", "site",
-    "demo", "wheels", "pretrained",
+    "lint", "core", "testing", "hello", "torch", "mlx", "llamacpp", "types", "parity", "faults", "integration", "docs",
+    "site", "demo", "wheels", "pretrained",
 ]  # fmt: skip
 
 # CPU builds of PyTorch are published for some Pythons only; 3.11 where there is one, else whatever runs nox.
@@ -122,7 +122,7 @@ def mlx(session: nox.Session) -> None:
     session.run("pytest", "packages/mindprint-mlx/tests", *IN_PARALLEL, *session.posargs, env=ONE_THREAD)
 
 
-@nox.session(python=PYTHON, default=False)
+@nox.session(python=PYTHON)
 def llamacpp(session: nox.Session) -> None:
     """The llama.cpp backend's tests, from its wheel, where neither torch nor mlx is installed."""
     install(session, ("core", "llamacpp", "testing"), *TESTS)
