@@ -46,7 +46,7 @@ def test_torch_and_mlx_are_equivalent(
     torch, mlx = (side["costs"]["peak_bytes"] / 2**20 for side in found["sides"])
     assert 50 < mlx < torch < 4000  # PyTorch's libraries alone are larger than all of MLX's process
     # Two answers are drawn for each prompt, and both backends draw the same ones.
-    assert sorted(one["prompt"] for one in found["answers"]) == sorted([*HELD_OUT, *HELD_OUT])
+    assert sorted(answer["prompt"] for answer in found["answers"]) == sorted([*HELD_OUT, *HELD_OUT])
     assert all(one["texts"][0] == one["texts"][1] != "" for one in found["answers"])
     assert [side["voice"] for side in found["sides"]] == [None, None]  # too few words: said to be so
     assert all("words" in side["voice_missing"] for side in found["sides"])

@@ -287,6 +287,10 @@ class GenerationConfig(Section):
         1.0, description="Makes tokens of the prompt and of the answer so far less likely, also at temperature 0."
     )
 
+    def changed(self, **given: float | None) -> GenerationConfig:
+        """Return these settings with those that are given. None is not given: 0 is a valid temperature."""
+        return self.model_copy(update={name: value for name, value in given.items() if value is not None})
+
     @property
     def longest(self) -> int:
         """Return the longest answer outside evaluations."""

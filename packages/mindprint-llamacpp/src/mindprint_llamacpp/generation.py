@@ -46,11 +46,7 @@ def generate(
         # Always the same number of rows for one prompt and for several, because it decides how memory is laid out.
         with model.context(ROWS if len(prompts) > 1 else 1, length, adapter=adapter) as context:
             _continue(context, group, sampling, on_token)
-    reason = [("stop" if row.stopped else "length") for row in rows]
-    return tuple(
-        Generation(np.array(row.tokens, np.int32), "stop" if why == "stop" else "length")
-        for row, why in zip(rows, reason, strict=True)
-    )
+    return tuple(Generation(np.array(row.tokens, np.int32), "stop" if row.stopped else "length") for row in rows)
 
 
 def _continue(context: Context, rows: Sequence[_Row], sampling: Sampling, on_token: OnToken | None) -> None:

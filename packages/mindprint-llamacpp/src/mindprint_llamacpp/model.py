@@ -23,7 +23,7 @@ from mindprint.models.token_ids import embedding_rows
 from mindprint_llamacpp.library import Library, forget_messages, last_message, load_library
 
 GRAIN = 256
-"""The length of a context grows in steps of so many tokens, so that few contexts are made."""
+"""The length of a context is a multiple of this many tokens, so that few contexts are made."""
 
 
 @dataclass

@@ -93,8 +93,10 @@ def _continue(model: MlxModel, rows: Sequence[Row], sampling: Sampling) -> None:
         return
     # The last token of a prompt is left for the first step, so that logits are computed for it alone.
     read = [row.prompt[:-1] for row in rows]
-    cache: list[Any] = model.new_cache() if len(rows) == 1 else read_together(model.module, model.new_cache(), read)
-    if len(rows) == 1 and len(read[0]):
+    cache: list[Any] = model.new_cache()
+    if len(rows) > 1:
+        cache = [*read_together(model.module, cache, read)]
+    elif len(read[0]):
         model.module(mx.array(read[0])[None], cache=cache)
         mx.eval([layer.state for layer in cache])
     running = list(rows)

@@ -83,7 +83,7 @@ class RowCache:
 
 def read_together(module: nn.Module, empty: Sequence[Any], prompts: Sequence[Int32]) -> list[RowCache]:
     """Read prompts (int32 `[P]`, which may be empty) and return their caches by layer. No logits are computed."""
-    # Filling is behind the tokens, where causal attention does not see it. One place of it stands for no tokens at all.
+    # Filling is behind the tokens, where causal attention does not see it. Without any tokens there is one place of it.
     width = max(1, *map(len, prompts))
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):

@@ -112,14 +112,6 @@ def generate(
     if not asked or not all(prompt.strip() for prompt in asked):
         raise DataError("prompts: a prompt is empty" if asked else "prompts: there is none")
     notices = Notices(on_notice)
-    given = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-    }
     section = backend_section(backend, device)
     alone = runs_opened.is_model_folder(path)
     if alone and only is None:
@@ -131,9 +123,14 @@ def generate(
     else:
         opening = runs_opened.open_adapter(path, section, model=model, notice=notices)
     with opening as opened:
-        # 0 is a valid temperature, so only None means "not given".
-        changed = {name: value for name, value in given.items() if value is not None}
-        settings = opened.config.generation.model_copy(update=changed)
+        settings = opened.config.generation.changed(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
         sides: list[Sequence[Answer | None]] = [
             # Both models get the same seed, so that the answers differ by the adapter and not by the draw.
             opened.answer(asked, settings, seed=seed, adapter=adapter) if adapter in asked_for else [None] * len(asked)

@@ -85,16 +85,14 @@ def command(
     is_model = runs_opened.is_model_folder(path)
     opening = runs_opened.open_model if is_model else runs_opened.open_adapter
     with opening(path, backend_section(backend, device), model=model, notice=notice) as opened:
-        given = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-        }
-        changed = {name: value for name, value in given.items() if value is not None}
-        settings = opened.config.generation.model_copy(update=changed)
+        settings = opened.config.generation.changed(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
         chat = Chat(opened, settings, SIDES[side], seed, system)
         interactive = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
         if interactive:
