@@ -14,7 +14,7 @@ SHARED = {
     "adapter": {"inject", "require_adapter"},
     "devices": {"backend_info"},
     "digest": {"base_digest"},
-    "generation": {"draw", "generate"},
+    "generation": {"generate"},
     "head": {"Head", "read_head"},
     "logprobs": {"LOGITS_BYTES", "batch_layouts", "layout_log_probs", "log_probs", "log_softmax_at"},
     "model": {"Adapter", "load_model", "release"},
