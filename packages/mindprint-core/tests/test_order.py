@@ -1,13 +1,15 @@
 """Order and random numbers as pure functions of their keys."""
 
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mindprint.data.order import StageOrder
-from mindprint.draws import permutation, random_bits, uniform
+from mindprint.data import order as order_module
+from mindprint.data.order import DRAWN_WHOLE, StageOrder
+from mindprint.draws import permutation, permuted, random_bits, uniform
 
 
 def test_the_stream_is_what_it_was_when_this_was_written() -> None:
@@ -104,3 +106,62 @@ def test_an_epoch_is_drawn_once_and_its_steps_are_those_of_a_fresh_order(monkeyp
     assert [kept.micro_batches(step) for step in (14, 0, 7)] == [steps[14], steps[0], steps[7]]
     assert len(kept._drawn) == 1
     assert kept == order() and hash(kept) == hash(order())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 31, 32, 33, 1000, 4097])
+def test_a_keyed_permutation_has_every_number_once(count: int) -> None:
+    numbers = permuted(np.arange(count), count, 7, "x")
+    assert sorted(numbers.tolist()) == list(range(count))
+    # A part of it is drawn without the rest.
+    assert permuted(np.arange(count)[::-3], count, 7, "x").tolist() == numbers[::-3].tolist()
+
+
+def test_a_keyed_permutation_is_what_it_was_when_this_was_written() -> None:
+    assert permuted(np.arange(4), 100_000, 0, "order", "a", "sft", 0).tolist() == [38650, 48782, 86397, 82056]
+    assert permuted(np.arange(4), 100_000, 0, "order", "a", "sft", 1).tolist() != [38650, 48782, 86397, 82056]
+
+
+def test_a_keyed_permutation_is_uniform() -> None:
+    """Neither where a number lands nor how two neighbours lie to each other tells anything."""
+    count = 70_000
+    moved = permuted(np.arange(count), count, 1, "u")
+    table = np.histogram2d(np.arange(count), moved, 10)[0]
+    assert ((table - count / 100) ** 2 / (count / 100)).sum() < 140  # chi-squared, 81 degrees: p < 1e-4 beyond 140
+    steps = np.histogram(np.diff(moved) % count, 20, (0, count))[0]
+    assert ((steps - count / 20) ** 2 / (count / 20)).sum() < 50
+    fixed = int((moved == np.arange(count)).sum())
+    assert fixed < 8  # Poisson with mean 1: p < 1e-5 beyond 8
+
+
+def long_order(**settings: Any) -> StageOrder:
+    return StageOrder(DRAWN_WHOLE + 77, 3, 5, 7, "t", "sft", epochs=2, **settings)
+
+
+def test_many_rows_come_once_an_epoch_and_a_step_does_not_draw_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = (random_bits(DRAWN_WHOLE + 77, 5, "lengths") % np.uint64(90)).astype(np.int32)
+    plain, grouped = long_order(), long_order(lengths=lengths, length_window=8)
+    monkeypatch.setattr(order_module, "permutation", None)
+    for order in (plain, grouped):
+        steps = [order.micro_batches(step) for step in range(order.steps_per_epoch)]
+        assert sorted(chain.from_iterable(chain.from_iterable(steps))) == list(range(order.rows))
+        assert {len(micro) for step in steps[:-1] for micro in step} == {3}
+        # Any step by itself, as a resumed run takes it, also one that reaches across two blocks.
+        for step in (0, 272, 273, 274, order.steps_per_epoch - 1):
+            fresh = StageOrder(**{name: getattr(order, name) for name in FIELDS})
+            assert fresh.micro_batches(step) == steps[step]
+            assert sum(map(len, fresh._drawn.values())) <= order_module.BLOCK
+    assert plain.micro_batches(0) != plain.micro_batches(plain.steps_per_epoch)
+    spread = [np.ptp(lengths[list(micro)]) for order in (plain, grouped) for micro in order.micro_batches(40)]
+    assert sum(spread[:5]) > 2 * sum(spread[5:])
+
+
+FIELDS = ("rows", "batch_size", "gradient_accumulation", "seed", "topic", "stage", "epochs", "lengths", "length_window")
+
+
+def test_the_first_version_draws_every_epoch_whole() -> None:
+    """A run of an earlier version continues in its own order. Few rows have the same order in both."""
+    drawn = permutation(DRAWN_WHOLE + 77, 7, "order", "t", "sft", 0).tolist()
+    assert list(chain.from_iterable(long_order(version=1).micro_batches(2))) == drawn[30:45]
+    assert list(chain.from_iterable(long_order().micro_batches(2))) != drawn[30:45]
+    few = [StageOrder(50, 4, 2, 7, "t", "sft", epochs=1, version=version).micro_batches(1) for version in (1, 2)]
+    assert few[0] == few[1]

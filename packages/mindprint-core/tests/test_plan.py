@@ -1,7 +1,17 @@
 """The plan of a run: stages in order, their steps, their backends."""
 
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
 from mindprint.config import make_config
+from mindprint.data.order import ORDER_VERSION
+from mindprint.errors import RunError
+from mindprint.runs.folder import RunFolder
 from mindprint.training.plan import RowLengths, plan_run, total_steps
+from mindprint.training.prepare import Prepared
 
 
 def lengths(sft: dict[str, int], pairs: dict[str, int]) -> RowLengths:
@@ -49,3 +59,21 @@ def test_the_schedule_starts_anew_in_each_stage() -> None:
     first, second = plan_run(config, ["a", "b"], lengths({"a": 4, "b": 4}, {}))
     assert [first.learning_rate(step) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
     assert second.learning_rate(0) == 1.0
+
+
+def test_a_resumed_run_keeps_the_order_that_it_was_started_with(tmp_path: Path) -> None:
+    plans = plan_run(make_config({}).config, ["a"], lengths({"a": 8}, {"a": 8}))
+    prepared = cast(Any, Prepared)(*[None] * 4, plans, *[None] * 5)
+    folder = RunFolder(tmp_path)
+
+    def orders(manifest: str) -> set[int]:
+        folder.manifest.write_text(manifest, encoding="utf-8")
+        resumed = prepared.in_order_of(folder)
+        return {resumed.order, *(plan.order.version for plan in resumed.plans)}
+
+    # Manifests that do not record it were written when there was one order.
+    assert orders("{}") == {1}
+    assert orders(json.dumps({"order": 2})) == {2}
+    assert orders("not JSON: it is written again from the configuration") == {ORDER_VERSION}
+    with pytest.raises(RunError, match=r"manifest\.json: reads rows in order 3 of a newer Mindprint.*up to 2: pip"):
+        orders(json.dumps({"order": 3}))

@@ -131,6 +131,15 @@ class RunFolder:
             return None
         return started if isinstance(started, str) else None
 
+    def order_version(self) -> int | None:
+        """Return the version of the order in which the run reads its rows. None where its manifest is not readable."""
+        try:
+            # Manifests from before it was recorded do not have it.
+            version = read_json(self.manifest).get("order", 1)
+        except (OSError, *MALFORMED):
+            return None
+        return version if isinstance(version, int) else None
+
     def start_order(self) -> tuple[str, int, str]:
         """Return a key that sorts runs by their start: as recorded in the run, then by number and name.
 

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mindprint.contract import Bool, Float64
+from mindprint.draws import mixed
 
 THRESHOLD = 0.7
 """Jaccard similarity from which two texts are near-duplicates."""
@@ -174,15 +175,8 @@ def _gram_set(text: str) -> Hashes:
     grams = codes[: len(codes) - GRAM + 1].copy()
     for offset in range(1, GRAM):
         # A character has 21 bits: four of them do not fit 64, so the sum is mixed as it grows.
-        grams = _mixed(grams) + codes[offset : len(codes) - GRAM + 1 + offset]
-    return np.unique(_mixed(grams))
-
-
-def _mixed(values: Hashes) -> Hashes:
-    """Apply the finaliser of SplitMix64 (Steele, Lea & Flood 2014): each bit of the result depends on every bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+        grams = mixed(grams) + codes[offset : len(codes) - GRAM + 1 + offset]
+    return np.unique(mixed(grams))
 
 
 def _grouped(grams: _Grams, on_progress: OnProgress) -> Ints:
@@ -214,12 +208,12 @@ class _Search:
         rng = np.random.default_rng(0)
         for band in range(BANDS):
             # Texts with different numbers are never near-duplicates, so the numbers are part of the bucket's key.
-            keys = _mixed(self._grams.numbers.astype(np.uint64))
+            keys = mixed(self._grams.numbers.astype(np.uint64))
             for row in range(ROWS):
                 least = np.minimum.reduceat(_ranks(hashes, weights, rng)[kinds], starts)
-                keys = _mixed(keys + least.view(np.uint64))
+                keys = mixed(keys + least.view(np.uint64))
                 if (place := band * ROWS + row) < SIGNATURE:
-                    self._signatures[:, place] = _mixed(least.view(np.uint64)) >> np.uint64(32)
+                    self._signatures[:, place] = mixed(least.view(np.uint64)) >> np.uint64(32)
             _, bucket, counts = np.unique(keys, return_inverse=True, return_counts=True)
             order = np.argsort(bucket, kind="stable")
             on_progress(band + 1, 2 * BANDS)
@@ -265,7 +259,7 @@ def _ranks(hashes: Hashes, weights: Float64, rng: np.random.Generator) -> Float6
     """
     factor, offset = rng.integers(0, 2**64, 2, dtype=np.uint64)
     # Multiplication by an odd number is invertible modulo 2^64, so this is a permutation of all hashes.
-    bits = _mixed(hashes * (factor | np.uint64(1)) + offset) >> np.uint64(11)
+    bits = mixed(hashes * (factor | np.uint64(1)) + offset) >> np.uint64(11)
     # Half a step above zero, whose logarithm would be infinite.
     ranks: Float64 = -np.log((bits.astype(np.float64) + 0.5) * 2.0**-53) / weights
     return ranks

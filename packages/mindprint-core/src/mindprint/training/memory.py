@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal
 
+import numpy as np
+
 from mindprint.config import ConfigFile, merged
 from mindprint.contract import (
     BaseSizes,
@@ -265,13 +267,13 @@ def rough_need(request: MemoryRequest) -> MemoryNeed:
 def _heaviest_rows(plan: StagePlan) -> Iterator[Sequence[int]]:
     """Yield the rows of the micro-batch with most tokens, padding included, and of the one with the longest row."""
     order = plan.order
-    lengths = order.lengths or ()
+    lengths = np.asarray(order.lengths)
     if order.total_steps > MOST_STEPS:
         # Sorted batches by length may well put the longest rows together in that number of steps.
-        yield sorted(range(order.rows), key=lengths.__getitem__)[-order.batch_size :]
+        yield np.argsort(lengths, kind="stable")[-order.batch_size :].tolist()
         return
     batches = list(chain.from_iterable(order.micro_batches(step) for step in range(order.total_steps)))
-    longest = [max(lengths[row] for row in rows) for rows in batches]
+    longest = [int(lengths[list(rows)].max()) for rows in batches]
     padded = [len(rows) * length for rows, length in zip(batches, longest, strict=True)]
     for sizes in dict.fromkeys((tuple(padded), tuple(longest))):
         yield batches[max(range(len(batches)), key=sizes.__getitem__)]

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from mindprint.config import BackendConfig, Config, StageConfig
 from mindprint.contract import StageName
-from mindprint.data.order import StageOrder
+from mindprint.data.order import Lengths, StageOrder
 from mindprint.training.objectives import OBJECTIVES, Objective
 from mindprint.training.schedule import learning_rate
 
-RowLengths = Mapping[StageName, Mapping[str, Sequence[int]]]
+RowLengths = Mapping[StageName, Mapping[str, Lengths]]
 """The tokens of each row, by stage and topic."""
 
 
@@ -39,12 +41,17 @@ class StagePlan:
     @property
     def tokens_per_step(self) -> float:
         """Return the mean number of tokens that an optimizer step reads."""
-        return sum(self.order.lengths or ()) / self.order.steps_per_epoch
+        lengths = self.order.lengths
+        return 0.0 if lengths is None else float(np.sum(lengths)) / self.order.steps_per_epoch
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of the stage's step `step` (from 0)."""
         settings = self.settings
         return learning_rate(settings.schedule, step, self.steps, settings.learning_rate, settings.warmup_steps)
+
+    def for_order(self, version: int) -> StagePlan:
+        """Return a copy with the order of an older version."""
+        return replace(self, order=replace(self.order, version=version))
 
     def for_attempt(self, first_step: int, attempt: int = 1, learning_rate_factor: float = 1.0) -> StagePlan:
         """Return a copy for an attempt at its topic, with the learning rate multiplied by the factor."""
@@ -60,7 +67,7 @@ def plan_run(config: Config, topics: Sequence[str], lengths: RowLengths) -> tupl
         for stage, objective in OBJECTIVES.items():
             settings, rows = objective.settings(config), lengths.get(stage, {}).get(topic, ())
             # A topic of one kind of rows has one stage. `check_topics` refuses it where both were asked for.
-            for _ in range(objective.repeats(settings) if settings.enabled and rows else 0):
+            for _ in range(objective.repeats(settings) if settings.enabled and len(rows) else 0):
                 first_step = plans[-1].first_step + plans[-1].steps if plans else 0
                 order = _stage_order(config, objective, topic, rows)
                 backend = settings.backend or config.backend
@@ -73,7 +80,7 @@ def total_steps(plans: Sequence[StagePlan]) -> int:
     return sum(plan.steps for plan in plans)
 
 
-def _stage_order(config: Config, objective: Objective[Any, Any], topic: str, lengths: Sequence[int]) -> StageOrder:
+def _stage_order(config: Config, objective: Objective[Any, Any], topic: str, lengths: Lengths) -> StageOrder:
     settings = objective.settings(config)
     epochs, steps = settings.epochs_per_topic, settings.steps_per_topic
     # Defaults of an objective and not of the configuration: there, one of the two would have to be unset.
@@ -88,6 +95,6 @@ def _stage_order(config: Config, objective: Objective[Any, Any], topic: str, len
         objective.name,
         epochs=epochs,
         steps=steps,
-        lengths=tuple(lengths),
+        lengths=lengths,
         length_window=config.data.length_window,
     )

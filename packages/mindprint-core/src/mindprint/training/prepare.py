@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+
+import numpy as np
 
 from mindprint import atomic
 from mindprint._version import __version__
@@ -22,12 +24,13 @@ from mindprint.config import AdapterConfig, Config, ConfigFile, dump_config
 from mindprint.contract import AdapterSite, AdapterState, LoraConfig, StageName, TrainingState
 from mindprint.curriculum.outline import Outline, read_outline
 from mindprint.curriculum.policy import idle_settings
+from mindprint.data.order import ORDER_VERSION
 from mindprint.data.quizzes import Quizzes, read_quizzes
 from mindprint.data.render import PreferenceExample, Rendered, SftExample, render_preferences
 from mindprint.data.rows import PreferenceRow, Rows, check_topics, read_rows
 from mindprint.data.split import Split, split_rows
 from mindprint.data.tokenizer import Tokenizer, load_tokenizer
-from mindprint.errors import AdapterError, DataError
+from mindprint.errors import AdapterError, DataError, RunError
 from mindprint.events import Notice
 from mindprint.hookspecs import HOOK_API
 from mindprint.models import folder as models
@@ -69,6 +72,8 @@ class Prepared:
     """The adapter that training continues from, if the configuration names one."""
     people: tuple[str, ...] = ()
     """Texts of other people, which no stage trains on: the voice is told from them."""
+    order: int = ORDER_VERSION
+    """The version of the order in which the stages read their rows."""
 
     @property
     def config(self) -> Config:
@@ -77,6 +82,16 @@ class Prepared:
     def examples_of(self, plan: StagePlan) -> tuple[Any, ...]:
         """Return the examples that a planned stage trains on."""
         return self.examples[plan.stage][plan.topic]
+
+    def in_order_of(self, folder: RunFolder) -> Prepared:
+        """Return a copy that reads rows in the order of a run's first start. Raises `RunError` for an unknown one."""
+        version = folder.order_version() or self.order
+        if version > ORDER_VERSION:
+            raise RunError(
+                f"{folder.manifest}: reads rows in order {version} of a newer Mindprint; this one knows orders up to "
+                f"{ORDER_VERSION}: pip install --upgrade mindprint-core"
+            )
+        return replace(self, plans=tuple(plan.for_order(version) for plan in self.plans), order=version)
 
 
 def prepare(file: ConfigFile, tell: Callable[[Notice], None] | None = None) -> Prepared:
@@ -177,6 +192,7 @@ def write_facts(prepared: Prepared, placements: Sequence[Placement], folder: Run
                 objective.rows: {topic: len(rows) for topic, rows in prepared.examples[stage].items()}
                 for stage, objective in OBJECTIVES.items()
             },
+            "order": prepared.order,
             "rows_from_memory": prepared.config.data.rows_digest,
             "splits": facts.stated(),
             "curriculum": prepared.outline.stated(),
@@ -329,7 +345,10 @@ def _by_topic(examples: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
 
 def _row_lengths(examples: Mapping[StageName, Mapping[str, Sequence[Any]]]) -> RowLengths:
     return {
-        stage: {topic: [OBJECTIVES[stage].token_count(row) for row in rows] for topic, rows in topics.items()}
+        stage: {
+            topic: np.fromiter(map(OBJECTIVES[stage].token_count, rows), dtype=np.int32, count=len(rows))
+            for topic, rows in topics.items()
+        }
         for stage, topics in examples.items()
     }
 

@@ -83,6 +83,8 @@ def train(
     resolved = tuple(placements.resolve_training(plan.backend) for plan in prepared.plans)
     # From here on another process may not write to the run, and a failure removes a folder without a checkpoint.
     with open_run(runs_folder(file), run, mode) as folder:
+        if mode:
+            prepared = prepared.in_order_of(folder)
         once = _Run(prepared, resolved, folder, mode, on_event or (lambda _: None), observers, trackers)
         return once.train(on_stop)
 
