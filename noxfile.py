@@ -125,7 +125,7 @@ def mlx(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def llamacpp(session: nox.Session) -> None:
     """The llama.cpp backend's tests, from its wheel, where neither torch nor mlx is installed."""
-    install(session, ("core", "llamacpp", "testing"), *TESTS)
+    install(session, ("core", "llamacpp", "testing"), *TESTS, *SERVING)
     forbid(session, "torch", "mlx")
     session.run("pytest", "packages/mindprint-llamacpp/tests", *session.posargs, env=ONE_THREAD)
 
@@ -357,29 +357,45 @@ def soak(session: nox.Session) -> None:
     run_in_both(session, "pytest", "-s", *files, *session.posargs, env=env)
 
 
-@nox.session(python=False, requires=["both"], default=False)
+@nox.session(python=PYTHON, default=False)
 def gguf(session: nox.Session) -> None:
     """Adapters and merged models in GGUF against llama.cpp's own converter and its log-probs, SmolLM2 among them.
 
-    Needs npm, and Linux on x64.
+    All three backends then answer with SmolLM2, in `generate` and through `serve`. Needs npm, and Linux on x64. Set
+    `LLAMA_CPP_SOURCE`, `LLAMA_CPP_LIBRARY` or `MINDPRINT_REAL` to folders that you have, and they are not fetched.
     """
+    install(session, (*PACKAGES, *INFERENCE), "packages/mindprint-core[gguf]", *TESTS, *SERVING)
+    env = {**ONE_THREAD, **fetch_llama_cpp(session)}
+    session.run("pytest", "tests/gguf", "-s", *session.posargs, env=env)
+
+
+def fetch_llama_cpp(session: nox.Session) -> dict[str, str]:
+    """Fetch llama.cpp's converters, its library, and SmolLM2, each unless the environment names a folder with it."""
     folder = Path(session.create_tmp()).resolve()
-    for package in ("node-llama-cpp", "@node-llama-cpp/linux-x64"):
-        target = folder / package.replace("/", "-")
-        target.mkdir(exist_ok=True)
-        with session.chdir(target):
-            session.run("npm", "pack", "--silent", f"{package}@{LLAMA_CPP}", external=True)
-            session.run("tar", "xzf", str(next(target.glob("*.tgz"))), external=True)
-    source = folder / "llama.cpp"
-    if not source.exists():
-        bundle = folder / "node-llama-cpp" / "package" / "llama" / "gitRelease.bundle"
-        session.run("git", "clone", "-q", str(bundle), str(source), external=True)
-    library = folder / "@node-llama-cpp-linux-x64" / "package" / "bins" / "linux-x64"
-    models = folder / "models"
-    run_in_both(session, "python", "tests/real/pretrained.py", str(models), "smollm2")
-    env = {**ONE_THREAD, "LLAMA_CPP_SOURCE": str(source), "LLAMA_CPP_LIBRARY": str(library)}
-    env["MINDPRINT_REAL"] = str(models)
-    run_in_both(session, "pytest", "tests/gguf", "-s", *session.posargs, env=env)
+    fetched = {name: os.environ.get(name, "") for name in ("LLAMA_CPP_SOURCE", "LLAMA_CPP_LIBRARY", "MINDPRINT_REAL")}
+    if not fetched["LLAMA_CPP_SOURCE"]:
+        bundle = unpack_from_npm(session, folder, "node-llama-cpp") / "llama" / "gitRelease.bundle"
+        source = folder / "llama.cpp"
+        if not source.exists():
+            session.run("git", "clone", "-q", str(bundle), str(source), external=True)
+        fetched["LLAMA_CPP_SOURCE"] = str(source)
+    if not fetched["LLAMA_CPP_LIBRARY"]:
+        package = unpack_from_npm(session, folder, "@node-llama-cpp/linux-x64")
+        fetched["LLAMA_CPP_LIBRARY"] = str(package / "bins" / "linux-x64")
+    if not fetched["MINDPRINT_REAL"]:
+        session.run("python", "tests/real/pretrained.py", str(folder / "models"), "smollm2")
+        fetched["MINDPRINT_REAL"] = str(folder / "models")
+    return fetched
+
+
+def unpack_from_npm(session: nox.Session, folder: Path, name: str) -> Path:
+    """Fetch the pinned release of a package from npm. Return the folder of its files."""
+    target = folder / name.replace("/", "-")
+    target.mkdir(exist_ok=True)
+    with session.chdir(target):
+        session.run("npm", "pack", "--silent", f"{name}@{LLAMA_CPP}", external=True)
+        session.run("tar", "xzf", str(next(target.glob("*.tgz"))), external=True)
+    return target / "package"
 
 
 @nox.session(python=False, requires=["both"])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llama_cpp import logits
+from llama_cpp import greedy_answers, logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,9 +49,33 @@ TEXTS = (
 )
 
 
+PROMPTS = (
+    "How do I keep a boat dry?",
+    "What is the capital of Norway?",
+    "Write a sentence about the sea.",
+    "Why is bread left to rise?",
+    "Name three tools of a carpenter.",
+    "What does a lighthouse keeper do?",
+    "Explain tides to a child.",
+    "Give me a reason to learn a language.",
+)
+"""Questions that are answered greedily, in SmolLM2's template."""
+
+ANSWER = 32
+"""The tokens of an answer."""
+
+ROUNDING = {"f32": 1e-5, "f16": 5e-3, "bf16": 5e-2, "q8_0": 0.1}
+"""The mean change of a log-prob that a merged file of this type may have, nats a token."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
+
+
+def merge(adapter: Path, file: Path, **options: Any) -> mindprint.MergeResult:
+    """Merge an adapter on SmolLM2. The files are judged here, so that the merge need not."""
+    return mindprint.merge(adapter, file, model=str(SMOLLM2), to="gguf", verify=False, **options)
 
 
 def convert(folder: Path, bases: Mapping[str, Path], pre: str | None = None) -> dict[str, Path]:
@@ -200,14 +224,70 @@ def test_smollm2_in_float32(
 
 def test_smollm2_merged(folder: Path, adapter: Path, rows: list[np.ndarray], reference: tuple[Scores, Scores]) -> None:
     print()
-    for kind, most in (("f16", 5e-3), ("bf16", 5e-2), ("q8_0", 0.1)):
+    for kind in ("f16", "bf16", "q8_0"):
         file = folder / f"merged-{kind}.gguf"
-        mindprint.merge(adapter, file, model=str(SMOLLM2), to="gguf", file_type=kind)
+        merge(adapter, file, file_type=kind)
         found = by_llama_cpp(file, rows)
         mean, _ = apart(f"merged, {kind.upper()}", found, reference[1])
-        assert mean <= most
+        assert mean <= ROUNDING[kind]
         # A share and not all: at some places two tokens are as likely within the rounding.
         assert (found.greedy == reference[1].greedy).mean() > 0.9
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Greedy answers of transformers and PEFT, with the log-probs `[ANSWER, vocabulary]` that chose each token."""
+
+    prompt: list[int]
+    tokens: list[int]
+    log_probs: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def answers(adapter: Path) -> list[Greedy]:
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    network = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32, attn_implementation="eager")
+    tuned = PeftModel.from_pretrained(network, adapter).eval()
+    made = []
+    for text in PROMPTS:
+        message = [{"role": "user", "content": text}]
+        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        done = tuned.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=ANSWER,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        log_probs = torch.log_softmax(torch.stack([row[0] for row in done.logits]).double(), -1)
+        made.append(Greedy(prompt[0].tolist(), done.sequences[0, prompt.shape[1] :].tolist(), log_probs))
+    return made
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+def test_greedy_answers_of_a_merged_file(folder: Path, adapter: Path, answers: list[Greedy], kind: Any) -> None:
+    """They are those of transformers and PEFT, or part where these found two tokens as likely within the rounding.
+
+    Rounding that moves each of two log-probs by the mean that `ROUNDING` allows turns their order up to twice that.
+    """
+    file = folder / f"merged-{kind}.gguf"
+    if not file.exists():
+        merge(adapter, file, file_type=kind)
+    stop = AutoTokenizer.from_pretrained(SMOLLM2).eos_token_id
+    found = greedy_answers(LIBRARY, file, [answer.prompt for answer in answers], ANSWER, stop)
+    same, gaps = 0, []
+    for text, tokens, answer in zip(PROMPTS, found, answers, strict=True):
+        place = next((n for n, pair in enumerate(zip(tokens, answer.tokens, strict=False)) if pair[0] != pair[1]), None)
+        if place is None:
+            assert len(tokens) == len(answer.tokens)
+            same += 1
+            continue
+        log_probs = answer.log_probs[place]
+        best, second = log_probs.topk(2)
+        gaps.append(float(best[0] - log_probs[tokens[place]]))
+        print(
+            f"merged, {kind.upper()}: {text!r} parts at token {place + 1} of {ANSWER}: the reference prefers its own "
+            f"by {gaps[-1]:.4f} nats, and its second best token is {'' if second[1] == tokens[place] else 'not '}taken"
+        )
+    print(f"merged, {kind.upper()}: {same} of {len(PROMPTS)} answers of {ANSWER} tokens are the same")
+    assert max(gaps, default=0.0) <= 2 * ROUNDING[kind]
 
 
 def test_without_the_order_of_rows_the_merge_is_wrong(
@@ -216,7 +296,7 @@ def test_without_the_order_of_rows_the_merge_is_wrong(
     known = gguf_format.ARCHITECTURES["llama"]
     monkeypatch.setitem(gguf_format.ARCHITECTURES, "llama", replace(known, layout=None))
     file = folder / "unordered.gguf"
-    mindprint.merge(adapter, file, model=str(SMOLLM2), to="gguf", file_type="f32")
+    merge(adapter, file, file_type="f32")
     assert apart("\ncontrol, rows not reordered", by_llama_cpp(file, rows), reference[1])[0] > 1
 
 
@@ -224,7 +304,7 @@ def test_smollm2s_keys_are_those_of_the_converter(folder: Path, adapter: Path) -
     """Its tokenizer, merges, special tokens and template among them. The unadapted tensors are the converter's."""
     theirs = convert(folder, {"smollm2": SMOLLM2}, pre="gpt-2")["smollm2"]
     ours = folder / "merged-f32.gguf"
-    changed = mindprint.merge(adapter, ours, model=str(SMOLLM2), to="gguf", file_type="f32").changed
+    changed = merge(adapter, ours, file_type="f32").changed
     (our_keys, our_tensors), (their_keys, their_tensors) = contents(ours), contents(theirs)
     assert our_keys == their_keys
     assert our_tensors.keys() == their_tensors.keys()
@@ -232,7 +312,7 @@ def test_smollm2s_keys_are_those_of_the_converter(folder: Path, adapter: Path) -
         np.testing.assert_array_equal(our_tensors[name], their_tensors[name], err_msg=name)
     # The converter's file is another tool's file of the same base, into which the adapter can be merged.
     into = folder / "into.gguf"
-    mindprint.merge(adapter, into, model=str(SMOLLM2), to="gguf", into=str(theirs))
+    merge(adapter, into, into=str(theirs))
     for name, values in contents(into)[1].items():
         np.testing.assert_allclose(values, our_tensors[name], rtol=1e-6, atol=1e-7, err_msg=name)
 
@@ -249,9 +329,9 @@ def test_a_change_that_is_rounded_back(folder: Path, adapter: Path, size: float)
         if not plain.exists():
             zero = folder / f"zero-{kind}"
             scaled(adapter, zero, 0.0)
-            mindprint.merge(zero, plain, model=str(SMOLLM2), to="gguf", file_type=kind)
+            merge(zero, plain, file_type=kind)
         try:
-            result = mindprint.merge(adapted, out, model=str(SMOLLM2), to="gguf", into=str(plain))
+            result = merge(adapted, out, into=str(plain))
             print(f"B of {size:g} into a file in {kind}: {result.notices[-1].message}")
         except AdapterError as error:
             print(f"B of {size:g} into a file in {kind}: refused, {str(error).partition('for ')[2].partition(';')[0]}")

@@ -1,4 +1,4 @@
-"""llama.cpp's C library, as the wheel xllamacpp holds it, through ctypes.
+"""llama.cpp's C library, as the wheel xllamacpp holds it or as any other file, through ctypes.
 
 xllamacpp's own Python interface offers llama.cpp's server, which gives no log-probs of given tokens. Its extension
 module exports the C interface as well, and that is called here. The structures of the C interface change between
@@ -143,7 +143,7 @@ def forget_messages() -> None:
 
 @cache
 def load_library() -> Library:
-    """Load the library once.
+    """Load the library of the wheel, once.
 
     Raises:
         BackendError: It is missing, or its structures are not those that are known.
@@ -153,13 +153,22 @@ def load_library() -> Library:
     files = [file for folder in folders for file in sorted(Path(folder).glob("xllamacpp*.so"))]
     if not files:
         raise BackendError(f"backend 'llamacpp' needs llama.cpp's library: {REMEDY}")
+    return open_library(files[0])
+
+
+def open_library(file: Path) -> Library:
+    """Load llama.cpp from a shared library. Other libraries that it needs must have been loaded.
+
+    Raises:
+        BackendError: It is not a llama.cpp, or its structures are not those that are known.
+    """
     try:
-        functions = c.CDLL(str(files[0]))
+        functions = c.CDLL(str(file))
         context = _declare(functions)
     except (OSError, AttributeError) as error:
-        raise BackendError(f"{files[0]}: is not a llama.cpp that is known here ({error}): {REMEDY}") from error
+        raise BackendError(f"{file}: is not a llama.cpp that is known here ({error}): {REMEDY}") from error
     if context is None:
-        raise BackendError(f"{files[0]}: this release of llama.cpp has other structures than are known here: {REMEDY}")
+        raise BackendError(f"{file}: this release of llama.cpp has other structures than are known here: {REMEDY}")
     functions.llama_log_set(_KEEP, None)
     functions.llama_backend_init()
     return Library(functions, functions.llama_version().decode())
