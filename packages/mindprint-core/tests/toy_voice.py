@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,13 @@ from mindprint.runs.opened import OpenedAdapter
 
 
 @contextmanager
-def opened_voice(site: Path, model: Path, folder: Path) -> Iterator[OpenedAdapter]:
-    """Train for a few steps at a high rate, so that the answers are not the base's, and open the adapter."""
+def opened_voice(
+    site: Path, model: Path, folder: Path, data: Mapping[str, Any] | None = None
+) -> Iterator[OpenedAdapter]:
+    """Train for a few steps at a high rate, so that the answers are not the base's, and open the adapter.
+
+    `data` are further settings of the rows.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(site))
         patch.chdir(folder)
@@ -25,7 +31,7 @@ def opened_voice(site: Path, model: Path, folder: Path) -> Iterator[OpenedAdapte
             "model": {"name": str(model)},
             "backend": "toy",
             "adapter": {"r": 4, "alpha": 16},
-            "data": {"heldout_fraction": 0.0},
+            "data": {"heldout_fraction": 0.0, **(data or {})},
             "sft": {"steps_per_topic": 4, "batch_size": 2, "learning_rate": 0.05},
             "dpo": {"enabled": False},
             "generation": {"max_new_tokens": 6},

@@ -24,11 +24,12 @@ from mindprint.adapter.gguf_files import FileType, read_gguf
 from mindprint.adapter.gguf_merging import RECORD, merged_gguf
 from mindprint.adapter.merging import merged_folder, read_record, refuse_taken
 from mindprint.adapter.mlx_lm_config import corrected_config, missing_keys, mlx_lm_note
+from mindprint.adapter.prompting import read_prompting, write_prompting
 from mindprint.adapter.rewriting import layout_note
 from mindprint.adapter.targets import is_router, is_stack
 from mindprint.api.options import Notices, OnNotice, backend_section
 from mindprint.api.results import ConvertResult, MergeResult, VerifyResult
-from mindprint.config import BackendConfig, ModelConfig
+from mindprint.config import BackendConfig, DataConfig, ModelConfig
 from mindprint.contract import AdapterState, Dtype
 from mindprint.errors import AdapterError, BackendError, ConfigError, GuardError
 from mindprint.models import folder as models
@@ -158,9 +159,7 @@ def _verify_gguf(
     if adapter is None and digest is not None and digest != peft_format.adapter_digest(state):
         raise AdapterError(f"{source}: is no longer the adapter that was merged into {file}; name that with --adapter")
     fingerprint = read_fingerprint(located.adapter)
-    if fingerprint is None and require_fingerprint:
-        raise AdapterError(f"{located.adapter}: the adapter has no fingerprint.json, and one is required")
-    return verify_gguf(opened, base, state, placement, fingerprint, notices)
+    return verify_gguf(opened, base, state, placement, fingerprint, notices, require_fingerprint=require_fingerprint)
 
 
 def _place_gguf(located: Located, section: BackendConfig | None, base: models.ModelFolder) -> Placement:
@@ -301,6 +300,7 @@ def merge(
     # The folder gets its name only when the block ends well, so a failed verification leaves nothing.
     grid = trained.path if quantize else None
     with merged_folder(target, base, state, located.adapter, into=elsewhere, grid=grid) as merged:
+        write_prompting(merged.folder, _data_settings(located))
         if keys := missing_keys(base.path):
             if fix_config:
                 _write_corrected(merged.folder, base)
@@ -351,6 +351,8 @@ def _merge_gguf(
         notices(note)
     with merged_gguf(target, base, state, located.adapter, into=file, kind=file_type) as merged:
         notices(f"rounded to the file's types, the weights have {merged.kept:.4f} of the adapter's change")
+        for note in _left_behind(located):
+            notices(note)
         verification = None
         if computes:
             try:
@@ -450,8 +452,10 @@ def convert(
         base_name = named_base(located.adapter) or base.name
         if to == "gguf":
             notes = gguf_format.write_adapter(aside, state, facts, base.path, base_name)
+            notes = (*notes, *_left_behind(located))
         else:
             notes = (*_write_converted(aside, state, facts, base_name, to), *_uncompared(facts))
+            write_prompting(aside, _data_settings(located))
         if to == "mlx-lm" and (keys := missing_keys(base.path)):
             remedy = "convert with --fix-config to get such a file"
             if fix_config:
@@ -464,6 +468,21 @@ def convert(
     for note in notes:
         notices(note)
     return ConvertResult(target, source, to, len(state.tensors), notes)
+
+
+def _data_settings(located: Located) -> DataConfig:
+    """Return how prompts are rendered for an adapter: as its run says, or the file in its folder."""
+    return located.config.config.data if located.config else read_prompting(located.adapter)
+
+
+def _left_behind(located: Located) -> Iterator[str]:
+    """Yield a note about variables of the chat template, for which a GGUF file has no place."""
+    if variables := _data_settings(located).chat_template_kwargs:
+        stated = json.dumps(variables)
+        yield (
+            f"the adapter was trained with variables of the chat template, which a GGUF file does not hold: start "
+            f"llama.cpp with --chat-template-kwargs '{stated}'"
+        )
 
 
 def _write_corrected(folder: Path, base: models.ModelFolder) -> None:

@@ -17,6 +17,7 @@ from typing import Literal
 
 from mindprint.adapter.formats import named_base, read_any_adapter
 from mindprint.adapter.peft_format import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from mindprint.adapter.prompting import read_prompting
 from mindprint.config import FILE_NAME, BackendConfig, Config, ConfigFile, GenerationConfig, ModelConfig, load_config
 from mindprint.contract import AdapterState, Dtype, Int32, LoadedModel, Sampling
 from mindprint.data.render import render_prompt
@@ -58,9 +59,14 @@ class Answer:
 
 @dataclass(frozen=True, repr=False)
 class OpenedModel:
-    """A base model in memory, and the tokenizer to talk to it. `file` is the configuration that named it, if any."""
+    """A base model in memory, and the tokenizer to talk to it.
+
+    `file` is the configuration that named it, if any. `config` are its settings. For a model or an adapter that is not
+    in a run they are the defaults, with the way of rendering prompts that its folder states.
+    """
 
     file: ConfigFile | None
+    config: Config
     base: models.ModelFolder
     tokenizer: Tokenizer
     placement: Placement
@@ -69,11 +75,6 @@ class OpenedModel:
     @property
     def backend(self) -> Backend:
         return self.placement.backend
-
-    @property
-    def config(self) -> Config:
-        """Return the run's configuration, or the defaults for a model or an adapter that is not in a run."""
-        return self.file.config if self.file else Config()
 
     def answer(
         self,
@@ -159,7 +160,7 @@ def open_adapter(
     """
     located = locate_adapter(path)
     base, adapter = read_located(located, model)
-    with _loaded(located.config, base, backend, notice) as (engine, opened):
+    with _loaded(located.config, base, backend, notice, located.adapter) as (engine, opened):
         engine.inject(adapter)
         yield OpenedAdapter(**vars(opened), located=located, adapter=adapter)
 
@@ -178,7 +179,7 @@ def open_model(
     been trained, a run or an adapter. The other arguments are those of `open_adapter`.
     """
     base, file = _locate_model(Path(path), model)
-    with _loaded(file, base, backend, notice) as (_, opened):
+    with _loaded(file, base, backend, notice, Path(path)) as (_, opened):
         yield opened
 
 
@@ -193,16 +194,23 @@ def open_base(
 
 @contextmanager
 def _loaded(
-    file: ConfigFile | None, base: models.ModelFolder, backend: BackendConfig | None, notice: Callable[[str], None]
+    file: ConfigFile | None,
+    base: models.ModelFolder,
+    backend: BackendConfig | None,
+    notice: Callable[[str], None],
+    folder: Path | None = None,
 ) -> Iterator[tuple[Engine, OpenedModel]]:
-    """Load a base on the backend that is asked for, or on that of its configuration, while the block lasts."""
-    config = file.config if file else Config()
+    """Load a base on the backend that is asked for, or on that of its configuration, while the block lasts.
+
+    Without a configuration, `folder` may state how prompts are rendered.
+    """
+    config = file.config if file else Config() if folder is None else Config(data=read_prompting(folder))
     tokenizer = load_tokenizer(base.path, config.data.chat_template_kwargs)
     placement = Placements().resolve(backend or config.backend)
     engine = Engine(base, notice)
     try:
         engine.load(placement)
-        yield engine, OpenedModel(file, base, tokenizer, placement, engine.model)
+        yield engine, OpenedModel(file, config, base, tokenizer, placement, engine.model)
     finally:
         # Also after a failed load: the backend may hold half a model by then.
         engine.release()

@@ -1,4 +1,4 @@
-"""The final adapter folder: the PEFT files, the fingerprint and the model card."""
+"""The final adapter folder: the PEFT files, the rendering of prompts, the fingerprint and the model card."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from mindprint import atomic
 from mindprint._version import __version__
 from mindprint.adapter.peft_format import write_adapter
+from mindprint.adapter.prompting import write_prompting
 from mindprint.adapter.targets import is_stack
 from mindprint.config import Config
 from mindprint.contract import AdapterState, LoraConfig
@@ -23,6 +24,7 @@ def write_final_adapter(
     """Write `RUN/adapter/`, whole or not at all."""
     with atomic.new_folder(folder) as aside:
         write_adapter(aside, adapter, model.name, model.revision)
+        write_prompting(aside, config.data)
         if fingerprint is not None:
             (aside / FINGERPRINT_FILE).write_text(fingerprint_json(fingerprint), encoding="utf-8")
         (aside / "README.md").write_text(model_card(adapter, model, config), encoding="utf-8")

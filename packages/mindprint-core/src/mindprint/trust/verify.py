@@ -137,6 +137,8 @@ def verify_gguf(
     placement: Placement,
     fingerprint: Fingerprint | None = None,
     notice: Notice = lambda _: None,
+    *,
+    require_fingerprint: bool = False,
 ) -> Report:
     """Verify that a GGUF file is `base` with `adapter` in it: by its weights, then by the probe on a backend for GGUF.
 
@@ -145,6 +147,9 @@ def verify_gguf(
     Raises a `MindprintError` for files that cannot be read, or a file of another base.
     """
     judgement = _Judgement()
+    if fingerprint is None and require_fingerprint:
+        judgement.add([_required(opened.path)], "fingerprint.json")
+        return judgement.report(opened.path, "merged model", base, placement)
     _judge_files(judgement, adapter, base, fingerprint)
     share = merged_share(opened, base, adapter)
     judgement.checked.append("merged weights")
