@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
-import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +18,27 @@ from mindprint.errors import ConfigError, GuardError, RunError
 from mindprint.runs.opened import OpenedAdapter
 from mindprint.serving.batching import Batcher, Event, Finished
 from mindprint.serving.protocol import Asked, Limits, RequestError
-from mindprint.serving.server import allowed_hosts, check_address, listen, run_server, serve
+from mindprint.serving.server import allowed_hosts, check_address, listen, serve
 
 httpx = pytest.importorskip("httpx2")
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
-from mindprint.serving.app import Settings, make_app  # noqa: E402
+from served import (  # noqa: E402
+    LIMITS,
+    PROMPTS,
+    SIDES,
+    assert_leaving_frees_a_place,
+    assert_malformed_requests_are_refused,
+    assert_served_as_generated,
+    chat,
+    in_process,
+    real_server,
+    running,
+    settings,
+)
 
-SIDES = {"voice": True, "base": False}
-LIMITS = Limits(body_bytes=2000, new_tokens=20000)
-PROMPTS = [f"sea {n}?" for n in range(8)]
+from mindprint.serving.app import make_app  # noqa: E402
+
 KEY = "a-long-enough-key"
 
 
@@ -42,38 +49,6 @@ def opened(toy_site: Path, toy_model: Path, tmp_path_factory: pytest.TempPathFac
         yield adapter
 
 
-@contextmanager
-def running(opened: OpenedAdapter, **settings: Any) -> Iterator[Batcher]:
-    """A queue whose model computes in another thread."""
-    batcher = Batcher(opened, SIDES, LIMITS, **settings)
-    thread = threading.Thread(target=batcher.run, daemon=True)
-    thread.start()
-    try:
-        yield batcher
-    finally:
-        batcher.close()
-        thread.join(timeout=10)
-
-
-def settings(opened: OpenedAdapter, **changes: Any) -> Settings:
-    return Settings(("voice", "base"), opened.config.generation, LIMITS, **changes)
-
-
-def in_process(app: Any, work: Callable[[Any], Any]) -> Any:
-    """Return the result of `work(client)`, a coroutine, with a client of the application."""
-
-    async def run() -> Any:
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            return await work(client)
-
-    return asyncio.run(run())
-
-
-def chat(prompt: str = "sea 1?", model: str = "voice", **fields: Any) -> dict[str, Any]:
-    return {"model": model, "messages": [{"role": "user", "content": prompt}], **fields}
-
-
 def events(text: str) -> list[Any]:
     lines = text.split("\n\n")
     assert lines.pop() == ""
@@ -82,26 +57,7 @@ def events(text: str) -> list[Any]:
 
 
 def test_answers_are_those_of_generate_alone_and_eight_at_once(opened: OpenedAdapter) -> None:
-    expected = {side: [a.text for a in opened.answer(PROMPTS, adapter=SIDES[side])] for side in SIDES}
-    assert expected["voice"] != expected["base"]
-    with running(opened) as batcher:
-        app = make_app(batcher, settings(opened))
-
-        async def ask(client: Any) -> None:
-            for side in SIDES:
-                alone = await client.post("/v1/chat/completions", json=chat(PROMPTS[2], side))
-                assert alone.json()["choices"][0]["message"]["content"] == expected[side][2]
-                together = await asyncio.gather(
-                    *(client.post("/v1/chat/completions", json=chat(prompt, side)) for prompt in PROMPTS)
-                )
-                texts = [answer.json()["choices"][0]["message"]["content"] for answer in together]
-                assert texts == expected[side]
-
-        in_process(app, ask)
-        # The first of eight may start alone. The others share a batch.
-        assert batcher.batches[0] == 1
-        assert max(batcher.batches) >= 7
-        assert batcher.jobs == 0
+    assert_served_as_generated(opened)
 
 
 def test_a_stream_is_the_answer_in_pieces(opened: OpenedAdapter) -> None:
@@ -271,61 +227,9 @@ def test_an_answer_that_takes_too_long(opened: OpenedAdapter) -> None:
         assert batcher.jobs == 0
 
 
-def malformed(count: int) -> Iterator[bytes]:
-    """Bodies that are no request: damaged ones, wrong values in every field, and noise."""
-    rng = random.Random(1)
-    values = [None, True, -1, 0, 1e308, 10**40, "", "x" * 300, [], [[]], {}, {"a": None}, "\x00", [None], "voice"]
-    names = ["model", "messages", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "tools", "n"]
-    sound = json.dumps(chat(max_tokens=1)).encode()
-    for number in range(count):
-        kind = number % 4
-        if kind == 0:
-            yield rng.randbytes(rng.randrange(60))
-        elif kind == 1:
-            yield sound[: rng.randrange(len(sound) - 1)]
-        elif kind == 2:
-            yield json.dumps(chat(max_tokens=1) | {rng.choice(names): rng.choice(values), "model": "nobody"}).encode()
-        else:
-            messages = [rng.choice([{"role": rng.choice(values), "content": rng.choice(values)}, *values])]
-            yield json.dumps(chat() | {"messages": messages, "max_tokens": rng.choice([0, -5, "1", 2**70])}).encode()
-
-
 def test_a_thousand_malformed_requests(opened: OpenedAdapter, capfd: pytest.CaptureFixture[str]) -> None:
-    with running(opened) as batcher:
-
-        async def ask(client: Any) -> None:
-            for body in malformed(1000):
-                got = await client.post("/v1/chat/completions", content=body)
-                assert 400 <= got.status_code < 500, body
-                assert got.json()["error"]["message"]
-            assert (await client.post("/v1/chat/completions", json=chat())).status_code == 200
-
-        in_process(make_app(batcher, settings(opened)), ask)
-        assert batcher.jobs == 0
+    assert_malformed_requests_are_refused(opened, 1000)
     assert "Traceback" not in capfd.readouterr().err
-
-
-@contextmanager
-def real_server(opened: OpenedAdapter) -> Iterator[tuple[Batcher, str]]:
-    """A server on loopback, and its address."""
-    batcher, ready = Batcher(opened, SIDES, LIMITS), threading.Event()
-    addresses: list[str] = []
-
-    def on_ready(address: str) -> None:
-        addresses.append(address)
-        ready.set()
-
-    app = make_app(batcher, settings(opened, hosts=allowed_hosts("127.0.0.1", None)))
-    with listen("127.0.0.1", 0) as listening:
-        thread = threading.Thread(target=run_server, args=(app, batcher, listening, on_ready), daemon=True)
-        thread.start()
-        assert ready.wait(10)
-        try:
-            yield batcher, addresses[0]
-        finally:
-            batcher.close()
-            thread.join(timeout=15)
-            assert not thread.is_alive()
 
 
 @pytest.mark.filterwarnings("default")
@@ -349,26 +253,8 @@ def test_the_openai_client_and_clients_that_leave(opened: OpenedAdapter) -> None
 
         assert asyncio.run(eight()) == expected
         client.close()
-        for stream in (False, True):
-            leave_after_a_while(address, chat(max_tokens=20000, stream=stream), batcher)
-            start = time.perf_counter()
-            while batcher.jobs:
-                assert time.perf_counter() - start < 1
-                time.sleep(0.01)
+        assert_leaving_frees_a_place(batcher, address, max_tokens=20000)
         assert httpx.get(f"{address}/health").json()["jobs"] == 0
-
-
-def leave_after_a_while(address: str, body: dict[str, Any], batcher: Batcher) -> None:
-    """Send a request, wait until it is answered, and close the connection without reading the answer."""
-    host, _, port = address.removeprefix("http://").rpartition(":")
-    with socket.create_connection((host, int(port))) as connection:
-        content = json.dumps(body).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(content)}\r\n\r\n"
-        connection.sendall(head.encode() + content)
-        while not batcher.jobs:
-            time.sleep(0.01)
-        time.sleep(0.1)
-        assert batcher.jobs == 1
 
 
 def test_others_need_a_key() -> None:
