@@ -9,19 +9,32 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Generic, Literal, TypeVar
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
 from mindprint.config import DataConfig
 from mindprint.contract import Bool, Int32
+from mindprint.data.processes import results_in_order
 from mindprint.data.row_files import Origin
-from mindprint.data.rows import Messages, PreferenceRow, SftRow, Text, as_messages
-from mindprint.data.tokenizer import Tokenizer
+from mindprint.data.rows import Messages, PreferenceRow, SftRow, Text, as_messages, decode_row
+from mindprint.data.stored import (
+    Encoded,
+    Stored,
+    StoreWriter,
+    build_entry,
+    content_key,
+    count_topics,
+    find_entry,
+    in_portions,
+)
+from mindprint.data.tokenizer import Tokenizer, load_tokenizer
 from mindprint.errors import DataError
 
 CHUNK = 1024
@@ -60,7 +73,7 @@ class Rendered(Generic[Example]):
     `same` pairs whose answers are the same tokens, once they are cut. `notes` and `warnings` are for the user.
     """
 
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     cut: int = 0
     left_out: int = 0
     notes: tuple[str, ...] = ()
@@ -76,13 +89,12 @@ def render_sft(
     Raises `DataError` where the template refuses a row, a completion renders to nothing, or a topic loses every row.
     Of `held_out` rows a topic may lose every one: nothing is trained on them.
     """
+    if isinstance(rows, Stored):
+        return _render_stored(rows, "sft", tokenizer, data, held_out=held_out)
     tally = _Tally()
     examples: list[SftExample] = []
     for chunk in _chunks(rows):
-        raw = data.format == "raw"
-        parts = _raw_sequences(chunk, tokenizer, tally) if raw else _chat_sequences(chunk, tokenizer, data, tally)
-        for row, sequences in zip(chunk, parts, strict=True):
-            examples.extend(_sft_examples(row, sequences, data.max_length, tally))
+        examples += _sft_chunk(chunk, tokenizer, data, tally)
     return _rendered(rows, examples, tally, tokenizer, data, held_out=held_out)
 
 
@@ -93,12 +105,12 @@ def render_preferences(
 
     A pair whose answers are the same tokens, once they are cut, is left out and counted: its gradient is zero.
     """
+    if isinstance(rows, Stored):
+        return _render_stored(rows, "preferences", tokenizer, data, held_out=held_out)
     tally = _Tally()
     examples: list[PreferenceExample] = []
     for chunk in _chunks(rows):
-        parts = _raw_pairs(chunk, tokenizer) if data.format == "raw" else _chat_pairs(chunk, tokenizer, tally)
-        for row, (prompt, chosen, rejected) in zip(chunk, parts, strict=True):
-            examples.extend(_pair_example(row, prompt, chosen, rejected, data.max_length, tally))
+        examples += _pairs_chunk(chunk, tokenizer, data, tally)
     return _rendered(rows, examples, tally, tokenizer, data, held_out=held_out)
 
 
@@ -153,6 +165,19 @@ class _Tally:
         """Count an answer that the template did not write whole, such as one whose thought it leaves out."""
         # Templates trim: only the words must be there.
         self.shortened += answer.strip() not in text
+
+    def add(self, other: _Tally) -> None:
+        """Add the counts of other rows."""
+        for name in ("cut", "split", "diverging", "same_once_cut", "shortened", "asked_otherwise"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.left_out.update(other.left_out)
+        self.same.update(other.same)
+        self.unread.update(other.unread)
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> _Tally:
+        """Return the tally whose attributes are these facts."""
+        return cls(**{**facts, "left_out": Counter(facts["left_out"]), "same": Counter(facts["same"])})
 
 
 @dataclass(frozen=True)
@@ -374,6 +399,98 @@ def _check_pair(row: PreferenceRow, start: int, chosen: Int32, rejected: Int32) 
             raise DataError(f"{row.origin}: `{name}` renders to nothing: the template leaves it out")
 
 
+def _sft_chunk(chunk: Sequence[SftRow], tokenizer: Tokenizer, data: DataConfig, tally: _Tally) -> list[SftExample]:
+    raw = data.format == "raw"
+    parts = _raw_sequences(chunk, tokenizer, tally) if raw else _chat_sequences(chunk, tokenizer, data, tally)
+    rendered = zip(chunk, parts, strict=True)
+    return list(chain(*(_sft_examples(row, sequences, data.max_length, tally) for row, sequences in rendered)))
+
+
+def _pairs_chunk(
+    chunk: Sequence[PreferenceRow], tokenizer: Tokenizer, data: DataConfig, tally: _Tally
+) -> list[PreferenceExample]:
+    parts = _raw_pairs(chunk, tokenizer) if data.format == "raw" else _chat_pairs(chunk, tokenizer, tally)
+    rendered = zip(chunk, parts, strict=True)
+    return list(chain(*(_pair_example(row, *tokens, data.max_length, tally) for row, tokens in rendered)))
+
+
+def _render_stored(
+    rows: Stored[Any], kind: Kind, tokenizer: Tokenizer, data: DataConfig, *, held_out: bool
+) -> Rendered[Any]:
+    """Render rows on disk to examples on disk, with all cores, or take those that an earlier run rendered."""
+    settings = (data.format, data.max_length, data.train_on, dict(tokenizer.variables))
+    digests = (tokenizer.digest, tokenizer.template_digest, tokenizer.variables_digest)
+    key = content_key("examples", kind, rows.key, digests, settings)
+    decode = decode_example
+
+    def build(writer: StoreWriter) -> Mapping[str, Any]:
+        tally = _Tally()
+        portions = in_portions((rows.content(index) for index in range(len(rows))), CHUNK)
+        arguments = (kind, tokenizer.folder, dict(tokenizer.variables), data)
+        for encoded, counts in results_in_order(f"{__name__}:chunk_renderer", arguments, portions):
+            writer.add(encoded)
+            tally.add(counts)
+        return vars(tally)
+
+    examples: Stored[Any] = find_entry(rows.cache, key, decode) or build_entry(rows.cache, key, decode, build)
+    return _rendered(rows, examples, _Tally.from_facts(examples.facts), tokenizer, data, held_out=held_out)
+
+
+def chunk_renderer(
+    kind: Kind, folder: Path, variables: Mapping[str, Any], data: DataConfig
+) -> Callable[[Sequence[bytes]], tuple[list[Encoded], _Tally]]:
+    """Return a function that renders stored rows, for a process that does nothing else."""
+    tokenizer = load_tokenizer(folder, variables)
+
+    def render_chunk(contents: Sequence[bytes]) -> tuple[list[Encoded], _Tally]:
+        tally, rows = _Tally(), [decode_row(content) for content in contents]
+        chunk: Callable[..., Sequence[Any]] = _sft_chunk if kind == "sft" else _pairs_chunk
+        return [encode_example(example) for example in chunk(rows, tokenizer, data, tally)], tally
+
+    return render_chunk
+
+
+Kind = Literal["sft", "preferences"]
+
+_HEADER = struct.Struct("<qHHHiii")
+"""The line of an example's row, the bytes of its topic, file and unit, and the lengths of its three arrays."""
+
+
+def encode_example(example: SftExample | PreferenceExample) -> Encoded:
+    """Return an example as bytes, for the disk, with the tokens that the model reads of it."""
+    parts: tuple[Int32, ...] = (
+        (example.tokens,) if isinstance(example, SftExample) else (example.prompt, example.chosen, example.rejected)
+    )
+    mask = np.packbits(example.loss_mask).tobytes() if isinstance(example, SftExample) else b""
+    lengths = [len(part) for part in parts]
+    origin = example.origin
+    names = [name.encode("utf-8", "surrogatepass") for name in (example.topic, origin.file, origin.unit)]
+    header = _HEADER.pack(origin.line, *map(len, names), *lengths, *[-1] * (3 - len(parts)))
+    tokens = (part.astype("<i4").tobytes() for part in parts)
+    return Encoded(b"".join((header, *names, *tokens, mask)), example.topic, sum(lengths))
+
+
+def decode_example(content: bytes) -> SftExample | PreferenceExample:
+    """Return the example that `encode_example` made bytes of."""
+    line, *sizes = _HEADER.unpack_from(content)
+    at, names = _HEADER.size, []
+    for size in sizes[:3]:
+        names.append(content[at : at + size].decode("utf-8", "surrogatepass"))
+        at += size
+    parts = []
+    for length in sizes[3:]:
+        if length >= 0:
+            parts.append(np.frombuffer(content, "<i4", length, at).astype(np.int32))
+            at += 4 * length
+    topic, file, unit = names
+    origin = Origin(file, line, unit)  # type: ignore[arg-type]
+    if len(parts) == 3:
+        prompt, chosen, rejected = parts
+        return PreferenceExample(topic, prompt, chosen, rejected, origin)
+    bits = np.frombuffer(content, np.uint8, offset=at)
+    return SftExample(topic, parts[0], np.unpackbits(bits, count=len(parts[0])).astype(np.bool_), origin)
+
+
 _Row = TypeVar("_Row", SftRow, PreferenceRow)
 
 
@@ -417,7 +534,7 @@ def _ended(completion: Text, tokenizer: Tokenizer) -> str:
 
 def _rendered(
     rows: Sequence[_Row],
-    examples: list[Example],
+    examples: Sequence[Example],
     tally: _Tally,
     tokenizer: Tokenizer,
     data: DataConfig,
@@ -425,10 +542,10 @@ def _rendered(
     held_out: bool,
 ) -> Rendered[Example]:
     if not held_out:
-        _refuse_empty_topics(rows, {example.topic for example in examples}, tally, data)
+        _refuse_empty_topics(rows, count_topics(examples), tally, data)
     chat = data.format == "chat"
     return Rendered(
-        tuple(examples),
+        examples if isinstance(examples, Stored) else tuple(examples),
         tally.cut,
         tally.left_out.total(),
         tuple(chain(tokenizer.notes if chat else (), _notes(tally, chat=chat))),
@@ -494,9 +611,10 @@ def _warnings(
     unread = [*(name for name in tokenizer.variables if name not in tokenizer.template), *tally.unread]
     if unread:
         yield f"the chat template does not read {', '.join(dict.fromkeys(unread))}: it changes nothing"
-    whole = [tokens for example in examples if len(tokens := _trained_tokens(example, data.max_length))]
+    whole = (tokens for example in examples if len(tokens := _trained_tokens(example, data.max_length)))
+    looked_at = list(islice(whole, ENDS_LOOKED_AT))
     stops = np.array(tokenizer.stop_token_ids)
-    if whole and not any(np.isin(tokens, stops).any() for tokens in whole[:ENDS_LOOKED_AT]):
+    if looked_at and not any(np.isin(tokens, stops).any() for tokens in looked_at):
         yield (
             "the chat template writes no end-of-turn token after an answer: the model does not learn to stop, and its "
             "answers run to generation.max_new_tokens; write eos_token after the assistant's message in "

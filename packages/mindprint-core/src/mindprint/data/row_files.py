@@ -9,9 +9,13 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
+import hashlib
 import importlib
 import io
 import json
+import os
+import secrets
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -107,19 +111,72 @@ def file_records(path: Path) -> PlacedRecords:
     return _csv_records(path) if kind == ".csv" else _json_records(path, kind)
 
 
-def hub_records(repo: str, split: str, part: str) -> PlacedRecords:
-    """Yield the records of a dataset on the hub. Raise `DataError` if it cannot be loaded."""
+@dataclass(frozen=True)
+class RowSource:
+    """A file or dataset of rows, not yet read. `size` is in bytes, and `digest` reads all of its content."""
+
+    shown: str
+    size: int
+    digest: Callable[[], str]
+    records: Callable[[], PlacedRecords]
+
+
+def file_source(path: Path) -> RowSource:
+    """Return a file as a source of rows."""
+    return RowSource(shown_path(path), path.stat().st_size, lambda: _file_digest(path), lambda: file_records(path))
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise DataError(f"{shown_path(path)}: cannot be read: {error.strerror or first_line(error)}") from error
+
+
+RETRY_PAUSES = (1.0, 4.0)
+"""Seconds before a dataset is asked for again after a connection broke off. Files that have arrived are kept."""
+
+
+def hub_source(repo: str, split: str, part: str) -> RowSource:
+    """Return a dataset on the hub as a source of rows, downloaded. Raise `DataError` if it cannot be loaded."""
     import datasets  # noqa: PLC0415 (a second to import, and most data needs none of it)
 
-    try:
-        rows = datasets.load_dataset(repo, split=split)
-    except Exception as error:  # datasets, huggingface_hub, httpx and fsspec each raise their own errors
-        raise DataError(
-            f"dataset {repo} (split {split}) of data.{part} is not a file here and could not be loaded from the hub: "
-            f"{first_line(error)}"
-        ) from error
+    for pause in (*RETRY_PAUSES, None):
+        try:
+            rows = datasets.load_dataset(repo, split=split)
+            break
+        except Exception as error:  # datasets, huggingface_hub, httpx and fsspec each raise their own errors
+            if pause is not None and _broke_off(error):
+                time.sleep(pause)
+                continue
+            raise DataError(
+                f"dataset {repo} (split {split}) of data.{part} is not a file here and could not be loaded from the "
+                f"hub: {first_line(error)}"
+            ) from error
     name = f"{repo}:{split}"
-    return ((Origin(name, number, "row"), record) for number, record in enumerate(rows, 1))
+    # A digest of the dataset's files and of how they were read. What has none is never taken for something else.
+    fingerprint = getattr(rows, "_fingerprint", None) or secrets.token_hex(16)
+    size = getattr(rows, "dataset_size", None) or 0
+    return RowSource(
+        name,
+        size,
+        lambda: fingerprint,
+        lambda: ((Origin(name, number, "row"), record) for number, record in enumerate(rows, 1)),
+    )
+
+
+def _broke_off(error: Exception) -> bool:
+    """Return whether a later attempt may succeed: the connection failed, and not for want of one."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and len(chain) < 8:
+        chain.append(cause)
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    names = ("RemoteProtocolError", "ReadError", "ReadTimeout", "ConnectTimeout", "ChunkedEncodingError",
+             "IncompleteRead", "ClientPayloadError")  # fmt: skip
+    return not offline and any(
+        isinstance(link, ConnectionResetError | TimeoutError) or type(link).__name__ in names for link in chain
+    )
 
 
 def _kind(path: Path) -> str:

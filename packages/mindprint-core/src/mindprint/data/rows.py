@@ -9,14 +9,35 @@ import difflib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from mindprint.config import Config, ConfigFile
-from mindprint.data.row_files import Origin, Record, file_records, hub_records, is_row_file, kind_of, shown_path
+from mindprint.data.row_files import (
+    Origin,
+    Record,
+    RowSource,
+    file_source,
+    hub_source,
+    is_row_file,
+    kind_of,
+    shown_path,
+)
+from mindprint.data.stored import (
+    IN_MEMORY,
+    Encoded,
+    Stored,
+    StoreWriter,
+    build_entry,
+    cache_folder,
+    content_key,
+    count_topics,
+    find_entry,
+    in_portions,
+)
 from mindprint.errors import DataError
 from mindprint.input_files import parse_json, shortened
 
@@ -106,12 +127,12 @@ class PreferenceRow:
 class Rows:
     """All rows that a configuration names. A stage that is off has none, and `heldout` may be empty.
 
-    `notes` are sentences for the user about all of them.
+    `notes` are sentences for the user about all of them. More than `stored.IN_MEMORY` rows of a kind are on disk.
     """
 
-    sft: tuple[SftRow, ...]
-    preferences: tuple[PreferenceRow, ...]
-    heldout: tuple[PreferenceRow, ...]
+    sft: Sequence[SftRow]
+    preferences: Sequence[PreferenceRow]
+    heldout: Sequence[PreferenceRow]
     notes: tuple[str, ...] = ()
 
 
@@ -127,6 +148,12 @@ class Findings:
     def ignore(self, names: Iterable[str]) -> None:
         """Remember columns that nothing reads, in the order in which they are met."""
         self.ignored.update(dict.fromkeys(names))
+
+    def add(self, other: Findings) -> None:
+        """Add the findings in another part of the data."""
+        self.has_topics = self.has_topics or other.has_topics
+        self.ignored.update(other.ignored)
+        self.histories += other.histories
 
     def notes(self) -> Iterator[str]:
         """Yield the sentences for the user."""
@@ -155,17 +182,10 @@ def read_rows(file: ConfigFile) -> Rows:
     """
     config = file.config
     findings = Findings(config.data.topic or TOPIC_FIELD)
-
-    def sft(record: Record, origin: Origin) -> SftRow:
-        return sft_row(record, origin, config.data.format, findings)
-
-    def preference(record: Record, origin: Origin) -> PreferenceRow:
-        return preference_row(record, origin, config.data.format, findings)
-
     rows = Rows(
-        sft=_read_part(file, "sft", sft) if config.sft.enabled else (),
-        preferences=_read_part(file, "preferences", preference) if config.dpo.enabled else (),
-        heldout=_read_part(file, "heldout", preference),
+        sft=_read_part(file, "sft", sft_row, findings) if config.sft.enabled else (),
+        preferences=_read_part(file, "preferences", preference_row, findings) if config.dpo.enabled else (),
+        heldout=_read_part(file, "heldout", preference_row, findings),
     )
     if config.data.topic and not findings.has_topics and (rows.sft or rows.preferences):
         raise DataError(f"{file.source}: data.topic names the column {config.data.topic!r}, and no row has it")
@@ -176,8 +196,7 @@ def check_topics(rows: Rows, config: Config) -> None:
     """Raise `DataError` if a topic lacks rows for a stage that runs, with the counts and how to fix it."""
     if not (config.sft.enabled and config.dpo.enabled):
         return
-    sft = Counter(row.topic for row in rows.sft)
-    pairs = Counter(row.topic for row in rows.preferences)
+    sft, pairs = count_topics(rows.sft), count_topics(rows.preferences)
     for topic in dict.fromkeys([*sft, *pairs]):
         if not pairs[topic]:
             found = f"{_count(sft[topic], 'SFT row')} and no preference pairs"
@@ -653,19 +672,82 @@ _TURNED_OFF_BY: Mapping[Part, str] = {"sft": "sft.enabled=false", "preferences":
 _HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?::(?P<split>[\w.\[\]%:-]+))?")
 
 
-def _read_part(file: ConfigFile, part: Part, parse: Callable[[Record, Origin], Parsed]) -> tuple[Parsed, ...]:
+Parse = Callable[[Record, Origin, Format, Findings], Parsed]
+
+CACHED_BYTES = 2**20
+"""Bytes of a part's sources from which on the cache is looked into before they are read: fewer hold few rows."""
+
+
+def _read_part(file: ConfigFile, part: Part, parse: Parse[Parsed], findings: Findings) -> Sequence[Parsed]:
     if part != "heldout" and (file.records is not None or file.config.data.rows_digest):
-        return tuple(parse(record, origin) for origin, record in _records_in_memory(file, part))
-    rows: list[Parsed] = []
-    for source in _sources(file, part):
-        before, shown = len(rows), shown_path(file.resolve(str(source)))
+        placed = _records_in_memory(file, part)
+        return tuple(parse(record, origin, file.config.data.format, findings) for origin, record in placed)
+    sources = [_opened_source(file, source, part) for source in _sources(file, part)]
+    decode: Callable[[bytes], Any] = decode_row
+    key = None
+    if part != "heldout" and sum(source.size for source in sources) >= CACHED_BYTES:
+        key = _rows_key(file, part, sources)
+        if (kept := find_entry(cache_folder(file), key, decode)) is not None:
+            findings.add(Findings(**kept.facts))
+            return kept
+    own = Findings(findings.topic_field)
+    rows = _parsed_rows(file, part, sources, parse, own)
+    # Held-out rows are given by a person, row by row: they are few.
+    first = list(islice(rows, None if part == "heldout" else IN_MEMORY + 1))
+    if part == "heldout" or len(first) <= IN_MEMORY:
+        findings.add(own)
+        return tuple(first)
+
+    def build(writer: StoreWriter) -> Mapping[str, Any]:
+        for portion in in_portions(chain(first, rows)):
+            writer.add([Encoded(encode_row(row), row.topic) for row in portion])
+            first.clear()
+        return asdict(own)
+
+    stored: Stored[Any] = build_entry(cache_folder(file), key or _rows_key(file, part, sources), decode, build)
+    findings.add(own)
+    return stored
+
+
+def _parsed_rows(
+    file: ConfigFile, part: Part, sources: Sequence[RowSource], parse: Parse[Parsed], findings: Findings
+) -> Iterator[Parsed]:
+    for source in sources:
+        count = 0
         try:
-            rows.extend(parse(record, origin) for origin, record in _records(file, source, part))
+            for origin, record in source.records():
+                yield parse(record, origin, file.config.data.format, findings)
+                count += 1
         except MemoryError:
-            raise DataError(f"{shown}: needs more memory than there is: split it, or train on a part of it") from None
-        if len(rows) == before:
-            raise DataError(f"{shown}: the file is empty: data.{part} needs a row")
-    return tuple(rows)
+            raise DataError(
+                f"{source.shown}: needs more memory than there is: split it, or train on a part of it"
+            ) from None
+        if not count:
+            raise DataError(f"{source.shown}: the file is empty: data.{part} needs a row")
+
+
+def _rows_key(file: ConfigFile, part: Part, sources: Sequence[RowSource]) -> str:
+    """Digest the content of a part's sources, and everything that decides how they are read."""
+    # The name as shown is a part of every row: messages name it.
+    contents = [(source.shown, source.digest()) for source in sources]
+    return content_key("rows", part, contents, file.config.data.format, file.config.data.topic)
+
+
+def encode_row(row: SftRow | PreferenceRow) -> bytes:
+    """Return a row as bytes, for the disk."""
+    origin = [row.origin.file, row.origin.line, row.origin.unit]
+    texts = (row.prompt, row.completion) if isinstance(row, SftRow) else (row.prompt, row.chosen, row.rejected)
+    parts = [text if text is None or isinstance(text, str) else [astuple(turn) for turn in text] for text in texts]
+    # A topic, unlike texts, may hold half a surrogate pair.
+    return json.dumps([row.topic, *parts, origin, row.variables], ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def decode_row(content: bytes) -> SftRow | PreferenceRow:
+    """Return the row that `encode_row` made bytes of."""
+    topic, *parts, (name, line, unit), variables = json.loads(content.decode("utf-8", "surrogatepass"))
+    texts = [tuple(Message(*turn) for turn in part) if isinstance(part, list) else part for part in parts]
+    row: Callable[..., SftRow | PreferenceRow] = SftRow if len(texts) == 2 else PreferenceRow
+    return row(topic, *texts, Origin(name, line, unit), variables)
 
 
 def _records_in_memory(file: ConfigFile, part: Literal["sft", "preferences"]) -> list[tuple[Origin, Record]]:
@@ -732,10 +814,10 @@ def _missing_default(folder: Path, part: Part) -> str:
     return f"{shown_path(folder / DEFAULT_FILES[part][0])}: no such file{hint}: make it, {remedy}"
 
 
-def _records(file: ConfigFile, source: str | Path, part: Part) -> Iterator[tuple[Origin, Record]]:
+def _opened_source(file: ConfigFile, source: str | Path, part: Part) -> RowSource:
     path = source if isinstance(source, Path) else file.resolve(source)
     if path.is_file():
-        return file_records(path)
+        return file_source(path)
     if path.is_dir():
         raise DataError(f"{shown_path(path)}: data.{part} names a folder: name its files, or set data.path to it")
     if path.exists():
@@ -748,7 +830,7 @@ def _records(file: ConfigFile, source: str | Path, part: Part) -> Iterator[tuple
             # The path is that behind all links, which nobody would recognise alone.
             raise DataError(f"{source}: {_not_a_file(path)} (data.{part})")
         raise DataError(f"{shown_path(path)}: no such file (data.{part})")
-    return hub_records(hub["repo"], hub["split"] or "train", part)
+    return hub_source(hub["repo"], hub["split"] or "train", part)
 
 
 def _and(names: Iterable[str]) -> str:

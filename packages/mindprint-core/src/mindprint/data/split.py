@@ -13,18 +13,31 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import chain
-from typing import Literal
+from operator import eq
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mindprint.config import ConfigFile, DataConfig
-from mindprint.contract import Bool
+from mindprint.contract import Bool, Float64
 from mindprint.data.quizzes import Question, Quizzes, read_quizzes
 from mindprint.data.render import trained_turns
 from mindprint.data.rows import Messages, PreferenceRow, Rows, SftRow, Text, read_rows
+from mindprint.data.stored import Stored, content_key, count_topics, evenly_chosen, kept_arrays, topic_numbers
 from mindprint.errors import DataError
-from mindprint.text.near_duplicates import THRESHOLD, Ints, OnProgress, joined, near_duplicate_groups, normalised
+from mindprint.text.near_duplicates import (
+    THRESHOLD,
+    Hashes,
+    Ints,
+    OnProgress,
+    joined,
+    near_duplicates,
+    normalised,
+    prompt_digest,
+)
 
 RULE = (
     "blake2b-16 of the prompt without case, punctuation and runs of whitespace (NFKC, UTF-8); the smallest of a group "
@@ -33,16 +46,21 @@ RULE = (
 )
 """The rule in words, for the manifest. Another rule is another split: change the words with it."""
 
+_Row = TypeVar("_Row", SftRow, PreferenceRow)
 Kind = Literal["sft", "preferences"]
 Side = Literal["train", "held_out", "removed"]
+
+
+MOST_SCORED = 5_000
+"""Held-out rows of a kind that are scored where rows are on disk, at even distances. All are kept from training."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """Rows that are only scored: pairs (those of `data.heldout` first), texts to be read or continued, questions."""
 
-    pairs: tuple[PreferenceRow, ...] = ()
-    texts: tuple[SftRow, ...] = ()
+    pairs: Sequence[PreferenceRow] = ()
+    texts: Sequence[SftRow] = ()
     questions: tuple[Question, ...] = ()
 
 
@@ -76,8 +94,8 @@ class SplitFacts:
 
     fraction: float
     topics: Mapping[str, TopicSplit]
-    trained: tuple[str, ...] = field(repr=False)
-    held_out: tuple[str, ...] = field(repr=False)
+    trained: Sequence[str] = field(repr=False)
+    held_out: Sequence[str] = field(repr=False)
     groups: int = 0
     groups_moved: int = 0
     kept: int = 0
@@ -96,7 +114,34 @@ class SplitFacts:
 
 
 def _list_digest(hashes: Sequence[str]) -> str:
-    return hashlib.blake2b("\n".join(hashes).encode(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(digest_size=16)
+    for number, short in enumerate(hashes):
+        digest.update(f"\n{short}".encode() if number else short.encode())
+    return digest.hexdigest()
+
+
+class ShortHashes(Sequence[str]):
+    """Hashes of prompts as 16 hex digits, kept as numbers: of millions, strings would fill memory."""
+
+    def __init__(self, numbers: Hashes) -> None:
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return ShortHashes(self._numbers[index])
+        return f"{int(self._numbers[index]):016x}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -133,25 +178,23 @@ def split_rows(rows: Rows, quizzes: Quizzes, data: DataConfig, on_progress: OnPr
     `on_progress` hears of the search for near-duplicates, which takes seconds for tens of thousands of prompts.
     """
     table = _Table.of(rows, quizzes, data, on_progress)
-    groups = _groups(table, data.heldout_fraction)
+    groups = _Groups.of(table, data.heldout_fraction)
     sides = _sides(table, groups, data.heldout_fraction)
     kept = _keep_something(table, groups, sides)
-    held = _on(rows, sides, "held_out")
+    held = _on(rows, sides, _HELD_OUT)
+    pairs, texts = evenly_chosen(held.preferences, MOST_SCORED), evenly_chosen(held.sft, MOST_SCORED)
     return Split(
-        _on(rows, sides, "train"),
-        HeldOut(rows.heldout + held.preferences, held.sft, quizzes.questions),
+        _on(rows, sides, _TRAIN),
+        HeldOut((*rows.heldout, *pairs), texts, quizzes.questions),
         _facts(table, groups, sides, kept, data.heldout_fraction),
-        tuple(_notes(sides.count("removed"))),
+        tuple(_notes(int((sides == _REMOVED).sum()))),
     )
 
 
 def nearly_trained(rows: Sequence[PreferenceRow], train: Rows, data: DataConfig) -> Bool:
     """Return which held-out rows have the prompt of a training row, exactly or nearly: bool `[rows]`."""
     table = _Table.of(Rows(train.sft, train.preferences, tuple(rows)), Quizzes(), data)
-    labels = table.labels
-    # All prompts of a row are in one group, so the first of them tells which.
-    trained = {int(labels[places[0]]) for places in table.rows}
-    return np.array([label in trained for label in labels[table.explicit].tolist()], dtype=np.bool_)
+    return np.isin(table.explicit, table.groups)
 
 
 def prompt_hash(prompt: Text) -> str:
@@ -178,125 +221,185 @@ def prompts_of(row: SftRow, data: DataConfig) -> list[str]:
     return list(dict.fromkeys(spoken(turn) for turn in turns)) or [spoken(row.messages)]
 
 
-@dataclass(frozen=True, eq=False)
-class _Table:
-    """All prompts, one after another: `texts`, each in a group (`labels`, int64 `[texts]`).
+KINDS: tuple[Kind, ...] = ("sft", "preferences")
+SIDES: tuple[Side, ...] = ("train", "held_out", "removed")
+_TRAIN, _HELD_OUT, _REMOVED = range(3)
 
-    A row of `owners` (kind and topic, training rows only) has the places `rows` in them: a conversation has one for
-    each answer that is trained. `explicit` are the places of text that is held out by definition.
+
+@dataclass(frozen=True)
+class _Texts:
+    """All prompts, one after another: those of training rows, those that are held out by definition, and questions.
+
+    They are read from the rows each time, so that they are never in memory together.
     """
 
-    texts: tuple[str, ...]
+    rows: Rows
+    quizzes: Quizzes
+    data: DataConfig
+
+    def by_row(self) -> Iterator[list[str]]:
+        """Yield the prompts of each training row: a conversation has one for each answer that is trained."""
+        for row in self.rows.sft:
+            yield prompts_of(row, self.data)
+        for pair in self.rows.preferences:
+            yield [spoken(pair.prompt)]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from chain.from_iterable(self.by_row())
+        yield from (spoken(row.prompt) for row in self.rows.heldout)
+        yield from self.quizzes.held_out
+
+
+def _compared(texts: _Texts, on_progress: OnProgress | None) -> Sequence[NDArray[Any]]:
+    """Return the groups and digests of all prompts. Of rows on disk, the result of an earlier run is taken."""
+    rows = [part for part in (texts.rows.sft, texts.rows.preferences) if isinstance(part, Stored)]
+    if not rows:
+        return near_duplicates(tuple(texts), on_progress)
+    parts = (texts.rows.sft, texts.rows.preferences)
+    others = [spoken(row.prompt) for row in texts.rows.heldout] + [*texts.quizzes.held_out]
+    # A kind of few rows is in memory, next to one on disk.
+    keys = [
+        part.key
+        if isinstance(part, Stored)
+        else [prompts_of(row, texts.data) if isinstance(row, SftRow) else spoken(row.prompt) for row in part]
+        for part in parts
+    ]
+    key = content_key("near-duplicates", keys, others, texts.data.format, texts.data.train_on)
+    return kept_arrays(rows[0].cache, key, lambda: near_duplicates(texts, on_progress))
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """Arrays about all prompts and all training rows, SFT rows first.
+
+    A prompt has a group (`labels`, int64 `[prompts]`, the place of the group's first prompt) and a hash (`digests`,
+    uint64 `[prompts, 2]`). A row has its kind, the number of its topic in `topics`, and its prompts from `starts[row]`
+    to `starts[row + 1]`. The prompts behind the last row's are held out by definition. `pairs` and `questions` count
+    those of each topic.
+    """
+
     labels: Ints
-    owners: tuple[tuple[Kind, str], ...]
-    rows: tuple[range, ...]
-    explicit: range
+    digests: Hashes
+    kinds: NDArray[np.int8]
+    codes: NDArray[np.int32]
+    starts: Ints
+    topics: tuple[str, ...]
     pairs: Mapping[str, int]
     questions: Mapping[str, int]
 
     @classmethod
     def of(cls, rows: Rows, quizzes: Quizzes, data: DataConfig, on_progress: OnProgress | None = None) -> _Table:
-        prompts = [*(prompts_of(row, data) for row in rows.sft), *([spoken(row.prompt)] for row in rows.preferences)]
-        owners: list[tuple[Kind, str]] = [("sft", row.topic) for row in rows.sft]
-        owners += [("preferences", row.topic) for row in rows.preferences]
-        ends = np.cumsum([0, *map(len, prompts)]).tolist()
-        places = tuple(map(range, ends, ends[1:]))
-        texts = (*chain(*prompts), *(spoken(row.prompt) for row in rows.heldout), *quizzes.held_out)
+        texts = _Texts(rows, quizzes, data)
+        counts = np.fromiter(map(len, texts.by_row()), dtype=np.int64)
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        pairs = Counter(row.topic for row in rows.heldout)
+        questions = Counter(question.topic for question in quizzes.questions)
+        # In the order of their first row.
+        topics = tuple(dict.fromkeys([*count_topics(rows.sft), *count_topics(rows.preferences), *pairs, *questions]))
+        labels, digests = _compared(texts, on_progress)
         # All prompts of a conversation are joined to one group: its tokens cannot be split between the sides.
-        within = np.array([(row[0], other) for row in places for other in row[1:]], dtype=np.int64).reshape(-1, 2)
-        labels = joined(near_duplicate_groups(texts, on_progress), within)
+        others = np.setdiff1d(np.arange(starts[-1]), starts[:-1], assume_unique=True)
+        owners = np.searchsorted(starts, others, side="right") - 1
         return cls(
-            texts=texts,
-            labels=labels,
-            owners=tuple(owners),
-            rows=places,
-            explicit=range(ends[-1], len(texts)),
-            pairs=Counter(row.topic for row in rows.heldout),
-            questions=Counter(question.topic for question in quizzes.questions),
+            labels=joined(labels, np.stack([starts[owners], others], axis=1)),
+            digests=digests,
+            kinds=np.repeat(np.array([0, 1], dtype=np.int8), [len(rows.sft), len(rows.preferences)]),
+            codes=np.concatenate([topic_numbers(rows.sft, topics), topic_numbers(rows.preferences, topics)]),
+            starts=starts,
+            topics=topics,
+            pairs=pairs,
+            questions=questions,
         )
 
     @property
-    def topics(self) -> tuple[str, ...]:
-        """Return the topics in the order of their first row."""
-        return tuple(dict.fromkeys([*(topic for _, topic in self.owners), *self.pairs, *self.questions]))
+    def explicit(self) -> Ints:
+        """Return the groups of the prompts that are held out by definition."""
+        return self.labels[self.starts[-1] :]
 
-    def group(self, row: int) -> int:
-        return int(self.labels[self.rows[row][0]])
+    @cached_property
+    def groups(self) -> Ints:
+        """Return the group of each row: all its prompts are in one."""
+        return self.labels[self.starts[:-1]]
 
 
 @dataclass(frozen=True, eq=False)
 class _Groups:
-    """`fixed` groups have explicit held-out text, `drawn` ones the hash decides on.
+    """The groups of training prompts: their `labels`, ascending, and what is decided for each, `[groups]`.
 
-    `leaders` is where the leader of each group of training rows lies in [0, 1]. `several` counts groups of more than
-    one prompt; `moved` are those in which a member alone would lie on the other side.
+    `leaders` are where the leader's hash is in [0, 1]. `fixed` groups have explicit held-out text, and the hash decides
+    on `drawn` ones. `several` have more than one prompt, and in `moved` ones a member alone would be on the other side.
     """
 
-    fixed: frozenset[int]
-    drawn: frozenset[int]
-    leaders: Mapping[int, float]
-    several: int
-    moved: frozenset[int]
+    labels: Ints
+    leaders: Float64
+    fixed: Bool
+    drawn: Bool
+    several: Bool
+    moved: Bool
 
+    @classmethod
+    def of(cls, table: _Table, fraction: float) -> _Groups:
+        count = int(table.starts[-1])
+        # The smallest hash of a group leads it: it is the first of the group in this order.
+        ranks, positions = table.digests[:count].T
+        order = np.lexsort((positions, ranks, table.labels[:count]))
+        members, ranks, positions = table.labels[:count][order], ranks[order], positions[order]
+        first = np.diff(members, prepend=-1) != 0
+        labels, starts = members[first], np.flatnonzero(first)
+        # 2^-64 is a power of two, so the product is as exact as the hash's own rounding.
+        places = positions.astype(np.float64) * 2.0**-64
+        # A prompt that is there twice is one member.
+        differs = ~first & ((np.diff(ranks, prepend=0) != 0) | (np.diff(positions, prepend=0) != 0))
+        several, below = np.zeros(len(labels), dtype=np.bool_), places < fraction
+        if len(labels):
+            several = np.logical_or.reduceat(differs, starts)
+            moved = several & (np.logical_or.reduceat(below, starts) != np.logical_and.reduceat(below, starts))
+        # Text that a person holds out comes before any hash.
+        fixed = np.isin(labels, table.explicit)
+        has_pairs = np.array([bool(table.pairs.get(topic)) for topic in table.topics], dtype=np.bool_)
+        drawn = np.isin(labels, table.groups[~has_pairs[table.codes]]) & ~fixed
+        return cls(labels, places[first], fixed, drawn, several, moved if len(labels) else several)
 
-def _groups(table: _Table, fraction: float) -> _Groups:
-    members: dict[int, set[bytes]] = {}
-    # The labels of explicit held-out text come last, and zip ends before them: only training prompts lead a group.
-    for label, text in zip(table.labels.tolist(), table.texts[: table.explicit.start], strict=False):
-        members.setdefault(label, set()).add(_digest(text))
-    # Text that a person holds out comes before any hash.
-    fixed = frozenset(table.labels[table.explicit].tolist())
-    drawn = frozenset(table.group(row) for row, (_, topic) in enumerate(table.owners) if not table.pairs.get(topic))
-    several = {group: known for group, known in members.items() if len(known) > 1}
-    return _Groups(
-        fixed,
-        drawn - fixed,
-        {group: _position(min(known)) for group, known in members.items()},
-        len(several),
-        frozenset(
-            group for group, known in several.items() if len({_position(digest) < fraction for digest in known}) > 1
-        ),
-    )
+    def index(self, labels: Ints) -> Ints:
+        """Return the places of groups in these arrays."""
+        return np.searchsorted(self.labels, labels)
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.blake2b(normalised(text).encode(), digest_size=16).digest()
+    return prompt_digest(normalised(text))
 
 
 def _short(text: str) -> str:
     return _digest(text).hex()[:16]
 
 
-def _position(digest: bytes) -> float:
-    """Return the position of a digest in [0, 1], by its second half. The first half ranks it."""
-    return int.from_bytes(digest[8:], "big") / 2**64
-
-
-def _sides(table: _Table, groups: _Groups, fraction: float) -> list[Side]:
+def _sides(table: _Table, groups: _Groups, fraction: float) -> NDArray[np.int8]:
     # By the leader's hash alone, so that adding rows moves as few prompts as possible.
-    held = {group for group in groups.drawn if groups.leaders[group] < fraction}
-    found = [table.group(row) for row in range(len(table.rows))]
-    return ["removed" if group in groups.fixed else "held_out" if group in held else "train" for group in found]
+    held = groups.drawn & (groups.leaders < fraction)
+    of_group = np.where(groups.fixed, _REMOVED, np.where(held, _HELD_OUT, _TRAIN)).astype(np.int8)
+    return of_group[groups.index(table.groups)]
 
 
-def _keep_something(table: _Table, groups: _Groups, sides: list[Side]) -> int:
+def _keep_something(table: _Table, groups: _Groups, sides: NDArray[np.int8]) -> int:
     """Train the highest group of a topic that would have no row left of a kind. Return how many groups that were."""
-    places: dict[tuple[Kind, str], list[int]] = {}
-    for row, owner in enumerate(table.owners):
-        places.setdefault(owner, []).append(row)
+    owners = table.kinds.astype(np.int64) * len(table.topics) + table.codes
+    by_owner, by_group = np.argsort(owners, kind="stable"), np.argsort(table.groups, kind="stable")
+    sorted_owners, sorted_groups = owners[by_owner], table.groups[by_group]
     kept = 0
-    for (kind, topic), owned in places.items():
-        if any(sides[row] == "train" for row in owned):
+    for owner in dict.fromkeys(owners[np.sort(np.unique(owners, return_index=True)[1])].tolist()):
+        rows = by_owner[slice(*np.searchsorted(sorted_owners, (owner, owner + 1)))]
+        if (sides[rows] == _TRAIN).any():
             continue
-        held = {table.group(row) for row in owned if sides[row] == "held_out"}
-        if not held:
+        held = table.groups[rows][sides[rows] == _HELD_OUT]
+        if not len(held):
+            kind, topic = KINDS[owner // len(table.topics)], table.topics[owner % len(table.topics)]
             raise DataError(
                 f"topic {topic!r}: every prompt of its {_NAMES[kind]} appears in held-out rows or a quiz, exactly or "
                 "nearly: add rows with other prompts, or take those out of heldout.jsonl or quiz.json"
             )
         # The highest is the first to be trained when the fraction is lowered: the order of groups stays consistent.
-        highest = max(held, key=lambda group: (groups.leaders[group], group))
-        sides[:] = ["train" if table.group(row) == highest else side for row, side in enumerate(sides)]
+        highest = held[np.lexsort((held, groups.leaders[groups.index(held)]))[-1]]
+        sides[by_group[slice(*np.searchsorted(sorted_groups, (highest, highest + 1)))]] = _TRAIN
         kept += 1
     return kept
 
@@ -304,41 +407,51 @@ def _keep_something(table: _Table, groups: _Groups, sides: list[Side]) -> int:
 _NAMES: Mapping[Kind, str] = {"sft": "SFT rows", "preferences": "preference pairs"}
 
 
-def _on(rows: Rows, sides: Sequence[Side], side: Side) -> Rows:
+def _on(rows: Rows, sides: NDArray[np.int8], side: int) -> Rows:
     """Return the training rows on one side."""
     # `sides` has the SFT rows first and the pairs behind them.
-    sft = tuple(row for row, found in zip(rows.sft, sides, strict=False) if found == side)
-    pairs = zip(rows.preferences, sides[len(rows.sft) :], strict=True)
-    return Rows(sft, tuple(row for row, found in pairs if found == side), ())
+    at = len(rows.sft)
+    return Rows(_chosen(rows.sft, sides[:at] == side), _chosen(rows.preferences, sides[at:] == side), ())
 
 
-def _facts(table: _Table, groups: _Groups, sides: Sequence[Side], kept: int, fraction: float) -> SplitFacts:
-    on: dict[Side, set[str]] = {"train": set(), "held_out": set(), "removed": set()}
-    for side, places in zip(sides, table.rows, strict=True):
-        on[side].update(_short(table.texts[place]) for place in places)
-    on["held_out"].update(_short(table.texts[place]) for place in table.explicit)
-    rows: dict[str, list[int]] = {topic: [] for topic in table.topics}
-    for row, (_, topic) in enumerate(table.owners):
-        rows[topic].append(row)
+def _chosen(rows: Sequence[_Row], mask: Bool) -> Sequence[_Row]:
+    indices = np.flatnonzero(mask)
+    return rows.select(indices) if isinstance(rows, Stored) else tuple(rows[index] for index in indices.tolist())
+
+
+def _facts(table: _Table, groups: _Groups, sides: NDArray[np.int8], kept: int, fraction: float) -> SplitFacts:
+    # The side of each prompt is that of its row.
+    owner = np.repeat(np.arange(len(sides)), np.diff(table.starts))
+    hashes, count = table.digests[:, 0], int(table.starts[-1])
+    held_out = np.concatenate([hashes[:count][sides[owner] == _HELD_OUT], hashes[count:]])
     return SplitFacts(
         fraction=fraction,
-        topics={topic: _topic(table, sides, topic, owned) for topic, owned in rows.items()},
-        trained=tuple(sorted(on["train"])),
-        held_out=tuple(sorted(on["held_out"])),
-        groups=groups.several,
-        groups_moved=len(groups.moved & groups.drawn),
+        topics=_topics(table, sides, owner),
+        trained=ShortHashes(np.unique(hashes[:count][sides[owner] == _TRAIN])),
+        held_out=ShortHashes(np.unique(held_out)),
+        groups=int(groups.several.sum()),
+        groups_moved=int((groups.moved & groups.drawn).sum()),
         kept=kept,
     )
 
 
-def _topic(table: _Table, sides: Sequence[Side], topic: str, owned: Sequence[int]) -> TopicSplit:
-    def share(kind: Kind) -> Share:
-        counts = Counter(sides[row] for row in owned if table.owners[row][0] == kind)
-        return Share(counts["train"], counts["held_out"], counts["removed"])
-
-    prompts = {normalised(table.texts[place]) for row in owned for place in table.rows[row]}
-    pairs, questions = table.pairs.get(topic, 0), table.questions.get(topic, 0)
-    return TopicSplit(share("sft"), share("preferences"), pairs, questions, len(prompts))
+def _topics(table: _Table, sides: NDArray[np.int8], owner: Ints) -> dict[str, TopicSplit]:
+    number = len(table.topics)
+    cells = (table.codes.astype(np.int64) * len(KINDS) + table.kinds) * len(SIDES) + sides
+    counts = np.bincount(cells, minlength=number * len(KINDS) * len(SIDES)).reshape(number, len(KINDS), len(SIDES))
+    # A prompt counts once in each topic that has it.
+    codes, (ranks, positions) = table.codes[owner], table.digests[: len(owner)].T
+    order = np.lexsort((positions, ranks, codes))
+    new = np.zeros(len(order), dtype=np.bool_)
+    for values in (codes, ranks, positions):
+        new |= np.diff(values[order], prepend=values[order][:1]) != 0
+    new[:1] = True
+    prompts = np.bincount(codes[order][new], minlength=number)
+    shares = [[Share(*counts[code, kind].tolist()) for kind in range(len(KINDS))] for code in range(number)]
+    return {
+        topic: TopicSplit(sft, pairs, table.pairs.get(topic, 0), table.questions.get(topic, 0), int(count))
+        for topic, (sft, pairs), count in zip(table.topics, shares, prompts, strict=True)
+    }
 
 
 def _notes(removed: int) -> Iterator[str]:

@@ -71,7 +71,7 @@ class Tokenizer:
 
     def __init__(self, hf: TokenizersBackend, folder: Path, variables: Mapping[str, Any] | None = None) -> None:
         self._hf = hf
-        self._folder = folder
+        self.folder = folder
         self.variables: Mapping[str, Any] = variables or {}
         self._refused: DataError | None = None
         self._backend = hf.backend_tokenizer
@@ -190,7 +190,7 @@ class Tokenizer:
             raise self._refused
         if self._raises_to_powers:
             raise DataError(
-                f"{self._folder}: the chat template computes powers (**), which no limit on time can stop: take the "
+                f"{self.folder}: the chat template computes powers (**), which no limit on time can stop: take the "
                 "model's own template"
             )
         chats = [[{"role": m.role, "content": m.content} for m in messages] for messages in conversations]
@@ -204,7 +204,7 @@ class Tokenizer:
                 )
         except LimitError as error:
             # Remembered: every further conversation would take as long again.
-            self._refused = DataError(f"{self._folder}: the chat template {error}: take the model's own template")
+            self._refused = DataError(f"{self.folder}: the chat template {error}: take the model's own template")
             raise self._refused from error
         except Exception as error:  # a template is a program of somebody else's, and can raise anything
             raise DataError(f"the chat template refuses this conversation: {_one_line(error)}") from error

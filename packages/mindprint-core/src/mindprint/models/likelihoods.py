@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mindprint.contract import Bool, Float64, LoadedModel, TokenBatch
 from mindprint.data.collate import pair_sequences, sft_batch, shared_sequences
@@ -45,7 +46,8 @@ def sum_pairs(
     With `share_prompts` the backend may read each prompt once for both completions. The numbers are the same.
     """
     sums = CompletionSums(np.zeros(len(examples)), np.zeros(len(examples)))
-    lengths = [len(example.prompt) + max(len(example.chosen), len(example.rejected)) for example in examples]
+    longest = (len(example.prompt) + max(len(example.chosen), len(example.rejected)) for example in examples)
+    lengths = np.fromiter(longest, dtype=np.int32, count=len(examples))
     for rows in batches_by_length(lengths):
         pairs = [examples[row] for row in rows]
         batches = (shared_sequences(pairs, pad_id),) if share_prompts else pair_sequences(pairs, pad_id)
@@ -66,16 +68,18 @@ def sum_texts(
     return sums
 
 
-def batches_by_length(lengths: Sequence[int], size: int = BATCH_ROWS) -> Iterator[list[int]]:
+def batches_by_length(lengths: Sequence[int] | NDArray[np.int32], size: int = BATCH_ROWS) -> Iterator[list[int]]:
     """Yield the indices of rows in batches of rows of similar length, so that little of a batch is padding.
 
     The shortest rows come first. Rows of one length keep their order. A batch has at most `size` rows, and at most
     `BATCH_TOKENS` tokens unless it is a single row.
     """
     batch: list[int] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+    # Indices as an array: a list of millions of them would fill memory.
+    for place in np.argsort(np.asarray(lengths), kind="stable"):
+        row = int(place)
         # The row that comes next is the longest so far, to which the others would be padded.
-        if len(batch) == size or (len(batch) + 1) * lengths[row] > BATCH_TOKENS:
+        if len(batch) == size or (len(batch) + 1) * int(lengths[row]) > BATCH_TOKENS:
             if batch:
                 yield batch
             batch = []

@@ -199,8 +199,14 @@ class RunFolder:
 
     def write_split(self, trained: Sequence[str], held_out: Sequence[str]) -> None:
         """Write the hashes of the prompts on either side, for whoever scores the run later."""
-        content = {"format": SPLIT_FORMAT, "trained": trained, "held_out": held_out}
-        atomic.write_text(self.split, json.dumps(content, indent=1) + "\n")
+        # In pieces: there can be millions of hashes.
+        parts = [f'{{\n "format": {SPLIT_FORMAT}'.encode()]
+        for name, hashes in (("trained", trained), ("held_out", held_out)):
+            lines = bytearray(b",\n  ").join(f'"{short}"'.encode() for short in hashes)
+            parts.append(
+                b',\n "%s": [\n  %s\n ]' % (name.encode(), lines) if lines else b',\n "%s": []' % name.encode()
+            )
+        atomic.write_bytes(self.split, b"".join((*parts, b"\n}\n")))
 
     def trained_prompts(self) -> frozenset[str]:
         """Read the hashes of the trained prompts. None are known of a run that an older version began."""

@@ -13,9 +13,11 @@ nearly equals. The time grows with the number of texts, and not with that of the
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -76,16 +78,48 @@ def normalised(text: str) -> str:
     return " ".join(folded.translate(_WITHOUT_PUNCTUATION).split()) or " ".join(folded.split())
 
 
-def near_duplicate_groups(texts: Sequence[str], on_progress: OnProgress | None = None) -> Ints:
+def prompt_digest(plain: str) -> bytes:
+    """Return the 16 bytes that stand for a normalised text."""
+    return hashlib.blake2b(plain.encode(), digest_size=16).digest()
+
+
+def near_duplicate_groups(texts: Iterable[str], on_progress: OnProgress | None = None) -> Ints:
     """Return the group of each text, as the index of the group's first text: int64 `[texts]`."""
-    plain = [normalised(text) for text in texts]
-    # Read backwards, so that the first appearance of a text is the one that the dict keeps.
-    first = {text: index for index, text in reversed(list(enumerate(plain)))}
-    places = {text: place for place, text in enumerate(dict.fromkeys(plain))}
-    labels = _grouped(_Grams.of(list(places)), on_progress or (lambda _done, _total: None))
-    members = np.array([first[text] for text in places], dtype=np.int64)
-    # Unique texts are in the order of their first appearance, so the smallest label is that of the first text.
-    return np.array([members[labels[places[text]]] for text in plain], dtype=np.int64)
+    return near_duplicates(texts, on_progress)[0]
+
+
+def near_duplicates(texts: Iterable[str], on_progress: OnProgress | None = None) -> tuple[Ints, Hashes]:
+    """Return the group of each text, as the index of the group's first text, and the texts' digests.
+
+    The groups are int64 `[texts]`, the digests uint64 `[texts, 2]`, the first half and the second one. The texts are
+    read twice, so that only their grams are ever together.
+    """
+    content = bytearray().join(prompt_digest(normalised(text)) for text in texts)
+    digests = np.frombuffer(content, dtype=">u8").astype(np.uint64).reshape(-1, 2)
+    first, places = _first_of_each(digests)
+    is_first = np.zeros(len(digests), dtype=np.bool_)
+    is_first[first] = True
+    # In the order of their first appearance, so the smallest label is that of the first text.
+    plain = (normalised(text) for text, new in zip(texts, is_first, strict=True) if new)
+    labels = _grouped(_Grams.of(plain), on_progress or (lambda _done, _total: None))
+    return first[labels[places]], digests
+
+
+def _first_of_each(digests: Hashes) -> tuple[Ints, Ints]:
+    """Return the indices of texts that are not equal to an earlier one, ascending, and which of them each text equals.
+
+    Both are int64, `[unique]` and `[texts]`.
+    """
+    order = np.lexsort((np.arange(len(digests)), digests[:, 1], digests[:, 0]))
+    new = np.ones(len(order), dtype=np.bool_)
+    new[1:] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
+    # The first of equal digests is the earliest text: the sort is by index last.
+    firsts = order[new]
+    rank = np.empty(len(firsts), dtype=np.int64)
+    rank[np.argsort(firsts)] = np.arange(len(firsts))
+    places = np.empty(len(order), dtype=np.int64)
+    places[order] = rank[np.cumsum(new) - 1]
+    return np.sort(firsts), places
 
 
 class _Spaces(dict[int, int]):
@@ -116,13 +150,14 @@ class _Grams:
     numbers: Ints
 
     @classmethod
-    def of(cls, texts: Sequence[str]) -> _Grams:
-        sets = [_gram_set(text) for text in texts]
+    def of(cls, texts: Iterable[str]) -> _Grams:
+        sets, ends, numbers = bytearray(), array("q", [0]), array("q")
         known: dict[tuple[str, ...], int] = {}
-        numbers = [known.setdefault(_numbers(text), len(known)) for text in texts]
-        starts = np.cumsum([0, *(len(grams) for grams in sets)], dtype=np.int64)
-        flat = np.concatenate(sets) if sets else np.zeros(0, dtype=np.uint64)
-        return cls(flat, starts, np.array(numbers, dtype=np.int64))
+        for text in texts:
+            sets += _gram_set(text).tobytes()
+            ends.append(len(sets) // 8)
+            numbers.append(known.setdefault(_numbers(text), len(known)))
+        return cls(np.frombuffer(sets, np.uint64), np.array(ends), np.array(numbers))
 
     @cached_property
     def kinds(self) -> tuple[Ints, Ints]:

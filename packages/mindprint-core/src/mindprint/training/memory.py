@@ -29,12 +29,13 @@ from mindprint.contract import (
 )
 from mindprint.data.collate import shared_sequences, whole_sequences
 from mindprint.data.render import PreferenceExample, render_preferences
+from mindprint.data.stored import Stored
 from mindprint.errors import AdapterError, ConfigError, MindprintError
 from mindprint.events import Notice
 from mindprint.models.engine import Placement, fits_in_float32
 from mindprint.models.folder import quantization
 from mindprint.models.free_memory import free_bytes
-from mindprint.models.likelihoods import batches_by_length
+from mindprint.models.likelihoods import BATCH_ROWS, batches_by_length
 from mindprint.models.sizes import is_packed, language_weights, read_base_sizes, read_sites
 from mindprint.training.objectives import OBJECTIVES
 from mindprint.training.plan import StagePlan
@@ -290,11 +291,18 @@ def _read_batches(prepared: Prepared) -> Iterator[TokenBatch]:
         pairs.extend(render_preferences(held_out, prepared.tokenizer, config.data).examples)
     for plan in prepared.plans:
         if plan.stage == "dpo" and OBJECTIVES[plan.stage].needs_reference(plan.settings):
-            pairs.extend(prepared.examples_of(plan))
+            pairs.extend(_longest(prepared.examples_of(plan)))
     lengths = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
     # Sorted by length, the last batches have the longest rows.
     for rows in list(batches_by_length(lengths))[-2:]:
         yield shared_sequences([pairs[row] for row in rows], pad_id)
+
+
+def _longest(pairs: Sequence[PreferenceExample]) -> Sequence[PreferenceExample]:
+    """Return the pairs that the largest batches can be made of: of pairs on disk only the longest are read."""
+    if not isinstance(pairs, Stored):
+        return pairs
+    return [pairs[index] for index in np.argsort(pairs.sizes, kind="stable")[-2 * BATCH_ROWS :].tolist()]
 
 
 def _largest(batches: Iterator[TokenBatch]) -> TokenBatch | None:

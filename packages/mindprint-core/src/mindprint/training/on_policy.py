@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,12 @@ class PolicyPairs:
         self._engine = engine
         self._tokenizer = tokenizer
         self._data = data
-        self._rows: Mapping[Origin, PreferenceRow] = {row.origin: row for row in rows}
+        self._all_rows = rows
+
+    @cached_property
+    def _rows(self) -> Mapping[Origin, PreferenceRow]:
+        # Only a stage on policy needs them, and rows on disk would all be read into memory.
+        return {row.origin: row for row in self._all_rows}
 
     def pairs_of(
         self,

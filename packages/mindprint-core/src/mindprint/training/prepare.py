@@ -29,6 +29,7 @@ from mindprint.data.quizzes import Quizzes, read_quizzes
 from mindprint.data.render import PreferenceExample, Rendered, SftExample, render_preferences
 from mindprint.data.rows import PreferenceRow, Rows, check_topics, read_rows
 from mindprint.data.split import Split, split_rows
+from mindprint.data.stored import Stored, by_topic, count_topics
 from mindprint.data.tokenizer import Tokenizer, load_tokenizer
 from mindprint.errors import AdapterError, DataError, RunError
 from mindprint.events import Notice
@@ -60,7 +61,7 @@ class Prepared:
     config_file: ConfigFile
     model: models.ModelFolder
     tokenizer: Tokenizer
-    examples: Mapping[StageName, Mapping[str, tuple[Any, ...]]]
+    examples: Mapping[StageName, Mapping[str, Sequence[Any]]]
     """The rendered rows of each stage, by topic."""
     plans: tuple[StagePlan, ...]
     identity: Mapping[str, str]
@@ -79,7 +80,7 @@ class Prepared:
     def config(self) -> Config:
         return self.config_file.config
 
-    def examples_of(self, plan: StagePlan) -> tuple[Any, ...]:
+    def examples_of(self, plan: StagePlan) -> Sequence[Any]:
         """Return the examples that a planned stage trains on."""
         return self.examples[plan.stage][plan.topic]
 
@@ -109,7 +110,7 @@ def prepare(file: ConfigFile, tell: Callable[[Notice], None] | None = None) -> P
     # Held-out rows are not rendered: nothing can train on them by mistake.
     rendered = {stage: objective.render(split.train, tokenizer, config.data) for stage, objective in OBJECTIVES.items()}
     _check_tokens([stage_rows.examples for stage_rows in rendered.values()], split, model, tokenizer, config)
-    examples = {stage: _by_topic(stage_rows.examples) for stage, stage_rows in rendered.items()}
+    examples = {stage: by_topic(stage_rows.examples) for stage, stage_rows in rendered.items()}
     named = read_outline(file, list(dict.fromkeys(chain.from_iterable(examples.values()))))
     outline = named.chosen(config.curriculum.topics, config.curriculum.max_topics)
     plans = plan_run(config, outline.topics, _row_lengths(examples))
@@ -303,7 +304,7 @@ def _row_counts(config: Config, split: Split, rendered: Mapping[StageName, Rende
 
 def _of_topics(rows: Rows) -> Iterator[str]:
     """Warn of topics that are about as many as rows: a column was taken for one that has a value for each row."""
-    topics = {*(row.topic for row in rows.sft), *(row.topic for row in rows.preferences)}
+    topics = {*count_topics(rows.sft), *count_topics(rows.preferences)}
     most = max(len(rows.sft), len(rows.preferences))
     if len(topics) >= MANY_TOPICS and len(topics) > most * TOPICS_PER_ROW:
         yield (
@@ -319,34 +320,25 @@ def _of_positions(
     positions = longest_sequence(model.path)
     if positions is None or positions >= config.data.max_length:
         return
-    longer = [
-        row
-        for stage, topics in examples.items()
-        for row in chain.from_iterable(topics.values())
-        if OBJECTIVES[stage].longest_sequence(row) > positions
-    ]
-    if not longer:
+    longer, first = 0, None
+    for stage, topics in examples.items():
+        for row in chain.from_iterable(topics.values()):
+            if OBJECTIVES[stage].longest_sequence(row) > positions:
+                longer, first = longer + 1, first or row.origin
+    if first is None:
         return
-    words = (
-        f"{len(longer)} rows have more tokens than the base has positions for ({positions}), the first is "
-        f"{longer[0].origin}"
-    )
+    words = f"{longer} rows have more tokens than the base has positions for ({positions}), the first is {first}"
     if has_learned_positions(model.path):
         raise DataError(f"{words}: set data.max_length={positions}, or shorten them")
     yield f"{words}: the base never saw so long a text; set data.max_length={positions}, or shorten them"
 
 
-def _by_topic(examples: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
-    topics: dict[str, list[Any]] = {}
-    for example in examples:
-        topics.setdefault(example.topic, []).append(example)
-    return {topic: tuple(rows) for topic, rows in topics.items()}
-
-
 def _row_lengths(examples: Mapping[StageName, Mapping[str, Sequence[Any]]]) -> RowLengths:
     return {
         stage: {
-            topic: np.fromiter(map(OBJECTIVES[stage].token_count, rows), dtype=np.int32, count=len(rows))
+            topic: rows.sizes
+            if isinstance(rows, Stored)
+            else np.fromiter(map(OBJECTIVES[stage].token_count, rows), dtype=np.int32, count=len(rows))
             for topic, rows in topics.items()
         }
         for stage, topics in examples.items()

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 from mindprint.data.rows import Rows, SftRow, Text, text_of
 from mindprint.data.split import HeldOut
+from mindprint.data.stored import evenly_chosen
 from mindprint.voice.scoring import VoiceReference
+
+MOST_ROWS = 20_000
+"""Training rows of a kind that the voice is told from where rows are on disk, at even distances."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,10 @@ def training_voice(rows: Rows, clean: Callable[[str], str] = str) -> VoiceRefere
 
     `clean` takes out of a text whatever is not to be measured, such as thoughts.
     """
-    completions = [clean(text) for row in rows.sft for text in _assistant_turns(row.completion)]
-    chosen = [clean(text) for row in rows.preferences for text in _assistant_turns(row.chosen)]
-    rejected = [clean(text) for row in rows.preferences for text in _assistant_turns(row.rejected)]
+    sft, preferences = evenly_chosen(rows.sft, MOST_ROWS), evenly_chosen(rows.preferences, MOST_ROWS)
+    completions = [clean(text) for row in sft for text in _assistant_turns(row.completion)]
+    chosen = [clean(text) for row in preferences for text in _assistant_turns(row.chosen)]
+    rejected = [clean(text) for row in preferences for text in _assistant_turns(row.rejected)]
     # A dict keeps the order of the rows. The order of a set of strings differs from process to process, and with it
     # which passages are fitted.
     own = dict.fromkeys((*completions, *chosen))
