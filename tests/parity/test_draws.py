@@ -9,7 +9,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from mindprint.contract import Sampling
 from mindprint.sampling import TokenChoice, draw_token, penalised
-from mindprint_torch.generation import Draw, draw
+from mindprint_torch.generation import TokenChoices, draw
 from mindprint_torch.generation import penalised as penalised_torch
 
 ROWS = 64
@@ -55,14 +55,15 @@ def test_the_same_penalty_as_transformers() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_the_same_answers_with_a_penalty(temperature: float) -> None:
-    """Two prompts of unlike lengths, the shorter one filled up on the left with a token that it does not have."""
+    """Two prompts of unlike lengths. The second one is done after three tokens, and the first one continues alone."""
     rng = np.random.default_rng(4)
     prompts = [np.array([1, 2, 3, 4], np.int32), np.array([5, 6], np.int32)]
     sampling = Sampling(6, (), temperature, top_k=5, repetition_penalty=1.4, seed=8)
-    tokens = torch.tensor([[1, 2, 3, 4], [0, 0, 5, 6]])
-    on_device, choices = Draw(sampling, prompts), [TokenChoice(sampling, prompt) for prompt in prompts]
-    for _ in range(6):
-        logits = 2 * rng.standard_normal((2, 12))
-        chosen = on_device(tokens, torch.from_numpy(logits)).argmax(-1)
+    on_device, choices = TokenChoices(sampling, prompts), [TokenChoice(sampling, prompt) for prompt in prompts]
+    for place in range(6):
+        if place == 3:
+            on_device.keep([0])
+            choices = choices[:1]
+        logits = 2 * rng.standard_normal((len(choices), 12))
+        chosen = on_device(torch.from_numpy(logits))
         assert chosen.tolist() == [choose(row) for choose, row in zip(choices, logits, strict=True)]
-        tokens = torch.cat([tokens, chosen[:, None]], 1)

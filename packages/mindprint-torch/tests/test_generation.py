@@ -13,7 +13,8 @@ import torch
 
 from mindprint.contract import Generation, Int32, LoadedModel, ModelSpec, Sampling
 from mindprint.plugins.backend import Backend
-from mindprint_torch.generation import draw, left_padded
+from mindprint_torch.decoding import left_padded
+from mindprint_torch.generation import draw
 
 Load = Callable[..., LoadedModel]
 

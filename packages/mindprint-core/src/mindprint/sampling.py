@@ -6,13 +6,57 @@ definition (`tests/parity/test_draws.py`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 import numpy as np
 from numpy.typing import NDArray
 
-from mindprint.contract import Float64, Int32, Sampling
+from mindprint.contract import Float64, Generation, Int32, Sampling
 
 LIKELY = 1024
 """Tokens that a draw looks at first."""
+
+
+@dataclass
+class AnswerRow:
+    """A prompt and the tokens of its answer so far.
+
+    Args:
+        prompt: int32 `[P]`.
+        sampling: The settings of the answer, which say when it ends.
+        tell: Gets each token, and ends the answer by returning False. None if nobody listens.
+    """
+
+    prompt: Int32
+    sampling: Sampling
+    tell: Callable[[int], bool | None] | None = None
+    tokens: list[int] = field(default_factory=list)
+    stopped: bool = False
+
+    @property
+    def last_token(self) -> int:
+        """The token that the next one follows."""
+        return self.tokens[-1] if self.tokens else int(self.prompt[-1])
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the answer is complete."""
+        return self.stopped or len(self.tokens) >= self.sampling.max_new_tokens
+
+    def take(self, token: int) -> None:
+        """Append a token, or stop at it. A complete answer takes none."""
+        if self.is_done:
+            return
+        if token in self.sampling.stop_token_ids:
+            self.stopped = True
+        else:
+            self.tokens.append(token)
+            self.stopped = self.tell is not None and self.tell(token) is False
+
+    def answer(self) -> Generation:
+        """Return the answer as a backend returns it."""
+        return Generation(np.array(self.tokens, np.int32), "stop" if self.stopped else "length")
 
 
 class TokenChoice:

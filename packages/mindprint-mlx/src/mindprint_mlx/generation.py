@@ -7,8 +7,7 @@ among them. Where a class cannot do that (recurrent layers, other caches), every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,47 +15,16 @@ import mlx.core as mx
 import numpy as np
 
 from mindprint.contract import Generation, Int32, OnToken, Sampling
-from mindprint.sampling import TokenChoice
+from mindprint.sampling import AnswerRow, TokenChoice
 from mindprint_mlx.arrays import to_numpy
 from mindprint_mlx.model import MlxModel
 from mindprint_mlx.rows import ROWS, read_together
 
-Tell = Callable[[int], bool | None]
-"""Tells a token of one row. False ends the row."""
 
+class Row(AnswerRow):
+    """A prompt and its answer so far, with the choice of its tokens. `choose` is None for plain greedy decoding."""
 
-@dataclass
-class Row:
-    """A prompt and the tokens of its answer so far.
-
-    `choose` is None for plain greedy decoding, and `tell` if nobody listens.
-    """
-
-    prompt: Int32
-    choose: TokenChoice | None
-    tell: Tell | None = None
-    tokens: list[int] = field(default_factory=list)
-    stopped: bool = False
-
-    @property
-    def last_token(self) -> int:
-        return self.tokens[-1] if self.tokens else int(self.prompt[-1])
-
-    def take(self, token: int, sampling: Sampling) -> None:
-        """Append a token, or stop at it."""
-        if self.stopped or len(self.tokens) == sampling.max_new_tokens:
-            return
-        if token in sampling.stop_token_ids:
-            self.stopped = True
-        else:
-            self.tokens.append(token)
-            self.stopped = self.tell is not None and self.tell(token) is False
-
-    def is_done(self, sampling: Sampling) -> bool:
-        return self.stopped or len(self.tokens) == sampling.max_new_tokens
-
-    def answer(self) -> Generation:
-        return Generation(np.array(self.tokens, np.int32), "stop" if self.stopped else "length")
+    choose: TokenChoice | None = None
 
 
 def generate(
@@ -69,13 +37,12 @@ def generate(
 ) -> tuple[Generation, ...]:
     """Continue each prompt (int32 `[P]`), in order. `on_token` gets each token, and ends a row by returning False."""
     rows = [
-        Row(
-            prompt,
-            TokenChoice(sampling, prompt) if sampling.temperature > 0 or sampling.repetition_penalty != 1 else None,
-            None if on_token is None else partial(on_token, index),
-        )
+        Row(prompt, sampling, None if on_token is None else partial(on_token, index))
         for index, prompt in enumerate(prompts)
     ]
+    if sampling.temperature > 0 or sampling.repetition_penalty != 1:
+        for row in rows:
+            row.choose = TokenChoice(sampling, row.prompt)
     with model.in_use(adapter=adapter):
         for group in _row_groups(rows) if model.continues_rows else [[row] for row in rows]:
             _continue(model, group, sampling)
@@ -102,8 +69,8 @@ def _continue(model: MlxModel, rows: Sequence[Row], sampling: Sampling) -> None:
     running = list(rows)
     while running:
         last = [row.last_token for row in running]
-        _take(model.module(mx.array(last)[:, None], cache=cache)[:, -1], running, sampling)
-        places = [place for place, row in enumerate(running) if not row.is_done(sampling)]
+        _take(model.module(mx.array(last)[:, None], cache=cache)[:, -1], running)
+        places = [place for place, row in enumerate(running) if not row.is_done]
         # To take rows out costs a copy of all keys and values, so it must save a good part of the work.
         if len(places) > len(running) / 2:
             continue
@@ -114,7 +81,7 @@ def _continue(model: MlxModel, rows: Sequence[Row], sampling: Sampling) -> None:
                 layer.keep(kept)
 
 
-def _take(logits: mx.array, rows: Sequence[Row], sampling: Sampling) -> None:
+def _take(logits: mx.array, rows: Sequence[Row]) -> None:
     """Choose the next token of each row from logits `[rows, vocabulary]`."""
     if rows[0].choose is None:
         tokens = np.array(mx.argmax(logits, axis=-1)).tolist()
@@ -122,4 +89,4 @@ def _take(logits: mx.array, rows: Sequence[Row], sampling: Sampling) -> None:
         values = to_numpy(logits).astype(np.float64)
         tokens = [row.choose(scores) for row, scores in zip(rows, values, strict=False) if row.choose]
     for row, token in zip(rows, tokens, strict=False):
-        row.take(token, sampling)
+        row.take(token)

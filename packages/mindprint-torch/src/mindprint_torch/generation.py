@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from mindprint.contract import Generation, Int32, OnToken, Sampling
-from mindprint.sampling import LIKELY, token_generator
+from mindprint.sampling import LIKELY, AnswerRow, token_generator
 from mindprint_torch.adapter import adapter_enabled
+from mindprint_torch.decoding import Decoder
 from mindprint_torch.model import TorchModel
-from mindprint_torch.rope import forget_lengths
-
-Int64 = NDArray[np.int64]
 
 ROWS_AT_ONCE = 32
 
 ROWS_AT_ONCE_CUDA = 64
 """A GPU reads all weights for each token, of however many rows: twice the rows take hardly longer."""
+
+MOST_KEPT = 3 / 4
+"""The share of rows that may continue when the others, which are done, are taken out."""
 
 PROBE = ((3, 4, 5, 6, 7), (5, 6, 7))
 """Two prompts of unlike lengths."""
@@ -38,13 +37,14 @@ def generate(
     on_token: OnToken | None = None,
 ) -> tuple[Generation, ...]:
     """Continue each prompt (int32 `[P]`), in order. `on_token` gets each token, and ends a row by returning False."""
-    answers: dict[int, Generation] = {}
+    rows = [
+        AnswerRow(prompt, sampling, None if on_token is None else partial(on_token, index))
+        for index, prompt in enumerate(prompts)
+    ]
     with torch.no_grad(), adapter_enabled(model, enabled=adapter):
-        for rows in _row_groups(model, prompts, sampling):
-            told = None if on_token is None else TellTokens(rows, sampling, on_token)
-            continued = _continue(model, [prompts[row] for row in rows], sampling, told)
-            answers.update(zip(rows, continued, strict=True))
-    return tuple(answers[index] for index in range(len(prompts)))
+        for places in _row_groups(model, prompts, sampling):
+            _continue(model, [rows[place] for place in places], sampling)
+    return tuple(row.answer() for row in rows)
 
 
 def _row_groups(model: TorchModel, prompts: Sequence[Int32], sampling: Sampling) -> list[list[int]]:
@@ -85,111 +85,79 @@ def continues_rows(model: TorchModel, prompts: Sequence[Int32]) -> bool:
 
 def _next_logits(model: TorchModel, prompts: list[Int32]) -> Tensor:
     """Return the logits of each prompt's second new token, `[rows, vocabulary]`, so that the cache takes part."""
-    output = _run(model, prompts, 0, max_new_tokens=2, output_logits=True, return_dict_in_generate=True)
-    logits: Tensor = output.logits[1]
-    return logits
+    decoder = Decoder(model, prompts, fill=0)
+    return decoder.step(decoder.read().argmax(-1))
 
 
-def _continue(model: TorchModel, prompts: list[Int32], sampling: Sampling, told: TellTokens | None) -> list[Generation]:
+def _continue(model: TorchModel, rows: Sequence[AnswerRow], sampling: Sampling) -> None:
+    if sampling.max_new_tokens == 0:
+        return
     fill = sampling.stop_token_ids[0] if sampling.stop_token_ids else 0
-    draws = [Draw(sampling, prompts)] if sampling.temperature > 0 or sampling.repetition_penalty != 1 else []
-    stops = list(sampling.stop_token_ids) or None
-    limits = {"max_new_tokens": sampling.max_new_tokens, "eos_token_id": stops}
-    output = _run(model, prompts, fill, draws, [] if told is None else [told], **limits)
-    width = max(len(prompt) for prompt in prompts)
-    answers = [_until_stop(row, sampling) for row in output[:, width:].cpu().numpy().astype(np.int32)]
-    return answers if told is None else [told.cut(place, answer) for place, answer in enumerate(answers)]
+    decoder = Decoder(model, [row.prompt for row in rows], fill)
+    choice = TokenChoices(sampling, [row.prompt for row in rows])
+    running, logits = list(rows), decoder.read()
+    with decoder.decoding():
+        while True:
+            tokens = choice(logits)
+            for row, token in zip(running, tokens.tolist(), strict=True):
+                row.take(token)
+            places = [place for place, row in enumerate(running) if not row.is_done]
+            if not places:
+                return
+            # To take rows out costs a copy of all keys and values, so it must save a part of the work.
+            if len(places) <= MOST_KEPT * len(running) and decoder.drops_rows:
+                running = [running[place] for place in places]
+                tokens = tokens[places]
+                decoder.keep(places)
+                choice.keep(places)
+            logits = decoder.step(tokens)
 
 
-def _run(
-    model: TorchModel,
-    prompts: list[Int32],
-    fill: int,
-    processors: Sequence[LogitsProcessor] = (),
-    criteria: Sequence[StoppingCriteria] = (),
-    **settings: Any,
-) -> Any:
-    """Let transformers continue the prompts, and nothing but `settings` decide how."""
-    if model.head.rotary_limit is not None:
-        forget_lengths(model.network)
-    tokens, mask = left_padded(prompts, fill)
-    network: Any = model.network
-    return network.generate(
-        input_ids=torch.from_numpy(tokens).to(model.device),
-        attention_mask=torch.from_numpy(mask).to(model.device),
-        generation_config=GenerationConfig(do_sample=False, pad_token_id=fill, **settings),
-        logits_processor=LogitsProcessorList(processors),
-        stopping_criteria=StoppingCriteriaList(criteria),
-    )
-
-
-def _until_stop(tokens: Int32, sampling: Sampling) -> Generation:
-    stops = np.flatnonzero(np.isin(tokens, sampling.stop_token_ids))
-    return Generation(tokens[: stops[0]], "stop") if len(stops) else Generation(tokens, "length")
-
-
-class TellTokens(StoppingCriteria):
-    """Tells each new token, as a criterion that transformers asks behind every token whether a row has ended."""
-
-    def __init__(self, rows: Sequence[int], sampling: Sampling, on_token: OnToken) -> None:
-        self.rows = rows
-        self.on_token = on_token
-        self.stops = frozenset(sampling.stop_token_ids)
-        self.told = [0] * len(rows)
-        self.done = [False] * len(rows)
-        self.ended: set[int] = set()
-        """The places of rows that `on_token` ended, and no stop token."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # noqa: ARG002 (transformers' signature)
-        for place, token in enumerate(input_ids[:, -1].tolist()):
-            # Rows that are done are filled up with stop tokens, or with any token where there are none.
-            if self.done[place]:
-                continue
-            if token in self.stops:
-                self.done[place] = True
-                continue
-            self.told[place] += 1
-            if self.on_token(self.rows[place], token) is False:
-                self.done[place] = True
-                self.ended.add(place)
-        return torch.tensor(self.done, device=input_ids.device)
-
-    def cut(self, place: int, answer: Generation) -> Generation:
-        """Return an answer without the filling behind the token at which it was ended."""
-        return Generation(answer.tokens[: self.told[place]], "stop") if place in self.ended else answer
-
-
-class Draw(LogitsProcessor):
-    """Sampling and its filters as a processor of logits: of each row's logits only the chosen token's is left.
+class TokenChoices:
+    """The choices of several answers that are generated together, as `mindprint.sampling.TokenChoice` makes them.
 
     A row's random numbers come from the seed and its own prompt, so that they do not depend on its neighbours.
-    transformers' own sampling draws from one generator for all rows, and its penalty takes filling for text.
     """
 
     def __init__(self, sampling: Sampling, prompts: Sequence[Int32]) -> None:
-        self.sampling = sampling
-        self.prompts = prompts
-        self.width = max(map(len, prompts))
-        self.generators = [token_generator(sampling, prompt) for prompt in prompts]
+        self._sampling = sampling
+        self._prompts = list(prompts)
+        self._generators = [token_generator(sampling, prompt) for prompt in prompts]
+        self._seen: Tensor | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return the next token of each row, int64 `[rows]`, for logits `[rows, vocabulary]`."""
+        sampling = self._sampling
+        penalises = sampling.repetition_penalty != 1
+        if sampling.temperature == 0 and not penalises:
+            return logits.argmax(-1)
         # In float64 as the definition is, so that the same logits give the same token. MPS has none.
-        values = scores.to(torch.float32 if scores.device.type == "mps" else torch.float64)
-        if self.sampling.repetition_penalty != 1:
-            values = penalised(values, self._seen(input_ids, values), self.sampling.repetition_penalty)
-        if self.sampling.temperature == 0:
+        values = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
+        if penalises:
+            values = penalised(values, self._seen_tokens(values), sampling.repetition_penalty)
+        if sampling.temperature == 0:
             chosen = values.argmax(-1, keepdim=True)
         else:
-            uniform = torch.tensor([[generator.random()] for generator in self.generators], dtype=values.dtype)
-            chosen = draw(values, self.sampling, uniform.to(scores.device))
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+            uniform = torch.tensor([[generator.random()] for generator in self._generators], dtype=values.dtype)
+            chosen = draw(values, sampling, uniform.to(logits.device))
+        if self._seen is not None:
+            self._seen.scatter_(1, chosen, True)
+        return chosen[:, 0]
 
-    def _seen(self, input_ids: Tensor, values: Tensor) -> Tensor:
+    def keep(self, places: Sequence[int]) -> None:
+        """Keep these rows, and forget the others."""
+        self._generators = [self._generators[place] for place in places]
+        self._prompts = [self._prompts[place] for place in places]
+        if self._seen is not None:
+            self._seen = self._seen[list(places)]
+
+    def _seen_tokens(self, values: Tensor) -> Tensor:
         """Return which tokens each row has had, bool `[rows, vocabulary]`: those of its prompt and of its answer."""
-        seen = torch.zeros_like(values, dtype=torch.bool)
-        for row, prompt in zip(seen, self.prompts, strict=True):
-            row[torch.from_numpy(prompt.astype(np.int64)).to(row.device)] = True
-        return seen.scatter(1, input_ids[:, self.width :], True)
+        if self._seen is None:
+            self._seen = torch.zeros_like(values, dtype=torch.bool)
+            for row, prompt in zip(self._seen, self._prompts, strict=True):
+                row[torch.from_numpy(prompt.astype(np.int64)).to(row.device)] = True
+        return self._seen
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -225,13 +193,3 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     reached = (probabilities * kept).cumsum(-1)
     index = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)
     return tokens.gather(1, index.clamp(max=tokens.shape[1] - 1))
-
-
-def left_padded(prompts: list[Int32], fill: int) -> tuple[Int64, Int64]:
-    """Return prompts as rows that end together, and a mask that is 0 on the filling; both int64 `[rows, P]`."""
-    width = max(len(prompt) for prompt in prompts)
-    tokens, mask = np.full((len(prompts), width), fill, np.int64), np.zeros((len(prompts), width), np.int64)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = 1
-    return tokens, mask

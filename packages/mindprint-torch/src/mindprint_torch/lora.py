@@ -52,9 +52,29 @@ def _forward(layer: lora.Linear, x: Tensor) -> Tensor:
     # Dropout acts on the input of A alone, so that the base's product and A's no longer share it: PEFT's way then.
     if layer.lora_dropout[NAME].training:
         return type(layer).forward(layer, x)
-    a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+    a: Any = layer.lora_A[NAME].weight
+    b: Any = layer.lora_B[NAME].weight
+    if not torch.is_grad_enabled():
+        # The same sums without autograd's bookkeeping, which takes longer than the low-rank products of one token.
+        return lora_product(x, frozen_weight(base), base.bias, a, b, layer.scaling[NAME])[0]
     output: Tensor = LoraProduct.apply(x, frozen_weight(base), base.bias, a, b, layer.scaling[NAME])  # type: ignore[no-untyped-call]
     return output
+
+
+def lora_product(
+    x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `x W^T + bias + scale (x A^T) B^T`, and the two that its gradients need: `x` flat, and `x A^T`."""
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    low = rows @ a.T
+    # The output is allocated in its final shape and filled through a view. Were it returned as a view, autograd
+    # would refuse models that change it in place, as OLMo does with `clip_qkv` and Gemma 3n with its keys.
+    output = x.new_empty(*x.shape[:-1], weight.shape[0])
+    flat = output.view(-1, weight.shape[0])
+    multiply(rows, weight, bias, flat)
+    flat.addmm_(low, b.T, alpha=scale)
+    return output, rows, low
 
 
 class LoraProduct(torch.autograd.Function):
@@ -65,15 +85,8 @@ class LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
         a, b = a.to(x.dtype), b.to(x.dtype)
-        low = rows @ a.T
-        # The output is allocated in its final shape and filled through a view. Were it returned as a view, autograd
-        # would refuse models that change it in place, as OLMo does with `clip_qkv` and Gemma 3n with its keys.
-        output = x.new_empty(*x.shape[:-1], weight.shape[0])
-        flat = output.view(-1, weight.shape[0])
-        multiply(rows, weight, bias, flat)
-        flat.addmm_(low, b.T, alpha=scale)
+        output, rows, low = lora_product(x, weight, bias, a, b, scale)
         ctx.save_for_backward(rows, low, a, b)
         # Not through autograd, which saves tensors alone. The weight is frozen, and so nobody changes it in between.
         ctx.weight = weight
