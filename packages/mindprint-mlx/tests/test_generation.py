@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +11,7 @@ from mlx_samples import VOCABULARY, linear_sites, lora
 
 from mindprint.contract import LoadedModel, Sampling
 from mindprint_mlx import adapter
-from mindprint_mlx.generation import generate
+from mindprint_mlx.generation import Row, generate
 from mindprint_mlx.model import MlxModel
 from mindprint_mlx.rows import ROWS
 
@@ -105,9 +105,9 @@ def test_rows_that_are_done_cost_nothing(make: Callable[..., LoadedModel], monke
 def _recording(seen: list[np.ndarray]) -> Callable[..., None]:
     from mindprint_mlx.generation import _take
 
-    def take(logits: mx.array, rows: object, sampling: Sampling) -> None:
+    def take(logits: mx.array, rows: Sequence[Row]) -> None:
         seen.append(np.array(logits))
-        _take(logits, rows, sampling)
+        _take(logits, rows)
 
     return take
 

@@ -13,7 +13,7 @@ import torch
 
 from mindprint.contract import Generation, Int32, LoadedModel, ModelSpec, Sampling
 from mindprint.plugins.backend import Backend
-from mindprint_torch.decoding import left_padded
+from mindprint_torch.decoding import GRAIN, Decoder, left_padded
 from mindprint_torch.generation import draw
 
 Load = Callable[..., LoadedModel]
@@ -49,6 +49,40 @@ def test_greedy_equals_full_passes_and_ignores_neighbours(
         assert answer.stop_reason == "length"
         assert answer.tokens.tolist() == greedy_by_hand(model.handle.network, prompt, 8)
         assert same(backend.generate(model, [prompt], Sampling(8, ()))[0], answer)
+
+
+def test_keys_and_values_grow_as_often_as_needed(backend: Backend, train: Load, prompts: list[Int32]) -> None:
+    """Their arrays have room for 64 more places at a time: 150 new tokens need three of them."""
+    model = train("qwen2")
+    made = backend.generate(model, prompts[:2], Sampling(2 * GRAIN + 22, ()))
+    for prompt, answer in zip(prompts, made, strict=False):
+        assert answer.tokens.tolist() == greedy_by_hand(model.handle.network, prompt, 2 * GRAIN + 22)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2"])
+def test_rows_that_are_done_are_taken_out(
+    backend: Backend, train: Load, prompts: list[Int32], architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six rows that end after 2 to 7 tokens. What is left of them is as before, of fewer and fewer rows."""
+    model, widths = train(architecture), []
+    free = backend.generate(model, prompts, Sampling(8, ()))
+    step = Decoder.step
+
+    def counted(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+        widths.append(len(tokens))
+        return step(decoder, tokens)
+
+    monkeypatch.setattr(Decoder, "step", counted)
+    told = [0] * len(prompts)
+
+    def until_its_end(row: int, _: int) -> bool:
+        told[row] += 1
+        return told[row] < 2 + row
+
+    answers = backend.generate(model, prompts, Sampling(8, ()), on_token=until_its_end)
+    for row, (answer, whole) in enumerate(zip(answers, free, strict=True)):
+        assert answer.tokens.tolist() == whole.tokens.tolist()[: 2 + row]
+    assert widths == [6, 6, 4, 3, 2, 1]
 
 
 def test_sampling_is_seeded_and_ignores_neighbours(backend: Backend, train: Load, prompts: list[Int32]) -> None:

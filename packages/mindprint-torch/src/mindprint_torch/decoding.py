@@ -42,14 +42,14 @@ class RoomyLayer(DynamicLayer):
         """Append the keys and values of new places, and return all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        new = (key_states, value_states)
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if self._room is None or end > self._room[0].shape[-2]:
-            self._room = _grown(self.keys, new[0], end + GRAIN), _grown(self.values, new[1], end + GRAIN)
-        for room, states in zip(self._room, new, strict=True):
-            room[:, :, start:end] = states
-        self.keys, self.values = (room[:, :, :end] for room in self._room)
+            self._room = _grown(self.keys, key_states, end + GRAIN), _grown(self.values, value_states, end + GRAIN)
+        keys, values = self._room
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
