@@ -16,7 +16,7 @@ import pytest
 from small_tokenizers import write_tokenizer
 
 from mindprint.config import ConfigFile, make_config
-from mindprint.data import processes, render, row_files, rows, split
+from mindprint.data import processes, render, row_files, rows, split, stored
 from mindprint.data.processes import results_in_order
 from mindprint.data.quizzes import Quizzes
 from mindprint.data.render import PreferenceExample, SftExample, render_preferences, render_sft
@@ -94,6 +94,8 @@ def test_rows_on_disk_are_those_in_memory(
     assert not cache_folder(file).exists()
     monkeypatch.setattr(rows, "IN_MEMORY", 20)
     monkeypatch.setattr(rows, "CACHED_BYTES", 0)
+    # More than one portion is written, and rendered.
+    monkeypatch.setattr(stored.in_portions, "__defaults__", (7,))
     monkeypatch.setattr(render, "CHUNK", 16)
     # Two processes for the texts, whatever this machine has, and this one for the pairs: a process takes seconds.
     cores = iter([2, 1])
@@ -117,15 +119,15 @@ def test_other_rows_settings_or_tokenizers_have_another_entry(file: ConfigFile, 
     read = read_rows(file).sft
     assert isinstance(read, Stored)
     half = read.select(np.arange(0, COUNT, 2))
-    stored = [
+    rendered = [
         render_sft(part, tokenizer, data).examples
         for part, tokenizer, data in (
             (read, tokens, file.config.data), (half, tokens, file.config.data), (read, tokens, shorter),
             (read, other, file.config.data),
         )
     ]  # fmt: skip
-    keys = {part.key for part in stored if isinstance(part, Stored)}
-    assert len(keys) == 4 and [len(part) for part in stored[:3]] == [COUNT, COUNT // 2, COUNT]
+    keys = {part.key for part in rendered if isinstance(part, Stored)}
+    assert len(keys) == 4 and [len(part) for part in rendered[:3]] == [COUNT, COUNT // 2, COUNT]
     path = tmp_path / "data" / "sft.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace("Aye", "Oh"), encoding="utf-8")
     changed = read_rows(file).sft

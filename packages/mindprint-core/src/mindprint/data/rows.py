@@ -701,7 +701,6 @@ def _read_part(file: ConfigFile, part: Part, parse: Parse[Parsed], findings: Fin
     def build(writer: StoreWriter) -> Mapping[str, Any]:
         for portion in in_portions(chain(first, rows)):
             writer.add([Encoded(encode_row(row), row.topic) for row in portion])
-            first.clear()
         return asdict(own)
 
     stored: Stored[Any] = build_entry(cache_folder(file), key or _rows_key(file, part, sources), decode, build)
