@@ -146,8 +146,8 @@ def throughput(options: argparse.Namespace) -> bool:
             seconds = time.process_time() - started
             alone, tokens = 0.0, 0
             # The same questions in one call for each limit, which the backend divides as it likes.
-            for limit in sorted({sampling.max_new_tokens for _, sampling, _, _ in asked}):
-                calls = [entry for entry in asked if entry[1].max_new_tokens == limit]
+            for sampling in dict.fromkeys(sampling for _, sampling, _, _ in asked):
+                calls = [entry for entry in asked if entry[1] == sampling]
                 began = time.process_time()
                 inner(opened.model, [prompt for call in calls for prompt in call[0]], calls[0][1], adapter=False)
                 alone += time.process_time() - began

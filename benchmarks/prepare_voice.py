@@ -41,7 +41,8 @@ from mindprint.voice.scoring import NotScored, VoiceReference, VoiceScore, Voice
 from mindprint.writing.asking import BaseModel, Kept
 from mindprint.writing.checks import unfit_rewriting, up_to_sentence
 from mindprint.writing.gathering import Options, gather
-from mindprint.writing.making import rewritten_texts
+from mindprint.writing.keywords import keywords
+from mindprint.writing.making import last_words, rewritten_texts
 from mindprint.writing.templates import Templates
 
 NOTHING = "Write something."
@@ -85,7 +86,7 @@ def voice(options: argparse.Namespace) -> bool:
         project = trained(folder, works, options)
         texts = [row["completion"] for row in rows_of(project, "sft") if "completion" in row]
         unseen = spread(passages_of(works.other), options.limit)
-        prompts = [row["prompt"] for row in rows_of(project, "heldout")][: options.limit]
+        prompts = unseen_prompts(project, works, options.limit)
         clock = Clock()
         with mindprint.open_adapter(project) as opened:
             untuned, tuned = (perplexities(opened, unseen, adapter=adapter) for adapter in (False, True))
@@ -158,8 +159,8 @@ def pairs(options: argparse.Namespace) -> bool:
     with kept_folder(options) as folder:
         project, clock = trained(folder, works, options), Clock()
         run = finished_run(project, {})
-        heldout = rows_of(project, "heldout")[: options.limit]
-        prompts, own = [row["prompt"] for row in heldout], [row["chosen"] for row in heldout]
+        prompts = unseen_prompts(project, works, options.limit)
+        own = spread(passages_of(works.other), options.limit)
         steps = [line for line in run.read_steps() if not line.get("rolled_back")]
         taken = {stage: sum(line["stage"] == stage for line in steps) for stage in ("sft", "dpo")}
         if not taken["dpo"]:
@@ -296,7 +297,7 @@ def measured_run(
 ) -> dict[Path, float]:
     """Print the figures of each checkpoint of a run, and return the perplexities by their folders."""
     unseen = spread(passages_of(works.other), options.limit)
-    prompts = [row["prompt"] for row in rows_of(project, "heldout")][: options.limit]
+    prompts = unseen_prompts(project, works, options.limit)
     training = [row["completion"] for row in rows_of(project, "sft") if "completion" in row]
     scorer = scorer_of(works, project, unseen)
     scores: dict[Path, float] = {}
@@ -336,6 +337,9 @@ def works_of(options: argparse.Namespace) -> Works:
 def trained(folder: Path, works: Works, options: argparse.Namespace) -> Path:
     """Return the project with a complete run, made by what `mindprint prepare` and `mindprint train` call."""
     project, clock = folder / "voice", Clock()
+    earlier = newest_run(project / "runs")
+    if earlier is not None and RunFolder(earlier).complete:
+        return project
     writing = folder / "writing" / works.trained.name
     writing.parent.mkdir(parents=True, exist_ok=True)
     writing.write_text(first_words(works.trained, options.words), encoding="utf-8")
@@ -426,6 +430,24 @@ def answers_of(opened: OpenedModel, prompts: Sequence[Any], *, adapter: bool) ->
             answers[place] = up_to_sentence(answer.text)
         progress("answers with the adapter" if adapter else "answers without it", start + len(places), len(order))
     return answers
+
+
+def unseen_prompts(project: Path, works: Works, count: int) -> list[str]:
+    """Return the prompts of the held-out rows, and prompts of the author's other work, `count` in all.
+
+    One work holds out too few. Of passages of the other work every second one gives its names and long words as a
+    topic, the others the words before them as a text to continue: the two kinds of row that need no model.
+    """
+    prompts = [row["prompt"] for row in rows_of(project, "heldout")][:count]
+    templates = Templates()
+    passages = gather([works.other], Options(heldout=0)).train
+    # More than are asked for, because a passage at the beginning of a chapter has nothing before it.
+    for place, passage in enumerate(spread(passages, 2 * count)):
+        if place % 2:
+            prompts.append(templates.fill("ask-topic", ", ".join(keywords(passage.text))))
+        elif passage.before:
+            prompts.append(templates.fill("ask-continue", last_words(passage.before)))
+    return spread(prompts, count)
 
 
 def scorer_of(works: Works, project: Path | None, measured: Sequence[str]) -> VoiceScorer:

@@ -23,12 +23,13 @@ from mindprint.writing.checks import (
     unfit,
     unfit_rewriting,
     up_to_sentence,
+    without_label,
 )
 from mindprint.writing.conversations import exchanges
 from mindprint.writing.gathering import Options, gather
 from mindprint.writing.keywords import keywords
 from mindprint.writing.languages import languages_of
-from mindprint.writing.making import Made, RowKind, last_words, make_rows
+from mindprint.writing.making import PENALTY, Made, RowKind, last_words, make_rows
 from mindprint.writing.passages import Passage, cut
 from mindprint.writing.people import person_in
 from mindprint.writing.private import find_private, redact
@@ -247,11 +248,13 @@ class ScriptedModel:
 
     def __init__(self, proposal: str, answer: str, gain: float) -> None:
         self.proposal, self.answer, self.gain = proposal, answer, gain
+        self.penalties: dict[str, float] = {}
 
     def tokens(self, text: str) -> int:
         return len(text.split())
 
-    def replies(self, questions: Sequence[Question], kind: str) -> list[Reply]:
+    def replies(self, questions: Sequence[Question], kind: str, *, repetition_penalty: float = 1.0) -> list[Reply]:
+        self.penalties[kind] = repetition_penalty
         return [Reply(self.proposal if kind == "prompts" else self.answer, ended=True) for _ in questions]
 
     def log_probs(self, pairs: Sequence[tuple[str, str]], _: str) -> list[float]:
@@ -272,6 +275,15 @@ def test_a_row_has_the_prompt_that_the_model_proposed_and_its_own_answer() -> No
     assert row.sft == {"prompt": "Tell me about the ferry.", "completion": OWN}
     assert row.pair == {"prompt": "Tell me about the ferry.", "chosen": OWN, "rejected": BLAND}
     assert row.gain == 0.5
+
+
+def test_only_rejected_answers_are_kept_from_repeating_words() -> None:
+    """A prompt and a plain text need the names of their passage."""
+    model = ScriptedModel("Tell me about the ferry.", BLAND, 0.5)
+    for mix in ({"answer": 1.0}, {"rewrite": 1.0}):
+        made_of(model, "", mix)  # type: ignore[arg-type]
+    assert model.penalties == {"prompts": 1.0, "rejected answers": PENALTY, "plain texts": 1.0}
+    assert PENALTY > 1
 
 
 def test_a_rewriting_asks_with_the_plain_text_which_is_also_what_is_rejected() -> None:
@@ -345,6 +357,16 @@ def test_a_plain_text_that_is_nearly_the_passage_or_speaks_of_its_task_is_unfit(
     assert unfit_rewriting(passage, passage, "") is not None
     task = "Rewrite the following text in plain, simple modern English."
     assert unfit_rewriting(f"{task} {changed}", passage, task) == "an echo of the question"
+    echo = "Rewrite the text in plain, simple modern English:"
+    assert unfit_rewriting(f"{changed} {echo} {changed}", passage, task) == "an echo of the question"
+
+
+def test_a_label_that_repeats_the_task_is_not_a_part_of_a_plain_text() -> None:
+    task = Templates().texts["rewrite"]
+    for label in ("Rewrite the text in plain, simple modern English:", "Here is the text in plain, simple English:"):
+        assert without_label(f"{label} {BLAND}", task) == BLAND
+    for text in (BLAND, f"He said one thing: {BLAND}", "Rewrite it in plain, simple modern English:"):
+        assert without_label(text, task) == text
 
 
 STORY = [
@@ -442,7 +464,7 @@ def test_text_that_gives_orders_is_data() -> None:
     asked: list[str] = []
 
     class Obeying(ScriptedModel):
-        def replies(self, questions: Sequence[Question], kind: str) -> list[Reply]:
+        def replies(self, questions: Sequence[Question], kind: str, *, repetition_penalty: float = 1.0) -> list[Reply]:
             asked.extend(str(question.prompt) for question in questions)
             return super().replies(questions, kind)
 

@@ -116,9 +116,14 @@ class BaseModel:
         # Another model, template or dtype is another answer. The backend is not in the key: both give the same one.
         self._identity = (base_digest(opened.base.path), tokenizer.template_digest, opened.placement.dtype)
 
-    def replies(self, questions: Sequence[Question], kind: str) -> list[Reply]:
-        """Answer each question, greedily, in batches of prompts of similar length."""
-        keys = [self._key("reply", *_words(question.prompt), question.tokens) for question in questions]
+    def replies(self, questions: Sequence[Question], kind: str, *, repetition_penalty: float = 1.0) -> list[Reply]:
+        """Answer each question, greedily, in batches of prompts of similar length.
+
+        The penalty is left out on a backend without the capability `filters`.
+        """
+        penalty = repetition_penalty if "filters" in self._opened.backend.info.capabilities else 1.0
+        penalised = () if penalty == 1 else (f"repetition penalty {penalty}",)
+        keys = [self._key("reply", *_words(question.prompt), question.tokens, *penalised) for question in questions]
         missing = {key: question for key, question in zip(keys, questions, strict=True) if self._kept.get(key) is None}
         rendered = {key: render_prompt(question.prompt, self._opened.tokenizer) for key, question in missing.items()}
         limits = {key: min(missing[key].tokens, self._longest - len(rendered[key])) for key in missing}
@@ -130,7 +135,7 @@ class BaseModel:
         for batch in self._batches(lengths, kind, ROWS):
             chosen = [names[place] for place in batch]
             limit = max(limits[name] for name in chosen)
-            sampling = Sampling(limit, self._opened.tokenizer.stop_token_ids)
+            sampling = Sampling(limit, self._opened.tokenizer.stop_token_ids, repetition_penalty=penalty)
             made = self._opened.backend.generate(
                 self._opened.model, [rendered[name] for name in chosen], sampling, adapter=False
             )

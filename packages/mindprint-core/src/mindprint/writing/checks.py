@@ -21,6 +21,10 @@ REPEATED = 0.3
 ECHOED = 7
 """Words that a prompt may not have in common in a row with the template that asked for it."""
 
+LABEL_ECHOED, REWRITING_ECHOED = 3, 5
+"""The same for the words before a colon at the beginning of a rewriting, and for the rest of it: its template is short,
+and a person's text hardly has five of its words in a row."""
+
 SAME_EXAMPLE = 0.6
 """Share of the words of a prompt and of an example, each, from which on one is the other with some words replaced."""
 
@@ -118,9 +122,16 @@ def up_to_sentence(text: str) -> str:
     return text[: ends[-1].end()] if ends else text
 
 
+def without_label(reply: str, template: str) -> str:
+    """Return a reply without a beginning such as `Here is the text in plain English:`, which repeats the template."""
+    label, colon, rest = reply.partition(":")
+    repeats = longest_common(words(label), words(template)) >= LABEL_ECHOED
+    return rest.lstrip() if colon and rest.strip() and repeats else reply
+
+
 def unfit_rewriting(plain: str, passage: str, template: str) -> str | None:
     """Return why a text cannot be the plain form of a passage, None if it can."""
-    if longest_common(words(plain), words(template)) >= ECHOED:
+    if longest_common(words(plain), words(template)) >= REWRITING_ECHOED:
         return "an echo of the question"
     return unfit(plain, passage, PLAIN_ALIKE)
 

@@ -18,7 +18,15 @@ from mindprint.data.rows import Message, Messages
 from mindprint.draws import uniform
 from mindprint.text.words import words
 from mindprint.writing.asking import BaseModel, Question
-from mindprint.writing.checks import clean_prompt, clean_topic, is_prompt, unfit, unfit_rewriting, up_to_sentence
+from mindprint.writing.checks import (
+    clean_prompt,
+    clean_topic,
+    is_prompt,
+    unfit,
+    unfit_rewriting,
+    up_to_sentence,
+    without_label,
+)
 from mindprint.writing.conversations import Exchange
 from mindprint.writing.keywords import keywords
 from mindprint.writing.passages import Passage, pieces_within
@@ -40,6 +48,9 @@ CONTEXT_WORDS = 80
 """Words before a passage that a row asks to continue."""
 
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’»)]*\s+")
+
+PENALTY = 1.2
+"""The repetition penalty of rejected answers. Without one, small models end most long answers in a loop."""
 
 LONGER = 1.3
 """Tokens that an answer may have, relative to the passage's. One that reaches it is cut after a sentence."""
@@ -218,9 +229,12 @@ def rewritten_texts(texts: Sequence[str], model: BaseModel, templates: Templates
         for paragraph in paragraphs
         for piece in paragraph
     ]
-    replies = iter(model.replies(questions, "plain texts"))
+    replies, asked = iter(model.replies(questions, "plain texts")), templates.texts["rewrite"]
     plain = [
-        [" ".join(up_to_sentence(" ".join(next(replies).text.split())) for _ in paragraph) for paragraph in paragraphs]
+        [
+            " ".join(up_to_sentence(without_label(" ".join(next(replies).text.split()), asked)) for _ in paragraph)
+            for paragraph in paragraphs
+        ]
         for paragraphs in pieces
     ]
     return ["\n\n".join(paragraphs) for paragraphs in plain]
@@ -248,7 +262,7 @@ def _gains(
 def _rejected(chosen: Sequence[tuple[RowKind, Passage, str, float]], model: BaseModel) -> list[str]:
     asked = [entry for entry in chosen if entry[0] != "rewrite"]
     questions = [Question(prompt, math.ceil(LONGER * model.tokens(passage.text))) for _, passage, prompt, _ in asked]
-    replies = iter(model.replies(questions, "rejected answers"))
+    replies = iter(model.replies(questions, "rejected answers", repetition_penalty=PENALTY))
     return ["" if kind == "rewrite" else next(replies).text for kind, *_ in chosen]
 
 
@@ -275,7 +289,9 @@ def pair_exchanges(
     Documents in `taught` are topics of a textbook: each needs a pair, so that any answer will do that is not the same.
     """
     questions = [Question(_prompt(e), math.ceil(LONGER * model.tokens(e.messages[-1][1]))) for e in exchanges]
-    replies = (up_to_sentence(reply.text) for reply in model.replies(questions, "rejected answers"))
+    replies = (
+        up_to_sentence(reply.text) for reply in model.replies(questions, "rejected answers", repetition_penalty=PENALTY)
+    )
     pairs = []
     for exchange, answer in zip(exchanges, replies, strict=True):
         own = exchange.messages[-1][1]
