@@ -92,13 +92,6 @@ def voice(options: argparse.Namespace) -> bool:
             untuned, tuned = (perplexities(opened, unseen, adapter=adapter) for adapter in (False, True))
             before, after = (answers_of(opened, prompts, adapter=adapter) for adapter in (False, True))
         print(f"measured the adapter: {clock()}", flush=True)
-        with mindprint.open_adapter(continued(folder, project, options)) as opened:
-            plain = perplexities(opened, unseen, adapter=True)
-        print(f"perplexity of {len(unseen)} passages of {works.other.stem}:")
-        for name, values in (("untuned", untuned), ("prepared and trained", tuned), ("continued training", plain)):
-            shares = ", ".join(f"{values[form] / untuned[form]:.3f}" for form in values)
-            shown = ", ".join(f"{form} {value:.2f}" for form, value in values.items())
-            print(f"  {name:22s}{shown} (of untuned: {shares})")
         scorer = scorer_of(works, project, unseen)
         area = area_under(scorer, after, before)
         only_people = area_under(scorer_of(works, None, unseen), after, before)
@@ -106,7 +99,13 @@ def voice(options: argparse.Namespace) -> bool:
         copied = copying.copy_rate if isinstance(copying, Copying) else float("nan")
         print(f"{len(prompts)} held-out prompts: AUC of tuned against untuned answers {area:.3f}")
         print(f"  with a scorer that has never seen an answer of the base model: {only_people:.3f}")
-        print(f"  words in a verbatim overlap of 8 or more with the training text: {copied:.3f}", flush=True)
+        print(f"  words in a verbatim overlap of 8 or more with the training text: {copied:.3f}")
+        print(f"perplexity of {len(unseen)} passages of {works.other.stem}:")
+        print_perplexity("untuned", untuned, untuned)
+        print_perplexity("prepared and trained", tuned, untuned)
+        with mindprint.open_adapter(continued(folder, project, options)) as opened:
+            plain = perplexities(opened, unseen, adapter=True)
+        print_perplexity("continued training", plain, untuned)
     return holds(
         (f"the perplexity is at most {RATIO} of the untuned model's", tuned["answer"] <= RATIO * untuned["answer"]),
         ("it is below that after continued training", tuned["answer"] < plain["answer"]),
@@ -415,6 +414,13 @@ def perplexities(opened: OpenedModel, texts: Sequence[str], *, adapter: bool) ->
         sums = sum_texts(opened.backend, opened.model, examples, opened.tokenizer.pad_id, adapter=adapter)
         values[name] = float(np.exp(-sums.sum() / sum(int(example.loss_mask.sum()) for example in examples)))
     return values
+
+
+def print_perplexity(name: str, values: Mapping[str, float], untuned: Mapping[str, float]) -> None:
+    """Print perplexities by the form of the text, and their shares of the untuned model's."""
+    shares = ", ".join(f"{values[form] / untuned[form]:.3f}" for form in values)
+    shown = ", ".join(f"{form} {value:.2f}" for form, value in values.items())
+    print(f"  {name:22s}{shown} (of untuned: {shares})", flush=True)
 
 
 def answers_of(opened: OpenedModel, prompts: Sequence[Any], *, adapter: bool) -> list[str]:
