@@ -49,7 +49,7 @@ CONTEXT_WORDS = 80
 
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’»)]*\s+")
 
-PENALTY = 1.2
+PENALTY = 1.1
 """The repetition penalty of rejected answers. Without one, small models end most long answers in a loop."""
 
 LONGER = 1.3
