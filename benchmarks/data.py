@@ -26,7 +26,6 @@ from typing import Any
 import mindprint
 from mindprint.config import make_config
 from mindprint.data import rows as rows_module
-from mindprint.data import stored
 from mindprint.data.order import StageOrder
 from mindprint.events import Event, StepDone
 from mindprint.training.prepare import prepare
@@ -50,8 +49,8 @@ def arguments() -> argparse.Namespace:
         ("order", order, [5_000_000]),
         ("memory", memory, [10_000, 100_000, 1_000_000]),
         ("preparation", preparation, [1_000_000]),
-        ("throughput", throughput, [25_000]),
-        ("resume", resume, [25_000]),
+        ("throughput", throughput, [3_000]),
+        ("resume", resume, [21_000]),
         ("measure", measure, [10_000]),
     ):
         sub = commands.add_parser(name, help=(command.__doc__ or "").splitlines()[0])
@@ -143,7 +142,7 @@ def preparation(options: argparse.Namespace, folder: Path) -> bool:
             rows = sum(len(part) for part in prepared.examples["sft"].values())
             print(
                 f"{count:9,} rows, {turn} time: {seconds:6.1f} s, {computed:6.1f} s of processor, "
-                f"{peak():.0f} MB at most; {rows:,} trained",
+                f"{peak():.0f} MB at most, its processes {peak(resource.RUSAGE_CHILDREN):.0f} MB; {rows:,} trained",
                 flush=True,
             )
             good = good and seconds < 600
@@ -157,7 +156,7 @@ def throughput(options: argparse.Namespace, folder: Path) -> bool:
     rates: dict[str, list[float]] = {"memory": [], "disk": []}
     for _turn in range(3):
         for kind, found in rates.items():
-            rows_module.IN_MEMORY = stored.IN_MEMORY if kind == "disk" else sys.maxsize
+            rows_module.IN_MEMORY = 0 if kind == "disk" else sys.maxsize
             steps: list[tuple[float, int]] = []
 
             def note(event: Event, steps: list[tuple[float, int]] = steps) -> None:
@@ -241,10 +240,10 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize() / 1e6
 
 
-def peak() -> float:
-    """Return the most resident memory of this process so far, in MB."""
+def peak(whose: int = resource.RUSAGE_SELF) -> float:
+    """Return the most resident memory so far of this process, or of the largest that it started, in MB."""
     # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    return resource.getrusage(whose).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def processor() -> float:

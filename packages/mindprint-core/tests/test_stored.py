@@ -97,8 +97,8 @@ def test_rows_on_disk_are_those_in_memory(
     # More than one portion is written, and rendered.
     monkeypatch.setattr(stored.in_portions, "__defaults__", (7,))
     monkeypatch.setattr(render, "CHUNK", 16)
-    # Two processes for the texts, whatever this machine has, and this one for the pairs: a process takes seconds.
-    cores = iter([2, 1])
+    # Two processes for prompts and texts, whatever this machine has, and this one for pairs: a process takes seconds.
+    cores = iter([2, 2, 1])
     monkeypatch.setattr(processes, "available_cores", lambda: next(cores))
     assert prepared(file, tokenizer) == in_memory
     assert isinstance(read_rows(file).sft, Stored)
@@ -107,7 +107,7 @@ def test_rows_on_disk_are_those_in_memory(
     monkeypatch.setattr(rows, "sft_row", None)
     monkeypatch.setattr(rows, "preference_row", None)
     monkeypatch.setattr(render, "results_in_order", None)
-    monkeypatch.setattr(split, "near_duplicates", None)
+    monkeypatch.setattr(split, "_compared_in_processes", None)
     assert prepared(file, tokenizer) == in_memory
 
 

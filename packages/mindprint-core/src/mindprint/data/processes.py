@@ -38,10 +38,10 @@ def results_in_order(factory: str, arguments: tuple[Any, ...], items: Iterable[A
     if count == 1:
         yield from map(_imported(factory)(*arguments), items)
         return
-    workers = [_Worker(factory, arguments) for _ in range(count)]
+    workers = [Worker(factory, arguments) for _ in range(count)]
     try:
         # Each worker has one item at a time: neither side ever waits for the other to read.
-        busy: deque[_Worker] = deque()
+        busy: deque[Worker] = deque()
         for number, item in enumerate(items):
             worker = workers[number] if number < count else busy.popleft()
             result = worker.receive() if number >= count else None
@@ -57,7 +57,7 @@ def results_in_order(factory: str, arguments: tuple[Any, ...], items: Iterable[A
             worker.end()
 
 
-class _Worker:
+class Worker:
     """One process, which answers items through pipes."""
 
     def __init__(self, factory: str, arguments: tuple[Any, ...]) -> None:
@@ -71,6 +71,7 @@ class _Worker:
         self.send((factory, arguments))
 
     def send(self, item: Any) -> None:
+        """Send an item. Its answer must be received before the next one is sent."""
         assert self._process.stdin is not None
         try:
             pickle.dump(item, self._process.stdin, protocol=5)
@@ -79,6 +80,7 @@ class _Worker:
             raise self._ended() from None
 
     def receive(self) -> Any:
+        """Return the answer to the item that was sent, or raise what it raised."""
         assert self._process.stdout is not None
         try:
             error, result = pickle.load(self._process.stdout)  # noqa: S301 (from a process of our own)
@@ -89,6 +91,7 @@ class _Worker:
         return result
 
     def end(self) -> None:
+        """End the process. Nothing happens if it has ended."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):

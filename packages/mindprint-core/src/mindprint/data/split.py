@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -23,16 +23,21 @@ from numpy.typing import NDArray
 
 from mindprint.config import ConfigFile, DataConfig
 from mindprint.contract import Bool, Float64
+from mindprint.data import processes
+from mindprint.data.processes import Worker
 from mindprint.data.quizzes import Question, Quizzes, read_quizzes
 from mindprint.data.render import trained_turns
 from mindprint.data.rows import Messages, PreferenceRow, Rows, SftRow, Text, read_rows
 from mindprint.data.stored import Stored, content_key, count_topics, evenly_chosen, kept_arrays, topic_numbers
 from mindprint.errors import DataError
 from mindprint.text.near_duplicates import (
+    BANDS,
     THRESHOLD,
+    Candidates,
     Hashes,
     Ints,
     OnProgress,
+    PromptSearch,
     joined,
     near_duplicates,
     normalised,
@@ -265,7 +270,37 @@ def _compared(texts: _Texts, on_progress: OnProgress | None) -> Sequence[NDArray
         for part in parts
     ]
     key = content_key("near-duplicates", keys, others, texts.data.format, texts.data.train_on)
-    return kept_arrays(rows[0].cache, key, lambda: near_duplicates(texts, on_progress))
+    return kept_arrays(rows[0].cache, key, lambda: _compared_in_processes(texts))
+
+
+def _compared_in_processes(texts: _Texts) -> tuple[Ints, Hashes]:
+    """Divide the bands of the search over the cores.
+
+    The grams of all prompts are in the memory of these processes alone, and given back when they end.
+    """
+    workers = [Worker(f"{__name__}:prompt_comparer", (texts,)) for _ in range(processes.available_cores())]
+    try:
+        for number, worker in enumerate(workers):
+            worker.send(range(number, BANDS, len(workers)))
+        found = [worker.receive() for worker in workers]
+        for worker in workers[1:]:
+            worker.end()
+        workers[0].send(found)
+        result: tuple[Ints, Hashes] = workers[0].receive()
+        return result
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def prompt_comparer(texts: _Texts) -> Callable[[Any], Any]:
+    """Return a function that returns candidates in a range of bands, and groups from the candidates in all bands."""
+    search = PromptSearch(texts)
+
+    def compare(item: range | list[Candidates]) -> Candidates | tuple[Ints, Hashes]:
+        return search.candidates(item) if isinstance(item, range) else (search.groups(item), search.digests)
+
+    return compare
 
 
 @dataclass(frozen=True, eq=False)

@@ -124,6 +124,10 @@ class Stored(Sequence[Item], Generic[Item]):
     def __iter__(self) -> Iterator[Item]:
         return (self._decode(self.content(index)) for index in range(len(self)))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process opens the files itself.
+        return _reopened, (self._entry.folder, self._decode, self.key, self._places)
+
     def content(self, index: int) -> bytes:
         """Return an item as it is stored."""
         place = index if self._places is None else int(self._places[index])
@@ -287,6 +291,10 @@ def build_entry(
     except (RunError, OSError) as error:
         raise DataError(f"{error} ({_PLACE})") from error
     return Stored(_open_entry(cache / key), decode, key)
+
+
+def _reopened(folder: Path, decode: Callable[[bytes], Item], key: str, places: Places | None) -> Stored[Item]:
+    return Stored(_open_entry(folder), decode, key, places)
 
 
 def kept_arrays(cache: Path, key: str, make: Callable[[], Sequence[NDArray[Any]]]) -> list[NDArray[Any]]:

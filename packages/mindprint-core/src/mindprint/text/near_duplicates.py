@@ -17,7 +17,7 @@ import hashlib
 import re
 import unicodedata
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -94,15 +94,59 @@ def near_duplicates(texts: Iterable[str], on_progress: OnProgress | None = None)
     The groups are int64 `[texts]`, the digests uint64 `[texts, 2]`, the first half and the second one. The texts are
     read twice, so that only their grams are ever together.
     """
-    content = bytearray().join(prompt_digest(normalised(text)) for text in texts)
-    digests = np.frombuffer(content, dtype=">u8").astype(np.uint64).reshape(-1, 2)
-    first, places = _first_of_each(digests)
-    is_first = np.zeros(len(digests), dtype=np.bool_)
-    is_first[first] = True
-    # In the order of their first appearance, so the smallest label is that of the first text.
-    plain = (normalised(text) for text, new in zip(texts, is_first, strict=True) if new)
-    labels = _grouped(_Grams.of(plain), on_progress or (lambda _done, _total: None))
-    return first[labels[places]], digests
+    search = PromptSearch(texts)
+    candidates = search.candidates(range(BANDS), on_progress or (lambda _done, _total: None))
+    return search.groups([candidates], on_progress), search.digests
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The candidates in some of the bands: texts that share their part of a signature, bucket by bucket, and sizes.
+
+    `signatures` uint32 `[texts, columns]` are the values of the texts' signatures that these bands made.
+    """
+
+    bands: Mapping[int, tuple[NDArray[np.int32], NDArray[np.int32]]]
+    columns: tuple[int, ...]
+    signatures: NDArray[np.uint32]
+
+
+class PromptSearch:
+    """The search for near-duplicates among texts, in two parts: candidates, band by band, and their comparison.
+
+    Bands do not depend on each other, so processes that each have the texts can divide them. The texts are read twice.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        content = bytearray().join(prompt_digest(normalised(text)) for text in texts)
+        self.digests: Hashes = np.frombuffer(content, dtype=">u8").astype(np.uint64).reshape(-1, 2)
+        self._first, self._places = _first_of_each(self.digests)
+        is_first = np.zeros(len(self.digests), dtype=np.bool_)
+        is_first[self._first] = True
+        # In the order of their first appearance, so the smallest label is that of the first text.
+        plain = (normalised(text) for text, new in zip(texts, is_first, strict=True) if new)
+        self._search = _Search(_Grams.of(plain))
+
+    def candidates(self, bands: Collection[int], on_progress: OnProgress = lambda _done, _total: None) -> Candidates:
+        """Return the candidates in some of the bands."""
+        if len(self._first) < 2:
+            return Candidates({}, (), np.zeros((len(self._first), 0), dtype=np.uint32))
+        found = dict(self._search.bands(bands, on_progress))
+        columns = tuple(place for place in range(SIGNATURE) if place // ROWS in bands)
+        return Candidates(found, columns, self._search.signatures[:, columns])
+
+    def groups(self, candidates: Sequence[Candidates], on_progress: OnProgress | None = None) -> Ints:
+        """Return the group of each text, from the candidates in all bands."""
+        labels = np.arange(len(self._first), dtype=np.int64)
+        for part in candidates:
+            self._search.signatures[:, part.columns] = part.signatures
+        every = {band: found for part in candidates for band, found in part.bands.items()}
+        for band in sorted(every):
+            members, sizes = every[band]
+            labels = self._search.joined_in_band(members.astype(np.int64), sizes.astype(np.int64), labels)
+            if on_progress is not None:
+                on_progress(BANDS + band + 1, 2 * BANDS)
+        return self._first[labels[self._places]]
 
 
 def _first_of_each(digests: Hashes) -> tuple[Ints, Ints]:
@@ -160,18 +204,17 @@ class _Grams:
         return cls(np.frombuffer(sets, np.uint64), np.array(ends), np.array(numbers))
 
     @cached_property
-    def kinds(self) -> tuple[Ints, Ints]:
-        """Return which kind of gram each of `flat` is, and the weight of each kind, both int64."""
+    def kinds(self) -> tuple[NDArray[np.int32], Ints]:
+        """Return which kind of gram each of `flat` is, int32, and the weight of each kind, int64."""
         _, kind, counts = np.unique(self.flat, return_inverse=True, return_counts=True)
         texts = len(self.starts) - 1
         weights = LEAST_WEIGHT + np.log2((texts + PRIOR) / (counts + PRIOR))
-        return kind, np.rint(STEPS * weights).astype(np.int64)
+        return kind.astype(np.int32), np.rint(STEPS * weights).astype(np.int64)
 
-    @cached_property
-    def weights(self) -> Ints:
-        """Return the weight of each of `flat`."""
+    def weights(self, places: Ints | slice) -> Ints:
+        """Return the weights of some of `flat`: those of all of them would take as much memory as `flat`."""
         kind, weights = self.kinds
-        return weights[kind]
+        return weights[kind[places]]
 
     @cached_property
     def lengths(self) -> Ints:
@@ -181,7 +224,7 @@ class _Grams:
     @cached_property
     def sizes(self) -> Ints:
         """Return the weight of each text's grams together."""
-        return np.add.reduceat(self.weights, self.starts[:-1])
+        return np.add.reduceat(self.weights(slice(None)), self.starts[:-1])
 
     def places(self, texts: Ints) -> tuple[Ints, Ints]:
         """Return for each gram of `texts`, in order, which of `texts` has it, and its place in `flat`."""
@@ -191,12 +234,14 @@ class _Grams:
         within = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return owner, self.starts[texts[owner]] + within
 
-    def sketch(self) -> tuple[Ints, Ints]:
+    def sketch(self) -> tuple[NDArray[np.int32], Ints]:
         """Return the kinds of at most `SKETCH` grams per text, and each text's start.
 
         The smallest hashes are a random choice.
         """
         # Each set is sorted, so its first grams are those with the smallest hashes.
+        if self.lengths.max() <= SKETCH:
+            return self.kinds[0], self.starts[:-1]
         kept = np.minimum(self.lengths, SKETCH)
         starts = np.cumsum(kept) - kept
         places = np.repeat(self.starts[:-1] - starts, kept) + np.arange(kept.sum())
@@ -214,45 +259,37 @@ def _gram_set(text: str) -> Hashes:
     return np.unique(mixed(grams))
 
 
-def _grouped(grams: _Grams, on_progress: OnProgress) -> Ints:
-    """Return the smallest index in the group of each text: int64 `[texts]`."""
-    labels = np.arange(len(grams.lengths), dtype=np.int64)
-    if len(labels) < 2:
-        return labels
-    search = _Search(grams)
-    bands = list(search.bands(on_progress))
-    for number, (members, sizes) in enumerate(bands):
-        labels = search.joined_in_band(members, sizes, labels)
-        on_progress(BANDS + number + 1, 2 * BANDS)
-    return labels
-
-
 class _Search:
     """The search for near-duplicates: signatures, the buckets of each band, and the comparison of candidates."""
 
     def __init__(self, grams: _Grams) -> None:
         self._grams = grams
         # The first values of each text's signature, of which 32 bits tell as much as 64.
-        self._signatures = np.zeros((len(grams.lengths), SIGNATURE), dtype=np.uint32)
+        self.signatures = np.zeros((len(grams.lengths), SIGNATURE), dtype=np.uint32)
 
-    def bands(self, on_progress: OnProgress) -> Iterator[tuple[Ints, Ints]]:
-        """Yield for each band the texts that share their part of the signature, bucket by bucket, and bucket sizes."""
+    def bands(
+        self, bands: Collection[int], on_progress: OnProgress
+    ) -> Iterator[tuple[int, tuple[NDArray[np.int32], NDArray[np.int32]]]]:
+        """Yield the texts of each band that share their part of the signature, bucket by bucket, and bucket sizes."""
         kinds, starts = self._grams.sketch()
         hashes, weights = np.unique(self._grams.flat), self._grams.kinds[1].astype(np.float64)
         # A fixed seed finds the same groups in the same data, so a split can be repeated.
         rng = np.random.default_rng(0)
-        for band in range(BANDS):
+        # All of them are drawn, so that a band is the same whoever searches it.
+        draws = [rng.integers(0, 2**64, 2, dtype=np.uint64) for _ in range(BANDS * ROWS)]
+        for number, band in enumerate(bands):
             # Texts with different numbers are never near-duplicates, so the numbers are part of the bucket's key.
             keys = mixed(self._grams.numbers.astype(np.uint64))
-            for row in range(ROWS):
-                least = np.minimum.reduceat(_ranks(hashes, weights, rng)[kinds], starts)
+            for place in range(band * ROWS, (band + 1) * ROWS):
+                least = np.minimum.reduceat(_ranks(hashes, weights, *draws[place])[kinds], starts)
                 keys = mixed(keys + least.view(np.uint64))
-                if (place := band * ROWS + row) < SIGNATURE:
-                    self._signatures[:, place] = mixed(least.view(np.uint64)) >> np.uint64(32)
+                if place < SIGNATURE:
+                    self.signatures[:, place] = mixed(least.view(np.uint64)) >> np.uint64(32)
             _, bucket, counts = np.unique(keys, return_inverse=True, return_counts=True)
             order = np.argsort(bucket, kind="stable")
-            on_progress(band + 1, 2 * BANDS)
-            yield order[counts[bucket[order]] > 1], counts[counts > 1]
+            on_progress(number + 1, 2 * len(bands))
+            shared = counts[bucket[order]] > 1
+            yield band, (order[shared].astype(np.int32), counts[counts > 1].astype(np.int32))
 
     def joined_in_band(self, members: Ints, sizes: Ints, labels: Ints) -> Ints:
         """Join the groups of near-duplicates among the texts of each bucket of a band."""
@@ -277,7 +314,7 @@ class _Search:
         # Groups are transitive, so a pair that earlier portions put in one group need not be compared any more.
         while len(pairs := pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]):
             now, pairs = pairs[:SIGNED_AT_ONCE], pairs[SIGNED_AT_ONCE:]
-            first, second = self._signatures[now[:, 0]], self._signatures[now[:, 1]]
+            first, second = self.signatures[now[:, 0]], self.signatures[now[:, 1]]
             now = now[np.count_nonzero(first == second, axis=1) >= SIGNATURE_LEAST]
             for start in range(0, len(now), CHECKED_AT_ONCE):
                 part = now[start : start + CHECKED_AT_ONCE]
@@ -285,14 +322,13 @@ class _Search:
         return labels
 
 
-def _ranks(hashes: Hashes, weights: Float64, rng: np.random.Generator) -> Float64:
+def _ranks(hashes: Hashes, weights: Float64, factor: np.uint64, offset: np.uint64) -> Float64:
     """Draw the ranks of all kinds of grams, float64 `[kinds]`: the gram of a text with the least is its MinHash.
 
     A gram of weight w gets an exponential variate of rate w. The least of several is that of one of them with a
     probability in proportion to its weight, so two texts share theirs with the probability of their weighted Jaccard
     similarity (Chum, Philbin & Zisserman 2008, Near Duplicate Image Detection: min-Hash and tf-idf Weighting).
     """
-    factor, offset = rng.integers(0, 2**64, 2, dtype=np.uint64)
     # Multiplication by an odd number is invertible modulo 2^64, so this is a permutation of all hashes.
     bits = mixed(hashes * (factor | np.uint64(1)) + offset) >> np.uint64(11)
     # Half a step above zero, whose logarithm would be infinite.
@@ -317,7 +353,7 @@ def _near(grams: _Grams, pairs: Ints) -> Bool:
     owner, places = grams.places(pairs[:, 0])
     there = _contains(grams, pairs[owner, 1], grams.flat[places])
     # Sums of whole numbers far below 2^53 are exact in float64.
-    weights = grams.weights[places[there]]
+    weights = grams.weights(places[there])
     shared = np.bincount(owner[there], weights=weights, minlength=len(pairs)).astype(np.int64)
     (first, second), (number, other) = grams.sizes[pairs].T, grams.numbers[pairs].T
     near: Bool = _alike(shared, first, second) & (number == other)
