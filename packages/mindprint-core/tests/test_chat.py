@@ -125,6 +125,20 @@ def test_a_mistake_ends_a_pipe_and_not_a_terminals_chat(
         converse(chat, lines("/sing"), interactive=False)
 
 
+def test_an_interruption_next_to_an_answer_ends_a_pipe_and_not_a_terminals_chat(
+    opened: OpenedAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    chat = Chat(opened)
+    monkeypatch.setattr(chat, "_check_length", interrupt)
+    converse(chat, lines("sea 1?\n/quit"), interactive=True)
+    with pytest.raises(KeyboardInterrupt):
+        converse(chat, lines("sea 1?"), interactive=False)
+    assert chat.turns == []
+
+
 def test_through_a_pipe(
     opened: OpenedAdapter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

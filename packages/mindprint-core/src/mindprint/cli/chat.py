@@ -121,6 +121,10 @@ def converse(chat: Chat, read_line: ReadLine, *, interactive: bool, quiet: bool 
             if not interactive:
                 raise
             notice(str(error))
+        except KeyboardInterrupt:
+            # Ctrl-C within an answer ends that answer. This one came just before it or just after it.
+            if not interactive:
+                raise
 
 
 def messages(read_line: ReadLine, *, interactive: bool = True) -> Iterator[str]:
