@@ -8,7 +8,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,20 @@ LIMITS = Limits(body_bytes=2000, new_tokens=20000)
 PROMPTS = [f"sea {n}?" for n in range(8)]
 
 
-def write_tiny_voice(folder: Path, seed: int = 0) -> Path:
+def write_tiny_voice(folder: Path) -> Path:
     """Write a random adapter on the embedded model, strong enough that its answers are not the base's."""
-    rng, tensors = np.random.default_rng(seed), dict[str, LoraFactors]()
-    for layer in range(5):
-        for name, rows in (("q_proj", 192), ("v_proj", 64)):
-            a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, 192), (rows, 4)))
-            tensors[f"model.layers.{layer}.self_attn.{name}"] = LoraFactors(a / 14, b / 8)
+    return write_random_voice(folder, "builtin:tiny", layers=5, width=192, rows={"q_proj": 192, "v_proj": 64})
+
+
+def write_random_voice(folder: Path, base: str, layers: int, width: int, rows: Mapping[str, int]) -> Path:
+    """Write a random adapter on the projections of attention that have these numbers of rows."""
+    rng, tensors = np.random.default_rng(0), dict[str, LoraFactors]()
+    for layer in range(layers):
+        for name, size in rows.items():
+            a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, width), (size, 4)))
+            tensors[f"model.layers.{layer}.self_attn.{name}"] = LoraFactors(a / width**0.5, b / 8)
     folder.mkdir()
-    write_adapter(folder, AdapterState(LoraConfig(4, 8.0, tuple(tensors)), tensors), "builtin:tiny")
+    write_adapter(folder, AdapterState(LoraConfig(4, 8.0, tuple(tensors)), tensors), base)
     return folder
 
 
