@@ -357,6 +357,17 @@ def soak(session: nox.Session) -> None:
     run_in_both(session, "pytest", "-s", *files, *session.posargs, env=env)
 
 
+@nox.session(python=False, requires=["both"], default=False)
+def ranks(session: nox.Session) -> None:
+    """Two and three ranks against one on both backends, runs killed and resumed, and the bytes that ranks exchange.
+
+    `nox -s ranks -- steps --backends torch` runs one part, with its options.
+    """
+    parts = [session.posargs] if session.posargs else [["steps"], ["resume"], ["kill"], ["bytes"]]
+    for words in parts:
+        run_in_both(session, "python", "benchmarks/ranks.py", *words, env=ONE_THREAD)
+
+
 @nox.session(python=PYTHON, default=False)
 def gguf(session: nox.Session) -> None:
     """Adapters and merged models in GGUF against llama.cpp's own converter and its log-probs, SmolLM2 among them.

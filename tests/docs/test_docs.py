@@ -34,6 +34,7 @@ COMMANDS = (
     "prepare",
     "plan",
     "train",
+    "launch",
     "generate",
     "chat",
     "serve",

@@ -19,6 +19,7 @@ SHARED = {
     "logprobs": {"LOGITS_BYTES", "batch_layouts", "layout_log_probs", "log_probs", "log_softmax_at"},
     "model": {"Adapter", "load_model", "release"},
     "prompts": {"longest_shared"},
+    "ranks": {"gather", "sum_over_ranks"},
     "recompute": {"recomputed"},
     "rope": {"read_rotary_limit"},
     "state": {"restore", "save"},

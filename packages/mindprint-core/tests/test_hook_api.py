@@ -65,6 +65,7 @@ def test_the_list_of_required_hooks_is_the_specifications() -> None:
     assert all(options[name]["firstresult"] for name in REQUIRED_HOOKS)
     assert set(options) - set(REQUIRED_HOOKS) == {
         "mindprint_event",
+        "mindprint_gather",
         "mindprint_memory",
         "mindprint_read_documents",
         "mindprint_scorers",

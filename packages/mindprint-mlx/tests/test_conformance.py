@@ -18,6 +18,7 @@ class TestConformance(BackendConformance):
             "streaming",
             "embedding",
             "experts",
+            "ranks",
             *QUANTIZED_FORMATS,
         }
     )

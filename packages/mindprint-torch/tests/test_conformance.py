@@ -14,5 +14,6 @@ class TestConformance(BackendConformance):
     device = os.environ.get("MINDPRINT_TEST_DEVICE", "cpu")
     capabilities = frozenset(
         {"dropout", "bfloat16", "float16", "sampling", "filters", "streaming", "embedding", "quantize", "experts"}
+        | {"ranks"}
         | set(QUANTIZED_FORMATS)
     )

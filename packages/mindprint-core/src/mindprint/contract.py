@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+UInt8 = NDArray[np.uint8]
 Bool = NDArray[np.bool_]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -43,6 +44,7 @@ CAPABILITIES = frozenset(
         "experts",
         "quantize",
         "gguf",
+        "ranks",
         *QUANTIZED_FORMATS,
     }
 )
@@ -59,6 +61,8 @@ CAPABILITIES = frozenset(
   core's dequantizer gives. A backend without a kernel for packed weights may take them from `load_dense`.
 - `quantize`: a full-precision base whose linear layers are packed while they are loaded, as `ModelSpec.quantize` says.
 - `gguf`: a GGUF file of llama.cpp's in place of a folder as `ModelSpec.path`. It has no adapter sites.
+- `ranks`: several processes that train one adapter together, each on its share of the micro-batches. The backend states
+  its place among them in `BackendInfo.world`, and implements `mindprint_gather`.
 - `experts`: sites of the kind `experts` where a base has stacks of experts, and LoRA on them.
 """
 
@@ -106,6 +110,8 @@ class BackendInfo:
         notes: Sentences for the user, which `mindprint plugins --check` prints.
         training: Whether it trains. A backend that does not may leave out `hookspecs.TRAINING_HOOKS`. Core takes it for
             evaluation, verification and answers, and says so where training is asked of it.
+        world: The rank of this process, from 0, and the number of processes that train one adapter together, as their
+            launcher says. A number above 1 needs the capability `ranks`.
     """
 
     name: str
@@ -115,6 +121,7 @@ class BackendInfo:
     notes: tuple[str, ...] = ()
     # Added in version 2 with a default, so that a backend that does not mention it trains.
     training: bool = True
+    world: tuple[int, int] = (0, 1)
 
     def device(self, name: str) -> DeviceInfo | None:
         """Return the device called `name`, if the backend states one."""
@@ -363,6 +370,8 @@ class Update:
         gradient_checkpointing: Asks for less memory at the price of time (Chen et al. 2016, arXiv 1604.06174):
             activations within a layer are computed again in the backward pass instead of being kept. It changes no
             number except by rounding (dropout masks are the same), and a backend may ignore it.
+        micro_batches: The index of each micro-batch of this process in the whole step. Empty where they are counted
+            from 0, as in a single process.
     """
 
     learning_rate: float
@@ -374,6 +383,11 @@ class Update:
     seed: int = 0
     share_prompts: bool = True
     gradient_checkpointing: bool = False
+    micro_batches: tuple[int, ...] = ()
+
+    def micro_batch(self, place: int) -> int:
+        """Return the index in the whole step of the micro-batch at `place` in this process, which keys its dropout."""
+        return self.micro_batches[place] if self.micro_batches else place
 
 
 @dataclass(frozen=True)

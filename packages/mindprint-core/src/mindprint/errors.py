@@ -57,6 +57,13 @@ class BackendError(MindprintError, RuntimeError):
     """The chosen backend is missing, broken, of another hook API, or cannot do the work that was asked of it."""
 
 
+class RankError(BackendError):
+    """Processes that train one adapter together differ, or one of them has ended.
+
+    The message is empty where another rank prints the reason.
+    """
+
+
 class PluginError(MindprintError, RuntimeError):
     """A scorer, tracker or command could not be loaded (import error, wrong type, or a name that two claim)."""
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         StepMetrics,
         TokenBatch,
         TrainingState,
+        UInt8,
         Update,
     )
     from mindprint.events import Event
@@ -174,6 +175,9 @@ def mindprint_sft_step(  # type: ignore[empty-body]
 ) -> StepMetrics:
     """Take one optimizer step on the completion loss: `-sum(log p) / update.tokens` over all micro-batches.
 
+    With several ranks (`BackendInfo.world`), every rank calls this hook with its share of the micro-batches. Loss and
+    gradient are summed over the ranks before clipping, so that every rank applies the same update.
+
     Args:
         model: The handle, with an adapter.
         batches: The micro-batches. Their numbers of rows and widths vary from step to step. With none, as on a rank
@@ -192,7 +196,7 @@ def mindprint_sft_step(  # type: ignore[empty-body]
 def mindprint_dpo_step(  # type: ignore[empty-body]
     model: Any, batches: Sequence[PreferenceBatch], loss: PreferenceLoss, update: Update
 ) -> StepMetrics:
-    """Take one optimizer step on a preference loss, without dropout.
+    """Take one optimizer step on a preference loss, without dropout. Ranks sum loss and gradient as in an SFT step.
 
     Args:
         model: The handle, with an adapter.
@@ -202,7 +206,7 @@ def mindprint_dpo_step(  # type: ignore[empty-body]
         update: The step's settings and global normalizers.
 
     Returns:
-        In addition to the fields of an SFT step, the summed log-probs of both completions of each pair.
+        In addition to the fields of an SFT step, the summed log-probs of both completions of each pair of `batches`.
 
     Raises:
         AdapterError: The model has no adapter.
@@ -292,6 +296,24 @@ def mindprint_memory(request: MemoryRequest) -> MemoryNeed:  # type: ignore[empt
 
     Returns:
         The parts, in bytes. `benchmarks/plan.py` compares them with a measured run.
+    """
+
+
+@hookspec(firstresult=True)
+def mindprint_gather(values: UInt8) -> UInt8:  # type: ignore[empty-body]
+    """Exchange bytes between the ranks that train one adapter. Optional: the capability `ranks` needs it.
+
+    Every rank calls it as often as the others, in the same order. Core calls it before a model is loaded, and never
+    with a single rank. A connection is made at the first call of this hook or of a step.
+
+    Args:
+        values: uint8 `[n]`. `n` is the same on every rank.
+
+    Returns:
+        The arrays of all ranks, uint8 `[ranks, n]`, in the order of the ranks.
+
+    Raises:
+        RankError: Another rank has ended. It is noticed within seconds.
     """
 
 

@@ -9,12 +9,14 @@ import mlx.core as mx
 
 from mindprint.contract import QUANTIZED_FORMATS, BackendInfo, DeviceInfo, Dtype
 from mindprint.errors import BackendError
+from mindprint.plugins.launched import mlx_world
 from mindprint_mlx import blas
 
 ALL_DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
 LIBRARIES = ("mlx", "mlx-lm", "numpy")
 CAPABILITIES = frozenset(
-    {"dropout", "bfloat16", "float16", "sampling", "filters", "streaming", "embedding", "experts", *QUANTIZED_FORMATS}
+    {"dropout", "bfloat16", "float16", "sampling", "filters", "streaming", "embedding", "experts", "ranks"}
+    | set(QUANTIZED_FORMATS)
 )
 
 
@@ -29,6 +31,7 @@ def backend_info() -> BackendInfo:
         capabilities=CAPABILITIES,
         libraries=libraries,
         notes=tuple(note for note in notes if note),
+        world=mlx_world(),
     )
 
 

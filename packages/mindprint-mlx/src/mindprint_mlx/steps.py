@@ -23,6 +23,7 @@ from mindprint_mlx import groups, optimizer
 from mindprint_mlx.arrays import MLX, scalar, to_numpy
 from mindprint_mlx.logprobs import batch_layouts, layout_log_probs, row_sums
 from mindprint_mlx.model import Adapter, MlxModel
+from mindprint_mlx.ranks import sum_over_ranks
 
 Factors = Mapping[str, mx.array]
 Differentiable = Callable[[Factors], tuple[mx.array, tuple[mx.array, ...]]]
@@ -39,7 +40,10 @@ class Piece:
 
 def sft_step(model: MlxModel, batches: Sequence[TokenBatch], update: Update) -> StepMetrics:
     """Take one step on `-sum(log p) / update.tokens` over all micro-batches, dropout keyed by seed and index."""
-    parts = [_sft_pieces(model, batch, update, dropout_key(update.seed, at)) for at, batch in enumerate(batches)]
+    parts = [
+        _sft_pieces(model, batch, update, dropout_key(update.seed, update.micro_batch(place)))
+        for place, batch in enumerate(batches)
+    ]
     return _take_step(model, parts, update)[0]
 
 
@@ -124,6 +128,7 @@ def _take_step(
     with model.in_use():
         scale = model.loss_scale
         loss, gradients, reported = _accumulate(model, adapter, parts, scale or 1.0)
+        loss, gradients = sum_over_ranks(gradients, loss)
         if scale is not None:
             gradients = {name: gradient / scale for name, gradient in gradients.items()}
         norm = optimizer.global_norm(gradients)

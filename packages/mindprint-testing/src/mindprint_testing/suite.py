@@ -20,6 +20,7 @@ from mindprint_testing.optional import Optional
 from mindprint_testing.override import conformance_tests, refuse_quiet_overrides
 from mindprint_testing.preference import Preference
 from mindprint_testing.quantized import Quantized
+from mindprint_testing.ranks import Several
 from mindprint_testing.state import State
 from mindprint_testing.stating import Stating
 from mindprint_testing.tiny import write_tiny_model
@@ -42,6 +43,7 @@ class BackendConformance(
     Optional,
     Quantized,
     Experts,
+    Several,
 ):
     """Every test of the contract. Subclass it in a test module, name the backend, and state its capabilities.
 

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from mindprint.contract import QUANTIZED_FORMATS, BackendInfo, DeviceInfo, Dtype
+from mindprint.plugins.launched import torchrun_world
 
 LIBRARIES = ("torch", "transformers", "peft", "trl")
 MPS_NOTE = (
@@ -26,10 +27,12 @@ def backend_info() -> BackendInfo:
         devices=(_cuda(), _cpu(), mps),
         capabilities=frozenset(
             {"dropout", "bfloat16", "float16", "sampling", "filters", "streaming", "embedding", "quantize", "experts"}
+            | {"ranks"}
             | set(QUANTIZED_FORMATS)
         ),
         libraries={name: _version(name) for name in LIBRARIES} | {"threads": str(torch.get_num_threads())},
         notes=(MPS_NOTE,) if mps.usable else (),
+        world=torchrun_world(),
     )
 
 

@@ -70,14 +70,18 @@ class Optimizer:
                 "exp_avg_sq": second.to(parameter.device, copy=True),
             }
 
-    def _take_gradients(self) -> list[Tensor]:
-        """Return all gradients, unscaled."""
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients of all factors, as they were added up."""
         for parameter in self.parameters:
             # A factor that took no part has gradient 0, as in a functional framework: torch's AdamW would skip it, and
             # its moments would not decay.
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    def _take_gradients(self) -> list[Tensor]:
+        """Return all gradients, unscaled."""
+        gradients = self.gradients()
         if self.loss_scale is not None:
             for gradient in gradients:
                 gradient.div_(self.loss_scale)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         StepMetrics,
         TokenBatch,
         TrainingState,
+        UInt8,
         Update,
     )
     from mindprint.losses import PreferenceLoss
@@ -124,6 +125,13 @@ def mindprint_restore(model: TorchModel, state: TrainingState) -> bool:
 
     restore(model, state)
     return True
+
+
+@hookimpl
+def mindprint_gather(values: UInt8) -> UInt8:
+    from mindprint_torch.ranks import gather
+
+    return gather(values)
 
 
 @hookimpl

@@ -15,6 +15,7 @@ from mindprint_torch.adapter import dropout, require_adapter
 from mindprint_torch.arrays import TORCH, floats_on_device, on_device
 from mindprint_torch.logprobs import batch_layouts, layout_log_probs, placed_log_probs
 from mindprint_torch.model import Adapter, TorchModel
+from mindprint_torch.ranks import sum_over_ranks
 from mindprint_torch.recompute import recomputed
 
 TOKENS_AT_ONCE = 1280
@@ -31,7 +32,7 @@ def sft_step(model: TorchModel, batches: Sequence[TokenBatch], update: Update) -
     for index, batch in enumerate(batches):
         with (
             recomputed(model.network, enabled=update.gradient_checkpointing),
-            dropout(model, seed=update.seed, micro_batch=index),
+            dropout(model, seed=update.seed, micro_batch=update.micro_batch(index)),
         ):
             for rows in _row_groups(model, batch.lengths):
                 layouts = batch_layouts(model, token_rows(batch, rows))
@@ -100,11 +101,13 @@ def _finish_step(
 ) -> StepMetrics:
     """Apply the update. `sums` are the policy's log-probs of chosen and rejected completions, `[2, pairs]`."""
     loss_scale = adapter.optimizer.loss_scale
+    # A step without micro-batches has loss 0: a rank that got none of them still takes part in the update.
+    loss = torch.stack(list(losses)).sum() if losses else torch.zeros(())
+    loss = sum_over_ranks(adapter.optimizer.gradients, loss)
     applied = adapter.optimizer.step(update)
     chosen, rejected = (None, None) if sums is None else sums.cpu().numpy()
     return StepMetrics(
-        # A step without micro-batches has loss 0: a rank that got none of them still takes part in the update.
-        loss=float(torch.stack(list(losses)).sum()) if losses else 0.0,
+        loss=float(loss),
         grad_norm=applied.grad_norm,
         skipped=applied.skipped,
         loss_scale=loss_scale,

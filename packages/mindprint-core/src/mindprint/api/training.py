@@ -17,6 +17,7 @@ from mindprint.config import FILE_NAME, ConfigFile
 from mindprint.data.memory import check_records, records_digest
 from mindprint.errors import RunError
 from mindprint.events import Event, Notice, Observer
+from mindprint.plugins.launched import launched
 from mindprint.printing import short_path
 from mindprint.runs.folder import Resume, RunFolder, newest_run, portable
 from mindprint.training import run as training_run
@@ -210,7 +211,9 @@ def _has_hooks(observer: object) -> bool:
 @contextmanager
 def _shown(progress: bool | None) -> Iterator[OnEvent]:
     """Give what shows a run: a display where it is asked for or someone is looking, else nothing."""
-    if not (is_interactive() if progress is None else progress):
+    (rank, _), _ = launched()
+    # Of several processes that train one adapter, the first one shows it.
+    if rank or not (is_interactive() if progress is None else progress):
         yield lambda _: None
         return
     with show_progress() as show:

@@ -26,6 +26,7 @@ COMMANDS = {
     "prepare": "Make a project of a person's own files: texts, books, mails, chats.",
     "plan": "State the memory that a run needs, before anything is loaded.",
     "train": "Train SFT, then DPO, topic by topic, and write one adapter.",
+    "launch": "Train one adapter in several processes, with the launcher of PyTorch or MLX.",
     "generate": "Answer prompts without and with the adapter.",
     "chat": "Talk to the adapter, to its base model, or to both.",
     "serve": "Serve the adapter and its base model with OpenAI's API, and a page to chat with both.",

@@ -17,6 +17,7 @@ from mindprint.cli.output import json_option, notice, say, show
 from mindprint.cli.settings import SettingsCommand, complete_setting, project_and_overrides
 from mindprint.config import FILE_NAME, ConfigFile
 from mindprint.errors import MindprintError
+from mindprint.plugins.launched import launched
 from mindprint.printing import short_path
 from mindprint.runs.folder import Resume, RunFolder, newest_run
 from mindprint.runs.opened import sample_prompt
@@ -74,6 +75,10 @@ def command(
         overrides.append(f"curriculum.max_topics={max_topics}")
     file, folder = _named_run(path, overrides, run, resumed=resume is not None)
     result = train(file, run=folder, resume=resume or False, progress=True)
+    (rank, _), _ = launched()
+    # Of several processes that trained one adapter, the first one prints.
+    if rank:
+        return 1 if result.failed else 0
     show(result, as_json=as_json)
     if not as_json:
         say(f"try it:  mindprint generate {_project_or_run(result, path)} --prompt {_prompt(file)}")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from mindprint.config import Config, Level
 from mindprint.contract import Measure
 from mindprint.curriculum.policy import collapsed
 from mindprint.data.split import Split
 from mindprint.data.tokenizer import Tokenizer
+from mindprint.input_files import typed
 from mindprint.models.engine import Engine
 from mindprint.runs.records import AnswerRecord, Figures
 from mindprint.voice.evaluation import Evaluator
@@ -68,6 +70,19 @@ class Examiner:
             evaluation.answers,
             evaluation.topics,
         )
+
+
+def examined_to_bytes(examined: Examined) -> bytes:
+    """Encode figures and signs of a collapse, by which a run decides. Answers are left out: the first rank has them."""
+    topics = {name: asdict(figures) for name, figures in examined.topics.items()}
+    return json.dumps([asdict(examined.figures), examined.collapse, topics]).encode()
+
+
+def examined_from_bytes(content: bytes) -> Examined:
+    """Decode what `examined_to_bytes` encoded."""
+    figures, collapse, topics = json.loads(content)
+    of_topics = {name: typed(Figures, values) for name, values in topics.items()}
+    return Examined(typed(Figures, figures), tuple(collapse), (), of_topics)
 
 
 def _evaluates_more_than_its_end(config: Config) -> bool:

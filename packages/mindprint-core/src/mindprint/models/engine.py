@@ -29,6 +29,7 @@ from mindprint.models.token_ids import embedding_rows
 from mindprint.plugins.answers import quoted
 from mindprint.plugins.backend import Backend, load_backend
 from mindprint.plugins.choosing import choose_backend
+from mindprint.plugins.launched import launched
 
 FLOAT32_BYTES = 8 * 2**30
 """A base whose float32 weights take no more than this, and no more than half of the memory, is measured in float32."""
@@ -70,7 +71,16 @@ class Placements:
         self._backends: dict[str, Backend] = {}
 
     def resolve(self, section: BackendConfig) -> Placement:
-        """Return the placement. Raises `BackendError` before any training if it is not available here."""
+        """Return the placement. Raises `BackendError` if it is not available here, or a launcher started several."""
+        (rank, size), launcher = launched()
+        if size > 1:
+            raise BackendError(
+                f"{launcher} started this command as rank {rank} of {size}: only `mindprint train` runs in several "
+                "processes; run it without the launcher"
+            )
+        return self._resolve(section)
+
+    def _resolve(self, section: BackendConfig) -> Placement:
         reason = None
         name = section.type
         if name == "auto":
@@ -82,9 +92,20 @@ class Placements:
 
     def resolve_training(self, section: BackendConfig) -> Placement:
         """Return the placement of a stage. Raises `BackendError` also for a backend that does not train."""
-        placement = self.resolve(section)
+        placement = self._resolve(section)
         placement.backend.require_training()
+        self._require_launched(placement.backend)
         return placement
+
+    def _require_launched(self, backend: Backend) -> None:
+        """Raise `BackendError` if a launcher started several processes, and the backend takes itself to be alone."""
+        world, launcher = launched()
+        if world != backend.ranks.world and launcher:
+            rank, size = world
+            raise BackendError(
+                f"{launcher} started this process as rank {rank} of {size}, and backend {backend.name!r} runs as a "
+                f"single process: take its own launcher (mindprint launch -n {size} does), or start one process"
+            )
 
     def _load(self, name: str) -> Backend:
         if name not in self._backends:
@@ -108,6 +129,11 @@ class Engine:
     @property
     def folder(self) -> ModelFolder:
         return self._folder
+
+    @property
+    def base_digest(self) -> str:
+        """The digest of the base's weights, as they were loaded."""
+        return self._base_digest
 
     @property
     def backend(self) -> Backend:

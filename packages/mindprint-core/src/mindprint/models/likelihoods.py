@@ -12,6 +12,7 @@ from mindprint.contract import Bool, Float64, LoadedModel, TokenBatch
 from mindprint.data.collate import pair_sequences, sft_batch, shared_sequences
 from mindprint.data.render import PreferenceExample, SftExample
 from mindprint.plugins.backend import Backend
+from mindprint.plugins.ranks import Ranks
 
 BATCH_ROWS = 16
 """Rows, or pairs, that are read in one call of the backend."""
@@ -40,19 +41,27 @@ def sum_pairs(
     *,
     adapter: bool = True,
     share_prompts: bool = True,
+    ranks: Ranks | None = None,
 ) -> CompletionSums:
     """Return `log p(chosen | prompt)` and `log p(rejected | prompt)` of every pair, with the adapter on or off.
 
-    With `share_prompts` the backend may read each prompt once for both completions. The numbers are the same.
+    With `share_prompts` the backend may read each prompt once for both completions. The numbers are the same. With
+    `ranks` each of them reads its share of the batches, and all get all sums.
     """
     sums = CompletionSums(np.zeros(len(examples)), np.zeros(len(examples)))
     longest = (len(example.prompt) + max(len(example.chosen), len(example.rejected)) for example in examples)
     lengths = np.fromiter(longest, dtype=np.int32, count=len(examples))
-    for rows in batches_by_length(lengths):
+
+    def read_batch(rows: list[int]) -> Float64:
         pairs = [examples[row] for row in rows]
         batches = (shared_sequences(pairs, pad_id),) if share_prompts else pair_sequences(pairs, pad_id)
         # Every chosen answer comes first, then every rejected one, in one batch or in two.
-        both = np.concatenate([_sum_rows(backend, model, batch, adapter=adapter) for batch in batches])
+        return np.concatenate([_sum_rows(backend, model, batch, adapter=adapter) for batch in batches])
+
+    divided = (ranks or Ranks()).divide(
+        list(batches_by_length(lengths)), read_batch, encode=lambda both: both.tolist(), decode=np.array
+    )
+    for rows, both in divided:
         sums.chosen[rows], sums.rejected[rows] = np.split(both, 2)
     return sums
 

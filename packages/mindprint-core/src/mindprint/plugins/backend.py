@@ -33,6 +33,7 @@ from mindprint.contract import (
     StepMetrics,
     TokenBatch,
     TrainingState,
+    UInt8,
     Update,
 )
 from mindprint.errors import BackendError, ContractError, DataError
@@ -41,6 +42,7 @@ from mindprint.plugins import answers
 from mindprint.plugins.entries import Plugin
 from mindprint.plugins.hooks import backend_hooks, missing_hooks
 from mindprint.plugins.loading import call_plugin, failure, load_backend_plugin
+from mindprint.plugins.ranks import Ranks
 from mindprint.plugins.stated import check_info
 from mindprint.plugins.streaming import TokenRelay, replay
 
@@ -60,6 +62,14 @@ class Backend:
         # The plugin's own classes may be behind this: reading them is guarded as calling it is.
         call_plugin(plugin, hook_name, lambda: check_info(plugin, info))
         self.info = info
+        self.ranks = Ranks(*info.world, self._gather)
+        """The processes that train together with this one, which is mostly alone."""
+        if not self.ranks.alone and not ("ranks" in info.capabilities and hook.mindprint_gather.get_hookimpls()):
+            raise failure(
+                plugin,
+                f" is one of {self.ranks.size} processes, and does not train in several (capability `ranks`)",
+                "start one process, or take another backend",
+            )
 
     def require_training(self) -> None:
         """Raise `BackendError` if this backend only evaluates and answers."""
@@ -190,6 +200,14 @@ class Backend:
         hook = "mindprint_memory"
         answer = self._call(hook, request=request)
         return None if answer is None else self._checked(hook, MemoryNeed, answer)
+
+    def _gather(self, values: UInt8) -> UInt8:
+        """Return the arrays of all ranks, uint8 `[ranks, n]`."""
+        hook = "mindprint_gather"
+        rows = cast(UInt8, self._call(hook, values=values))
+        shape = (self.ranks.size, len(values))
+        self._guarded(hook, lambda answer: answer.array("the arrays", rows, shape, np.uint8))
+        return rows
 
     def device(self, name: str) -> DeviceInfo:
         """Return the device called `name`, or for `auto` the first usable one that `auto` may choose.

@@ -29,6 +29,7 @@ def check_info(plugin: Plugin, info: BackendInfo) -> None:
     are_versions = isinstance(libraries, Mapping) and _are_text([*libraries, *libraries.values()])
     _check(plugin, "libraries", libraries, are_versions, "a mapping of text to text")
     _check(plugin, "training", info.training, isinstance(info.training, bool), "True or False")
+    _check(plugin, "world", info.world, _is_world(info.world), "a rank, and the number of ranks above it")
     _check(plugin, "notes", info.notes, isinstance(info.notes, tuple | list) and _are_text(info.notes), "texts")
 
 
@@ -46,6 +47,13 @@ def _check_device(plugin: Plugin, field: str, device: object) -> None:
     for name in ("accelerator", "auto"):
         value = getattr(device, name)
         _check(plugin, f"{field}.{name}", value, isinstance(value, bool), "True or False")
+
+
+def _is_world(value: object) -> bool:
+    if not isinstance(value, tuple) or len(value) != 2 or not all(type(number) is int for number in value):
+        return False
+    rank, size = value
+    return bool(0 <= rank < size)
 
 
 def _are_text(values: Sequence[object]) -> bool:

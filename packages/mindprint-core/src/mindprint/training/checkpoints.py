@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from mindprint import atomic
 from mindprint.adapter.peft_format import (
@@ -27,9 +28,10 @@ from mindprint.adapter.peft_format import (
     to_tensors,
     write_adapter,
 )
-from mindprint.contract import LoraFactors, TrainingState
+from mindprint.contract import AdapterState, LoraConfig, LoraFactors, TrainingState
 from mindprint.errors import AdapterError, CheckpointError, DamagedCheckpointError
 from mindprint.input_files import MALFORMED, read_json, typed
+from mindprint.plugins.ranks import Ranks
 
 CURSOR_FILE = "cursor.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -97,6 +99,12 @@ class CheckpointStore:
     def read(self, step: int) -> Checkpoint:
         """Read the checkpoint after `step` optimizer steps. Raises as `read_checkpoint` does."""
         return read_checkpoint(self._folder / checkpoint_name(step), self._identity)
+
+    def read_shared(self, step: int, ranks: Ranks) -> Checkpoint:
+        """Read a checkpoint on the first rank, and return it on all of them."""
+        checkpoint = ranks.from_first(lambda: self.read(step), checkpoint_to_bytes, checkpoint_from_bytes)
+        assert checkpoint is not None, "`read` raises for a checkpoint that is missing"
+        return checkpoint
 
     def find_newest(self, *, sound: bool) -> tuple[Checkpoint | None, list[str]]:
         """Return the checkpoint to resume from and the reasons for which others were passed over.
@@ -207,6 +215,41 @@ def prune_checkpoints(parent: Path, keep: int) -> None:
     for folder in list_checkpoints(parent):
         if int(folder.name) not in needed:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def checkpoint_to_bytes(checkpoint: Checkpoint | None) -> bytes:
+    """Encode a checkpoint for the ranks that do not read it from the disk. None is encoded too."""
+    if checkpoint is None:
+        return b""
+    facts: dict[str, Any] = {"folder": str(checkpoint.folder), "cursor": asdict(checkpoint.cursor)}
+    state = checkpoint.state
+    facts |= {"config": asdict(state.adapter.config), "steps": state.optimizer_steps, "loss_scale": state.loss_scale}
+    tensors = {
+        f"{part} {letter} {site}": np.ascontiguousarray(values)
+        for part, factors in enumerate((state.adapter.tensors, state.first_moments, state.second_moments))
+        for site, pair in factors.items()
+        for letter, values in zip("ab", pair, strict=True)
+    }
+    return json.dumps(facts).encode() + b"\n" + save(tensors)
+
+
+def checkpoint_from_bytes(content: bytes) -> Checkpoint | None:
+    """Decode what `checkpoint_to_bytes` encoded."""
+    if not content:
+        return None
+    line, _, rest = content.partition(b"\n")
+    facts, tensors = json.loads(line), load(rest)
+    config = typed(LoraConfig, facts["config"])
+    parts = [
+        {
+            site: LoraFactors(tensors[f"{part} a {site}"], tensors[f"{part} b {site}"])
+            for site in config.target_modules
+            if f"{part} a {site}" in tensors
+        }
+        for part in range(3)
+    ]
+    state = TrainingState(AdapterState(config, parts[0]), parts[1], parts[2], facts["steps"], facts["loss_scale"])
+    return Checkpoint(Path(facts["folder"]), typed(Cursor, facts["cursor"]), state)
 
 
 def _write_optimizer(file: Path, state: TrainingState) -> None:

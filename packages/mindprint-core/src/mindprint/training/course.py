@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 from mindprint.config import Level
 from mindprint.contract import TrainingState
-from mindprint.curriculum.examiner import Examined, Examiner
+from mindprint.curriculum.examiner import Examined, Examiner, examined_from_bytes, examined_to_bytes
 from mindprint.curriculum.policy import dpo_runs, judged
 from mindprint.events import Decided, Evaluated, Evaluating, Event, Notice
 from mindprint.models.engine import Engine
+from mindprint.plugins.ranks import Ranks
 from mindprint.runs.folder import RunFolder
 from mindprint.runs.records import VERDICTS, Decision, EvaluationRecord, Figures, Forgetting, Outcome
 from mindprint.training.checkpoints import CheckpointStore, Cursor
@@ -57,7 +58,7 @@ class Course:
         examiner: Examiner,
         checkpoints: CheckpointStore,
         emit: Callable[[Event], None],
-        stop_requested: Callable[[], bool],
+        ranks: Ranks,
     ) -> None:
         self._prepared = prepared
         self._folder = folder
@@ -65,7 +66,7 @@ class Course:
         self._examiner = examiner
         self._checkpoints = checkpoints
         self._emit = emit
-        self._stop_requested = stop_requested
+        self._ranks = ranks
         self._settings = prepared.config.curriculum
         self._evaluation = prepared.config.evaluation
 
@@ -115,7 +116,8 @@ class Course:
         outcome = judged(self._evaluation.final, examined.figures)
         earlier = self._forgotten(topics[:-1], examined)
         self._record("final", "", step, examined, outcome, earlier=earlier)
-        self._folder.write_answers(examined.answers)
+        if self._ranks.first:
+            self._folder.write_answers(examined.answers)
         if examined.collapse:
             self._warn_of_collapse("the run", examined.collapse)
 
@@ -123,11 +125,13 @@ class Course:
         """Evaluate the adapter in memory. Raises `EvaluationStopped` between two batches if a stop was requested."""
 
         def on_rows(done: int, total: int) -> None:
-            if self._stop_requested() and done < total:
+            if self._ranks.stop_requested() and done < total:
                 raise EvaluationStopped
             self._emit(Evaluating(level, name, done, total))
 
-        return self._examiner.examine(topics, on_rows, each=each)
+        examined = self._examiner.examine(topics, on_rows, each=each)
+        # All ranks have the same answers. One rank's figures decide for all: elsewhere their last bits may differ.
+        return self._ranks.from_first(lambda: examined, examined_to_bytes, examined_from_bytes)
 
     def _is_examined(self, plan: StagePlan) -> bool:
         if not self._evaluation.after_stages:
@@ -158,12 +162,13 @@ class Course:
         first = plan.first_step + 1
         self._decide(Decision("roll back", step, plan.topic, why, plan.stage, plan.attempt, first, step), plan)
         # The lines stay in metrics.jsonl: a reader can see why a stage was undone.
-        self._folder.mark_rolled_back(first, step)
+        if self._ranks.first:
+            self._folder.mark_rolled_back(first, step)
         return self._restored(plan.first_step)
 
     def _restored(self, step: int) -> TrainingState:
         """Restore the state of a checkpoint in memory, and return it."""
-        state = self._checkpoints.read(step).state
+        state = self._checkpoints.read_shared(step, self._ranks).state
         self._engine.restore(state)
         return state
 
@@ -191,7 +196,8 @@ class Course:
         first = position.topic_step + 1
         decision = Decision("retry", position.step, plan.topic, why, None, plan.attempt, first, position.step, change)
         self._decide(decision)
-        self._folder.mark_rolled_back(first, position.step)
+        if self._ranks.first:
+            self._folder.mark_rolled_back(first, position.step)
         index = next(planned.index for planned in self._prepared.plans if planned.topic == plan.topic)
         return replace(position, index=index, attempt=plan.attempt + 1), self._restored(position.topic_step)
 
@@ -223,7 +229,8 @@ class Course:
         return self._forgotten(before, replace(examined, topics={**others, **examined.topics}))
 
     def _forgotten(self, topics: Sequence[str], examined: Examined) -> tuple[Forgetting, ...]:
-        evaluations = self._folder.evaluations()
+        # Only the first rank records what was forgotten, and has the file.
+        evaluations = self._folder.evaluations() if self._ranks.first else []
         # The last record of a topic wins, which is that of the attempt that was kept.
         then = {past.name: past.figures for past in evaluations if past.level == "topic" and past.stage}
         none = Figures()
@@ -241,11 +248,11 @@ class Course:
     def _trained(self) -> list[str]:
         """Return the topics with a step in metrics.jsonl, in order."""
         # Not from the plan: a gate or an early end may have left topics out.
-        taken = {line["topic"] for line in self._folder.read_steps()}
+        taken = self._ranks.from_first(lambda: list({line["topic"] for line in self._folder.read_steps()}))
         return [topic for topic in dict.fromkeys(plan.topic for plan in self._prepared.plans) if topic in taken]
 
     def _last_step(self) -> int:
-        return max((line["step"] for line in self._folder.read_steps()), default=0)
+        return self._ranks.from_first(lambda: max((line["step"] for line in self._folder.read_steps()), default=0))
 
     def _index_after(self, topic: str) -> int:
         return max(plan.index for plan in self._prepared.plans if plan.topic == topic) + 1
@@ -266,12 +273,14 @@ class Course:
         )
 
     def _write(self, record: EvaluationRecord) -> None:
-        self._folder.append_evaluation(record)
+        if self._ranks.first:
+            self._folder.append_evaluation(record)
         self._emit(Evaluated(record))
 
     def _decide(self, decision: Decision, ended: StagePlan | None = None) -> None:
         """Record and tell a decision. `ended` is the stage after which it was made, where the topic continues."""
-        self._folder.append_decision(decision)
+        if self._ranks.first:
+            self._folder.append_decision(decision)
         self._emit(Decided(decision, self._planned_steps(decision, ended)))
 
     def _planned_steps(self, decision: Decision, ended: StagePlan | None) -> int:

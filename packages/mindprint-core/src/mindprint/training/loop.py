@@ -82,25 +82,32 @@ def _event(engine: Engine, stage: Stage, step: int, outcome: StepOutcome, second
 
 
 @contextmanager
-def stop_on_signal(acknowledge: Callable[[], None] = lambda: None) -> Iterator[Callable[[], bool]]:
+def stop_on_signal(
+    acknowledge: Callable[[], None] = lambda: None, patience: float = 0.0
+) -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C, SIGTERM or SIGHUP into a request that is seen after a step or a batch of an evaluation.
 
     `acknowledge` is called at once, from the signal handler: a step or a batch can take minutes.
 
     A second Ctrl-C or SIGTERM ends at once. SIGHUP never does: a terminal that closes sends it more than once, and
-    service managers send it along with SIGTERM. SIGHUP stays ignored where it is, as `nohup` has it.
+    service managers send it along with SIGTERM. SIGHUP stays ignored where it is, as `nohup` has it. Signals within
+    `patience` seconds of the first one are the same request.
     """
     # Python lets only the main thread set signal handlers.
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     received: list[int] = []
+    first_received = 0.0
 
     def remember(number: int, _frame: FrameType | None) -> None:
-        if number != signal.SIGHUP and any(earlier != signal.SIGHUP for earlier in received):
+        nonlocal first_received
+        again = number != signal.SIGHUP and any(earlier != signal.SIGHUP for earlier in received)
+        if again and perf_counter() - first_received >= patience:
             raise KeyboardInterrupt
         received.append(number)
         if len(received) == 1:
+            first_received = perf_counter()
             # Whoever was just writing cannot be interrupted by another write, and the line is left out.
             with suppress(RuntimeError):
                 acknowledge()

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,18 @@ class PolicyPairs:
         )
         attempt = f"-{plan.attempt}" if plan.attempt > 1 else ""
         file = self._folder / f"{plan.index:04d}{attempt}.json"
-        if file.exists():
-            answers = _read_answers(file, key, len(examples))
+        ranks = placement.backend.ranks
+        # Only the first rank has the files of the run.
+        stored = ranks.from_first(lambda: _read_answers(file, key, len(examples)) if file.exists() else None)
+        if stored is not None:
+            answers = stored
         else:
             self._engine.start_stage(placement, start)
             answers = self._answers(examples, on_rows)
-            self._folder.mkdir(exist_ok=True)
-            content = {"format": FORMAT, "key": key, "backend": placement.backend.name, "answers": answers}
-            atomic.write_text(file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+            if ranks.first:
+                self._folder.mkdir(exist_ok=True)
+                content = {"format": FORMAT, "key": key, "backend": placement.backend.name, "answers": answers}
+                atomic.write_text(file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
         return tuple(self._with_rejected(example, answer) for example, answer in zip(examples, answers, strict=True))
 
     def _answers(self, examples: Sequence[PreferenceExample], on_rows: OnRows) -> list[str]:
@@ -107,21 +112,31 @@ class PolicyPairs:
             max(1, min(math.ceil(LONGER * len(example.chosen)), most - len(prompt)))
             for example, prompt in zip(examples, prompts, strict=True)
         ]
-        answers = [""] * len(examples)
-        done = 0
-        # An answer of few tokens in a batch of long ones would wait for them, so the limit counts as length.
-        for batch in batches_by_length([len(p) + limit for p, limit in zip(prompts, limits, strict=True)], ROWS):
-            on_rows(done, len(examples))
+        backend, model = self._engine.backend, self._engine.model
+
+        def answer_batch(batch: list[int]) -> list[str]:
             sampling = Sampling(max(limits[place] for place in batch), self._tokenizer.stop_token_ids)
-            made = self._engine.backend.generate(self._engine.model, [prompts[place] for place in batch], sampling)
+            texts = []
+            made = backend.generate(model, [prompts[place] for place in batch], sampling)
             for place, generation in zip(batch, made, strict=True):
                 tokens = generation.tokens.tolist()
                 own = tokens[: limits[place]]
                 text = self._tokenizer.answer_text(own, prompts[place].tolist())
                 ended = generation.stop_reason == "stop" and len(own) == len(tokens)
-                answers[place] = text if ended else up_to_sentence(text)
-            done += len(batch)
-        on_rows(done, len(examples))
+                texts.append(text if ended else up_to_sentence(text))
+            return texts
+
+        # An answer of few tokens in a batch of long ones would wait for them, so the limit counts as length.
+        lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+        batches = list(batches_by_length(lengths, ROWS))
+        starts = list(accumulate(map(len, batches), initial=0))
+        answers = [""] * len(examples)
+        for batch, texts in backend.ranks.divide(
+            batches, answer_batch, before=lambda done: on_rows(starts[done], len(examples))
+        ):
+            for place, text in zip(batch, texts, strict=True):
+                answers[place] = text
+        on_rows(len(examples), len(examples))
         return answers
 
     def _with_rejected(self, example: PreferenceExample, answer: str) -> PreferenceExample:

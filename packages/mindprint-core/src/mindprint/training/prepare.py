@@ -92,6 +92,10 @@ class Prepared:
                 f"{folder.manifest}: reads rows in order {version} of a newer Mindprint; this one knows orders up to "
                 f"{ORDER_VERSION}: pip install --upgrade mindprint-core"
             )
+        return self.in_order(version)
+
+    def in_order(self, version: int) -> Prepared:
+        """Return a copy that reads rows in an order, by its version."""
         return replace(self, plans=tuple(plan.for_order(version) for plan in self.plans), order=version)
 
 

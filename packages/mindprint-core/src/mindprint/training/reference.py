@@ -57,8 +57,11 @@ class ReferenceCache:
         # Each attempt starts from another adapter, so it has another reference.
         attempt = f"-{plan.attempt}" if plan.attempt > 1 else ""
         file = self._folder / f"{plan.index:04d}{attempt}.safetensors"
-        if file.exists():
-            return load_reference(file, key)
+        ranks = placement.backend.ranks
+        # Only the first rank has the files of the run. The sums of the others come from it.
+        stored = ranks.from_first(lambda: load_reference(file, key) if file.exists() else None, _to_bytes, _from_bytes)
+        if stored is not None:
+            return stored
         self._engine.start_stage(placement, start)
         reference = sum_pairs(
             self._engine.backend,
@@ -66,10 +69,20 @@ class ReferenceCache:
             examples,
             self._pad_id,
             share_prompts=getattr(plan.settings, "share_prompts", True),
+            ranks=ranks,
         )
-        self._folder.mkdir(exist_ok=True)
-        save_reference(file, reference, key, placement.backend.name)
+        if ranks.first:
+            self._folder.mkdir(exist_ok=True)
+            save_reference(file, reference, key, placement.backend.name)
         return reference
+
+
+def _to_bytes(reference: CompletionSums | None) -> bytes:
+    return b"" if reference is None else np.stack([reference.chosen, reference.rejected]).tobytes()
+
+
+def _from_bytes(content: bytes) -> CompletionSums | None:
+    return CompletionSums(*np.split(np.frombuffer(content, np.float64), 2)) if content else None
 
 
 def save_reference(file: Path, reference: CompletionSums, key: str, backend: str) -> None:

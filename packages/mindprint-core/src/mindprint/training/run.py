@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -23,15 +26,25 @@ from mindprint.events import (
     StageStarted,
     StepDone,
 )
+from mindprint.input_files import typed
 from mindprint.models.engine import Engine, Placement, Placements
 from mindprint.plugins.hooks import observer_hooks
+from mindprint.plugins.ranks import Ranks
 from mindprint.plugins.scoring import load_scorers
 from mindprint.plugins.watching import Trackers, load_trackers
 from mindprint.printing import short_path
 from mindprint.reports import write_reports
 from mindprint.runs.folder import Resume, RunFolder, open_run, portable, runs_folder
-from mindprint.runs.results import RunResult, stage_results, verdicts
-from mindprint.training.checkpoints import Checkpoint, CheckpointStore, Cursor, OtherRunError
+from mindprint.runs.results import RunResult, StageResult, Verdict, stage_results, verdicts
+from mindprint.training.agreement import check_ranks, idle_ranks, joined_ranks, refuse_differences
+from mindprint.training.checkpoints import (
+    Checkpoint,
+    CheckpointStore,
+    Cursor,
+    OtherRunError,
+    checkpoint_from_bytes,
+    checkpoint_to_bytes,
+)
 from mindprint.training.course import Course, EvaluationStopped, Position
 from mindprint.training.final_adapter import write_final_adapter
 from mindprint.training.later_use import refused_uses
@@ -48,6 +61,9 @@ from mindprint.trust.measurement import take_fingerprint
 from mindprint.trust.probe import score
 
 OnEvent = Callable[[Event], None]
+
+SECONDS_OF_ONE_REQUEST = 5.0
+"""Under a launcher: Ctrl-C reaches a process from the terminal, and again from the launcher, which passes it on."""
 
 
 def train(
@@ -70,23 +86,50 @@ def train(
     from the signal handler when the user asks the run to stop.
 
     Raises a `MindprintError` for every wrong input before anything is trained, `GuardError` when training would corrupt
-    its result, and `Interrupted` after a checkpoint when the user stops it.
+    its result, and `Interrupted` after a checkpoint when the user stops it. Where a launcher started several processes,
+    they train one adapter, and only the first writes, prints and is watched.
     """
     file = _config_file(config)
     if overrides:
         file = merged(file, overrides)
     mode: Resume | None = "last" if resume is True else (resume or None)
-    # Everything that can be wrong is found here, before a backend is imported or a folder is made.
-    prepared = prepare(file, on_event)
-    trackers = Trackers(load_trackers(file.config.trackers))
     placements = Placements(observers)
-    resolved = tuple(placements.resolve_training(plan.backend) for plan in prepared.plans)
-    # From here on another process may not write to the run, and a failure removes a folder without a checkpoint.
-    with open_run(runs_folder(file), run, mode) as folder:
-        if mode:
-            prepared = prepared.in_order_of(folder)
-        once = _Run(prepared, resolved, folder, mode, on_event or (lambda _: None), observers, trackers)
-        return once.train(on_stop)
+    ranks = joined_ranks(file.config, placements)
+    try:
+        # Everything that can be wrong is found here, before a backend is imported or a folder is made.
+        prepared = ranks.together(lambda: prepare(file, on_event if ranks.first else None))
+        trackers = Trackers(load_trackers(file.config.trackers) if ranks.first else ())
+        resolved = tuple(placements.resolve_training(plan.backend) for plan in prepared.plans)
+        ranks = resolved[0].backend.ranks
+        check_ranks(prepared, resolved)
+        # From here on another process may not write to the run, and a failure removes a folder without a checkpoint.
+        with _shared_folder(ranks, runs_folder(file), run, mode) as folder:
+            if mode:
+                # Only the first rank has the files of the run.
+                prepared = prepared.in_order(ranks.from_first(lambda: prepared.in_order_of(folder).order))
+            once = _Run(prepared, resolved, ranks, folder, mode, on_event or (lambda _: None), observers, trackers)
+            return once.train(on_stop)
+    except MindprintError as error:
+        _name_rank(error, ranks)
+        raise
+
+
+@contextmanager
+def _shared_folder(
+    ranks: Ranks, runs: Path, run: str | os.PathLike[str] | None, resume: Resume | None
+) -> Iterator[RunFolder]:
+    """Hold the run's folder on the first rank. The others know its path, and neither read nor write there."""
+    with ExitStack() as held:
+        path = ranks.from_first(lambda: str(held.enter_context(open_run(runs, run, resume)).path))
+        yield RunFolder(Path(path))
+
+
+def _name_rank(error: MindprintError, ranks: Ranks) -> None:
+    """Say in an error's message which rank it is from, or nothing where the first rank says the same."""
+    if ranks.first or not str(error):
+        return
+    # All ranks stop at once, and one line is enough.
+    error.args = ("" if isinstance(error, Interrupted) else f"{ranks}: {error}",)
 
 
 class _Run:
@@ -96,6 +139,7 @@ class _Run:
         self,
         prepared: Prepared,
         placements: tuple[Placement, ...],
+        ranks: Ranks,
         folder: RunFolder,
         resume: Resume | None,
         on_event: OnEvent,
@@ -105,6 +149,7 @@ class _Run:
         config = prepared.config
         self.prepared = prepared
         self.placements = placements
+        self.ranks = ranks
         self.folder = folder
         self.resume = resume
         self._on_event = on_event
@@ -125,31 +170,35 @@ class _Run:
         )
         extra = load_scorers(config.voice.scorers)
         examiner = Examiner(prepared.split, config, prepared.tokenizer, self.engine, extra, prepared.people)
-        self._requested: Callable[[], bool] = lambda: False
-        self.course = Course(
-            prepared, folder, self.engine, examiner, self.checkpoints, self._emit, self._stop_requested
-        )
+        self.course = Course(prepared, folder, self.engine, examiner, self.checkpoints, self._emit, ranks)
         self._pace = Pace()
 
     def train(self, on_stop: Callable[[], None]) -> RunResult:
         started = perf_counter()
-        start = self._find_start() if self.resume else None
+        start = None
+        if self.resume:
+            start = self.ranks.from_first(self._find_start, checkpoint_to_bytes, checkpoint_from_bytes)
         try:
-            self._announce(start)
-            with stop_on_signal(on_stop) as self._requested:
+            if self.ranks.first:
+                self._announce(start)
+            with stop_on_signal(
+                on_stop if self.ranks.first else lambda: None, 0.0 if self.ranks.alone else SECONDS_OF_ONE_REQUEST
+            ) as self.ranks.asked_to_stop:
                 state = self._train_stages(start)
                 self._evaluate_end(state)
-            self._write_adapter(state.adapter)
+            if self.ranks.first:
+                self._write_adapter(state.adapter)
         finally:
             # A notebook keeps the process, which must not keep the model's memory.
             self.engine.release()
+        # Launchers end all processes when one has ended, so that the others wait here.
+        return self.ranks.from_first(lambda: self._finish(started), _result_to_bytes, _result_from_bytes)
+
+    def _finish(self, started: float) -> RunResult:
         # Last, because the adapter is worth more than its reports.
         self._write_reports()
         self._emit(RunFinished(str(self.folder.path), str(self.folder.adapter), perf_counter() - started))
         return RunResult(self.folder.path, self.folder.adapter, stage_results(self.folder), verdicts(self.folder))
-
-    def _stop_requested(self) -> bool:
-        return self._requested()
 
     def _find_start(self) -> Checkpoint | None:
         """Return the checkpoint to continue from, None for a run that was ended before its first one."""
@@ -194,10 +243,10 @@ class _Run:
             self._warn_of_other_environment(start.cursor)
         resumed_from = start.cursor.step if start else None
         self._emit(RunStarted(str(self.folder.path), total_steps(self.prepared.plans), resumed_from))
-        for notice in self.prepared.notes:
+        for notice in (*self.prepared.notes, *idle_ranks(self.prepared, self.ranks)):
             self._emit(notice)
         for placement in dict.fromkeys(self.placements):
-            self._notice(f"backend: {placement}")
+            self._notice(f"backend: {placement}" + ("" if self.ranks.alone else f", {self.ranks.size} ranks"))
             for note in placement.backend.info.notes:
                 self._notice(note)
         for notice in memory_notices(self.prepared, self.placements):
@@ -229,6 +278,8 @@ class _Run:
         sites = self.engine.load_everywhere(
             self.placements[position.index :], lambda sites: lora_config(targets, sites).target_modules
         )
+        if not self.ranks.alone:
+            refuse_differences(self.ranks, {"the base model in memory": self.engine.base_digest})
         if refusal := refused_uses(self.prepared.model.path, sites, lora_config(targets, sites)):
             self._notice(refusal, warning=True)
         self._check_probe()
@@ -239,7 +290,7 @@ class _Run:
                 # Every stage has a new optimizer, as separate trainers would, and a checkpoint to roll back to.
                 state = state.without_optimizer()
                 self._save_checkpoint(position, 0, state)
-                if self._stop_requested():
+                if self.ranks.stop_requested():
                     raise self._interrupted()
             self._train_stage(plan, placement, position, state, done)
             state = self.engine.save()
@@ -288,8 +339,7 @@ class _Run:
         examples, reference = self.prepared.examples_of(plan), None
         objective = OBJECTIVES[plan.stage]
         is_on_policy, needs_reference = objective.is_on_policy(plan.settings), objective.needs_reference(plan.settings)
-        # In the middle of a stage, `state` is not the policy any more that the stage started with.
-        start = self.checkpoints.read(plan.first_step).state if done and (is_on_policy or needs_reference) else state
+        start = self._state_at_start(plan, state, done) if is_on_policy or needs_reference else state
         if is_on_policy:
             examples = self.policy_pairs.pairs_of(plan, placement, start, examples, self._on_answers)
         if needs_reference:
@@ -300,6 +350,8 @@ class _Run:
         losses: list[float] = []
 
         def on_step(event: StepDone) -> None:
+            if not self.ranks.first:
+                return
             losses.append(event.loss)
             self.folder.append_step(event)
             self._emit(event)
@@ -307,13 +359,16 @@ class _Run:
                 self._notice(estimate)
 
         def save(steps: int) -> None:
-            self._save_checkpoint(position, steps, self.engine.save())
+            if self.ranks.first:
+                self._save_checkpoint(position, steps, self.engine.save())
 
         every = self.prepared.config.checkpoints.every
-        if not run_stage(self.engine, stage, done, on_step, save, every, self._stop_requested):
+        if not run_stage(self.engine, stage, done, on_step, save, every, self.ranks.stop_requested):
             raise self._interrupted()
         # Once a stage and not once a step: the digest reads all of the base's weights.
         self.engine.check_base()
+        if not self.ranks.first:
+            return
         first, last = (losses[0], losses[-1]) if losses else (None, None)
         # The same seconds as in the table of results: those of the steps, an interrupted process's included.
         seconds = sum(line["seconds"] for line in self.folder.read_steps() if line["step"] > plan.first_step)
@@ -321,15 +376,22 @@ class _Run:
             StageFinished(plan.topic, plan.stage, placement.backend.name, plan.steps, first, last, round(seconds, 3))
         )
 
+    def _state_at_start(self, plan: StagePlan, state: TrainingState, done: int) -> TrainingState:
+        """Return the state that a stage started with, which in its middle `state` is not any more."""
+        return self.checkpoints.read_shared(plan.first_step, self.ranks).state if done else state
+
     def _on_answers(self, done: int, total: int) -> None:
         """Tell of the answers to the prompts of pairs. Raises `Interrupted` between two batches when asked to stop."""
         if done == 0:
             self._notice(f"the model answers the prompts of {total} pairs, for its rejected answers")
-        if done < total and self._stop_requested():
+        if done < total and self.ranks.stop_requested():
             # The checkpoint of the stage's start, or of a later step, has been written.
             raise self._interrupted()
 
     def _save_checkpoint(self, position: Position, stage_step: int, state: TrainingState) -> None:
+        # A checkpoint is the same file whatever the number of ranks: all of them have the same state.
+        if not self.ranks.first:
+            return
         step = position.step + stage_step
         # Past the last stage there is no placement. The last one wrote the state.
         placement = self.placements[min(position.index, len(self.placements) - 1)]
@@ -340,6 +402,8 @@ class _Run:
         self._emit(CheckpointWritten(str(self.checkpoints.save(state, cursor)), step))
 
     def _interrupted(self) -> Interrupted:
+        if not self.ranks.first:
+            return Interrupted("")
         return Interrupted(
             f"stopped; the checkpoint of step {self.checkpoints.newest_step()} is in {self.folder.checkpoints}; "
             f"continue with: mindprint train {shlex.quote(str(self.folder.path))} --resume"
@@ -367,6 +431,8 @@ class _Run:
             self._notice(f"no report: {error}; try again with: mindprint report {self.folder.path}", warning=True)
 
     def _emit(self, event: Event) -> None:
+        if not self.ranks.first:
+            return
         self._on_event(event)
         self._hooks.mindprint_event(event=event)
         # A tracker cannot end the run. The caller's function and observers can: they are part of the program.
@@ -375,6 +441,19 @@ class _Run:
 
     def _notice(self, message: str, *, warning: bool = False) -> None:
         self._emit(Notice(message, warning))
+
+
+def _result_to_bytes(result: RunResult) -> bytes:
+    parts = {"stages": [asdict(stage) for stage in result.stages], "verdicts": [asdict(v) for v in result.verdicts]}
+    return json.dumps({"run": str(result.run), "adapter": str(result.adapter), **parts}).encode()
+
+
+def _result_from_bytes(content: bytes) -> RunResult:
+    told = json.loads(content)
+    stages = tuple(typed(StageResult, stage) for stage in told["stages"])
+    return RunResult(
+        Path(told["run"]), Path(told["adapter"]), stages, tuple(typed(Verdict, item) for item in told["verdicts"])
+    )
 
 
 def _config_file(config: str | os.PathLike[str] | ConfigFile | Mapping[str, Any]) -> ConfigFile:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mindprint.contract import StepMetrics, Update
@@ -12,6 +12,7 @@ from mindprint.models.engine import Engine
 from mindprint.models.likelihoods import CompletionSums
 from mindprint.plugins.backend import is_finite
 from mindprint.training import guards
+from mindprint.training.agreement import shared_metrics
 from mindprint.training.objectives import OBJECTIVES, Rewards
 from mindprint.training.plan import StagePlan
 
@@ -49,9 +50,16 @@ class Stage:
         micro_batches = self.plan.order.micro_batches(step)
         batches = [self._batch(rows) for rows in micro_batches]
         update = objective.complete_update(self._update(step), batches, settings)
+        # Normalizers, checks and metrics are those of the whole step. Only its work is divided.
+        ranks = engine.backend.ranks
+        share = ranks.share(batches)
+        if not ranks.alone:
+            update = replace(update, micro_batches=tuple(ranks.share(range(len(batches)))))
         # Before the step, whose loss is that of the adapter before its update.
-        expected = self._evaluated_loss(engine, batches, update)
-        metrics = objective.take_step(engine.backend, engine.model, batches, settings, update)
+        expected = self._evaluated_loss(engine, share, update)
+        metrics = objective.take_step(engine.backend, engine.model, share, settings, update)
+        if not ranks.alone:
+            metrics = shared_metrics(ranks, metrics, [getattr(batch, "pairs", 0) for batch in batches])
         # A skipped step has no update to check, and the loop names the rows of a loss that is not finite.
         if not metrics.skipped and is_finite(metrics):
             objective.check_step(batches, metrics, settings, update, engine.model.dtype, first=step == 0)
@@ -72,7 +80,8 @@ class Stage:
         # Once for each model that is loaded: it costs a forward pass, and a backend does not change its loss later.
         if self.plan.stage in engine.compared_losses or engine.drops_out():
             return None
-        return self._objective.evaluated_loss(engine.backend, engine.model, batches, update)
+        loss = self._objective.evaluated_loss(engine.backend, engine.model, batches, update)
+        return None if loss is None else sum(engine.backend.ranks.gather(loss))
 
     def _batch(self, rows: Sequence[int]) -> Any:
         reference = None if self._reference is None else self._reference.select(list(rows))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
-from typing import Literal, Protocol
+from itertools import accumulate, groupby
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -141,7 +141,8 @@ class Responses:
         # The number of draws follows from the base model's answers alone. So it is the same for every adapter, in each
         # process that resumes the run, and whichever topics are evaluated first.
         while answers and self._rows.prompts and self.sampling.temperature > 0:
-            needed = self._draws_needed(self._base_texts())
+            # One rank decides for all: on other processors the last bits of an estimate may differ.
+            needed = self._memory.backend.ranks.from_first(lambda: self._draws_needed(self._base_texts()))
             if not self.draws < needed <= MOST_DRAWS:
                 break
             self.draws = needed
@@ -201,12 +202,18 @@ class Responses:
         return [[self._base.answers[draw][place].text for draw in range(self.draws)] for place in places]
 
     def _respond_all(self, batches: Sequence[_Batch], done: int, total: int, on_rows: OnRows) -> int:
-        """Respond to all batches, and return how many rows are done then."""
-        for batch in batches:
-            on_rows(done, total)
-            self._respond(batch)
-            done += len(batch.rows)
-        return done
+        """Respond to all batches, and return how many rows are done then. Each rank responds to its share of them."""
+        starts = list(accumulate((len(batch.rows) for batch in batches), initial=done))
+        divided = self._memory.backend.ranks.divide(
+            batches, self._respond, lambda count: on_rows(starts[count], total), _to_values, _from_values
+        )
+        for batch, responses in divided:
+            known = self._known(adapter=batch.adapter)
+            of_kind: dict[int, Any] = (
+                known.answers[batch.draw] if batch.kind == "answers" else getattr(known, batch.kind)
+            )
+            of_kind.update(zip(batch.rows, responses, strict=True))
+        return starts[-1]
 
     def _batches(self, topics: Sequence[str], *, adapter: bool, answers: bool) -> Iterator[_Batch]:
         """Yield the batches that are missing of one model."""
@@ -243,30 +250,25 @@ class Responses:
             for batch in batches_by_length([rows[place][1] for place in group]):
                 yield [group[index] for index in batch]
 
-    def _respond(self, batch: _Batch) -> None:
-        backend, model, known = self._memory.backend, self._memory.model, self._known(adapter=batch.adapter)
-        pad_id = self._tokenizer.pad_id
+    def _respond(self, batch: _Batch) -> list[Any]:
+        """Return a response for each row of a batch, as `_Known` holds it."""
+        backend, model, pad_id = self._memory.backend, self._memory.model, self._tokenizer.pad_id
         if batch.kind == "pairs":
             pairs = [self._rows.pairs[row] for row in batch.rows]
             sums = sum_pairs(backend, model, pairs, pad_id, adapter=batch.adapter)
-            known.pairs.update(zip(batch.rows, zip(sums.chosen, sums.rejected, strict=True), strict=True))
-        elif batch.kind == "texts":
+            return list(zip(sums.chosen, sums.rejected, strict=True))
+        if batch.kind == "texts":
             texts = [self._rows.texts[row] for row in batch.rows]
-            known.texts.update(
-                zip(batch.rows, sum_texts(backend, model, texts, pad_id, adapter=batch.adapter), strict=True)
-            )
-        elif batch.kind == "questions":
+            return list(sum_texts(backend, model, texts, pad_id, adapter=batch.adapter))
+        if batch.kind == "questions":
             greedy = replace(self.sampling, temperature=0.0)
-            made = self._generate([self._rows.questions[row][1] for row in batch.rows], greedy, adapter=batch.adapter)
-            known.questions.update(zip(batch.rows, made, strict=True))
-        else:
-            # Backends seed the draws of an answer by this seed and its prompt. So each draw needs a seed for itself.
-            seeded = replace(self.sampling, seed=self.sampling.seed + batch.draw)
-            prompts = [self._rows.prompts[row][1] for row in batch.rows]
-            made = self._generate(prompts, seeded, adapter=batch.adapter)
-            if batch.adapter:
-                made = self._with_log_probs(prompts, made)
-            known.answers[batch.draw].update(zip(batch.rows, made, strict=True))
+            questions = [self._rows.questions[row][1] for row in batch.rows]
+            return self._generate(questions, greedy, adapter=batch.adapter)
+        # Backends seed the draws of an answer by this seed and its prompt. So each draw needs a seed for itself.
+        seeded = replace(self.sampling, seed=self.sampling.seed + batch.draw)
+        prompts = [self._rows.prompts[row][1] for row in batch.rows]
+        made = self._generate(prompts, seeded, adapter=batch.adapter)
+        return self._with_log_probs(prompts, made) if batch.adapter else made
 
     def _generate(self, prompts: Sequence[Int32], sampling: Sampling, *, adapter: bool) -> list[GeneratedAnswer]:
         made = self._memory.backend.generate(self._memory.model, prompts, sampling, adapter=adapter)
@@ -284,6 +286,26 @@ class Responses:
         for row, total in zip(rows, sums, strict=True):
             made[row] = replace(made[row], base_log_prob=float(total) / len(made[row].generation.tokens))
         return made
+
+
+def _to_values(responses: list[Any]) -> list[Any]:
+    """Return responses as values that JSON knows, for the other ranks: numbers, or answers by their parts."""
+    return [
+        [answer.generation.tokens.tolist(), answer.generation.stop_reason, answer.text, answer.base_log_prob]
+        if isinstance(answer, GeneratedAnswer)
+        else answer
+        for answer in responses
+    ]
+
+
+def _from_values(values: list[Any]) -> list[Any]:
+    """Return the responses that `_to_values` made values of. An answer has four parts, a pair two."""
+    return [
+        GeneratedAnswer(Generation(np.array(value[0], np.int32), value[1]), value[2], value[3])
+        if isinstance(value, list) and len(value) == 4
+        else value
+        for value in values
+    ]
 
 
 def _as_example(prompt: Int32, answer: Int32) -> SftExample:
