@@ -285,7 +285,10 @@ def test_an_adapter_that_does_not_verify_is_refused(opened: OpenedAdapter) -> No
     before = config.read_text()
     config.write_text(before.replace('"lora_alpha": 16', '"lora_alpha": 32'))
     try:
-        with pytest.raises(GuardError, match="--no-verify serves it all the same"):
+        with pytest.raises(
+            GuardError,
+            match="does not verify: .* 2 times as strongly as trained .*; --no-verify serves it all the same",
+        ):
             serve(folder, port=0)
         with pytest.raises(KeyError):
             serve(folder, port=0, verified=False, on_ready=_leave)

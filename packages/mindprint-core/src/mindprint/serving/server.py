@@ -78,7 +78,8 @@ def serve(
         if verified and not is_model:
             result = verify(path, model=model, backend=backend, device=device, on_notice=on_notice)
             if not result.ok:
-                raise GuardError(f"{os.fspath(path)}: {result.verdict}; --no-verify serves it all the same")
+                failures = "; ".join(finding.message for finding in result.findings if finding.fails)
+                raise GuardError(f"{os.fspath(path)}: does not verify: {failures}; --no-verify serves it all the same")
         opening = runs_opened.open_model if is_model else runs_opened.open_adapter
         opened = closing.enter_context(opening(path, backend_section(backend, device), model=model, notice=notices))
         limits = Limits(new_tokens=max_tokens, context=longest_sequence(opened.base.path))
