@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mindprint.cli import main
+from mindprint.cli.launch import mlx_command, torchrun_command
 from mindprint.contract import StepMetrics, UInt8
 from mindprint.errors import BackendError, DataError, RankError
 from mindprint.plugins.launched import ALONE, launched, mlx_world, torchrun_world
@@ -171,6 +172,15 @@ def test_a_half_set_environment_is_refused_in_one_line(
         launched()
     assert main(["train", "nowhere"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_launch_becomes_the_launcher_of_the_framework(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torchrun_command(2)[1:] == [
+        "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mindprint", "--",
+    ]  # fmt: skip
+    assert mlx_command(3)[1:5] == ["-n", "3", "--backend", "ring"]
+    monkeypatch.setattr("os.execvp", lambda *_: pytest.fail("it was started"))
+    assert main(["launch", "-n", "2", "nowhere", "--bakend", "mlx"]) == 2
 
 
 def test_what_launchers_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

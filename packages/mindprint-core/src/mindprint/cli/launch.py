@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from mindprint.api import load_config
+from mindprint.cli.output import json_option
 from mindprint.cli.settings import project_and_overrides
 from mindprint.cli.train import command as train
 from mindprint.errors import BackendError
@@ -40,7 +41,8 @@ LAUNCHERS: Mapping[str, Callable[[int], list[str]]] = {"torch": torchrun_command
 )
 @click.option("-n", "--ranks", type=click.IntRange(min=1), required=True, help="The number of processes.")
 @click.argument("words", metavar="[OPTIONS OF TRAIN]...", nargs=-1, type=click.UNPROCESSED)
-def command(*, ranks: int, words: tuple[str, ...]) -> int:
+@json_option
+def command(*, ranks: int, words: tuple[str, ...], as_json: bool) -> int:
     """Train one adapter in several processes of this machine. Everything behind -n is an option of `mindprint train`.
 
     This is `torchrun --nproc-per-node N -m mindprint -- train ...` on PyTorch, and
@@ -60,6 +62,6 @@ def command(*, ranks: int, words: tuple[str, ...]) -> int:
             "the launcher of its framework"
         )
     sys.stdout.flush()
-    started = [*LAUNCHERS[name](ranks), "train", *words]
+    started = [*LAUNCHERS[name](ranks), "train", *words, *(["--json"] if as_json else [])]
     # In place of this process, so that signals and the exit code are the launcher's.
     os.execvp(started[0], started)  # noqa: S606 (no shell is wanted)
