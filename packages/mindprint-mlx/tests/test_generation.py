@@ -14,6 +14,7 @@ from mindprint_mlx import adapter
 from mindprint_mlx.generation import Row, generate
 from mindprint_mlx.model import MlxModel
 from mindprint_mlx.rows import ROWS
+from mindprint_mlx.state import restore, save
 
 GREEDY = Sampling(max_new_tokens=9, stop_token_ids=())
 
@@ -100,6 +101,41 @@ def test_rows_that_are_done_cost_nothing(make: Callable[..., LoadedModel], monke
         assert part.tokens.tolist() == whole.tokens.tolist()[: 2 + row]
     widths = [len(values) for values in seen if len(values) > 1]
     assert widths[0] == 7 and sorted(widths, reverse=True) == widths and 3 in widths
+
+
+def test_the_next_turn_reads_its_new_tokens_only(
+    make: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a chat of 30 tokens with an answer of 9, the last token was chosen and not read. Other weights forget it."""
+    loaded = make()
+    adapter.inject(loaded.handle, lora(linear_sites(loaded)))
+    handle, read = loaded.handle, []
+    network = type(handle.module)
+    forward = network.__call__
+
+    def counted(module: object, tokens: mx.array, *arguments: object, **options: object) -> mx.array:
+        read.append(tokens.shape[1])
+        return forward(module, tokens, *arguments, **options)
+
+    monkeypatch.setattr(network, "__call__", counted)
+    first = np.random.default_rng(9).integers(3, VOCABULARY, 30).astype(np.int32)
+
+    def turn(prompt: np.ndarray, *, tuned: bool = True, listens: bool = True) -> list[int]:
+        read.clear()
+        on_token = (lambda *_: None) if listens else None
+        return generate(handle, [prompt], GREEDY, adapter=tuned, on_token=on_token)[0].tokens.tolist()
+
+    second = np.array([*first, *turn(first), 7, 9], np.int32)
+    assert read[0] == 29
+    silent = turn(second, listens=False)
+    assert read[0] == 40
+    assert turn(second) == silent
+    assert read[0] == 2  # 38 are known, and the last token is read with the first step
+    base = turn(second, tuned=False)
+    assert read[0] == 40
+    assert turn(second, tuned=False, listens=False) == base
+    restore(handle, save(handle))
+    assert handle.kept.size == 0
 
 
 def _recording(seen: list[np.ndarray]) -> Callable[..., None]:

@@ -85,6 +85,36 @@ def test_rows_that_are_done_are_taken_out(
     assert widths == [6, 6, 4, 3, 2, 1]
 
 
+def test_the_next_turn_reads_its_new_tokens_only(
+    backend: Backend, train: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a chat of 30 tokens with an answer of 8, the last token was chosen and not read. Training forgets it all."""
+    model, read = train("qwen2"), []
+    forward = Decoder.read
+
+    def counted(decoder: Decoder) -> torch.Tensor:
+        read.append(tuple(decoder._tokens.shape))
+        return forward(decoder)
+
+    rng = np.random.default_rng(9)
+    first = [rng.integers(3, 61, length).astype(np.int32) for length in (30, 21)]
+    backend.generate(model, first, Sampling(1, ()))  # measures whether prompts can be continued together
+    monkeypatch.setattr(Decoder, "read", counted)
+
+    def turn(*prompts: Int32, adapter: bool = True) -> list[Int32]:
+        told = backend.generate(model, prompts, Sampling(8, ()), adapter=adapter, on_token=lambda *_: None)
+        return [np.concatenate([prompt, made.tokens, [7, 9]]) for prompt, made in zip(prompts, told, strict=True)]
+
+    second = turn(*first)
+    turn(*second)
+    turn(second[1])
+    turn(second[1], adapter=False)
+    backend.generate(model, second[:1], Sampling(8, ()))
+    backend.restore(model, backend.save(model))
+    turn(second[1])
+    assert read == [(2, 30), (2, 3), (1, 1), (1, 31), (1, 40), (1, 31)]
+
+
 def test_sampling_is_seeded_and_ignores_neighbours(backend: Backend, train: Load, prompts: list[Int32]) -> None:
     model = train("qwen2")
     sampling = Sampling(8, (), temperature=1.0, top_p=0.9, seed=5)

@@ -60,6 +60,7 @@ def inject(model: MlxModel, state: AdapterState) -> AdapterFacts:
     with model.in_use():
         layers = {place.site: _lora_layer(place, state.config) for place in chosen}
         mx.eval(factors)
+    model.kept.forget()
     model.adapter = Adapter(state.config, chosen, layers, factors)
     assign(model.adapter, factors)
     for place in chosen:

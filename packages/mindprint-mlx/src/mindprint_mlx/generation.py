@@ -45,7 +45,7 @@ def generate(
             row.choose = TokenChoice(sampling, row.prompt)
     with model.in_use(adapter=adapter):
         for group in _row_groups(rows) if model.continues_rows else [[row] for row in rows]:
-            _continue(model, group, sampling)
+            _continue(model, group, sampling, adapter=adapter)
     return tuple(row.answer() for row in rows)
 
 
@@ -55,7 +55,7 @@ def _row_groups(rows: Sequence[Row]) -> list[list[Row]]:
     return [by_length[start : start + ROWS] for start in range(0, len(rows), ROWS)]
 
 
-def _continue(model: MlxModel, rows: Sequence[Row], sampling: Sampling) -> None:
+def _continue(model: MlxModel, rows: Sequence[Row], sampling: Sampling, *, adapter: bool) -> None:
     if sampling.max_new_tokens == 0:
         return
     # The last token of a prompt is left for the first step, so that logits are computed for it alone.
@@ -63,9 +63,11 @@ def _continue(model: MlxModel, rows: Sequence[Row], sampling: Sampling) -> None:
     cache: list[Any] = model.new_cache()
     if len(rows) > 1:
         cache = [*read_together(model.module, cache, read)]
-    elif len(read[0]):
-        model.module(mx.array(read[0])[None], cache=cache)
-        mx.eval([layer.state for layer in cache])
+    else:
+        known = _fetch(model, rows[0], cache, adapter=adapter)
+        if known < len(read[0]):
+            model.module(mx.array(read[0][known:])[None], cache=cache)
+            mx.eval([layer.state for layer in cache])
     running = list(rows)
     while running:
         last = [row.last_token for row in running]
@@ -79,6 +81,38 @@ def _continue(model: MlxModel, rows: Sequence[Row], sampling: Sampling) -> None:
             kept = mx.array(places)
             for layer in cache:
                 layer.keep(kept)
+    if len(rows) == 1 and _converses(model, rows[0]):
+        _keep(model, rows[0], cache, adapter=adapter)
+
+
+def _converses(model: MlxModel, row: Row) -> bool:
+    """Return whether a row's cache serves the next turn: somebody listens, and it holds keys and values alone."""
+    # A frequency that depends on the length of a text would be another one for its beginning.
+    return row.tell is not None and model.continues_rows and model.head.rotary_limit is None
+
+
+def _fetch(model: MlxModel, row: Row, cache: list[Any], *, adapter: bool) -> int:
+    """Fill an empty cache with a prompt's beginning, if it is kept. Return the number of tokens that it holds then."""
+    kept = model.kept.find(row.prompt, adapter=adapter) if _converses(model, row) else None
+    if kept is None:
+        return 0
+    length, layers = kept
+    for layer, (keys, values) in zip(cache, layers, strict=True):
+        layer.state = keys[:, :, :length], values[:, :, :length], length
+    return length
+
+
+def _keep(model: MlxModel, row: Row, cache: list[Any], *, adapter: bool) -> None:
+    """Keep the keys and values of a prompt and its complete answer for the next turn of the conversation."""
+    # Copies, because the cache's arrays have room for more.
+    layers = tuple(
+        (mx.contiguous(layer.keys[:, :, : layer.offset]), mx.contiguous(layer.values[:, :, : layer.offset]))
+        for layer in cache
+    )
+    mx.eval(layers)
+    # The last token of most answers is chosen, and was not read.
+    tokens = np.append(row.prompt, np.array(row.tokens, np.int32))[: layers[0][0].shape[2]]
+    model.kept.keep(tokens, layers, sum(half.nbytes for layer in layers for half in layer), adapter=adapter)
 
 
 def _take(logits: mx.array, rows: Sequence[Row]) -> None:

@@ -20,6 +20,7 @@ from mlx import nn
 from mindprint.adapter.targets import is_router
 from mindprint.contract import AdapterSite, LoadedModel, LoraConfig, ModelSpec
 from mindprint.errors import ModelError
+from mindprint.kept_prompts import KeptPrompts
 from mindprint.loss_scale import initial_loss_scale
 from mindprint.models.folder import weight_files
 from mindprint.models.layer_names import is_fused_output
@@ -100,7 +101,8 @@ class MlxModel:
 
     `continues_rows` says that rows of unlike
     lengths can be continued together (`rows.py`). `longest_shared` is how long prompt and completion may be together,
-    each the longest of a batch, for a prompt to be read once for both of its completions (`prompts.py`).
+    each the longest of a batch, for a prompt to be read once for both of its completions (`prompts.py`). `kept` holds
+    the keys and values of conversations, by layer, each `[1, heads, tokens, dims]`.
     """
 
     module: nn.Module
@@ -112,6 +114,7 @@ class MlxModel:
     longest_shared: int = 0
     parameters: int = 0
     adapter: Adapter | None = None
+    kept: KeptPrompts[tuple[tuple[mx.array, mx.array], ...]] = field(default_factory=KeptPrompts)
 
     @property
     def sites(self) -> tuple[AdapterSite, ...]:

@@ -38,6 +38,7 @@ def restore(model: MlxModel, state: TrainingState) -> None:
         factors = adapters.to_factors(adapter.config, state.adapter.tensors, adapter.places)
         moments = _moments(adapter, state)
         mx.eval(factors, moments.first, moments.second)
+    model.kept.forget()
     adapter.factors, adapter.moments = factors, moments
     adapters.assign(adapter, factors)
     # The state may come from a run in another dtype, on another backend: only float16 here needs a scale.

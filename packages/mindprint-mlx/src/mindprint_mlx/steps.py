@@ -125,6 +125,7 @@ def _take_step(
 ) -> tuple[StepMetrics, list[tuple[np.ndarray, ...]]]:
     """Accumulate, unscale, clip and update; return the metrics, and the arrays that each piece reports."""
     adapter = adapters.require_adapter(model)
+    model.kept.forget()
     with model.in_use():
         scale = model.loss_scale
         loss, gradients, reported = _accumulate(model, adapter, parts, scale or 1.0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from mindprint.contract import Generation as Answer
-from mindprint.contract import Int32, LoadedModel, Sampling, TokenBatch
+from mindprint.contract import Int32, LoadedModel, LoraFactors, Sampling, TokenBatch
 from mindprint_testing.bench import Bench
 from mindprint_testing.claims import Claims
 from mindprint_testing.injection import EXACT
@@ -197,6 +198,39 @@ class Generation(Claims):
         expected[1] = (expected[1][0][:2], "stop")
         assert _words(answers) == expected
         assert told == [6, 2, 6]
+
+    def test_the_next_turn_of_a_conversation(self, bench: Bench) -> None:
+        """A second turn, whose prompt begins with the first one and its answer, is answered as without the first one.
+
+        With the adapter and without it, two conversations at once, and with other weights.
+
+        If it fails: a cache of the first turn is used for other tokens than it was made of, with `adapter` ignored, or
+        after the weights changed.
+        """
+        self.needs("streaming")
+        model = bench.ready(alpha=24.0)
+        first = [bench.tokens(length, seed=40 + length) for length in (30, 24)]
+        state = bench.backend.save(model)
+
+        def turn(prompts: list[Int32], *, adapter: bool) -> list[Int32]:
+            """Return the next prompts: the present ones, their answers, and three tokens more."""
+            silent = bench.backend.generate(model, prompts, GREEDY, adapter=adapter)
+            heard = bench.backend.generate(model, prompts, GREEDY, adapter=adapter, on_token=lambda *_: None)
+            assert _words(heard) == _words(silent)
+            return [
+                np.concatenate([prompt, answer.tokens, prompt[:3]])
+                for prompt, answer in zip(prompts, silent, strict=True)
+            ]
+
+        second = {adapter: turn(first, adapter=adapter) for adapter in (True, False)}
+        for adapter in (False, True):
+            # What was kept of the other model's conversation must not be taken for this one's.
+            turn(second[not adapter], adapter=adapter)
+            turn(second[adapter], adapter=adapter)
+            turn(second[adapter][:1], adapter=adapter)
+        doubled = {name: LoraFactors(a, 2 * b) for name, (a, b) in state.adapter.tensors.items()}
+        bench.backend.restore(model, replace(state, adapter=replace(state.adapter, tensors=doubled)))
+        turn(second[True], adapter=True)
 
     def test_tokens_are_told_while_an_answer_is_generated(self, bench: Bench) -> None:
         """The first of 48 tokens is told in the first half of the time that all of them take, in the best of 3 tries.

@@ -51,6 +51,7 @@ def inject(model: TorchModel, adapter: AdapterState) -> AdapterFacts:
     fuse_lora(modules.values())
     fuse_gated(model.network)
     model.adapter = Adapter(adapter.config, layers)
+    model.kept.forget()
     model.adapter.optimizer.loss_scale = initial_loss_scale(model.dtype)
     trainable = sum(parameter.numel() for parameter in model.network.parameters() if parameter.requires_grad)
     return AdapterFacts(tuple(layers), trainable)

@@ -31,6 +31,10 @@ CACHES = ("past_key_values", "cache_params", "state")
 """Names under which models take their cache and return it."""
 
 
+RowCache = tuple[tuple[Tensor, Tensor], ...]
+"""Keys and values of one row by layer, each `[1, heads, tokens, dims]`."""
+
+
 class RoomyLayer(DynamicLayer):
     """One layer's keys and values, `[rows, heads, places, dims]`, in arrays with room for the next places."""
 
@@ -66,15 +70,18 @@ class Decoder:
         model: The model. Whether the adapter is on is the caller's affair.
         prompts: int32 `[P]` each.
         fill: The token that stands in front of shorter prompts.
+        adapter: Whose kept caches are used for the beginnings of prompts: those with the adapter (True) or without
+            (False). None reads all tokens.
     """
 
-    def __init__(self, model: TorchModel, prompts: Sequence[Int32], fill: int) -> None:
+    def __init__(self, model: TorchModel, prompts: Sequence[Int32], fill: int, *, adapter: bool | None = None) -> None:
         self._network: Any = model.network
         self._device = model.device
         if model.head.rotary_limit is not None:
             forget_lengths(model.network)
         tokens, mask = left_padded(prompts, fill)
         self._tokens = torch.from_numpy(tokens).to(model.device)
+        self._starts = [tokens.shape[1] - len(prompt) for prompt in prompts]
         accepted = inspect.signature(self._network.forward).parameters
         self._state: dict[str, Any] = {"use_cache": True}
         # Only the last position of a prompt has a next token to choose.
@@ -89,6 +96,9 @@ class Decoder:
         cache = new_cache(self._network)
         if cache is not None:
             self._state["cache_params" if "cache_params" in accepted else "past_key_values"] = cache
+        # A frequency that depends on the length of a text would be another one for its beginning.
+        if adapter is not None and model.head.rotary_limit is None and self._plain_layers() is not None:
+            self._fetch([model.kept.find(prompt, adapter=adapter) for prompt in prompts], prompts)
 
     def read(self) -> Tensor:
         """Read the prompts. Return the logits of each one's next token, `[rows, vocabulary]`."""
@@ -113,8 +123,41 @@ class Decoder:
         """Whether rows can be taken out: the cache is one of transformers' present ones."""
         return any(isinstance(self._state.get(name), Cache) for name in CACHES)
 
+    def row_cache(self, place: int) -> RowCache | None:
+        """Return a copy of one row's keys and values by layer, or None if the cache holds anything else."""
+        layers, start = self._plain_layers(), self._starts[place]
+        if layers is None or not all(layer.is_initialized for layer in layers):
+            return None
+        return tuple(
+            (layer.keys[place, None, :, start:].clone(), layer.values[place, None, :, start:].clone())
+            for layer in layers
+        )
+
+    def _plain_layers(self) -> list[Any] | None:
+        """Return the layers of the cache if all of them are plain attention."""
+        cache: Any = self._state.get("past_key_values")
+        if not isinstance(cache, Cache) or any(type(layer) is not RoomyLayer for layer in cache.layers):
+            return None
+        return cache.layers
+
+    def _fetch(self, kept: Sequence[tuple[int, RowCache] | None], prompts: Sequence[Int32]) -> None:
+        """Take the beginnings of prompts out of kept caches, so that fewer tokens are left to read."""
+        unread = [len(prompt) - (0 if found is None else found[0]) for prompt, found in zip(prompts, kept, strict=True)]
+        # All rows read equally many tokens, their last ones. So filling stays in front, whatever each of them shares.
+        width = self._tokens.shape[1]
+        fetched = width - max(unread)
+        layers = self._plain_layers()
+        if not fetched or layers is None:
+            return
+        for number, layer in enumerate(layers):
+            for_layer = [None if found is None else found[1][number] for found in kept]
+            halves = ([None if row is None else row[half] for row in for_layer] for half in (0, 1))
+            layer.update(*(_joined(half, self._starts, fetched) for half in halves))
+        self._tokens = self._tokens[:, fetched:]
+
     def keep(self, places: Sequence[int]) -> None:
         """Keep these rows, and forget the others."""
+        self._starts = [self._starts[place] for place in places]
         rows: Any = torch.tensor(places, device=self._device)
         for name, value in self._state.items():
             if isinstance(value, Cache):
@@ -133,6 +176,16 @@ class Decoder:
                 self._state[name] = output[name]
         logits: Tensor = output.logits[:, -1]
         return logits
+
+
+def _joined(beginnings: Sequence[Tensor | None], starts: Sequence[int], places: int) -> Tensor:
+    """Return the beginnings of rows, `[1, heads, tokens, dims]` each, as one array, `[rows, heads, places, dims]`."""
+    like = next(beginning for beginning in beginnings if beginning is not None)
+    joined = like.new_zeros(len(beginnings), like.shape[1], places, like.shape[-1])
+    for row, (beginning, start) in enumerate(zip(beginnings, starts, strict=True)):
+        if beginning is not None and start < places:
+            joined[row, :, start:] = beginning[0, :, : places - start]
+    return joined
 
 
 def _grown(filled: Tensor | None, new: Tensor, places: int) -> Tensor:

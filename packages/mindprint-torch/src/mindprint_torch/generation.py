@@ -13,7 +13,7 @@ from torch import Tensor
 from mindprint.contract import Generation, Int32, OnToken, Sampling
 from mindprint.sampling import LIKELY, AnswerRow, token_generator
 from mindprint_torch.adapter import adapter_enabled
-from mindprint_torch.decoding import Decoder
+from mindprint_torch.decoding import Decoder, RowCache
 from mindprint_torch.model import TorchModel
 
 ROWS_AT_ONCE = 32
@@ -43,7 +43,7 @@ def generate(
     ]
     with torch.no_grad(), adapter_enabled(model, enabled=adapter):
         for places in _row_groups(model, prompts, sampling):
-            _continue(model, [rows[place] for place in places], sampling)
+            _continue(model, [rows[place] for place in places], sampling, adapter=adapter)
     return tuple(row.answer() for row in rows)
 
 
@@ -89,18 +89,23 @@ def _next_logits(model: TorchModel, prompts: list[Int32]) -> Tensor:
     return decoder.step(decoder.read().argmax(-1))
 
 
-def _continue(model: TorchModel, rows: Sequence[AnswerRow], sampling: Sampling) -> None:
+def _continue(model: TorchModel, rows: Sequence[AnswerRow], sampling: Sampling, *, adapter: bool) -> None:
     if sampling.max_new_tokens == 0:
         return
     fill = sampling.stop_token_ids[0] if sampling.stop_token_ids else 0
-    decoder = Decoder(model, [row.prompt for row in rows], fill)
+    # Whoever listens is in a conversation, whose next prompt begins with this one and its answer.
+    listens = rows[0].tell is not None
+    decoder = Decoder(model, [row.prompt for row in rows], fill, adapter=adapter if listens else None)
     choice = TokenChoices(sampling, [row.prompt for row in rows])
     running, logits = list(rows), decoder.read()
     with decoder.decoding():
         while True:
             tokens = choice(logits)
-            for row, token in zip(running, tokens.tolist(), strict=True):
+            for place, (row, token) in enumerate(zip(running, tokens.tolist(), strict=True)):
+                was_done = row.is_done
                 row.take(token)
+                if listens and row.is_done and not was_done:
+                    _keep_row(model, row, decoder.row_cache(place), adapter=adapter)
             places = [place for place, row in enumerate(running) if not row.is_done]
             if not places:
                 return
@@ -111,6 +116,15 @@ def _continue(model: TorchModel, rows: Sequence[AnswerRow], sampling: Sampling) 
                 decoder.keep(places)
                 choice.keep(places)
             logits = decoder.step(tokens)
+
+
+def _keep_row(model: TorchModel, row: AnswerRow, cache: RowCache | None, *, adapter: bool) -> None:
+    """Keep the cache of a prompt and its complete answer for the next turn of the conversation."""
+    if cache is not None:
+        # The last token of most answers is chosen, and was not read.
+        tokens = np.append(row.prompt, np.array(row.tokens, np.int32))[: cache[0][0].shape[2]]
+        size = sum(half.nbytes for layer in cache for half in layer)
+        model.kept.keep(tokens, cache, size, adapter=adapter)
 
 
 class TokenChoices:

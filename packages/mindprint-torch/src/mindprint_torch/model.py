@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from mindprint.contract import AdapterSite, Dtype, LoadedModel, LoraConfig, ModelSpec
 from mindprint.errors import ModelError, first_line
+from mindprint.kept_prompts import KeptPrompts
 from mindprint.models.folder import weight_files
 from mindprint.models.free_memory import trim_heap
 from mindprint.models.quantized import Quantization, quantized_weights, read_quantization
@@ -99,7 +100,8 @@ class TorchModel:
     `base` are the base's weights, by their names at loading. `longest_shared` is the longest sequence whose prompt can
     be read once for both of its completions (`prompts.py`). `masks_forks` says whether such rows get a mask, or are
     read as plain rows by each layer's attention (`forked_attention.py`). `continues_rows` says whether prompts of
-    unlike lengths can be continued together, and is None until that is measured (`generation.py`).
+    unlike lengths can be continued together, and is None until that is measured (`generation.py`). `kept` holds the
+    keys and values of conversations, by layer, each `[1, heads, tokens, dims]`.
     """
 
     network: PreTrainedModel
@@ -112,6 +114,7 @@ class TorchModel:
     masks_forks: bool = True
     adapter: Adapter | None = None
     continues_rows: bool | None = None
+    kept: KeptPrompts[tuple[tuple[Tensor, Tensor], ...]] = field(default_factory=KeptPrompts)
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:

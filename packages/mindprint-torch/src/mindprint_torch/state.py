@@ -33,6 +33,7 @@ def restore(model: TorchModel, state: TrainingState) -> None:
     if state.adapter.config != adapter.config:
         raise AdapterError("the state is of another adapter configuration than the injected adapter")
     write_factors(adapter.layers, state.adapter.tensors)
+    model.kept.forget()
     adapter.optimizer.restore(_moment_pairs(adapter, state), state.optimizer_steps)
     adapter.optimizer.loss_scale = _loss_scale(model, state)
 

@@ -28,6 +28,7 @@ GROUP_OVERHEAD = 128
 def sft_step(model: TorchModel, batches: Sequence[TokenBatch], update: Update) -> StepMetrics:
     """Take one step on `-sum(log p) / update.tokens` over all micro-batches, dropout keyed by seed and index."""
     adapter = require_adapter(model)
+    model.kept.forget()
     losses = []
     for index, batch in enumerate(batches):
         with (
@@ -46,6 +47,7 @@ def dpo_step(
 ) -> StepMetrics:
     """Take one step on core's preference loss, without dropout; return the policy's sums from before the update."""
     adapter = require_adapter(model)
+    model.kept.forget()
     losses, sums = [], [torch.empty((2, 0), device=model.device)]
     for batch in batches:
         batch_sums = torch.empty((2, batch.pairs), device=model.device)
