@@ -3,6 +3,7 @@
     python benchmarks/data.py order                       a step anywhere among 5 million rows
     python benchmarks/data.py memory [--rows 10000 100000]  resident memory of preparation and training, by rows
     python benchmarks/data.py preparation [--rows 1000000]  seconds to prepare rows, and to read them from the cache
+    python benchmarks/data.py reading [--rows 50000]      microseconds to read a row from disk, and the memory it keeps
     python benchmarks/data.py throughput                  training on rows on disk, relative to rows in memory
     python benchmarks/data.py resume                      a run on rows on disk, killed and resumed, bit for bit
 
@@ -49,6 +50,7 @@ def arguments() -> argparse.Namespace:
         ("order", order, [5_000_000]),
         ("memory", memory, [10_000, 100_000, 1_000_000]),
         ("preparation", preparation, [1_000_000]),
+        ("reading", reading, [50_000]),
         ("throughput", throughput, [3_000]),
         ("resume", resume, [21_000]),
         ("measure", measure, [10_000]),
@@ -150,13 +152,28 @@ def preparation(options: argparse.Namespace, folder: Path) -> bool:
     return good
 
 
+def reading(options: argparse.Namespace, folder: Path) -> bool:
+    """Microseconds of processor to read a rendered row from disk, in another order than it is stored, and memory."""
+    project = project_of(folder, options.rows[0], options)
+    prepared = prepare(make_config(configuration(project, options), project))
+    (rows,) = [part for part in prepared.examples["sft"].values() if len(part) > options.rows[0] // 2]
+    before, started = resident(), time.process_time()
+    tokens = sum(len(rows[index * 7 % len(rows)].tokens) for index in range(len(rows)))
+    seconds = time.process_time() - started
+    print(
+        f"{len(rows):,} rows of {tokens / len(rows):.0f} tokens: {1e6 * seconds / len(rows):.0f} us each, "
+        f"{resident() - before:+.1f} MB"
+    )
+    return resident() - before < 50
+
+
 def throughput(options: argparse.Namespace, folder: Path) -> bool:
     """Tokens for each second of the processor, on disk relative to memory. Bound: 0.9."""
     project = project_of(folder, options.rows[0], options)
     rates: dict[str, list[float]] = {"memory": [], "disk": []}
-    for _turn in range(3):
+    for _turn in range(2):
         for kind, found in rates.items():
-            rows_module.IN_MEMORY = 0 if kind == "disk" else sys.maxsize
+            rows_module.IN_MEMORY = 0 if kind == "disk" else 10**9
             steps: list[tuple[float, int]] = []
 
             def note(event: Event, steps: list[tuple[float, int]] = steps) -> None:
@@ -166,7 +183,7 @@ def throughput(options: argparse.Namespace, folder: Path) -> bool:
             config = configuration(project, options)
             if kind == "memory":
                 # What is on disk already would be taken.
-                rows_module.CACHED_BYTES = sys.maxsize
+                rows_module.CACHED_BYTES = 10**9
             else:
                 rows_module.CACHED_BYTES = 0
             mindprint.train(config, run=project / f"run-{time.time_ns()}", on_event=note)
@@ -181,7 +198,7 @@ def resume(options: argparse.Namespace, folder: Path) -> bool:
     """The adapter of a run on disk that was killed twice and resumed, next to that of a run in memory: equal bytes."""
     project = project_of(folder, options.rows[0], options)
     (project / "mindprint.yaml").write_text(json.dumps(configuration(project, options)), encoding="utf-8")
-    rows_module.IN_MEMORY, rows_module.CACHED_BYTES = sys.maxsize, sys.maxsize
+    rows_module.IN_MEMORY, rows_module.CACHED_BYTES = 10**9, 10**9
     mindprint.train(str(project), run=project / "whole")
     command = [sys.executable, "-m", "mindprint", "train", str(project), "--run", str(project / "killed")]
     for kill in (30, 90, None):
