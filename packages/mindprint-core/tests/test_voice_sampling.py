@@ -12,6 +12,7 @@ import pytest
 from voice_samples import writer
 
 from mindprint.contract import Generation, Int32, Sampling, TokenBatch
+from mindprint.plugins.ranks import Ranks
 from mindprint.voice.assessment import fit_judge
 from mindprint.voice.fluency import NOT_FLUENT, fit_fluency
 from mindprint.voice.responses import MOST_DRAWS, HeldOutTokens, Responses
@@ -28,6 +29,7 @@ class Model:
     capabilities: frozenset[str] = frozenset({"sampling"})
     calls: list[tuple[int, float, bool]] = field(default_factory=list)
     model: Any = None
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def backend(self) -> Any:
