@@ -182,7 +182,7 @@ def throughput(options: argparse.Namespace, folder: Path) -> bool:
 
             config = configuration(project, options)
             if kind == "memory":
-                # What is on disk already would be taken.
+                # An entry that is on disk already would be taken.
                 rows_module.CACHED_BYTES = 10**9
             else:
                 rows_module.CACHED_BYTES = 0

@@ -2,12 +2,12 @@
 
     python benchmarks/ranks.py steps                     # 2 and 3 ranks, both backends, SFT and DPO, dropout on and off
     python benchmarks/ranks.py steps --backends torch --ranks 2 --steps 3
-    python benchmarks/ranks.py resume                    # a run of 2 ranks goes on with 1, a run of 1 with 3
+    python benchmarks/ranks.py resume                    # a run of 2 ranks continues with 1, a run of 1 with 3
     python benchmarks/ranks.py kill --kills 10           # kill -9 of one rank at ten moments
     python benchmarks/ranks.py bytes                     # bytes that a rank sends in a step, next to the formula
     python benchmarks/ranks.py paper                     # the formula for real bases and links; nothing is run
 
-Every part asserts its bounds and prints what it measured. All ranks are on this machine and talk over loopback.
+Every part asserts its bounds and prints its figures. All ranks are on this machine and talk over loopback.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def run_workers(backend: str, size: int, folder: Path, options: argparse.Namespa
 
 
 def read_results(folder: Path, size: int) -> list[dict[str, Any]]:
-    """Return what the workers wrote: the results of each rank by case."""
+    """Return the files of the workers: the results of each rank by case."""
     results = []
     for rank in range(size):
         facts = json.loads((folder / f"{rank}.json").read_text(encoding="utf-8"))

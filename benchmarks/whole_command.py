@@ -9,7 +9,7 @@ Must hold: the start takes at most 1.3 times what loading model and tokenizer al
 step takes at most 60 steps' time. `--profile start` or `--profile end` prints the functions that take most of either.
 """
 
-# ruff: noqa: PLC0415 (what a process imports is a part of what is measured)
+# ruff: noqa: PLC0415 (the imports of each process are measured too)
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def project(folder: Path, options: argparse.Namespace) -> Path:
 
 
 def in_process(child: str, options: argparse.Namespace) -> dict[str, float]:
-    """Return what a new process printed as its last line. Its other lines are shown."""
+    """Return the last line that a new process printed. Its other lines are shown."""
     command = [sys.executable, __file__, str(options.model), "--child", child, "--backend", options.backend]
     command += ["--steps", str(options.steps), "--project", str(options.project)]
     command += ["--profile", options.profile] if options.profile and child == "training" else []

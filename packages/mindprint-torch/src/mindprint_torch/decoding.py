@@ -59,7 +59,7 @@ class RoomyLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Keep these rows, int64 `[kept]`, in this order."""
         super().reorder_cache(beam_idx)
-        # What was selected is a copy without room. The next update makes some.
+        # The selected rows are a copy without room. The next update makes some.
         self._room = None
 
 

@@ -64,7 +64,7 @@ class Worker:
         # One thread each: the processes share the cores.
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
         command = [sys.executable, "-c", _MAIN, json.dumps(sys.path)]
-        # This program, with text of its own.
+        # This program, with a text from this module.
         self._process = subprocess.Popen(  # noqa: S603
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
@@ -96,7 +96,7 @@ class Worker:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                # What an ended process did not read cannot be written any more.
+                # Items that an ended process did not read cannot be written any more.
                 _close(pipe)
 
     def _ended(self) -> MindprintError:

@@ -71,7 +71,7 @@ class Encoded:
 
 
 class DamagedError(Exception):
-    """An entry of the cache is not what was written."""
+    """An entry of the cache differs from the one that was written."""
 
 
 @dataclass(frozen=True, eq=False)
