@@ -96,7 +96,7 @@ def order(options: argparse.Namespace, _folder: Path) -> bool:
 
 
 def memory(options: argparse.Namespace, folder: Path) -> bool:
-    """Resident memory by the number of rows, each in a process of its own: +-50 MB from the first to the last."""
+    """Print resident memory by the number of rows, each in a separate process. The bound is 50 MB between any two."""
     figures = []
     for count in options.rows:
         command = [sys.executable, __file__, "measure", "--rows", str(count), "--steps", str(options.steps)]

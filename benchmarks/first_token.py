@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from each_backend import each_backend
 from mindprint.config import BackendConfig
 from mindprint.contract import Int32
 from mindprint.runs.opened import OpenedModel, open_model
@@ -41,10 +41,7 @@ def main() -> int:
         print(json.dumps(measured(options)))
         return 0
     holds = []
-    for backend in options.backend or PREFILL:
-        command = [sys.executable, __file__, *sys.argv[1:], "--measure", backend]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        tokens, prefill, first = json.loads(done.stdout.splitlines()[-1])
+    for backend, (tokens, prefill, first) in each_backend(options.backend or PREFILL):
         holds.append(first <= AT_MOST * prefill)
         print(
             f"{'ok' if holds[-1] else 'MISSED'}: {backend}, a prompt of {tokens} tokens: prefill {prefill:.3f} s, "

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from each_backend import each_backend
 from mindprint.adapter.initial import initial_adapter
 from mindprint.adapter.targets import resolve_targets
 from mindprint.contract import Int32, LoraConfig, ModelSpec, Sampling
@@ -41,10 +41,7 @@ def main() -> int:
         print(json.dumps(measured(options)))
         return 0
     holds = []
-    for backend in options.backend or PEERS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--measure", backend]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found = json.loads(done.stdout.splitlines()[-1])
+    for backend, found in each_backend(options.backend or PEERS):
         for count, rates in found.items():
             print(f"{backend}, {count} prompts of {options.length} tokens, {options.tokens} new tokens each")
             for name, (wall, processor) in rates.items():

@@ -204,7 +204,7 @@ def kill_ranks(backend: str, folder: Path, options: argparse.Namespace) -> None:
 
 
 def run_workers(backend: str, size: int, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run the cases on so many ranks, and return the results of each rank by case."""
+    """Run the cases on `size` ranks, and return the results of each rank by case."""
     folder.mkdir(parents=True)
     words = ["worker", "--backends", backend, "--steps", str(options.steps), "--into", str(folder)]
     end(start_ranks(backend, size, [*words, "--cases", *options.cases], program=[sys.executable, __file__]))
@@ -246,7 +246,7 @@ def work(name: str, cases: list[str], steps: int, into: Path) -> None:
 def take_steps(
     backend: Backend, stage: str, dropout: float, steps: int
 ) -> tuple[list[float], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return the losses, the first gradient and the last adapter of so many steps on this rank's share."""
+    """Take `steps` steps on this rank's share. Return the losses, the first gradient and the last adapter."""
     folder = resolve_model(ModelConfig(name="builtin:tiny"), Path.cwd())
     tokenizer = load_tokenizer(folder.path)
     model = backend.load_model(ModelSpec(str(folder.path), "cpu", "float32"))

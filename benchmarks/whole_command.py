@@ -3,7 +3,7 @@
     python benchmarks/whole_command.py MODEL [--backend torch] [--steps 12] [--profile start]
 
 MODEL is a folder of Hugging Face. 200 SFT rows of the embedded example are trained, and 16 held-out prompts are
-answered at the end. Each measurement is a process of its own. All seconds are those of the processor, imports included.
+answered at the end. Each measurement is a separate process. All seconds are those of the processor, imports included.
 
 Must hold: the start takes at most 1.3 times what loading model and tokenizer alone take. All that follows the last
 step takes at most 60 steps' time. `--profile start` or `--profile end` prints the functions that take most of either.

@@ -86,6 +86,13 @@ class Terminal:
         before, _, self.shown = self.shown.partition(text)
         return before
 
+    def enter(self, line: str, *texts: str) -> str:
+        """Enter a line, and wait for these texts and the next prompt. Return what came last before the prompt."""
+        self.press(line + ENTER)
+        for text in texts:
+            self.wait_for(text)
+        return self.wait_for(PROMPT)
+
 
 @contextmanager
 def terminal_of(*words: str, environment: dict[str, str]) -> Iterator[Terminal]:
@@ -122,36 +129,24 @@ def test_a_chat_in_a_terminal(voice: tuple[Path, Path]) -> None:
     with terminal_of("chat", str(adapter), "--max-new-tokens", "40", environment=environment) as terminal:
         terminal.wait_for("voice will answer; /help lists the commands, Ctrl-D ends the chat")
         terminal.wait_for(PROMPT)
-        terminal.press("sea 1?" + ENTER)
-        terminal.wait_for("sea 1?")
-        answer = terminal.wait_for(PROMPT)
+        answer = terminal.enter("sea 1?", "sea 1?")
         assert "ye" in answer
         # Several lines, the first ended by Alt+Enter.
-        terminal.press("one" + ALT_ENTER + "two" + ENTER)
-        terminal.wait_for("two")
-        terminal.wait_for(PROMPT)
+        terminal.enter("one" + ALT_ENTER + "two", "two")
         # The arrow brings back the line before, and a window may change its size while a line is written.
-        terminal.press("/reset" + ENTER)
-        terminal.wait_for("all turns are forgotten")
-        terminal.wait_for(PROMPT)
+        terminal.enter("/reset", "all turns are forgotten")
         terminal.resize(40, 120)
         terminal.press(UP)
         terminal.wait_for("/reset")
-        terminal.press(ENTER)
-        terminal.wait_for("all turns are forgotten")
-        terminal.wait_for(PROMPT)
+        terminal.enter("", "all turns are forgotten")
         # Both, side by side in a window that is resized while they write.
-        terminal.press("/both" + ENTER)
-        terminal.wait_for("voice and base will answer")
-        terminal.wait_for(PROMPT)
+        terminal.enter("/both", "voice and base will answer")
         terminal.press("sea 2?" + ENTER)
         terminal.wait_for("base")
         terminal.resize(24, 90)
         terminal.wait_for(PROMPT)
         # Ctrl-C stops the answer and not the chat. What came is kept.
-        terminal.press("/voice" + ENTER)
-        terminal.wait_for("voice will answer")
-        terminal.wait_for(PROMPT)
+        terminal.enter("/voice", "voice will answer")
         terminal.press("sea 3?" + ENTER)
         terminal.wait_for("ye")
         terminal.press(CTRL_C)
@@ -162,9 +157,7 @@ def test_a_chat_in_a_terminal(voice: tuple[Path, Path]) -> None:
         # In a line it drops the line.
         terminal.press("never sent" + CTRL_C)
         terminal.wait_for(PROMPT)
-        terminal.press("/sing" + ENTER)
-        terminal.wait_for("/sing: no such command")
-        terminal.wait_for(PROMPT)
+        terminal.enter("/sing", "/sing: no such command")
         terminal.press(CTRL_D)
         while terminal.read(1.0):
             assert terminal.process.poll() in (None, 0)

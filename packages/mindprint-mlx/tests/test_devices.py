@@ -46,7 +46,7 @@ class TestInfo:
         assert libraries["blas"] == blas.prepare().name
 
 
-@pytest.mark.skipif(platform.system() != "Linux", reason="elsewhere MLX brings a fast BLAS of its own")
+@pytest.mark.skipif(platform.system() != "Linux", reason="elsewhere MLX brings its own fast BLAS")
 class TestBlas:
     def test_a_fast_one_is_loaded_before_mlx_and_used(self) -> None:
         """The product of two matrices differs in its last bits from the reference BLAS's, and comes much faster."""

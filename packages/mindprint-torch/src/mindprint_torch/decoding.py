@@ -69,7 +69,7 @@ class Decoder:
     Args:
         model: The model. Whether the adapter is on is the caller's affair.
         prompts: int32 `[P]` each.
-        fill: The token that stands in front of shorter prompts.
+        fill: The token that pads shorter prompts, on the left.
         adapter: Whose kept caches are used for the beginnings of prompts: those with the adapter (True) or without
             (False). None reads all tokens.
     """

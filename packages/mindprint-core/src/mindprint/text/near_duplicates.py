@@ -79,7 +79,7 @@ def normalised(text: str) -> str:
 
 
 def prompt_digest(plain: str) -> bytes:
-    """Return the 16 bytes that stand for a normalised text."""
+    """Return the BLAKE2b digest of a normalised text, 16 bytes."""
     return hashlib.blake2b(plain.encode(), digest_size=16).digest()
 
 
