@@ -320,6 +320,12 @@ def test_keywords_are_names_within_sentences_and_the_longest_words() -> None:
     assert keywords("It is so.") == keywords("\u6771\u4eac\u90fd\u5e81" * 9) == []
 
 
+@pytest.mark.parametrize("space", ["\n", "\t", "\u00a0"])
+def test_a_name_may_go_over_the_end_of_a_line(space: str) -> None:
+    text = f"There we met Sherlock{space}Holmes, who said something extraordinary."
+    assert keywords(text) == ["Sherlock Holmes", "something", "extraordinary"]
+
+
 def test_settings_follow_from_rows_pairs_and_size() -> None:
     small = proposed_settings(rows=20, pairs=15, parameters=135_000_000)
     assert small == {"sft_epochs": "6", "sft_rate": "5e-4", "dpo_steps": "10", "dpo_rate": "2e-5"}

@@ -23,18 +23,27 @@ def keywords(text: str) -> list[str]:
     """
     if unspaced_share([text]) > 0.5:
         return []
-    names = _names(text)[:NAMES]
+    places = _names(text)
+    names = list(places)[:NAMES]
     in_names = {part.casefold() for name in names for part in name.split()}
-    lower = (match[0] for match in _WORD.finditer(text) if match[0].islower())
-    fit = [word for word in dict.fromkeys(lower) if SHORTEST <= len(word) <= LONGEST and word not in in_names]
+    lower = (match for match in _WORD.finditer(text) if match[0].islower())
+    fit = []
+    for match in lower:
+        word = match[0]
+        if SHORTEST <= len(word) <= LONGEST and word not in in_names and word not in places:
+            places[word] = match.start()
+            fit.append(word)
     # The longest words carry the most of a text's subject in languages that build words from letters.
     longest = sorted(fit, key=len, reverse=True)[: TERMS - len(names)]
-    return sorted([*names, *longest], key=text.index)
+    return sorted([*names, *longest], key=places.__getitem__)
 
 
-def _names(text: str) -> list[str]:
-    """Return the words with a capital letter within a sentence, neighbours together, in their order."""
-    names: list[str] = []
+def _names(text: str) -> dict[str, int]:
+    """Return the words with a capital letter within a sentence, neighbours together, and their places in the text.
+
+    Neighbours may be on two lines, and have a space between them here.
+    """
+    names: list[tuple[str, int]] = []
     end = -1
     for match in _WORD.finditer(text):
         before = text[: match.start()].rstrip()
@@ -42,8 +51,12 @@ def _names(text: str) -> list[str]:
         if not within or not match[0][0].isupper() or len(match[0]) < 3:
             continue
         if names and end == match.start() - 1:
-            names[-1] += f" {match[0]}"
+            name, start = names[-1]
+            names[-1] = f"{name} {match[0]}", start
         else:
-            names.append(match[0])
+            names.append((match[0], match.start()))
         end = match.end()
-    return list(dict.fromkeys(names))
+    places: dict[str, int] = {}
+    for name, start in names:
+        places.setdefault(name, start)
+    return places
