@@ -364,13 +364,14 @@ def continued(folder: Path, project: Path, options: argparse.Namespace) -> Path:
     run = newest_run(project / "runs")
     assert run is not None
     steps = sum(not line.get("rolled_back") for line in RunFolder(run).read_steps())
-    settings = load_config(project).config.sft
+    prepared = load_config(project).config
+    settings = prepared.sft
     if not (plain / "mindprint.yaml").is_file():
         (plain / "data").mkdir(parents=True)
         lines = [json.dumps({"text": row["completion"]}) + "\n" for row in rows_of(project, "sft")]
         (plain / "data" / "sft.jsonl").write_text("".join(lines), encoding="utf-8")
         config = {
-            "model": {"name": str(model_path(options.model))},
+            "model": {"name": str(model_path(options.model)), "dtype": prepared.model.dtype},
             "backend": {"type": options.backend},
             "data": {"format": "raw", "heldout_fraction": 0},
             "sft": {
