@@ -282,6 +282,7 @@ def test_init_writes_what_can_be_loaded(run: Run) -> None:
     assert "  mindprint train 'my voice'\n" in said.out
     config = load_config("my voice").config
     assert (config.model.name, config.backend.type) == ("builtin:tiny", "auto")
+    assert config.generation.repetition_penalty == 1.0
     names = sorted(path.relative_to("my voice").as_posix() for path in Path("my voice").rglob("*") if path.is_file())
     assert names == [
         "README.md",
@@ -298,6 +299,12 @@ def test_init_for_a_large_model(run: Run) -> None:
     config = load_config("big").config
     assert (config.model.name, config.backend.type) == ("Qwen/Qwen2.5-7B-Instruct", "mlx")
     assert (config.sft.learning_rate, config.dpo.learning_rate) == (3e-4, 5e-6)
+    assert config.generation.repetition_penalty == 1.1
+
+
+def test_init_proposes_no_penalty_to_a_backend_that_may_have_none(run: Run) -> None:
+    run("init", "own", "--model", "Qwen/Qwen2.5-7B-Instruct", "--backend", "hello")
+    assert load_config("own").config.generation.repetition_penalty == 1.0
 
 
 def test_init_names_a_model_folder_from_the_project(run: Run, toy_model: Path) -> None:

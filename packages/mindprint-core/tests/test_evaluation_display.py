@@ -44,11 +44,17 @@ class Rows:
 
 
 def test_23_an_adapter_is_evaluated_once_however_many_levels_end_with_it(project: Project, tmp_path: Path) -> None:  # noqa: F811
-    """Line 23: the last topic ends a chapter, the unit and the run, and its rows are answered once."""
+    """Line 23: the last topic ends a chapter, the unit and the run, and its rows are answered once.
+
+    The end of the run has all prompts answered a second time, with the settings of `generation`, to count loops.
+    """
     rows = Rows()
     mindprint.train(project | EVERYWHERE, run=tmp_path / "run", observers=[rows])
     # After each of three topics its two prompts, after the first chapter the other topic's, at the end two topics'.
-    assert rows.prompts == 2 + (2 + 2) + (2 + 4)
+    assert rows.prompts == 2 + (2 + 2) + (2 + 4) + 6
+    written = RunFolder(tmp_path / "run").evaluations()
+    counted = [(record.level, record.name) for record in written if record.figures.loops is not None]
+    assert counted == [*(("topic", topic) for topic in TOPICS), ("final", "")]
 
 
 def test_23_the_progress_names_the_topic_and_counts_its_rows(project: Project, tmp_path: Path) -> None:  # noqa: F811
@@ -59,7 +65,7 @@ def test_23_the_progress_names_the_topic_and_counts_its_rows(project: Project, t
     # The base model reads and answers everything once: two pairs and two prompts of three topics, then one topic's.
     assert progress[0].total == 6 + 6 + 2 + 2
     ends = [event for event in progress if event.done == event.total]
-    assert [event.name for event in ends] == [*TOPICS[:2], "u1/c1", TOPICS[2], "u1"]
+    assert [event.name for event in ends] == [*TOPICS[:2], "u1/c1", TOPICS[2], "u1", ""]
 
 
 def test_23_each_figure_is_printed_once(project: Project, tmp_path: Path) -> None:  # noqa: F811
@@ -105,7 +111,8 @@ def test_23_the_levels_are_the_only_switch(project: Project, tmp_path: Path, lev
         "curriculum": {"roll_back": True, "retries": 1, "dpo": 0.5},
     }
     result = mindprint.train(config, run=tmp_path / "run", observers=[rows], on_event=heard.append)
-    assert rows.prompts == (6 if levels else 0)
+    # Six prompts, once for the voice and once for the loops.
+    assert rows.prompts == (12 if levels else 0)
     assert {record.step for record in RunFolder(result.run).evaluations()} == ({15} if levels else set())
     (warning,) = [event.message for event in heard if isinstance(event, Notice) and "have no effect" in event.message]
     for name in ("evaluation.topic", "curriculum.roll_back", "curriculum.retries", "curriculum.dpo=0.5"):

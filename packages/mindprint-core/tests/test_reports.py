@@ -183,6 +183,11 @@ def test_advice_follows_the_symptoms(run: Path) -> None:
         ({"voice": Interval(0.1, 0.0, 0.2)}, "is not above the base model's by more than chance", "raise adapter.r"),
         ({"flagged": ("recites training text: 60%",)}, "recites training text", "fewer epochs"),
         ({"stopped": 0.2}, "only 20% of the answers end by themselves", "generation.max_new_tokens"),
+        (
+            {"loops": 0.25, "base_loops": 0.5},
+            "25% of the answers of mindprint generate are loops (of the base model's 50%)",
+            "set generation.repetition_penalty=1.1",
+        ),
         ({"length": 3.0}, "3.00 times as long", "as long as the answers that you want"),
         ({"reward_accuracy": 0.3}, "is only 30%", "not swapped"),
         ({"perplexity": 21.0}, "perplexity 18.4 → 21.0", "fewer epochs"),

@@ -7,7 +7,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from mindprint.text.ngrams import repeated_share
+from mindprint.text.ngrams import is_loop, repeated_share
 from mindprint.text.words import passages, unspaced_share, word_count, words
 from mindprint.voice.gates import (
     EMPTY,
@@ -60,6 +60,14 @@ def test_shares_by_hand() -> None:
     """`a b c d` said three times is 9 runs of four words, of which 4 are different."""
     assert repeated_share(["a", "b", "c", "d"] * 3) == pytest.approx(5 / 9)
     assert repeated_share(["a", "b", "c"]) == 0
+
+
+def test_a_loop_says_nearly_a_third_again() -> None:
+    """Of 20 words 17 runs of four: a sentence of eight words that comes back is 5 of them, and of nine words 6."""
+    letters = list("abcdefghijkl")
+    assert not is_loop([*letters, *letters[:8]])
+    assert is_loop([*letters[:11], *letters[:9]])
+    assert not is_loop([])
     assert different_share(["a", "b", "a", "b"]) == 0.5
     assert different_share([]) == 0
 

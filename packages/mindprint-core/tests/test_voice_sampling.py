@@ -20,6 +20,7 @@ from mindprint.voice.scoring import NotScored, VoiceReference, VoiceScore
 
 TOPICS = ("tides", "bees", "tides")
 SAMPLING = Sampling(5, (1,), temperature=0.8, top_p=0.95, seed=7)
+USUAL = Sampling(9, (1,), seed=3, repetition_penalty=1.1)
 
 
 @dataclass
@@ -56,12 +57,14 @@ def responses(memory: Model, draws_needed: int = 2) -> Responses:
     rows = tuple((topic, np.array([10 + place], np.int32)) for place, topic in enumerate(TOPICS))
     held_out = HeldOutTokens(rows, rows[:1], (), ())
     made: Any = memory
-    return Responses(made, tokenizer, held_out, SAMPLING, draws=2, draws_needed=lambda _: draws_needed, reuse=False)
+    return Responses(
+        made, tokenizer, held_out, SAMPLING, usual=USUAL, draws=2, draws_needed=lambda _: draws_needed, reuse=False
+    )
 
 
-def collect(memory: Model, draws_needed: int = 2) -> Responses:
+def collect(memory: Model, draws_needed: int = 2, *, usual: bool = False) -> Responses:
     made = responses(memory, draws_needed)
-    made.collect(TOPICS, answers=True, on_rows=lambda *_: None)
+    made.collect(TOPICS, answers=True, usual=usual, on_rows=lambda *_: None)
     return made
 
 
@@ -90,6 +93,18 @@ def test_a_backend_that_does_not_sample_answers_once() -> None:
     memory = Model(capabilities=frozenset())
     made = collect(memory)
     assert made.draws == 1 and {temperature for _, temperature, _ in memory.calls} == {0.0}
+
+
+def test_some_prompts_are_answered_as_generate_does() -> None:
+    """Each of three prompts once by each model, and only where that is asked for and the backend knows the settings."""
+    memory = Model(capabilities=frozenset({"sampling", "filters"}))
+    made = collect(memory, usual=True)
+    assert sorted(call for call in memory.calls if call[0] == USUAL.seed) == [
+        (3, 0.0, adapter) for adapter in (False, True) for _ in TOPICS
+    ]
+    assert [answer.text for answer in made.usual_answers([0, 2], adapter=True)] == ["10 3", "12 3"]
+    assert collect(memory).usual_answers([0, 1, 2], adapter=True) == ()
+    assert collect(Model(), usual=True).usual_answers([0, 1, 2], adapter=False) == ()
 
 
 def test_fluency_has_a_lower_limit_only() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from mindprint.contract import Block, Document, Turn
 from mindprint.errors import ConfigError, DataError, RunError
+from mindprint.sampling import ENOUGH_PENALTY
 from mindprint.text.words import words
 from mindprint.writing import gathering
 from mindprint.writing.asking import BaseModel, Kept, Question, Reply
@@ -29,7 +30,7 @@ from mindprint.writing.conversations import exchanges
 from mindprint.writing.gathering import Options, gather
 from mindprint.writing.keywords import keywords
 from mindprint.writing.languages import languages_of
-from mindprint.writing.making import PENALTY, Made, RowKind, last_words, make_rows
+from mindprint.writing.making import Made, RowKind, last_words, make_rows
 from mindprint.writing.passages import Passage, cut
 from mindprint.writing.people import person_in
 from mindprint.writing.private import find_private, redact
@@ -282,8 +283,8 @@ def test_only_rejected_answers_are_kept_from_repeating_words() -> None:
     model = ScriptedModel("Tell me about the ferry.", BLAND, 0.5)
     for mix in ({"answer": 1.0}, {"rewrite": 1.0}):
         made_of(model, "", mix)  # type: ignore[arg-type]
-    assert model.penalties == {"prompts": 1.0, "rejected answers": PENALTY, "plain texts": 1.0}
-    assert PENALTY > 1
+    assert model.penalties == {"prompts": 1.0, "rejected answers": ENOUGH_PENALTY, "plain texts": 1.0}
+    assert ENOUGH_PENALTY > 1
 
 
 def test_a_rewriting_asks_with_the_plain_text_which_is_also_what_is_rejected() -> None:

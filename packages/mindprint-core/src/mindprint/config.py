@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from mindprint.contract import AdamW, QuantizeMethod
+from mindprint.contract import AdamW, QuantizeMethod, Sampling
 from mindprint.errors import ConfigError
 from mindprint.input_files import read_text, resolve_path
 from mindprint.losses import PreferenceLoss, PreferenceLossName, default_sft_weight, takes_label_smoothing
@@ -295,6 +295,19 @@ class GenerationConfig(Section):
     def longest(self) -> int:
         """Return the longest answer outside evaluations."""
         return self.max_new_tokens or 128
+
+    def sampling(self, stop_token_ids: tuple[int, ...], seed: int = 0) -> Sampling:
+        """Return how answers are generated: these settings, with a model's stop tokens."""
+        return Sampling(
+            self.longest,
+            stop_token_ids,
+            self.temperature,
+            self.top_p,
+            seed,
+            self.top_k,
+            self.min_p,
+            self.repetition_penalty,
+        )
 
 
 class FingerprintConfig(Section):

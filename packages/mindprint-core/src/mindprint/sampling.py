@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from mindprint.contract import Float64, Generation, Int32, Sampling
 
+ENOUGH_PENALTY = 1.1
+"""A repetition penalty that keeps greedy answers of small models out of loops. `benchmarks/loops.py` measures it."""
+
 LIKELY = 1024
 """Tokens that a draw looks at first."""
 

@@ -9,8 +9,10 @@ from typing import Any
 from mindprint.api.results import Result, Source, Table
 from mindprint.events import Notice
 from mindprint.printing import html_text
+from mindprint.reports.advice import MANY_LOOPS, loops_found
 from mindprint.reports.phrases import interval
 from mindprint.runs.records import Figures
+from mindprint.sampling import ENOUGH_PENALTY
 from mindprint.voice.assessment import AnswerScores, Assessment
 from mindprint.voice.copying import Copying
 from mindprint.voice.preferences import ByTopic, PairFigures, TextFigures
@@ -91,6 +93,9 @@ class EvaluateResult(Result):
                 f"only {count} held-out pairs, so that one of them moves an accuracy by {1 / count:.0%}: "
                 "read these figures as hints"
             )
+        if self.figures.loops is not None and self.figures.loops >= MANY_LOOPS:
+            found = loops_found(self.figures.loops, self.figures.base_loops)
+            cautions.append(f"{found}: generation.repetition_penalty={ENOUGH_PENALTY} is mostly enough")
         if self.voice:
             overall = self.voice.overall
             if isinstance(overall.tuned, NotScored):

@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from mindprint.sampling import ENOUGH_PENALTY
+
 TINY = "builtin:tiny"
 
 RATES = {
@@ -63,8 +65,17 @@ checkpoints:
   every: 50  # optimizer steps
   keep: 2
 
-seed: 0
+{generation}seed: 0
 """
+
+GENERATION = f"""\
+generation:  # how `generate`, `chat` and `serve` answer
+  repetition_penalty: {ENOUGH_PENALTY}  # small models repeat themselves without one
+
+"""
+
+PENALISES = ("auto", "torch", "mlx", "llamacpp")
+"""Backends that are known to have a repetition penalty. Any other one may refuse the setting."""
 
 
 def config_text(model: str, backend: str = "auto", proposed: Mapping[str, str] | None = None) -> str:
@@ -75,6 +86,8 @@ def config_text(model: str, backend: str = "auto", proposed: Mapping[str, str] |
         model=json.dumps(model, ensure_ascii=False) if model != TINY else TINY,
         backend=json.dumps(backend) if backend != "auto" else backend,
         max_length=256 if tiny else 1024,
+        # The embedded model does not loop.
+        generation=GENERATION if backend in PENALISES and not tiny else "",
         **{**RATES[tiny], **({} if tiny else proposed or {})},
     )
 

@@ -27,6 +27,7 @@ FIGURES: dict[str, Callable[[Figures], str]] = {
     "other people's voice": lambda one: interval(one.people_voice) if one.people_voice else NONE,
     "base voice": lambda one: interval(one.base_voice),
     "words": lambda one: str(one.words),
+    "loops": lambda one: NONE if one.loops is None else percent(one.loops),
     "copied words": lambda one: percent(one.copy_rate),
     "length": lambda one: number(one.length),
     "reward accuracy": lambda one: percent(one.reward_accuracy),

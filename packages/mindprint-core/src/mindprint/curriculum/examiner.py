@@ -61,9 +61,12 @@ class Examiner:
             people=people,
         )
 
-    def examine(self, topics: Sequence[str], on_rows: OnRows, *, each: bool = False) -> Examined:
-        """Evaluate the adapter on the held-out text of `topics` together, and with `each` of every one by itself."""
-        evaluation = self._evaluator.evaluate(topics, each=each, on_rows=on_rows)
+    def examine(self, topics: Sequence[str], on_rows: OnRows, *, each: bool = False, loops: bool = False) -> Examined:
+        """Evaluate the adapter on the held-out text of `topics` together, and with `each` of every one by itself.
+
+        With `loops` also count those among answers with the settings of `generation`.
+        """
+        evaluation = self._evaluator.evaluate(topics, each=each, loops=loops, on_rows=on_rows)
         return Examined(
             evaluation.figures,
             collapsed(evaluation.figures, evaluation.tuned_generations, evaluation.base_generations),

@@ -9,6 +9,7 @@ from mindprint.contract import STAGES, StageName
 from mindprint.reports.phrases import interval, listed, number, percent, plural
 from mindprint.runs.reading import RunRecord, finite
 from mindprint.runs.records import Figures, Forgetting
+from mindprint.sampling import ENOUGH_PENALTY
 from mindprint.voice.copying import ALLOWED, LONG, SHORT
 from mindprint.voice.scoring import MIN_SCORED_WORDS
 
@@ -17,6 +18,9 @@ LOW_VOICE = 0.5
 
 FEW_STOP = 0.5
 """Share of answers that end by themselves below which most are cut off."""
+
+MANY_LOOPS = 0.1
+"""Share of answers that are loops from which on most people would notice."""
 
 SUNK_REWARD = -1.0
 """Mean reward of the chosen answers in a stage's last steps. Below it DPO lowers the answers that it should raise."""
@@ -46,6 +50,7 @@ def advice(record: RunRecord) -> tuple[Advice, ...]:
         *_failed(record),
         *_forgotten(record),
         *_answers(figures),
+        *_loops(record, figures),
         *_preferences(record, figures),
         *_knowledge(figures),
     )
@@ -210,6 +215,22 @@ def _answers(figures: Figures) -> Iterator[Advice]:
             f"answers are {number(figures.length)} times as long as the person's",
             "check that the training rows are as long as the answers that you want",
         )
+
+
+def _loops(record: RunRecord, figures: Figures) -> Iterator[Advice]:
+    if figures.loops is not None and figures.loops >= MANY_LOOPS:
+        penalty = record.config.generation.repetition_penalty if record.config else 1.0
+        yield Advice(
+            loops_found(figures.loops, figures.base_loops),
+            f"set generation.repetition_penalty={ENOUGH_PENALTY:g}: no training is needed"
+            if penalty < ENOUGH_PENALTY
+            else "draw the answers (generation.temperature=0.7), or train fewer epochs",
+        )
+
+
+def loops_found(loops: float, base: float | None) -> str:
+    """Return a sentence on the share of answers that are loops, of the tuned model and of the base model."""
+    return f"{percent(loops)} of the answers of mindprint generate are loops (of the base model's {percent(base)})"
 
 
 def _preferences(record: RunRecord, figures: Figures) -> Iterator[Advice]:

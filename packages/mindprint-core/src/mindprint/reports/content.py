@@ -38,6 +38,8 @@ from mindprint.runs.reading import RunRecord, Step, finite
 from mindprint.runs.records import Decision, EvaluationRecord, Figures, Interval
 from mindprint.voice.preferences import FEW_PAIRS
 
+LOOPS = "answers of mindprint generate that are loops"
+
 STEP = "optimizer step of the run"
 
 CANNOT_TELL = (
@@ -91,6 +93,8 @@ def _figures(figures: Figures) -> Table:
         ("words copied from the training text", NONE, percent(figures.copy_rate)),
         (f"reward accuracy on {plural(figures.pairs, 'held-out pair')}", NONE, percent(figures.reward_accuracy)),
     )
+    if figures.loops is not None:
+        rows = (*rows, (LOOPS, percent(figures.base_loops), percent(figures.loops)))
     if figures.questions:
         concepts = percent(figures.base_concept_coverage), percent(figures.concept_coverage)
         rows = (*rows, ("key concepts named in quizzes", *concepts))

@@ -121,16 +121,7 @@ class OpenedModel:
 
     def sampling(self, settings: GenerationConfig, seed: int = 0) -> Sampling:
         """Return how answers are generated: the settings, and the stop tokens of this model."""
-        return Sampling(
-            settings.longest,
-            self.tokenizer.stop_token_ids,
-            settings.temperature,
-            settings.top_p,
-            seed,
-            settings.top_k,
-            settings.min_p,
-            settings.repetition_penalty,
-        )
+        return settings.sampling(self.tokenizer.stop_token_ids, seed)
 
 
 @dataclass(frozen=True, repr=False)

@@ -47,7 +47,8 @@ class Figures:
     training raised the chosen answer more than the rejected one (`voice.preferences.PairFigures`).
     `people_voice` is other people's text on the scale. Without it `voice` is only the distance from the base model.
     `no_text` counts the answers that failed a gate by reason, `base_no_text` the base model's. Each prompt has
-    `answers_per_prompt` answers.
+    `answers_per_prompt` answers. `loops` is the share of loops among answers with the settings of `generation`, and
+    `base_loops` the base model's. They are measured at the end of a run and by `mindprint eval`.
     docs/glossary.md defines every figure.
     """
 
@@ -81,6 +82,8 @@ class Figures:
     no_text: Mapping[str, int] = field(default_factory=dict)
     base_no_text: Mapping[str, int] = field(default_factory=dict)
     answers_per_prompt: int = 1
+    loops: float | None = None
+    base_loops: float | None = None
 
     @property
     def voice_name(self) -> str:

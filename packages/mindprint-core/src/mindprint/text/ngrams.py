@@ -24,6 +24,9 @@ _SHIFT = np.uint64(29)
 RUN = 4
 """Words of a run whose repetitions are counted."""
 
+LOOPED = 0.3
+"""Share of a text's runs that occur before in it, from which on it is a loop. People stay below 0.05."""
+
 
 def characters(text: str) -> UInt64:
     """Return a symbol per character of the plain text, with a space before and after: uint64 `[characters + 2]`."""
@@ -115,3 +118,8 @@ def repeated_share(text: Sequence[str]) -> float:
     """Return the share of a text's runs of `RUN` words that it had before."""
     runs = list(zip(*(text[start:] for start in range(RUN)), strict=False))
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def is_loop(text: Sequence[str]) -> bool:
+    """Return whether a text, given as its words, says the same again and again."""
+    return repeated_share(text) > LOOPED

@@ -109,7 +109,7 @@ class Course:
         if not self._evaluation.happens("final"):
             return
         topics, step = self._trained(), self._last_step()
-        examined = self._examine("final", "", topics, each=True)
+        examined = self._examine("final", "", topics, each=True, loops=True)
         # Each topic's line comes before the run's, so that a reader finds the parts of the whole above it.
         for topic, figures in examined.topics.items():
             self._write(EvaluationRecord("topic", topic, step, figures=figures))
@@ -121,7 +121,9 @@ class Course:
         if examined.collapse:
             self._warn_of_collapse("the run", examined.collapse)
 
-    def _examine(self, level: Level, name: str, topics: Sequence[str], *, each: bool = False) -> Examined:
+    def _examine(
+        self, level: Level, name: str, topics: Sequence[str], *, each: bool = False, loops: bool = False
+    ) -> Examined:
         """Evaluate the adapter in memory. Raises `EvaluationStopped` between two batches if a stop was requested."""
 
         def on_rows(done: int, total: int) -> None:
@@ -129,7 +131,7 @@ class Course:
                 raise EvaluationStopped
             self._emit(Evaluating(level, name, done, total))
 
-        examined = self._examiner.examine(topics, on_rows, each=each)
+        examined = self._examiner.examine(topics, on_rows, each=each, loops=loops)
         # All ranks have the same answers. One rank's figures decide for all: elsewhere their last bits may differ.
         return self._ranks.from_first(lambda: examined, examined_to_bytes, examined_from_bytes)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol, TypeVar
@@ -22,7 +22,8 @@ from mindprint.data.rows import Rows, text_of
 from mindprint.data.split import HeldOut
 from mindprint.data.tokenizer import Tokenizer
 from mindprint.runs.records import AnswerRecord, Figures, Interval
-from mindprint.text.words import unspaced_share, word_count
+from mindprint.text.ngrams import is_loop
+from mindprint.text.words import unspaced_share, word_count, words
 from mindprint.voice.answers import drop_trained_answers, held_out_prompts, training_voice
 from mindprint.voice.assessment import AnswerScores, Assessment, Judge, fit_judge
 from mindprint.voice.concepts import coverage
@@ -93,8 +94,8 @@ def evaluate(
         tokenizer: The base model's tokenizer.
         held_out: Pairs, texts and questions that the adapter was not trained on.
         train: The rows that it was trained on: the voice is fitted on them, and copying is searched for in them.
-        config: The run's configuration. `voice` says how answers are drawn. Of `generation` only `max_new_tokens`
-            counts.
+        config: The run's configuration. `voice` says how answers are drawn. `generation` says how those are made among
+            which loops are counted. Of it only `max_new_tokens` counts for the others.
         extra: Measures of scorer plugins, shown next to the voice score.
         answers: Let both models answer prompts. Without answers neither voice nor quiz is measured.
         people: Texts of other people, from which the voice is told.
@@ -103,7 +104,7 @@ def evaluate(
         The figures of all topics together and of each topic, with their details.
     """
     evaluator = Evaluator(memory, tokenizer, held_out, train, config, extra=extra, people=people)
-    return evaluator.evaluate(answers=answers)
+    return evaluator.evaluate(answers=answers, loops=True)
 
 
 class Evaluator:
@@ -165,6 +166,7 @@ class Evaluator:
             tokenizer,
             rows,
             sampling,
+            usual=config.generation.sampling(tokenizer.stop_token_ids, config.seed),
             # Greedy answers to one prompt are all the same.
             draws=voice.answers_per_prompt if voice.temperature > 0 else 1,
             draws_needed=self._draws_needed,
@@ -185,11 +187,13 @@ class Evaluator:
         *,
         each: bool = True,
         answers: bool = True,
+        loops: bool = False,
         on_rows: OnRows = lambda done, total: None,  # noqa: ARG005 (named for the type)
     ) -> Evaluation:
         """Evaluate the adapter that is in memory on the held-out text of `topics`, or of all topics.
 
-        With `each` every topic is also scored by itself. Without `answers` the models read, and answer nothing.
+        With `each` every topic is also scored by itself. Without `answers` the models read, and answer nothing. With
+        `loops` some prompts are also answered with the settings of `generation`, and the loops among them are counted.
         `on_rows` receives how many rows have been answered or read, and how many there are.
         """
         topics = self.topics if topics is None else topics
@@ -197,7 +201,7 @@ class Evaluator:
         questions = [place for place, question in enumerate(self._questions) if question.topic in topics]
         if not answers:
             prompts, questions = [], []
-        self._responses.collect(topics, answers=answers, on_rows=on_rows)
+        self._responses.collect(topics, answers=answers, usual=loops, on_rows=on_rows)
         # Answers are kept by the place of their prompt, because the base model's answers and the judge use it too.
         prompt_answers = self._answers(prompts)
         answered = self._responses.question_answers(questions, adapter=True)
@@ -210,7 +214,7 @@ class Evaluator:
             chosen = {place: answer for place, answer in prompt_answers.items() if self._prompts[place].topic in named}
             # The voice needs the count of prompts, and texts give a perplexity only where pairs gave none. So the order
             # of these calls matters.
-            figures = _with_answers(Figures(), list(chosen.values()))
+            figures = self._with_loops(_with_answers(Figures(), list(chosen.values())), chosen)
             figures = _with_voice(figures, _part(voice, topic), self._why_no_answers(named, answers=answers))
             figures = _with_pairs(figures, _part(pairs, topic))
             figures = _with_texts(figures, _part(texts, topic), self._why_nothing(named))
@@ -301,6 +305,12 @@ class Evaluator:
         return Assessment(
             scores(list(answers)), {topic: scores(places) for topic, places in by_topic.items() if places}
         )
+
+    def _with_loops(self, figures: Figures, places: Collection[int]) -> Figures:
+        base, tuned = (
+            _share_of_loops(self._responses.usual_answers(places, adapter=adapter)) for adapter in (False, True)
+        )
+        return replace(figures, loops=tuned, base_loops=base)
 
     def _score_quiz(self, answers: Mapping[int, GeneratedAnswer]) -> QuizEvaluation | None:
         if not answers:
@@ -502,6 +512,10 @@ def _cut(base: GeneratedAnswer, tuned: GeneratedAnswer) -> tuple[str, ...]:
     """Return the models whose answer did not end by itself."""
     sides = {"base": base, "tuned": tuned}
     return tuple(name for name, answer in sides.items() if answer.generation.stop_reason == "length")
+
+
+def _share_of_loops(answers: Sequence[GeneratedAnswer]) -> float | None:
+    return _share(is_loop(words(answer.text)) for answer in answers) if answers else None
 
 
 def _share(facts: Iterable[bool]) -> float:

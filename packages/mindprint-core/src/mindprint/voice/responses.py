@@ -2,6 +2,7 @@
 
 Answers to prompts are drawn at the temperature of `voice`, several for each prompt. Greedy answers of a small model run
 into loops that its sampled answers do not have, so they say little about its voice. Questions are answered greedily.
+Some prompts can also be answered with the settings of `generation`, which shows how many answers are loops.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ OnRows = Callable[[int, int], None]
 
 MOST_DRAWS = 16
 """The most answers to a prompt that are asked for to get enough words."""
+
+MOST_USUAL = 16
+"""The most prompts that are answered with the settings of `generation`, which are mostly greedy."""
 
 _NO_ROW = Origin("an answer", 0)
 
@@ -74,6 +78,7 @@ class _Known:
     """
 
     answers: list[dict[int, GeneratedAnswer]] = field(default_factory=lambda: [{} for _ in range(MOST_DRAWS)])
+    usual: dict[int, GeneratedAnswer] = field(default_factory=dict)
     questions: dict[int, GeneratedAnswer] = field(default_factory=dict)
     pairs: dict[int, tuple[float, float]] = field(default_factory=dict)
     texts: dict[int, float] = field(default_factory=dict)
@@ -83,7 +88,7 @@ class _Known:
 class _Batch:
     """Rows of one kind that one call of the backend answers or reads, with the adapter or without it."""
 
-    kind: Literal["answers", "questions", "pairs", "texts"]
+    kind: Literal["answers", "usual", "questions", "pairs", "texts"]
     rows: list[int]
     adapter: bool
     draw: int = 0
@@ -104,6 +109,7 @@ class Responses:
         rows: HeldOutTokens,
         sampling: Sampling,
         *,
+        usual: Sampling,
         draws: int,
         draws_needed: Callable[[Sequence[Sequence[str]]], int],
         reuse: bool,
@@ -111,11 +117,15 @@ class Responses:
         """Ask for `draws` answers to each prompt, and for as many more as are needed, up to `MOST_DRAWS`.
 
         `draws_needed` estimates the number from the base model's answers: those to each prompt, one for each draw.
-        Where it is more than `MOST_DRAWS`, none is added, because the words would not suffice anyway.
+        Where it is more than `MOST_DRAWS`, none is added, because the words would not suffice anyway. `usual` are the
+        settings of `generation`.
         """
         self._memory = memory
         self._tokenizer = tokenizer
         self._rows = rows
+        self._usual = usual
+        # At even distances, so that every topic has its share.
+        self._usual_places = range(0, len(rows.prompts), -(-len(rows.prompts) // MOST_USUAL) or 1)
         self.sampling = sampling
         self.draws = draws
         self._draws_needed = draws_needed
@@ -124,10 +134,18 @@ class Responses:
         self._tuned = _Known()
         self._adapter = ""
 
-    def collect(self, topics: Sequence[str], *, answers: bool, on_rows: OnRows) -> None:
+    @property
+    def answers_as_usual(self) -> bool:
+        """Whether the backend knows the settings of `generation`."""
+        capabilities = self._memory.backend.info.capabilities
+        samples = self._usual.temperature == 0 or "sampling" in capabilities
+        return samples and (not self._usual.filters or "filters" in capabilities)
+
+    def collect(self, topics: Sequence[str], *, answers: bool, usual: bool, on_rows: OnRows) -> None:
         """Have both models read the rows of `topics`, and answer their prompts, as far as they have not yet.
 
-        The base model does so for the rows of every topic: the scale of the voice needs all its answers.
+        With `usual` some prompts are also answered with the settings of `generation`, if the backend knows them. The
+        base model responds to the rows of every topic: the scale of the voice needs all its answers.
         """
         self._forget_another_adapter()
         if not any(topic in topics for topic in self._topics):
@@ -135,8 +153,9 @@ class Responses:
         if self.sampling.temperature > 0 and "sampling" not in self._memory.backend.info.capabilities:
             # Greedy answers to one prompt are all the same.
             self.sampling, self.draws = replace(self.sampling, temperature=0.0), 1
-        base = list(self._batches(topics, adapter=False, answers=answers))
-        tuned = list(self._batches(topics, adapter=True, answers=answers))
+        usual = usual and answers and self.answers_as_usual
+        base = list(self._batches(topics, adapter=False, answers=answers, usual=usual))
+        tuned = list(self._batches(topics, adapter=True, answers=answers, usual=usual))
         done = self._respond_all(base, 0, _rows_in(base) + _rows_in(tuned), on_rows)
         # The number of draws follows from the base model's answers alone. So it is the same for every adapter, in each
         # process that resumes the run, and whichever topics are evaluated first.
@@ -146,8 +165,8 @@ class Responses:
             if not self.draws < needed <= MOST_DRAWS:
                 break
             self.draws = needed
-            base = list(self._batches(topics, adapter=False, answers=True))
-            tuned = list(self._batches(topics, adapter=True, answers=True))
+            base = list(self._batches(topics, adapter=False, answers=True, usual=usual))
+            tuned = list(self._batches(topics, adapter=True, answers=True, usual=usual))
             done = self._respond_all(base, done, done + _rows_in(base) + _rows_in(tuned), on_rows)
         total = done + _rows_in(tuned)
         if self._respond_all(tuned, done, total, on_rows):
@@ -157,6 +176,11 @@ class Responses:
         """Return the answers to the prompts at `places`, which were collected before: every draw, prompt by prompt."""
         known = self._known(adapter=adapter).answers
         return tuple(known[draw][place] for place in places for draw in range(self.draws))
+
+    def usual_answers(self, places: Collection[int], *, adapter: bool) -> tuple[GeneratedAnswer, ...]:
+        """Return the answers with the settings of `generation` that were collected, of the prompts at `places`."""
+        known = self._known(adapter=adapter).usual
+        return tuple(answer for place, answer in known.items() if self._usual_places[place] in places)
 
     def question_answers(self, places: Sequence[int], *, adapter: bool) -> tuple[GeneratedAnswer, ...]:
         """Return the greedy answers to the questions at `places`, which were collected before."""
@@ -215,7 +239,7 @@ class Responses:
             of_kind.update(zip(batch.rows, responses, strict=True))
         return starts[-1]
 
-    def _batches(self, topics: Sequence[str], *, adapter: bool, answers: bool) -> Iterator[_Batch]:
+    def _batches(self, topics: Sequence[str], *, adapter: bool, answers: bool, usual: bool) -> Iterator[_Batch]:
         """Yield the batches that are missing of one model."""
         of_pairs = [(pair.topic, len(pair.prompt) + len(pair.chosen)) for pair in self._rows.pairs]
         of_texts = [(text.topic, len(text.tokens)) for text in self._rows.texts]
@@ -231,6 +255,10 @@ class Responses:
         for draw in range(self.draws if answers else 0):
             for rows in self._missing(of_prompts, topics, known.answers[draw].keys(), adapter=adapter):
                 yield _Batch("answers", rows, adapter, draw)
+        if usual:
+            of_usual = [of_prompts[place] for place in self._usual_places]
+            for rows in self._missing(of_usual, topics, known.usual.keys(), adapter=adapter):
+                yield _Batch("usual", rows, adapter)
         if answers:
             for rows in self._missing(of_questions, topics, known.questions.keys(), adapter=adapter):
                 yield _Batch("questions", rows, adapter)
@@ -264,6 +292,9 @@ class Responses:
             greedy = replace(self.sampling, temperature=0.0)
             questions = [self._rows.questions[row][1] for row in batch.rows]
             return self._generate(questions, greedy, adapter=batch.adapter)
+        if batch.kind == "usual":
+            usual = [self._rows.prompts[self._usual_places[row]][1] for row in batch.rows]
+            return self._generate(usual, self._usual, adapter=batch.adapter)
         # Backends seed the draws of an answer by this seed and its prompt. So each draw needs a seed for itself.
         seeded = replace(self.sampling, seed=self.sampling.seed + batch.draw)
         prompts = [self._rows.prompts[row][1] for row in batch.rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from mindprint.text.ngrams import repeated_share
+from mindprint.text.ngrams import is_loop
 from mindprint.text.words import words
 
 PROMPT_WORDS = 3, 60
@@ -14,9 +14,6 @@ COPIED = 8
 
 LENGTHS = 0.5, 2.0
 """Words of a rejected answer, divided by those of the passage."""
-
-REPEATED = 0.3
-"""Share of an answer's 4-grams that occur before in it, from which on it is a loop. People stay below 0.05."""
 
 ECHOED = 7
 """Words that a prompt may not have in common in a row with the template that asked for it."""
@@ -81,7 +78,7 @@ def is_prompt(prompt: str, passage: str, template: str = "") -> bool:
     if not PROMPT_WORDS[0] <= len(asked) <= PROMPT_WORDS[1] or _SPEAKS_OF_TEXT.search(prompt) or _STATES.match(prompt):
         return False
     echoed = longest_common(asked, words(template)) >= min(ECHOED, len(asked)) or _is_example(asked, template)
-    return not echoed and longest_common(asked, words(passage)) < COPIED and repeated_share(asked) <= REPEATED
+    return not echoed and longest_common(asked, words(passage)) < COPIED and not is_loop(asked)
 
 
 def _is_example(asked: Sequence[str], template: str) -> bool:
@@ -98,7 +95,7 @@ def unfit(answer: str, passage: str, alike: float = ALIKE) -> str | None:
     said, own = words(answer), words(passage)
     if not LENGTHS[0] * len(own) <= len(said) <= LENGTHS[1] * len(own):
         return "of another length than the passage"
-    if repeated_share(said) > REPEATED:
+    if is_loop(said):
         return "a loop"
     grams = set(_grams(own))
     if grams and len(grams & set(_grams(said))) > alike * len(grams):

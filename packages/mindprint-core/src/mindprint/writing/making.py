@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from mindprint.data.rows import Message, Messages
 from mindprint.draws import uniform
+from mindprint.sampling import ENOUGH_PENALTY
 from mindprint.text.words import words
 from mindprint.writing.asking import BaseModel, Question
 from mindprint.writing.checks import (
@@ -48,9 +49,6 @@ CONTEXT_WORDS = 80
 """Words before a passage that a row asks to continue."""
 
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’»)]*\s+")
-
-PENALTY = 1.1
-"""The repetition penalty of rejected answers. Without one, small models end most long answers in a loop."""
 
 LONGER = 1.3
 """Tokens that an answer may have, relative to the passage's. One that reaches it is cut after a sentence."""
@@ -262,7 +260,7 @@ def _gains(
 def _rejected(chosen: Sequence[tuple[RowKind, Passage, str, float]], model: BaseModel) -> list[str]:
     asked = [entry for entry in chosen if entry[0] != "rewrite"]
     questions = [Question(prompt, math.ceil(LONGER * model.tokens(passage.text))) for _, passage, prompt, _ in asked]
-    replies = iter(model.replies(questions, "rejected answers", repetition_penalty=PENALTY))
+    replies = iter(model.replies(questions, "rejected answers", repetition_penalty=ENOUGH_PENALTY))
     return ["" if kind == "rewrite" else next(replies).text for kind, *_ in chosen]
 
 
@@ -290,7 +288,8 @@ def pair_exchanges(
     """
     questions = [Question(_prompt(e), math.ceil(LONGER * model.tokens(e.messages[-1][1]))) for e in exchanges]
     replies = (
-        up_to_sentence(reply.text) for reply in model.replies(questions, "rejected answers", repetition_penalty=PENALTY)
+        up_to_sentence(reply.text)
+        for reply in model.replies(questions, "rejected answers", repetition_penalty=ENOUGH_PENALTY)
     )
     pairs = []
     for exchange, answer in zip(exchanges, replies, strict=True):
