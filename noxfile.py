@@ -54,7 +54,9 @@ NOTEBOOK = ("nbclient", "nbformat", "ipykernel", "matplotlib")
 def install(session: nox.Session, packages: tuple[str, ...], *tools: str) -> None:
     """Install distributions of this repository from wheels built now, and tools, at the tested versions."""
     paths = [f"packages/mindprint-{name}" for name in packages]
-    session.install("-q", *UNCOMPILED, "-c", CONSTRAINTS, *tools, *paths)
+    # The backend does without PEFT. Its tests compare with it.
+    peers = ("peft",) if "torch" in packages else ()
+    session.install("-q", *UNCOMPILED, "-c", CONSTRAINTS, *tools, *peers, *paths)
 
 
 def forbid(session: nox.Session, *modules: str) -> None:

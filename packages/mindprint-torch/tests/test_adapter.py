@@ -1,4 +1,4 @@
-"""Sites, and injection through PEFT: exactly where, exactly what."""
+"""Sites, and injection: exactly where, exactly what."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_what_is_saved_gives_the_same_in_peft(
 def test_dense_layers_of_a_mixture_of_experts_are_adapted_as_named(
     backend: Backend, load: Load, make_adapter: MakeAdapter
 ) -> None:
-    """PEFT 0.21 takes these names for old names of stacked experts if it sees the transformers model."""
+    """PEFT 0.21 would take these names for old names of stacked experts."""
     model = load("deepseek_v3")
     adapter = make_adapter(model)
     assert "model.layers.0.mlp.gate_proj" in adapter.config.target_modules
@@ -155,11 +155,11 @@ def test_patterns_apply_to_the_named_site_only(backend: Backend, load: Load, mak
     name = "model.layers.1.mlp.up_proj"
     adapter = make_adapter(model, rank_pattern={name: 2}, alpha_pattern={name: 5.0}, use_rslora=True)
     backend.inject_adapter(model, adapter)
-    layers = {site: model.handle.network.get_submodule(site) for site in adapter.config.target_modules}
-    assert layers[name].r["default"] == 2
-    assert layers[name].scaling["default"] == pytest.approx(5 / np.sqrt(2))
-    assert {layer.r["default"] for site, layer in layers.items() if site != name} == {4}
-    assert {layer.scaling["default"] for site, layer in layers.items() if site != name} == {4.0}
+    layers = model.handle.adapter.layers
+    assert layers[name].lora_A.shape == (2, 32)
+    assert layers[name].scale == pytest.approx(5 / np.sqrt(2))
+    assert {len(layer.lora_A) for site, layer in layers.items() if site != name} == {4}
+    assert {layer.scale for site, layer in layers.items() if site != name} == {4.0}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from mindprint.contract import LoraConfig
-from mindprint_torch.experts import StackLora, StackProduct, attach
+from mindprint_torch.experts import StackProduct, attach
+from mindprint_torch.lora import LoraLayer
 from mindprint_torch.sites import list_sites
 
 SIZES = {"vocab_size": 60, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_local_experts": 8}
@@ -55,7 +56,7 @@ def test_a_step_keeps_no_array_of_the_size_of_a_stack() -> None:
         network(torch.arange(3, 19)[None]).logits.sum().backward()
     assert kept
     assert max(kept) < smallest / 4
-    assert all(isinstance(layer, StackLora) and layer.lora_B.grad is not None for layer in layers.values())
+    assert all(isinstance(layer, LoraLayer) and layer.lora_B.grad is not None for layer in layers.values())
 
 
 def test_experts_that_compute_something_else_are_not_listed() -> None:

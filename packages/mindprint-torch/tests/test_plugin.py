@@ -37,7 +37,7 @@ def test_info_states_devices_in_order_and_honest_capabilities(backend: Backend) 
     assert (cpu.usable, cpu.dtypes, cpu.default_dtype) == (True, ("float32", "bfloat16"), "float32")
     assert info.capabilities <= CAPABILITIES
     assert "experts" in info.capabilities
-    assert set(info.libraries) == {"torch", "transformers", "peft", "trl", "threads"}
+    assert set(info.libraries) == {"torch", "transformers", "trl", "threads"}
     assert all(version[0].isdigit() for version in info.libraries.values())
     assert info.libraries["threads"] == str(torch.get_num_threads())
 

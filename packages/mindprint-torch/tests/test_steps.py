@@ -25,7 +25,6 @@ from mindprint.contract import (
 )
 from mindprint.losses import NUMPY, PairLogProbs, PreferenceLoss, PreferenceLossName, sft_loss
 from mindprint.plugins.backend import Backend
-from mindprint_torch.model import layer_factors
 
 Load = Callable[..., LoadedModel]
 MakeBatch = Callable[..., TokenBatch]
@@ -121,7 +120,7 @@ def test_sft_loss_and_gradients_equal_full_logits(
     assert metrics.grad_norm == pytest.approx(norm, rel=1e-5)
     found = backend.save(model).first_moments
     for name, layer in model.handle.adapter.layers.items():
-        for parameter, moment in zip(layer_factors(layer), found[name], strict=True):
+        for parameter, moment in zip(layer.factors, found[name], strict=True):
             reference = next(g for p, g in zip(parameters, expected, strict=True) if p is parameter)
             np.testing.assert_allclose(moment * 10, reference.numpy(), rtol=1e-4, atol=1e-6 * norm)
 

@@ -1,4 +1,4 @@
-"""The PyTorch backend of Mindprint: transformers, PEFT and TRL on CUDA and CPU. Start at `plugin.py`."""
+"""The PyTorch backend of Mindprint: transformers and TRL on CUDA and CPU. Start at `plugin.py`."""
 
 import os
 

@@ -1,30 +1,23 @@
-"""LoRA on a base through PEFT, and the factors that it trains."""
+"""LoRA on a base, and the factors that it trains."""
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
-import peft
 import torch
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from mindprint.adapter.initial import factor_shapes
 from mindprint.adapter.targets import is_stack
-from mindprint.contract import AdapterFacts, AdapterSite, AdapterState, Float32, LoraConfig, LoraFactors
+from mindprint.contract import AdapterFacts, AdapterSite, AdapterState, Float32, LoraFactors
 from mindprint.errors import AdapterError
 from mindprint.loss_scale import initial_loss_scale
 from mindprint_torch import experts
 from mindprint_torch.gated import fuse_gated
-from mindprint_torch.lora import NAME, fuse_lora
-from mindprint_torch.model import Adapter, AdapterLayer, TorchModel, layer_factors
-
-HOLDER = "network"
-"""The name of the network in the plain module that PEFT is given."""
+from mindprint_torch.lora import LoraLayer, attach
+from mindprint_torch.model import Adapter, TorchModel
 
 
 def inject(model: TorchModel, adapter: AdapterState) -> AdapterFacts:
@@ -38,17 +31,12 @@ def inject(model: TorchModel, adapter: AdapterState) -> AdapterFacts:
     sites = {site.name: site for site in model.sites}
     for name in adapter.config.target_modules:
         _check_fits(name, sites.get(name), adapter)
-    # PEFT draws initial values, which are overwritten: the caller's random numbers must not move for them.
-    with torch.random.fork_rng(devices=[]):
-        _inject_empty(model, adapter.config)
-    modules = _attached(model, adapter.config)
-    for layer in modules.values():
-        _to_float32(layer)
-    attached: dict[str, AdapterLayer] = {**modules, **experts.attach(model.network, sites, adapter.config)}
-    layers = {name: attached[name] for name in adapter.config.target_modules}
+    stacks = experts.attach(model.network, sites, adapter.config)
+    layers = {
+        name: stacks[name] if is_stack(name) else attach(model.network.get_submodule(name), sites[name], adapter.config)
+        for name in adapter.config.target_modules
+    }
     write_factors(layers, adapter.tensors)
-    model.network.eval()
-    fuse_lora(modules.values())
     fuse_gated(model.network)
     model.adapter = Adapter(adapter.config, layers)
     model.kept.forget()
@@ -66,14 +54,14 @@ def require_adapter(model: TorchModel) -> Adapter:
 
 def read_factors(adapter: Adapter) -> dict[str, LoraFactors]:
     """Return copies of all factors, float32."""
-    return {name: LoraFactors(*map(to_numpy, layer_factors(layer))) for name, layer in adapter.layers.items()}
+    return {name: LoraFactors(*map(to_numpy, layer.factors)) for name, layer in adapter.layers.items()}
 
 
 @torch.no_grad()
-def write_factors(layers: Mapping[str, AdapterLayer], tensors: Mapping[str, LoraFactors]) -> None:
+def write_factors(layers: Mapping[str, LoraLayer], tensors: Mapping[str, LoraFactors]) -> None:
     """Copy values into the layers' factors, which stay the same parameters: the optimizer holds them."""
     for name, layer in layers.items():
-        for parameter, values in zip(layer_factors(layer), tensors[name], strict=True):
+        for parameter, values in zip(layer.factors, tensors[name], strict=True):
             parameter.copy_(to_torch(values))
 
 
@@ -95,12 +83,12 @@ def adapter_enabled(model: TorchModel, *, enabled: bool) -> Iterator[None]:
         return
     layers = model.adapter.layers.values()
     for layer in layers:
-        layer.enable_adapters(enabled=False)
+        layer.enabled = False
     try:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(enabled=True)
+            layer.enabled = True
 
 
 @contextmanager
@@ -112,13 +100,13 @@ def dropout(model: TorchModel, *, seed: int, micro_batch: int) -> Iterator[None]
         return
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(_mixed_seed(seed, micro_batch))
-        for module in adapter.dropouts:
-            module.train()
+        for layer in adapter.layers.values():
+            layer.dropout.train()
         try:
             yield
         finally:
-            for module in adapter.dropouts:
-                module.eval()
+            for layer in adapter.layers.values():
+                layer.dropout.eval()
 
 
 def _mixed_seed(seed: int, micro_batch: int) -> int:
@@ -137,57 +125,3 @@ def _check_fits(name: str, site: AdapterSite | None, adapter: AdapterState) -> N
     shapes = tuple(np.shape(values) for values in adapter.tensors[name])
     if shapes != expected:
         raise AdapterError(f"the adapter's factors of {name!r} are {shapes}, the model needs {expected}")
-
-
-def _inject_empty(model: TorchModel, config: LoraConfig) -> None:
-    """Let PEFT put its layers around the targets that are modules."""
-    if all(is_stack(name) for name in config.target_modules):
-        # PEFT refuses a configuration without modules.
-        return
-    # PEFT sees the network as part of a plain module. If it saw a transformers model it would, for mixtures of experts,
-    # take the names of dense and shared-expert layers for old names of stacked experts and adapt those instead.
-    holder = nn.ModuleDict({HOLDER: model.network})
-    try:
-        # What PEFT warns of (names, patterns, transposed layers) is checked afterwards, as an error.
-        with warnings.catch_warnings(action="ignore"):
-            peft.inject_adapter_in_model(_peft_config(config), holder, adapter_name=NAME)
-    except (ValueError, TypeError) as error:
-        raise AdapterError(f"PEFT {peft.__version__} cannot adapt this model: {error}") from error
-
-
-def _to_float32(layer: LoraLayer) -> None:
-    # PEFT makes factors in the base's dtype when it injects, and casts its input to whatever they are.
-    for factor in layer_factors(layer):
-        factor.data = factor.data.float()
-
-
-def _peft_config(config: LoraConfig) -> peft.LoraConfig:
-    return peft.LoraConfig(
-        r=config.r,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
-        target_modules=[f"{HOLDER}.{name}" for name in config.target_modules if not is_stack(name)],
-        lora_dropout=config.dropout,
-        use_rslora=config.use_rslora,
-        rank_pattern={_pattern(name): rank for name, rank in config.rank_pattern.items()},
-        alpha_pattern={_pattern(name): alpha for name, alpha in config.alpha_pattern.items()},
-        bias="none",
-    )
-
-
-def _pattern(name: str) -> str:
-    # PEFT reads keys as regular expressions that may match the end of a name. This one matches it whole.
-    return "^" + re.escape(f"{HOLDER}.{name}")
-
-
-def _attached(model: TorchModel, config: LoraConfig) -> dict[str, LoraLayer]:
-    """Return PEFT's layers by site, after checking that they are exactly the targets that are modules."""
-    # PEFT matches names by their ends, so that it may hit modules that nobody named.
-    layers = {name: module for name, module in model.network.named_modules() if isinstance(module, LoraLayer)}
-    targets = {name for name in config.target_modules if not is_stack(name)}
-    if set(layers) != targets:
-        different = sorted(set(layers) ^ targets)
-        raise AdapterError(f"PEFT adapted other modules than were named: {', '.join(different[:3])}")
-    for name, layer in layers.items():
-        if layer.r[NAME] != config.rank(name) or layer.scaling[NAME] != config.scale(name):
-            raise AdapterError(f"PEFT gave {name!r} rank {layer.r[NAME]} and scale {layer.scaling[NAME]}")
-    return layers

@@ -9,7 +9,7 @@ import torch
 from mindprint.contract import QUANTIZED_FORMATS, BackendInfo, DeviceInfo, Dtype
 from mindprint.plugins.launched import torchrun_world
 
-LIBRARIES = ("torch", "transformers", "peft", "trl")
+LIBRARIES = ("torch", "transformers", "trl")
 MPS_NOTE = (
     "PyTorch on MPS is known to corrupt adapters in silence: it is never chosen by itself, nothing is ever merged on "
     "it, and what was trained on it should be verified on another device; on Apple Silicon prefer the MLX backend"

@@ -153,7 +153,7 @@ def _kept_per_token(request: MemoryRequest, part: _Rows) -> int:
     inputs = 2 * base.hidden + queries
     low = sum(request.adapter.rank(site.name) for site in request.sites) // max(base.layers, 1)
     feed_forward = (2 if _in_one_piece(request) else 4) * base.inner
-    # PEFT's own layers keep their input once more: after dropout, and in float32 where the base is float16.
+    # Layers that are not in one piece keep their input once more: after dropout, or in float32 for a float16 base.
     plain = request.spec.dtype == "float16" or _drops_out(request)
     again = sum(site.in_features for site in request.sites) // max(base.layers, 1) if plain else 0
     return norms + item * (inputs + attention + softcapped + low + feed_forward + again) + 4 * base.heads

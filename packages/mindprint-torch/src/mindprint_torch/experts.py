@@ -20,33 +20,12 @@ from transformers import PreTrainedModel
 
 from mindprint.adapter.targets import STACKED_FAMILIES, is_stack
 from mindprint.contract import AdapterSite, LoraConfig
-from mindprint_torch.lora import NAME
+from mindprint_torch.lora import LoraLayer
 
 PARAMETERS = ("gate_up_proj", "down_proj")
 """The stacks of a module of experts, in the order in which it computes."""
 
 PROBE_TOKENS = 3
-
-
-class StackLora(nn.Module):
-    """The factors of one stack: `lora_A` `[experts, r, in]` and `lora_B` `[experts, out, r]`, float32.
-
-    It has the attributes of PEFT's layers that this package reads, so that it can be one of an adapter's layers.
-    """
-
-    def __init__(self, site: AdapterSite, config: LoraConfig, device: torch.device) -> None:
-        super().__init__()
-        rank = config.rank(site.name)
-        self.lora_A = nn.Parameter(torch.zeros(site.experts or 0, rank, site.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(site.experts or 0, site.out_features, rank, device=device))
-        self.scale = config.scale(site.name)
-        self.disable_adapters = False
-        # PEFT has no dropout on parameters, and core does not ask for it.
-        self.lora_dropout = nn.ModuleDict({NAME: nn.Identity()})
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Compute with the factors, or without them."""
-        self.disable_adapters = not enabled
 
 
 def stacked_sites(network: PreTrainedModel, name: str, module: Any) -> Iterator[AdapterSite]:
@@ -62,13 +41,13 @@ def stacked_sites(network: PreTrainedModel, name: str, module: Any) -> Iterator[
         yield AdapterSite(f"{name}.{parameter}", "experts", columns, rows, experts)
 
 
-def attach(network: PreTrainedModel, sites: Mapping[str, AdapterSite], config: LoraConfig) -> dict[str, StackLora]:
+def attach(network: PreTrainedModel, sites: Mapping[str, AdapterSite], config: LoraConfig) -> dict[str, LoraLayer]:
     """Put factors of zero on the stacks among the adapter's targets, and let their modules compute with them."""
     layers = {}
     for name in filter(is_stack, config.target_modules):
         host, _, parameter = name.rpartition(".")
         module: Any = network.get_submodule(host)
-        layers[name] = StackLora(sites[name], config, getattr(module, parameter).device)
+        layers[name] = LoraLayer(sites[name], config, getattr(module, parameter).device)
         module.add_module(_layer_name(parameter), layers[name])
         module.forward = partial(_forward, module)
     return layers
@@ -104,7 +83,7 @@ def _computes_the_same(module: Any) -> bool:
 
 def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     layers = [getattr(module, _layer_name(parameter), None) for parameter in PARAMETERS]
-    if all(layer is None or layer.disable_adapters for layer in layers):
+    if all(layer is None or not layer.enabled for layer in layers):
         return type(module).forward(module, hidden, index, weights)  # type: ignore[no-any-return]
     return _experts(module, hidden, index, weights)
 
@@ -130,7 +109,7 @@ def _stack_product(module: Any, parameter: str, rows: Tensor, counts: list[int])
     # As [experts, out, in] whichever way round it is stored: a view.
     weight = weight.transpose(1, 2) if module.is_transposed else weight
     bias = getattr(module, f"{parameter}_bias") if module.has_bias else None
-    layer: StackLora | None = getattr(module, _layer_name(parameter), None)
+    layer: LoraLayer | None = getattr(module, _layer_name(parameter), None)
     factors = (None, None, 0.0) if layer is None else (layer.lora_A, layer.lora_B, layer.scale)
     output: Tensor = StackProduct.apply(rows, counts, weight, bias, *factors)  # type: ignore[no-untyped-call]
     return output

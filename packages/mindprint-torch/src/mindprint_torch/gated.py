@@ -12,12 +12,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mindprint_torch.elementwise import triton_kernels
-from mindprint_torch.lora import NAME, is_fusible
+from mindprint_torch.lora import is_fusible
 from mindprint_torch.packed import Weight, add_multiplied_back, multiply, multiply_back
 from mindprint_torch.packed_layers import frozen_weight
 
@@ -33,15 +32,15 @@ def fuse_gated(network: nn.Module) -> None:
 
 def _candidates(network: nn.Module) -> Iterator[Any]:
     for module in network.modules():
-        layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-        if all(is_fusible(layer) and layer.base_layer.bias is None for layer in layers):
+        layers: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        if all(is_fusible(layer) and layer.bias is None for layer in layers):
             yield module
 
 
 @torch.no_grad()
 def _is_gated(block: Any) -> bool:
     # Names alone do not say which activation a block has, or what else it computes: so both ways are compared.
-    weight = block.gate_proj.base_layer.weight
+    weight = block.gate_proj.weight
     values = torch.linspace(-3, 3, PROBE_TOKENS * weight.shape[1], device=weight.device, dtype=weight.dtype)
     x = values.sin().view(1, PROBE_TOKENS, -1)
     try:
@@ -55,17 +54,17 @@ def _is_gated(block: Any) -> bool:
 
 
 def _forward(block: Any, x: Tensor) -> Tensor:
-    layers = (block.gate_proj, block.up_proj, block.down_proj)
-    if any(layer.disable_adapters or layer.lora_dropout[NAME].training for layer in layers):
+    layers = (block.gate_proj.lora, block.up_proj.lora, block.down_proj.lora)
+    if any(not layer.enabled or layer.dropout.training for layer in layers):
         return type(block).forward(block, x)  # type: ignore[no-any-return]
     return _gated(block, x)
 
 
 def _gated(block: Any, x: Tensor) -> Tensor:
-    layers: tuple[lora.Linear, ...] = (block.gate_proj, block.up_proj, block.down_proj)
-    weights = tuple(frozen_weight(layer.base_layer) for layer in layers)
-    factors = [factor for layer in layers for factor in (layer.lora_A[NAME].weight, layer.lora_B[NAME].weight)]
-    scales = tuple(layer.scaling[NAME] for layer in layers)
+    modules = (block.gate_proj, block.up_proj, block.down_proj)
+    weights = tuple(frozen_weight(module) for module in modules)
+    factors = [factor for module in modules for factor in (module.lora.lora_A, module.lora.lora_B)]
+    scales = tuple(module.lora.scale for module in modules)
     output: Tensor = GatedBlock.apply(x, scales, weights, *factors)  # type: ignore[no-untyped-call]
     return output
 

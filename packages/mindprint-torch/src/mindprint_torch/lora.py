@@ -1,64 +1,116 @@
-"""LoRA layers in one piece: the base product, the low-rank one added in place, and a backward pass for nothing else.
+"""LoRA on linear layers and on the embedding: the base product, and the low-rank one added in place.
 
-PEFT's own layer computes the same in eight steps, most of which write an array of the output's size: the low-rank
-product, its scaled copy, the sum, and their gradients. Here the low-rank products go straight into the base's. The
-input and its product with A, `[tokens, r]`, are all that is kept for the backward pass.
+The factors are a part of the layer that they adapt, which computes with them from then on. It stays what it was: its
+class, its attributes, its frozen weight and the names of its weights. PEFT puts a layer of its own around it instead,
+and computes in eight steps, most of which write an array of the output's size. Here the low-rank products go straight
+into the base's. The input and its product with A, `[tokens, r]`, are all that is kept for the backward pass.
+
+PEFT's package is not needed, and is not imported: where bitsandbytes is installed it also loads that and torch's
+compiler, for 1.5 seconds of every command. `tests/test_lora.py` compares with PEFT's layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-from peft.tuners import lora
 from torch import Tensor, nn
+from torch.nn import functional
 
+from mindprint.adapter.initial import factor_shapes
+from mindprint.contract import AdapterSite, LoraConfig
 from mindprint_torch.packed import Weight, multiply, multiply_back
 from mindprint_torch.packed_layers import PackedLinear, frozen_weight
 
-NAME = "default"
-"""PEFT's name for the one adapter that a model has."""
+NAME = "lora"
+"""The name of the factors in the layer that they adapt."""
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
-"""float16 stays with PEFT, which takes the low-rank products in float32: their gradients could overflow."""
+"""float16 takes the low-rank products in float32, as PEFT does: their gradients could overflow."""
 
 
-def fuse_lora(layers: Iterable[lora.LoraLayer]) -> None:
-    """Make every plain linear layer with plain LoRA, packed or not, compute in one piece.
+class LoraLayer(nn.Module):
+    """The factors of one site: `lora_A` `[r, in]` and `lora_B` `[out, r]`, float32.
 
-    Transposed layers, embeddings and other dtypes keep PEFT's own forward pass.
+    A stack of experts has one pair for each: `[experts, r, in]` and `[experts, out, r]`. `scale` multiplies their
+    product. `dropout` acts on the input of A.
     """
-    for layer in layers:
-        if is_fusible(layer):
-            layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+
+    def __init__(self, site: AdapterSite, config: LoraConfig, device: torch.device) -> None:
+        super().__init__()
+        a, b = factor_shapes(site, config.rank(site.name))
+        self.lora_A = nn.Parameter(torch.zeros(a, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(b, device=device))
+        self.scale = config.scale(site.name)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.enabled = True
+        # Dropout is on within a step alone.
+        self.eval()
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B."""
+        return self.lora_A, self.lora_B
 
 
-def is_fusible(layer: Any) -> TypeGuard[lora.Linear]:
-    """Return whether this is PEFT's layer around a plain linear layer, with plain LoRA."""
-    if type(layer) is not lora.Linear:
-        return False
-    base = layer.get_base_layer()
-    return (
-        type(base) in (nn.Linear, PackedLinear) and base.weight.dtype in FUSED_DTYPES and NAME not in layer.lora_variant
-    )
+def attach(module: nn.Module, site: AdapterSite, config: LoraConfig) -> LoraLayer:
+    """Put factors of zero on a linear layer or an embedding, and let it compute with them."""
+    weight: Any = module.weight
+    layer = LoraLayer(site, config, weight.device)
+    before = module.forward
+    module.add_module(NAME, layer)
+    if site.kind == "embedding":
+        module.forward = partial(_embed, module, layer, before)
+    elif is_fusible(module):
+        module.forward = partial(_multiply, module, layer, before)
+    else:
+        module.forward = partial(_add_product, layer, before)
+    return layer
 
 
-def _forward(layer: lora.Linear, x: Tensor) -> Tensor:
-    base: Any = layer.base_layer
-    if layer.disable_adapters:
-        return base(x)  # type: ignore[no-any-return]
-    # Dropout acts on the input of A alone, so that the base's product and A's no longer share it: PEFT's way then.
-    if layer.lora_dropout[NAME].training:
-        return type(layer).forward(layer, x)
-    a: Any = layer.lora_A[NAME].weight
-    b: Any = layer.lora_B[NAME].weight
+def is_fusible(module: Any) -> bool:
+    """Return whether this is a plain linear layer with LoRA, packed or not, that can be computed in one piece."""
+    plain = type(module) in (nn.Linear, PackedLinear) and module.weight.dtype in FUSED_DTYPES
+    return plain and isinstance(getattr(module, NAME, None), LoraLayer)
+
+
+def _multiply(module: Any, layer: LoraLayer, before: Any, x: Tensor) -> Tensor:
+    """Compute a linear layer in one piece."""
+    if not layer.enabled:
+        return before(x)  # type: ignore[no-any-return]
+    # Dropout acts on the input of A alone, so that the base's product and A's no longer share it.
+    if layer.dropout.training:
+        return _add_product(layer, before, x)
+    factors = (x, frozen_weight(module), module.bias, layer.lora_A, layer.lora_B, layer.scale)
     if not torch.is_grad_enabled():
         # The same sums without autograd's bookkeeping, which takes longer than the low-rank products of one token.
-        return lora_product(x, frozen_weight(base), base.bias, a, b, layer.scaling[NAME])[0]
-    output: Tensor = LoraProduct.apply(x, frozen_weight(base), base.bias, a, b, layer.scaling[NAME])  # type: ignore[no-untyped-call]
+        return lora_product(*factors)[0]
+    output: Tensor = LoraProduct.apply(*factors)  # type: ignore[no-untyped-call]
     return output
+
+
+def _add_product(layer: LoraLayer, before: Any, x: Tensor) -> Tensor:
+    """Compute any linear layer, transposed ones too, and add the low-rank product in float32."""
+    output: Tensor = before(x)
+    if not layer.enabled:
+        return output
+    low = functional.linear(layer.dropout(x.to(layer.lora_A.dtype)), layer.lora_A)
+    return (output + functional.linear(low, layer.lora_B) * layer.scale).to(output.dtype)
+
+
+def _embed(module: Any, layer: LoraLayer, before: Any, tokens: Tensor) -> Tensor:
+    """Look tokens up in the table and in A, and add the product of the latter with B."""
+    output: Tensor = before(tokens)
+    if not layer.enabled:
+        return output
+    low = functional.embedding(tokens, layer.lora_A.T, module.padding_idx)
+    change = (low @ layer.lora_B.T) * layer.scale
+    # Gemma's table multiplies its rows after the lookup, and those of a merged table would be multiplied as well.
+    factor = getattr(module, "embed_scale", None)
+    if factor is not None:
+        change = change * torch.as_tensor(factor, dtype=module.weight.dtype, device=change.device).to(change.dtype)
+    return (output + change).to(output.dtype)
 
 
 def lora_product(

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 import transformers
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -25,9 +24,8 @@ from mindprint.models.folder import weight_files
 from mindprint.models.free_memory import trim_heap
 from mindprint.models.quantized import Quantization, quantized_weights, read_quantization
 from mindprint_torch.elementwise import triton_kernels
-from mindprint_torch.experts import StackLora
 from mindprint_torch.head import Head, embedding_layer, read_head
-from mindprint_torch.lora import NAME
+from mindprint_torch.lora import LoraLayer
 from mindprint_torch.norms import fuse_norms
 from mindprint_torch.optimizer import Optimizer
 from mindprint_torch.prompts import attends_without_mask, longest_shared
@@ -57,16 +55,12 @@ LOAD_FAILURES = (
 """The errors that transformers and its model classes raise for folders that they cannot load."""
 
 
-AdapterLayer = LoraLayer | StackLora
-"""PEFT's layer of a module, or the factors of a stack of experts."""
-
-
 @dataclass
 class Adapter:
     """The injected adapter: the layer of each site, in the order of `config.target_modules`, and its optimizer."""
 
     config: LoraConfig
-    layers: Mapping[str, AdapterLayer]
+    layers: Mapping[str, LoraLayer]
     optimizer: Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,22 +69,7 @@ class Adapter:
     @property
     def parameters(self) -> list[Tensor]:
         """A and B of each site in turn, in the order of `layers`."""
-        return [factor for layer in self.layers.values() for factor in layer_factors(layer)]
-
-    @property
-    def dropouts(self) -> list[nn.Module]:
-        return [layer.lora_dropout[NAME] for layer in self.layers.values()]
-
-
-def layer_factors(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
-    """Return the parameters A `[r, in]` and B `[out, r]` of one site, or those of a stack of experts."""
-    if isinstance(layer, StackLora):
-        return layer.lora_A, layer.lora_B
-    if NAME in layer.lora_embedding_A:
-        return layer.lora_embedding_A[NAME], layer.lora_embedding_B[NAME]
-    a: Any = layer.lora_A[NAME]
-    b: Any = layer.lora_B[NAME]
-    return a.weight, b.weight
+        return [factor for layer in self.layers.values() for factor in layer.factors]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Linear layers and embeddings over packed weights, under the classes that PEFT and transformers look for."""
+"""Linear layers and embeddings over packed weights, under the classes that transformers looks for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _PackedModule(nn.Module):
     def weight(self) -> Tensor:
         """Return a substitute for the weight, of its shape, dtype and device. It is NaN, and one element in memory.
 
-        PEFT and transformers ask a layer's weight where it is and of which dtype. A product with this one is NaN.
+        `lora.py` and transformers ask a layer's weight where it is and of which dtype. A product with this one is NaN.
         """
         shape = self._weight_shape()
         packed = self.packed

@@ -20,7 +20,7 @@ def recomputed(network: nn.Module, *, enabled: bool) -> Iterator[None]:
     """Compute the activations within a layer again in backward passes of this context, instead of keeping them."""
     layers = [layer for layer in network.modules() if enabled and isinstance(layer, GradientCheckpointingLayer)]
     for layer in layers:
-        # On the instance, as PEFT and `lora.py` do, so that removing the attribute restores the class's.
+        # On the instance, as `lora.py` does, so that removing the attribute restores the class's.
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         yield

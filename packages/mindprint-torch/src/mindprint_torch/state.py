@@ -8,7 +8,7 @@ from mindprint.contract import AdapterState, LoraFactors, TrainingState
 from mindprint.errors import AdapterError
 from mindprint.loss_scale import initial_loss_scale
 from mindprint_torch.adapter import read_factors, require_adapter, to_numpy, to_torch, write_factors
-from mindprint_torch.model import Adapter, TorchModel, layer_factors
+from mindprint_torch.model import Adapter, TorchModel
 
 
 def save(model: TorchModel) -> TrainingState:
@@ -42,7 +42,7 @@ def _read_moments(adapter: Adapter, which: int) -> dict[str, LoraFactors]:
     if not adapter.optimizer.steps:
         return {}
     return {
-        name: LoraFactors(*(to_numpy(adapter.optimizer.moments(factor)[which]) for factor in layer_factors(layer)))
+        name: LoraFactors(*(to_numpy(adapter.optimizer.moments(factor)[which]) for factor in layer.factors))
         for name, layer in adapter.layers.items()
     }
 
