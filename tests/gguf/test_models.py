@@ -303,7 +303,7 @@ def test_without_the_order_of_rows_the_merge_is_wrong(
 def test_smollm2s_keys_are_those_of_the_converter(folder: Path, adapter: Path) -> None:
     """Its tokenizer, merges, special tokens and template among them. The unadapted tensors are the converter's."""
     theirs = convert(folder, {"smollm2": SMOLLM2}, pre="gpt-2")["smollm2"]
-    ours = folder / "merged-f32.gguf"
+    ours = folder / "keys-f32.gguf"
     changed = merge(adapter, ours, file_type="f32").changed
     (our_keys, our_tensors), (their_keys, their_tensors) = contents(ours), contents(theirs)
     assert our_keys == their_keys

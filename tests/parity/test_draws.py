@@ -59,7 +59,7 @@ def test_the_same_answers_with_a_penalty(temperature: float) -> None:
     rng = np.random.default_rng(4)
     prompts = [np.array([1, 2, 3, 4], np.int32), np.array([5, 6], np.int32)]
     sampling = Sampling(6, (), temperature, top_k=5, repetition_penalty=1.4, seed=8)
-    on_device, choices = TokenChoices(sampling, prompts), [TokenChoice(sampling, prompt) for prompt in prompts]
+    on_device, choices = TokenChoices([sampling] * 2, prompts), [TokenChoice(sampling, prompt) for prompt in prompts]
     for place in range(6):
         if place == 3:
             on_device.keep([0])

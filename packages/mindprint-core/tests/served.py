@@ -106,6 +106,41 @@ def assert_served_as_generated(opened: OpenedModel, new_tokens: int = 6) -> None
         assert batcher.jobs == 0
 
 
+MIXED: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 1.0, "seed": 2},
+    {"temperature": 1.5, "top_p": 0.6, "seed": 2, "max_tokens": 4},
+    {"temperature": 2.0, "top_k": 5, "seed": 3},
+    {"repetition_penalty": 1.5},
+    {"stop": ["e", "a"]},
+    {"max_tokens": 1},
+)
+"""Settings of eight requests, no two alike."""
+
+
+def assert_requests_with_unlike_settings_are_answered_as_alone(opened: OpenedModel) -> None:
+    """Ask eight times with unlike settings, first one after the other and then at once."""
+    requests = [{"max_tokens": 6, **settings} for settings in MIXED]
+    with running(opened) as batcher:
+
+        async def ask(client: Any) -> None:
+            def post(prompt: str, request: dict[str, Any]) -> Any:
+                return client.post("/v1/chat/completions", json=chat(prompt, **request))
+
+            pairs = list(zip(PROMPTS, requests, strict=True))
+            alone = [text_of(await post(*pair)) for pair in pairs]
+            together = await asyncio.gather(*(post(*pair) for pair in pairs))
+            assert [text_of(answer) for answer in together] == alone
+            # One prompt with the same settings: each of them is heeded.
+            of_one = await asyncio.gather(*(post(PROMPTS[0], request) for request in requests))
+            assert len({text_of(answer) for answer in of_one}) >= 6
+
+        in_process(make_app(batcher, settings(opened)), ask)
+        assert batcher.batches[: len(MIXED)] == [1] * len(MIXED)
+        assert max(batcher.batches) >= 7
+
+
 def malformed(count: int) -> Iterator[bytes]:
     """Bodies that are no request: damaged ones, wrong values in every field, and noise."""
     rng = random.Random(1)

@@ -107,7 +107,7 @@ def asked(prompt: str, **changes: Any) -> Asked:
     return Asked("chat", changes.pop("model", "voice"), (Message("user", prompt),), generation, **changes)
 
 
-def test_only_requests_that_ask_alike_share_a_batch(opened: OpenedAdapter) -> None:
+def test_requests_for_one_model_share_a_batch(opened: OpenedAdapter) -> None:
     drawn = {"temperature": 1.5}
     with running(opened) as batcher:
         heard = collect(
@@ -117,7 +117,7 @@ def test_only_requests_that_ask_alike_share_a_batch(opened: OpenedAdapter) -> No
             asked("sea", generation=drawn, seed=5),
             *(asked("sea", generation=drawn) for _ in range(3)),
         )
-        assert sorted(batcher.batches) == [1, 1, 1, 1, 1, 3]
+        assert sorted(batcher.batches) == [1, 7]
         assert all(isinstance(events[-1], Finished) for events in heard)
         # The same words three times, without a seed: three draws.
         assert len({events[-1].text for events in heard[-3:] if isinstance(events[-1], Finished)}) > 1

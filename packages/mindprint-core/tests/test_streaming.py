@@ -124,3 +124,32 @@ def test_an_exception_of_the_listener_ends_all_rows_and_is_raised_as_it_is(error
     with pytest.raises(type(error)):
         streaming(generate).generate(MODEL, PROMPTS, SAMPLING, on_token=listen)
     assert answered == [False, False]
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_settings_of_each_prompt(mixed: bool) -> None:
+    """A backend with the capability `mixed` gets all of them at once. Any other is called once for each."""
+    calls: list[tuple[int, int, bool]] = []
+
+    def generate(prompts: Any, sampling: Any, on_token: Any, **_: Any) -> Any:
+        each = sampling.of_each(len(prompts))
+        calls.append((len(prompts), each[0].max_new_tokens, bool(sampling.rows)))
+        for row, own in enumerate(each):
+            for _ in range(own.max_new_tokens):
+                on_token(row, 3)
+        return answers(*([3] * own.max_new_tokens for own in each))
+
+    backend = streaming(generate)
+    if mixed:
+        object.__setattr__(backend.info, "capabilities", frozenset({"streaming", "mixed"}))
+    told: list[int] = []
+    two, one = Sampling(2, (1,)), Sampling(1, (1,))
+    prompts = [PROMPTS[0]] * 3
+    made = backend.generate(MODEL, prompts, [two, one, two], on_token=lambda row, _: told.append(row))
+    assert [len(answer.tokens) for answer in made] == [2, 1, 2]
+    assert sorted(told) == [0, 0, 1, 2, 2]
+    assert calls == ([(3, 2, True)] if mixed else [(2, 2, False), (1, 1, False)])
+    backend.generate(MODEL, prompts, [two] * 3, on_token=lambda *_: None)
+    assert calls[-1] == (3, 2, False)
+    with pytest.raises(ValueError, match="2 settings for 3 prompts"):
+        backend.generate(MODEL, prompts, [two, one])

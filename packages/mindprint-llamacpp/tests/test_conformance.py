@@ -7,5 +7,5 @@ from mindprint_testing import BackendConformance
 
 class TestConformance(BackendConformance):
     backend_name = "llamacpp"
-    capabilities = frozenset({"sampling", "filters", "streaming", "gguf"})
+    capabilities = frozenset({"sampling", "filters", "mixed", "streaming", "gguf"})
     training = False

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "mindprint-core" / "tests"))
 from served import (
     assert_leaving_frees_a_place,
     assert_malformed_requests_are_refused,
+    assert_requests_with_unlike_settings_are_answered_as_alone,
     assert_served_as_generated,
     real_server,
     write_tiny_voice,
@@ -32,6 +33,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenedAdapter]:
 
 def test_answers_are_those_of_generate_alone_and_eight_at_once(opened: OpenedAdapter) -> None:
     assert_served_as_generated(opened)
+    assert_requests_with_unlike_settings_are_answered_as_alone(opened)
 
 
 def test_a_thousand_malformed_requests(opened: OpenedAdapter, capfd: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ class TestConformance(BackendConformance):
             "float16",
             "sampling",
             "filters",
+            "mixed",
             "streaming",
             "embedding",
             "experts",

@@ -23,11 +23,15 @@ EXAMPLE = Path(__file__).parents[3] / "examples" / "mindprint-hello" / "src" / "
 
 @dataclass(frozen=True)
 class Defect:
-    """A mistake: its name, the test that must catch it, and the edits `(old, new)` that make it."""
+    """A mistake: its name, the test that must catch it, and the edits `(old, new)` that make it.
+
+    `claims` are capabilities that the defective backend claims, in addition to those of the example.
+    """
 
     name: str
     caught_by: str
     edits: tuple[tuple[str, str], ...]
+    claims: tuple[str, ...] = ()
 
     def applied(self, source: str) -> str:
         for old, new in self.edits:
@@ -37,8 +41,8 @@ class Defect:
         return source
 
 
-def defect(name: str, caught_by: str, *edits: tuple[str, str]) -> Defect:
-    return Defect(name, f"test_{caught_by}", edits)
+def defect(name: str, caught_by: str, *edits: tuple[str, str], claims: tuple[str, ...] = ()) -> Defect:
+    return Defect(name, f"test_{caught_by}", edits, claims)
 
 
 SFT_GRADIENT = "sft_gradients_by_finite_differences"
@@ -514,6 +518,37 @@ DEFECTS = (
         ("on_token(row, token) is False", "on_token(row, token) and False"),
     ),
     defect(
+        "what is kept of a conversation is used for the other model",
+        "the_next_turn_of_a_conversation",
+        ("    answers = []\n", "    answers, kept = [], vars(model).setdefault('kept', [])\n"),
+        (
+            "        stopped = False\n",
+            (
+                "        stopped = False\n        begins = [*prompt] if on_token else []\n"
+                "        begun = [own for text, own in kept if begins[: len(text)] == text]\n"
+            ),
+        ),
+        (
+            "np.array([tokens], np.int32), adapter=adapter)",
+            "np.array([tokens], np.int32), adapter=(begun or [adapter])[0])",
+        ),
+        (
+            "        answers.append(",
+            "        kept += [(tokens, adapter)] if on_token else []\n        answers.append(",
+        ),
+    ),
+    defect(
+        "a row draws by the seed of the row before it",
+        "each_prompt_has_its_settings",
+        ('{"sampling", "streaming", *', '{"sampling", "streaming", "mixed", *'),
+        (
+            "        stopped = False\n",
+            "        stopped = False\n        sampling = replace(sampling.of_each(row + 1)[row], rows=sampling.rows)\n",
+        ),
+        ("from dataclasses import ", "from dataclasses import replace, "),
+        claims=("mixed",),
+    ),
+    defect(
         "draws without a seed",
         "sampling_follows_its_seed",
         ("default_rng([sampling.seed, *prompt.tolist()])", "default_rng()"),
@@ -544,9 +579,10 @@ class Defective:
         folder = tmp_path_factory.getbasetemp() / "hello"
         return folder if folder.exists() else write_model(folder, hidden=32)
 
-for number in range({count}):
+for number, claims in enumerate({claims}):
     bases = (Defective, BackendConformance)
-    globals()[f"Test{{number}}"] = type(f"Test{{number}}", bases, {{"backend_name": f"defect-{{number}}"}})
+    attributes = {{"backend_name": f"defect-{{number}}", "capabilities": Defective.capabilities | set(claims)}}
+    globals()[f"Test{{number}}"] = type(f"Test{{number}}", bases, attributes)
 """
 
 
@@ -580,7 +616,7 @@ def _install(folder: Path, defects: Sequence[Defect]) -> Path:
     for number, defect in enumerate(defects):
         (site / f"defect_{number}.py").write_text(defect.applied(source), encoding="utf-8")
     module = folder / "test_defects_seeded.py"
-    module.write_text(MODULE.format(count=len(defects)), encoding="utf-8")
+    module.write_text(MODULE.format(claims=[defect.claims for defect in defects]), encoding="utf-8")
     return module
 
 

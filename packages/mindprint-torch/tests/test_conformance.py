@@ -13,7 +13,18 @@ class TestConformance(BackendConformance):
     # On a machine with a GPU, `MINDPRINT_TEST_DEVICE=cuda` runs the same suite there.
     device = os.environ.get("MINDPRINT_TEST_DEVICE", "cpu")
     capabilities = frozenset(
-        {"dropout", "bfloat16", "float16", "sampling", "filters", "streaming", "embedding", "quantize", "experts"}
+        {
+            "dropout",
+            "bfloat16",
+            "float16",
+            "sampling",
+            "filters",
+            "mixed",
+            "streaming",
+            "embedding",
+            "quantize",
+            "experts",
+        }
         | {"ranks"}
         | set(QUANTIZED_FORMATS)
     )

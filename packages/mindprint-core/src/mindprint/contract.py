@@ -39,6 +39,7 @@ CAPABILITIES = frozenset(
         "float16",
         "sampling",
         "filters",
+        "mixed",
         "streaming",
         "embedding",
         "experts",
@@ -54,6 +55,7 @@ CAPABILITIES = frozenset(
 - `bfloat16`, `float16`: a base in that dtype, adapter and moments in float32, and for float16 a dynamic loss scale.
 - `sampling`: draws at a temperature above 0 and with `top_p`, reproducible for a seed.
 - `filters`: `top_k`, `min_p` and `repetition_penalty` of `Sampling`. `mindprint.sampling` defines them.
+- `mixed`: `Sampling.rows`, other settings for each prompt. Core calls any other backend once for each of the settings.
 - `streaming`: `on_token` of `mindprint_generate`, called for each token as soon as it is known. Core passes a callback
   only to backends that claim this. For the others it calls its own when the answers are there.
 - `embedding`: sites of the kind `embedding`, and LoRA on them.
@@ -428,6 +430,8 @@ class Sampling:
         repetition_penalty: Divides the logits above 0, and multiplies those below, of every token of the prompt and of
             the answer so far (Keskar et al. 2019, arXiv 1909.05858, section 4.1), before anything else and also in
             greedy generation. 1 changes nothing.
+        rows: The settings of each prompt, if they are unlike. All others are then without effect. Empty for a backend
+            without the capability `mixed`.
     """
 
     max_new_tokens: int
@@ -438,11 +442,17 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    rows: tuple[Sampling, ...] = ()
 
     @property
     def filters(self) -> bool:
         """Whether it asks for anything of the capability `filters`."""
-        return self.top_k > 0 or self.min_p > 0 or self.repetition_penalty != 1
+        own = self.top_k > 0 or self.min_p > 0 or self.repetition_penalty != 1
+        return own or any(row.filters for row in self.rows)
+
+    def of_each(self, prompts: int) -> tuple[Sampling, ...]:
+        """Return the settings of each of several prompts."""
+        return self.rows or (self,) * prompts
 
 
 @dataclass(frozen=True)

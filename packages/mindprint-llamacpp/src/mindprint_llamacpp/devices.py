@@ -20,7 +20,7 @@ def backend_info() -> BackendInfo:
     return BackendInfo(
         name="llamacpp",
         devices=(DeviceInfo("cpu", reason, detail),),
-        capabilities=frozenset({"sampling", "filters", "streaming", "gguf"}),
+        capabilities=frozenset({"sampling", "filters", "mixed", "streaming", "gguf"}),
         libraries={name: _version(name) for name in LIBRARIES},
         training=False,
     )

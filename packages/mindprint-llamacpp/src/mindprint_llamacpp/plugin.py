@@ -80,4 +80,4 @@ def mindprint_generate(
 ) -> Sequence[Generation]:
     from mindprint_llamacpp.generation import generate
 
-    return generate(model, prompts, sampling, adapter=adapter, on_token=on_token)
+    return generate(model, prompts, sampling.of_each(len(prompts)), adapter=adapter, on_token=on_token)

@@ -15,7 +15,7 @@ from mindprint_mlx import blas
 ALL_DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
 LIBRARIES = ("mlx", "mlx-lm", "numpy")
 CAPABILITIES = frozenset(
-    {"dropout", "bfloat16", "float16", "sampling", "filters", "streaming", "embedding", "experts", "ranks"}
+    {"dropout", "bfloat16", "float16", "sampling", "filters", "mixed", "streaming", "embedding", "experts", "ranks"}
     | set(QUANTIZED_FORMATS)
 )
 

@@ -30,22 +30,26 @@ class Row(AnswerRow):
 def generate(
     model: MlxModel,
     prompts: Sequence[Int32],
-    sampling: Sampling,
+    samplings: Sequence[Sampling],
     *,
     adapter: bool,
     on_token: OnToken | None = None,
 ) -> tuple[Generation, ...]:
-    """Continue each prompt (int32 `[P]`), in order. `on_token` gets each token, and ends a row by returning False."""
+    """Continue each prompt (int32 `[P]`) with its settings, in order.
+
+    `on_token` gets each token, and ends a row by returning False.
+    """
     rows = [
         Row(prompt, sampling, None if on_token is None else partial(on_token, index))
-        for index, prompt in enumerate(prompts)
+        for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
     ]
-    if sampling.temperature > 0 or sampling.repetition_penalty != 1:
-        for row in rows:
-            row.choose = TokenChoice(sampling, row.prompt)
+    for row in rows:
+        if row.sampling.temperature > 0 or row.sampling.repetition_penalty != 1:
+            row.choose = TokenChoice(row.sampling, row.prompt)
+    open_rows = [row for row in rows if not row.is_done]
     with model.in_use(adapter=adapter):
-        for group in _row_groups(rows) if model.continues_rows else [[row] for row in rows]:
-            _continue(model, group, sampling, adapter=adapter)
+        for group in _row_groups(open_rows) if model.continues_rows else [[row] for row in open_rows]:
+            _continue(model, group, adapter=adapter)
     return tuple(row.answer() for row in rows)
 
 
@@ -55,9 +59,7 @@ def _row_groups(rows: Sequence[Row]) -> list[list[Row]]:
     return [by_length[start : start + ROWS] for start in range(0, len(rows), ROWS)]
 
 
-def _continue(model: MlxModel, rows: Sequence[Row], sampling: Sampling, *, adapter: bool) -> None:
-    if sampling.max_new_tokens == 0:
-        return
+def _continue(model: MlxModel, rows: Sequence[Row], *, adapter: bool) -> None:
     # The last token of a prompt is left for the first step, so that logits are computed for it alone.
     read = [row.prompt[:-1] for row in rows]
     cache: list[Any] = model.new_cache()
@@ -117,10 +119,9 @@ def _keep(model: MlxModel, row: Row, cache: list[Any], *, adapter: bool) -> None
 
 def _take(logits: mx.array, rows: Sequence[Row]) -> None:
     """Choose the next token of each row from logits `[rows, vocabulary]`."""
-    if rows[0].choose is None:
-        tokens = np.array(mx.argmax(logits, axis=-1)).tolist()
-    else:
-        values = to_numpy(logits).astype(np.float64)
-        tokens = [row.choose(scores) for row, scores in zip(rows, values, strict=False) if row.choose]
-    for row, token in zip(rows, tokens, strict=False):
-        row.take(token)
+    likeliest = np.array(mx.argmax(logits, axis=-1)).tolist()
+    # Logits leave the device only if a row needs more than the likeliest token.
+    values = to_numpy(logits) if any(row.choose for row in rows) else None
+    for place, row in enumerate(rows):
+        choose = row.choose
+        row.take(likeliest[place] if choose is None or values is None else choose(values[place].astype(np.float64)))

@@ -109,7 +109,7 @@ def mindprint_generate(
 ) -> Sequence[Generation]:
     from mindprint_mlx.generation import generate
 
-    return generate(model, prompts, sampling, adapter=adapter, on_token=on_token)
+    return generate(model, prompts, sampling.of_each(len(prompts)), adapter=adapter, on_token=on_token)
 
 
 @hookimpl

@@ -13,6 +13,7 @@ NEEDS: Mapping[str, str] = {
     "float16": "the same in float16, with `contract.TrainingState`'s loss scale, and overflowing steps skipped",
     "sampling": "draws at `temperature` within `top_p` that follow from seed and prompt alone",
     "filters": "`top_k`, `min_p` and `repetition_penalty`, as `mindprint.sampling` defines them",
+    "mixed": "`Sampling.rows`: settings for each prompt, in one batch",
     "streaming": "`on_token` called for each token as soon as it is known, and a row ended where it returns False",
     "embedding": "sites of the kind `embedding`, with LoRA on them as PEFT defines it",
     "affine": "a base in MLX's affine format, its quantized embedding included, with the numbers of core's dequantizer",

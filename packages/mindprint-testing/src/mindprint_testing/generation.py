@@ -163,6 +163,33 @@ class Generation(Claims):
         answers = _words(made)
         assert [_words(bench.backend.generate(model, [prompt], sampling))[0] for prompt in prompts] == answers
 
+    def test_each_prompt_has_its_settings(self, bench: Bench) -> None:
+        """Prompts with unlike limits, stop tokens, temperatures, filters and seeds have the answers of each one alone.
+
+        If it fails: the settings of one row are used for all, or they are matched to rows in another order.
+        """
+        self.needs("mixed")
+        model, prompts = bench.ready(), _prompts(bench) * 2
+        greedy = bench.backend.generate(model, prompts[:1], GREEDY)[0]
+        samplings = [
+            Sampling(6, (int(greedy.tokens[2]),)),
+            GREEDY,
+            Sampling(0, ()),
+            *(
+                [Sampling(4, (), temperature=1.0, seed=3), Sampling(6, (), temperature=2.0, top_p=0.5, seed=4)]
+                if "sampling" in self.capabilities
+                else [Sampling(2, ()), Sampling(3, ())]
+            ),
+            Sampling(5, (), repetition_penalty=1e6) if "filters" in self.capabilities else Sampling(5, ()),
+        ]
+        together = bench.backend.generate(model, prompts, samplings)
+        alone = [
+            bench.backend.generate(model, [prompt], own)[0] for prompt, own in zip(prompts, samplings, strict=True)
+        ]
+        assert _words(together) == _words(alone)
+        assert _words(bench.backend.generate(model, prompts[::-1], samplings[::-1])) == _words(alone)[::-1]
+        assert len({tuple(words) for words, _ in _words(alone)}) > 3
+
     def test_told_tokens_are_the_answers(self, bench: Bench) -> None:
         """`on_token` gets each row's tokens, in order and without the stop token, and answers stay as they are.
 

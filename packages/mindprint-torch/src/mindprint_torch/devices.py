@@ -26,7 +26,18 @@ def backend_info() -> BackendInfo:
         name="torch",
         devices=(_cuda(), _cpu(), mps),
         capabilities=frozenset(
-            {"dropout", "bfloat16", "float16", "sampling", "filters", "streaming", "embedding", "quantize", "experts"}
+            {
+                "dropout",
+                "bfloat16",
+                "float16",
+                "sampling",
+                "filters",
+                "mixed",
+                "streaming",
+                "embedding",
+                "quantize",
+                "experts",
+            }
             | {"ranks"}
             | set(QUANTIZED_FORMATS)
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
@@ -31,25 +32,29 @@ PROBE = ((3, 4, 5, 6, 7), (5, 6, 7))
 def generate(
     model: TorchModel,
     prompts: Sequence[Int32],
-    sampling: Sampling,
+    samplings: Sequence[Sampling],
     *,
     adapter: bool,
     on_token: OnToken | None = None,
 ) -> tuple[Generation, ...]:
-    """Continue each prompt (int32 `[P]`), in order. `on_token` gets each token, and ends a row by returning False."""
+    """Continue each prompt (int32 `[P]`) with its settings, in order.
+
+    `on_token` gets each token, and ends a row by returning False.
+    """
     rows = [
         AnswerRow(prompt, sampling, None if on_token is None else partial(on_token, index))
-        for index, prompt in enumerate(prompts)
+        for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
     ]
     with torch.no_grad(), adapter_enabled(model, enabled=adapter):
-        for places in _row_groups(model, prompts, sampling):
-            _continue(model, [rows[place] for place in places], sampling, adapter=adapter)
+        for places in _row_groups(model, rows):
+            _continue(model, [rows[place] for place in places], adapter=adapter)
     return tuple(row.answer() for row in rows)
 
 
-def _row_groups(model: TorchModel, prompts: Sequence[Int32], sampling: Sampling) -> list[list[int]]:
+def _row_groups(model: TorchModel, rows: Sequence[AnswerRow]) -> list[list[int]]:
     """Return which prompts are continued together: those of like length, which keeps padding short."""
 
+    prompts = [row.prompt for row in rows]
     limit, together = model.head.rotary_limit, continues_rows(model, prompts)
 
     def kind(row: int) -> tuple[int, int]:
@@ -59,14 +64,15 @@ def _row_groups(model: TorchModel, prompts: Sequence[Int32], sampling: Sampling)
             return 0, row
         if limit is None:
             return 0, 0
-        start, end = limit.kinds(np.array([length, length + sampling.max_new_tokens], np.int32)).tolist()
+        start, end = limit.kinds(np.array([length, length + rows[row].sampling.max_new_tokens], np.int32)).tolist()
         # A prompt that crosses the limit on its way does so at its own length, and so may only meet its equals.
         return (start, 0) if start == end else (-1, length)
 
-    order = sorted(range(len(prompts)), key=lambda row: (kind(row), len(prompts[row])))
-    alike = [list(rows) for _, rows in groupby(order, kind)]
+    open_rows = (row for row in range(len(prompts)) if not rows[row].is_done)
+    order = sorted(open_rows, key=lambda row: (kind(row), len(prompts[row])))
+    alike = [list(group) for _, group in groupby(order, kind)]
     most = ROWS_AT_ONCE_CUDA if model.device.type == "cuda" else ROWS_AT_ONCE
-    return [rows[start : start + most] for rows in alike for start in range(0, len(rows), most)]
+    return [group[start : start + most] for group in alike for start in range(0, len(group), most)]
 
 
 def continues_rows(model: TorchModel, prompts: Sequence[Int32]) -> bool:
@@ -89,14 +95,13 @@ def _next_logits(model: TorchModel, prompts: list[Int32]) -> Tensor:
     return decoder.step(decoder.read().argmax(-1))
 
 
-def _continue(model: TorchModel, rows: Sequence[AnswerRow], sampling: Sampling, *, adapter: bool) -> None:
-    if sampling.max_new_tokens == 0:
-        return
-    fill = sampling.stop_token_ids[0] if sampling.stop_token_ids else 0
+def _continue(model: TorchModel, rows: Sequence[AnswerRow], *, adapter: bool) -> None:
+    stops = rows[0].sampling.stop_token_ids
+    fill = stops[0] if stops else 0
     # Whoever listens is in a conversation, whose next prompt begins with this one and its answer.
     listens = rows[0].tell is not None
     decoder = Decoder(model, [row.prompt for row in rows], fill, adapter=adapter if listens else None)
-    choice = TokenChoices(sampling, [row.prompt for row in rows])
+    choice = TokenChoices([row.sampling for row in rows], [row.prompt for row in rows])
     running, logits = list(rows), decoder.read()
     with decoder.decoding():
         while True:
@@ -130,45 +135,53 @@ def _keep_row(model: TorchModel, row: AnswerRow, cache: RowCache | None, *, adap
 class TokenChoices:
     """The choices of several answers that are generated together, as `mindprint.sampling.TokenChoice` makes them.
 
-    A row's random numbers come from the seed and its own prompt, so that they do not depend on its neighbours.
+    A row's random numbers come from its seed and its prompt, so that they do not depend on its neighbours. Rows with
+    the same settings are chosen for together.
     """
 
-    def __init__(self, sampling: Sampling, prompts: Sequence[Int32]) -> None:
-        self._sampling = sampling
+    def __init__(self, samplings: Sequence[Sampling], prompts: Sequence[Int32]) -> None:
         self._prompts = list(prompts)
-        self._generators = [token_generator(sampling, prompt) for prompt in prompts]
+        self._generators = [token_generator(*row) for row in zip(samplings, prompts, strict=True)]
+        # Only these settings decide about a token: a limit, a stop token and a seed are each row's own affair.
+        self._ways = [replace(sampling, max_new_tokens=0, stop_token_ids=(), seed=0) for sampling in samplings]
         self._seen: Tensor | None = None
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return the next token of each row, int64 `[rows]`, for logits `[rows, vocabulary]`."""
-        sampling = self._sampling
-        penalises = sampling.repetition_penalty != 1
-        if sampling.temperature == 0 and not penalises:
-            return logits.argmax(-1)
+        chosen = logits.argmax(-1)
+        ways = dict.fromkeys(way for way in self._ways if way.temperature > 0 or way.repetition_penalty != 1)
+        for way in ways:
+            places = [place for place, own in enumerate(self._ways) if own == way]
+            alone = len(places) == len(self._ways)
+            chosen[places] = self._choose(logits if alone else logits[places], way, places)
+        if self._seen is not None:
+            self._seen.scatter_(1, chosen[:, None], True)
+        return chosen
+
+    def _choose(self, logits: Tensor, way: Sampling, places: Sequence[int]) -> Tensor:
+        """Return the next token of rows with the same settings, int64 `[rows]`."""
         # In float64 as the definition is, so that the same logits give the same token. MPS has none.
         values = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
-        if penalises:
-            values = penalised(values, self._seen_tokens(values), sampling.repetition_penalty)
-        if sampling.temperature == 0:
-            chosen = values.argmax(-1, keepdim=True)
-        else:
-            uniform = torch.tensor([[generator.random()] for generator in self._generators], dtype=values.dtype)
-            chosen = draw(values, sampling, uniform.to(logits.device))
-        if self._seen is not None:
-            self._seen.scatter_(1, chosen, True)
-        return chosen[:, 0]
+        if way.repetition_penalty != 1:
+            values = penalised(values, self._seen_tokens(values)[list(places)], way.repetition_penalty)
+        if way.temperature == 0:
+            return values.argmax(-1)
+        numbers = [[self._generators[place].random()] for place in places]
+        return draw(values, way, torch.tensor(numbers, dtype=values.dtype).to(logits.device))[:, 0]
 
     def keep(self, places: Sequence[int]) -> None:
         """Keep these rows, and forget the others."""
         self._generators = [self._generators[place] for place in places]
         self._prompts = [self._prompts[place] for place in places]
+        self._ways = [self._ways[place] for place in places]
         if self._seen is not None:
             self._seen = self._seen[list(places)]
 
     def _seen_tokens(self, values: Tensor) -> Tensor:
         """Return which tokens each row has had, bool `[rows, vocabulary]`: those of its prompt and of its answer."""
         if self._seen is None:
-            self._seen = torch.zeros_like(values, dtype=torch.bool)
+            shape = len(self._prompts), values.shape[-1]
+            self._seen = torch.zeros(shape, dtype=torch.bool, device=values.device)
             for row, prompt in zip(self._seen, self._prompts, strict=True):
                 row[torch.from_numpy(prompt.astype(np.int64)).to(row.device)] = True
         return self._seen

@@ -197,13 +197,13 @@ def check_log_probs(answer: Answer, values: Float32, batch: TokenBatch) -> None:
 
 
 def check_generations(
-    answer: Answer, generations: Sequence[Generation], prompts: int, sampling: Sampling, vocabulary: int
+    answer: Answer, generations: Sequence[Generation], samplings: Sequence[Sampling], vocabulary: int
 ) -> None:
-    """Check generated answers: one for each prompt, within the vocabulary and the limit."""
+    """Check generated answers: one for each prompt's settings, within the vocabulary and the limit."""
     # A missing answer would move all later ones to other prompts.
-    if len(generations) != prompts:
-        answer.refuse(f"answered {len(generations)} of {prompts} prompts")
-    for generation in generations:
+    if len(generations) != len(samplings):
+        answer.refuse(f"answered {len(generations)} of {len(samplings)} prompts")
+    for generation, sampling in zip(generations, samplings, strict=True):
         tokens = generation.tokens
         # The contract leaves the number of tokens open, so an array's own size is the expected one.
         answer.array("tokens", tokens, (tokens.size if isinstance(tokens, np.ndarray) else 0,), np.int32)

@@ -151,16 +151,43 @@ class Backend:
         self,
         model: LoadedModel,
         prompts: Sequence[Int32],
-        sampling: Sampling,
+        sampling: Sampling | Sequence[Sampling],
         *,
         adapter: bool = True,
         on_token: OnToken | None = None,
     ) -> tuple[Generation, ...]:
-        """Continue each prompt, in order.
+        """Continue each prompt, in order, all with the same settings or each with those at its place.
 
         `on_token` gets each token as `hookspecs.mindprint_generate` says. A backend without the capability `streaming`
-        generates first: its tokens are told afterwards, and rows that `on_token` ends are cut.
+        generates first: its tokens are told afterwards, and rows that `on_token` ends are cut. A backend without the
+        capability `mixed` is called once for each of the settings.
         """
+        if isinstance(sampling, Sampling):
+            return self._generate_together(model, prompts, sampling, adapter=adapter, on_token=on_token)
+        if len(sampling) != len(prompts):
+            raise ValueError(f"{len(sampling)} settings for {len(prompts)} prompts")
+        if "mixed" in self.info.capabilities and len(set(sampling)) > 1:
+            each = Sampling(0, (), rows=tuple(sampling))
+            return self._generate_together(model, prompts, each, adapter=adapter, on_token=on_token)
+        by_row: dict[int, Generation] = {}
+        for settings in dict.fromkeys(sampling):
+            rows = [row for row, own in enumerate(sampling) if own == settings]
+            tell = None if on_token is None else _for_rows(on_token, rows)
+            chosen = [prompts[row] for row in rows]
+            made = self._generate_together(model, chosen, settings, adapter=adapter, on_token=tell)
+            by_row.update(zip(rows, made, strict=True))
+        return tuple(by_row[row] for row in range(len(prompts)))
+
+    def _generate_together(
+        self,
+        model: LoadedModel,
+        prompts: Sequence[Int32],
+        sampling: Sampling,
+        *,
+        adapter: bool,
+        on_token: OnToken | None,
+    ) -> tuple[Generation, ...]:
+        """Continue each prompt in one call of the backend."""
         hook = "mindprint_generate"
         _require_embedded(model, prompts)
         if sampling.filters and "filters" not in self.info.capabilities:
@@ -175,7 +202,9 @@ class Backend:
             raise relay.error
         self._guarded(
             hook,
-            lambda answer: answers.check_generations(answer, generations, len(prompts), sampling, model.vocab_size),
+            lambda answer: answers.check_generations(
+                answer, generations, sampling.of_each(len(prompts)), model.vocab_size
+            ),
         )
         if relay is not None:
             self._guarded(hook, lambda answer: answers.check_told(answer, generations, relay.told, relay.ended))
@@ -294,6 +323,11 @@ class Backend:
     def _guarded(self, hook: str, check: Callable[[answers.Answer], T]) -> T:
         """Return `check(answer)`. Reading an answer can run code of the plugin's own classes, as calling it does."""
         return call_plugin(self.plugin, f"{hook}'s answer", lambda: check(answers.Answer(self.name, hook)), DEBUG_HINT)
+
+
+def _for_rows(on_token: OnToken, rows: Sequence[int]) -> OnToken:
+    """Return a callback for a call with some of the rows only, which tells their places among all."""
+    return lambda row, token: on_token(rows[row], token)
 
 
 def _require_embedded(model: LoadedModel, arrays: Iterable[Int32]) -> None:

@@ -1,8 +1,8 @@
 """Requests that wait for the model, answered together where they can be. No HTTP here.
 
 A model computes one batch at a time, in the thread that loaded it. Requests come from other threads and wait. When the
-model is free it takes the oldest one, together with all that may share its batch: the same model and the same
-settings. An answer does not depend on its neighbours but for rounding, which the contract promises.
+model is free it takes the oldest one, together with all others that ask for the same model, each with its settings. An
+answer does not depend on its neighbours but for rounding, which the contract promises.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mindprint.contract import Generation, Int32
+from mindprint.contract import Generation, Int32, Sampling
 from mindprint.data.text_stream import TextStream, answer_stream, finished_answer
 from mindprint.errors import DataError, first_line
 from mindprint.runs.opened import OpenedModel
@@ -60,16 +60,6 @@ class Job:
             self._listener(event)
         except Exception:  # noqa: BLE001 (of a closed event loop, mostly)
             self.cancelled = True
-
-    def batch_key(self) -> tuple[object, ...]:
-        """Return a key that jobs of one batch have in common: the model, and every setting that the backend gets."""
-        return self.asked.model, self.asked.settings, self.asked.seed
-
-    def draws_alike(self, other: Job) -> bool:
-        """Return whether two jobs in one batch would be given the same draws, though neither asked for a seed."""
-        if self.asked.seed is not None or not self.asked.settings.temperature:
-            return False
-        return self.prompt is not None and other.prompt is not None and self.prompt.tolist() == other.prompt.tolist()
 
 
 class Batcher:
@@ -175,10 +165,7 @@ class Batcher:
         for job in self._waiting:
             if len(batch) == self._most_together:
                 break
-            if job.prompt is None:
-                continue
-            fits = not batch or job.batch_key() == batch[0].batch_key()
-            if fits and not any(job.draws_alike(other) for other in batch):
+            if job.prompt is not None and (not batch or job.asked.model == batch[0].asked.model):
                 batch.append(job)
         self._waiting = [job for job in self._waiting if job not in batch]
         return tuple(batch)
@@ -213,7 +200,6 @@ class Batcher:
     def _answer(self, batch: Sequence[Job]) -> None:
         prompts = [job.prompt for job in batch if job.prompt is not None]
         streams = [self._stream(job) for job in batch]
-        asked = batch[0].asked
 
         def tell(row: int, token: int) -> bool:
             job, stream = batch[row], streams[row]
@@ -223,11 +209,11 @@ class Batcher:
                 job.tell(piece)
             return not stream.stopped
 
-        seed = secrets.randbits(63) if asked.seed is None else asked.seed
-        sampling = self._opened.sampling(asked.settings, seed)
-        adapter = self._sides[asked.model]
+        samplings = [self._sampling(job.asked) for job in batch]
+        adapter = self._sides[batch[0].asked.model]
+        backend, model = self._opened.backend, self._opened.model
         try:
-            made = self._opened.backend.generate(self._opened.model, prompts, sampling, adapter=adapter, on_token=tell)
+            made = backend.generate(model, prompts, samplings, adapter=adapter, on_token=tell)
         except Exception as error:  # noqa: BLE001 (whatever it is, the next request may be answered)
             for job in batch:
                 job.tell(_failure(error))
@@ -236,6 +222,10 @@ class Batcher:
         for job, stream, generation in zip(batch, streams, made, strict=True):
             if not job.cancelled:
                 self._finish(job, stream, generation)
+
+    def _sampling(self, asked: Asked) -> Sampling:
+        # Nobody who leaves the seed out expects the same answer twice.
+        return self._opened.sampling(asked.settings, secrets.randbits(63) if asked.seed is None else asked.seed)
 
     def _stream(self, job: Job) -> TextStream:
         tokenizer = self._opened.tokenizer
