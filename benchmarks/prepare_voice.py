@@ -36,6 +36,7 @@ from mindprint.data.render import render_sft
 from mindprint.models.likelihoods import sum_texts
 from mindprint.runs.folder import RunFolder, newest_run
 from mindprint.runs.opened import OpenedModel
+from mindprint.sampling import ENOUGH_PENALTY
 from mindprint.voice.copying import Copying, measure_copying
 from mindprint.voice.scoring import NotScored, VoiceReference, VoiceScore, VoiceScorer, fit_scorer
 from mindprint.writing.asking import BaseModel, Kept
@@ -425,8 +426,8 @@ def print_perplexity(name: str, values: Mapping[str, float], untuned: Mapping[st
 
 
 def answers_of(opened: OpenedModel, prompts: Sequence[Any], *, adapter: bool) -> list[str]:
-    """Return greedy answers, up to their last whole sentence."""
-    settings = GenerationConfig(max_new_tokens=LONGEST_ANSWER)
+    """Return greedy answers with the penalty of a new project, up to their last whole sentence."""
+    settings = GenerationConfig(max_new_tokens=LONGEST_ANSWER, repetition_penalty=ENOUGH_PENALTY)
     # Sorted by length and a few at once, so that progress can be shown.
     order = sorted(range(len(prompts)), key=lambda place: len(str(prompts[place])))
     answers = [""] * len(prompts)
