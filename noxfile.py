@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -207,66 +208,83 @@ def wheels(session: nox.Session) -> None:
     for folder in (*(f"packages/mindprint-{name}" for name in (*PACKAGES, *INFERENCE)), HELLO):
         session.run("python", "-m", "build", "--no-isolation", "--outdir", str(dist), folder, silent=True)
     session.run("twine", "check", "--strict", *sorted(str(path) for path in dist.iterdir()))
-    constraints = Path(CONSTRAINTS).resolve()
-    for name in session.posargs or ALONE:
-        alone(session, name, dist, constraints)
     if not session.posargs:
-        uninstalled(session, dist, constraints)
+        add_and_remove(Environment(session, dist, "added"))
+    for name in session.posargs or ("torch",):
+        environment = Environment(session, dist, name)
+        environment.add(name)
+        shutil.rmtree(environment.folder)
 
 
 SHORT = ("curriculum.max_topics=2", "sft.steps_per_topic=2", "dpo.steps_per_topic=2",
          "evaluation.prompts_per_topic=1", "evaluation.levels=[final]", "generation.max_new_tokens=16")  # fmt: skip
 
-ALONE = {
-    "core": (("mindprint", "init", "voice"), ("mindprint", "plugins", "--check")),
+USED_ALONE = {
+    "core": (("mindprint", "init", "first"), ("mindprint", "plugins", "--check")),
     "testing": (("pytest", "--version"), ("python", "-c", "import mindprint_testing")),
     "hello": (("mindprint", "hello", "base"), ("mindprint", "init", "voice", "--model", "base"),
               ("mindprint", "train", "voice", "--backend", "hello", *SHORT)),
     "torch": (("mindprint", "doctor", "--backend", "torch"),),
     "mlx": (("mindprint", "doctor", "--backend", "mlx"),),
 }  # fmt: skip
-"""The commands that are run where a distribution is installed alone: `doctor` trains a few steps on each device."""
+"""The commands that show that a distribution is there and works: `doctor` trains a few steps on each device."""
 
 
-def alone(session: nox.Session, name: str, dist: Path, constraints: Path) -> None:
-    """Use a wheel in its own environment, with the dependencies that it declares and no others."""
-    folder, pip = environment(session, dist.parent / "alone" / name, dist, constraints, name)
-    session.run(*pip, "check")
-    use(session, folder, *ALONE[name])
-    shutil.rmtree(folder)
+class Environment:
+    """An empty environment, into which distributions are installed from wheels, with what they declare."""
+
+    def __init__(self, session: nox.Session, dist: Path, name: str) -> None:
+        self._session = session
+        self._dist = dist
+        self.folder = dist.parent / name
+        self._constraints = Path(CONSTRAINTS).resolve()
+        session.run("python", "-m", "venv", "--clear", "--without-pip", str(self.folder), silent=True)
+
+    def pip(self, *words: str) -> None:
+        """Run the session's pip on this environment."""
+        python = programs(self.folder) / "python"
+        self._session.run("python", "-m", "pip", "--python", str(python), *words, silent=True)
+
+    def add(self, name: str) -> None:
+        """Install a wheel, check what it declares, and run the commands that show that it works."""
+        wheel = next(self._dist.glob(f"mindprint_{name}-*.whl"))
+        if name != "core" and "Requires-Dist: mindprint-core" not in metadata_of(wheel):
+            self._session.error(f"{wheel.name} does not declare mindprint-core")
+        options = ("-q", *UNCOMPILED, "-c", str(self._constraints), "--find-links", str(self._dist))
+        self.pip("install", *options, str(wheel))
+        self.pip("check")
+        self.use(*USED_ALONE[name])
+
+    def use(self, *commands: tuple[str, ...], success_codes: Sequence[int] = (0,)) -> None:
+        """Run commands of this environment, away from the source tree."""
+        work = self.folder / "work"
+        work.mkdir(exist_ok=True)
+        with self._session.chdir(work):
+            for command, *words in commands:
+                path = str(programs(self.folder) / command)
+                self._session.run(path, *words, external=True, success_codes=list(success_codes))
 
 
-def uninstalled(session: nox.Session, dist: Path, constraints: Path) -> None:
-    """Install two backends, uninstall one, and use the other, core and the project that they shared."""
-    folder, pip = environment(session, dist.parent / "uninstalled", dist, constraints, "hello", "mlx")
-    use(session, folder, *ALONE["hello"], ("mindprint", "doctor", "--backend", "mlx"))
-    session.run(*pip, "uninstall", "-q", "-y", "mindprint-hello")
-    use(session, folder, ("mindprint", "plugins", "--check"), ("mindprint", "doctor"), ("mindprint", "init", "other"),
-        ("mindprint", "train", "other", *SHORT))  # fmt: skip
-    session.run(str(programs(folder) / "mindprint"), "generate", str(folder / "work" / "voice"), "--prompt", "Tea?",
-                external=True, success_codes=[2])  # fmt: skip
-    shutil.rmtree(folder)
+def add_and_remove(environment: Environment) -> None:
+    """Add one distribution after the other to core, and remove a backend that another one shares a project with.
+
+    One environment serves for all of them: each needs core, and nothing else that an earlier one brings.
+    """
+    for name in ("core", "hello", "mlx"):
+        environment.add(name)
+    environment.pip("uninstall", "-q", "-y", "mindprint-hello")
+    environment.pip("check")
+    environment.use(("mindprint", "plugins", "--check"), ("mindprint", "doctor"), ("mindprint", "init", "other"),
+                    ("mindprint", "train", "other", *SHORT))  # fmt: skip
+    environment.use(("mindprint", "generate", "voice", "--prompt", "Tea?"), success_codes=(2,))
+    environment.add("testing")
+    shutil.rmtree(environment.folder)
 
 
-def environment(
-    session: nox.Session, folder: Path, dist: Path, constraints: Path, *names: str
-) -> tuple[Path, tuple[str, ...]]:
-    """Make an environment with these wheels and their dependencies. Return it with the pip that works on it."""
-    session.run("python", "-m", "venv", "--clear", "--without-pip", str(folder), silent=True)
-    pip = ("python", "-m", "pip", "--python", str(programs(folder) / "python"))
-    options = ("-q", *UNCOMPILED, "-c", str(constraints), "--find-links", str(dist))
-    built = [str(next(dist.glob(f"mindprint_{name}-*.whl"))) for name in names]
-    session.run(*pip, "install", *options, *built, silent=True)
-    return folder, pip
-
-
-def use(session: nox.Session, folder: Path, *commands: tuple[str, ...]) -> None:
-    """Run commands of an environment, away from the source tree."""
-    work = folder / "work"
-    work.mkdir(exist_ok=True)
-    with session.chdir(work):
-        for command, *words in commands:
-            session.run(str(programs(folder) / command), *words, external=True)
+def metadata_of(wheel: Path) -> str:
+    with zipfile.ZipFile(wheel) as content:
+        name = next(name for name in content.namelist() if name.endswith(".dist-info/METADATA"))
+        return content.read(name).decode()
 
 
 def programs(folder: Path) -> Path:
@@ -436,13 +454,20 @@ def train_pretrained(session: nox.Session, models: Sequence[str], steps: int) ->
     run_in_both(session, "pytest", "-s", "tests/real", env={**env, "MINDPRINT_REAL_STEPS": str(steps)})
 
 
+BENCHMARKS = ("sft_torch", "sft_mlx", "dpo_torch", "dpo_mlx", "bfloat16_torch", "linear_cost", "loop_overhead",
+              "memory_flat", "merge", "near_duplicates", "row_rounding", "rounding", "startup", "verify", "plan",
+              "quantized")  # fmt: skip
+"""Those that need no more than this repository."""
+
+
 @nox.session(python=PYTHON, default=False)
 def bench(session: nox.Session) -> None:
     """Measure the figures of the documentation, next to the peers. Asserts nothing, because they are noisy.
 
-    `nox -s bench -- dpo_torch --turns 3` runs one of them, with its options.
+    `nox -s bench -- dpo_torch --turns 3` runs one of them, with its options. Those of `benchmarks/` that need a model,
+    texts or a GPU run by name only.
     """
     install(session, PACKAGES, "mlx-lm-lora==5.10.2")
     chosen, options = session.posargs[:1], session.posargs[1:]
-    for script in sorted(Path("benchmarks").glob(f"{chosen[0] if chosen else '*'}.py")):
-        session.run("python", str(script), *options)
+    for name in chosen or BENCHMARKS:
+        session.run("python", f"benchmarks/{name}.py", *options)
