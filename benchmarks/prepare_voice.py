@@ -372,8 +372,8 @@ def continued(folder: Path, project: Path, options: argparse.Namespace) -> Path:
         lines = [json.dumps({"text": row["completion"]}) + "\n" for row in rows_of(project, "sft")]
         (plain / "data" / "sft.jsonl").write_text("".join(lines), encoding="utf-8")
         config = {
-            "model": {"name": str(model_path(options.model)), "dtype": prepared.model.dtype},
-            "backend": {"type": options.backend},
+            "model": {"name": str(model_path(options.model))},
+            "backend": {"type": options.backend, "dtype": prepared.backend.dtype},
             "data": {"format": "raw", "heldout_fraction": 0},
             "sft": {
                 "steps_per_topic": steps,
