@@ -4,6 +4,7 @@
     python benchmarks/ranks.py steps --backends torch --ranks 2 --steps 3
     python benchmarks/ranks.py resume                    # a run of 2 ranks continues with 1, a run of 1 with 3
     python benchmarks/ranks.py kill --kills 10           # kill -9 of one rank at ten moments
+    python benchmarks/ranks.py shard                     # PyTorch's base divided between ranks: numbers, and memory
     python benchmarks/ranks.py bytes                     # bytes that a rank sends in a step, next to the formula
     python benchmarks/ranks.py paper                     # the formula for real bases and links; nothing is run
 
@@ -17,6 +18,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import socket
 import struct
 import subprocess
@@ -35,7 +37,7 @@ from safetensors.numpy import load_file
 from mindprint.adapter.initial import initial_adapter
 from mindprint.adapter.targets import resolve_targets
 from mindprint.config import DataConfig, ModelConfig
-from mindprint.contract import LoraConfig, LoraFactors, ModelSpec, Update
+from mindprint.contract import LoadedModel, LoraConfig, LoraFactors, ModelSpec, Update
 from mindprint.data.collate import preference_batch, sft_batch
 from mindprint.data.render import render_preferences, render_sft
 from mindprint.data.row_files import Origin
@@ -54,6 +56,9 @@ MICRO_BATCHES, ROWS = 7, 2
 
 GRADIENT, LOSS, ADAPTER = 1e-6, 1e-6, 1e-5
 """Bounds: of the first gradient relative to its norm, of a loss times (1 + loss), of an element of the adapter."""
+
+RESIDENT = 0.6
+"""Bound: the resident memory of one of two ranks that divide a base, next to that of one process."""
 
 SECONDS_TO_END = 15.0
 """Time in which all ranks have ended after one of them was killed."""
@@ -88,25 +93,27 @@ checkpoints: {every: 5}
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("part", choices=("steps", "resume", "kill", "bytes", "paper", "worker"))
+    parser.add_argument("part", choices=("steps", "resume", "kill", "bytes", "paper", "shard", "worker"))
     parser.add_argument("--backends", nargs="+", default=["torch", "mlx"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 3])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--into", type=Path, help="of a worker: the folder of its results")
+    parser.add_argument("--shard", action="store_true", help="of a worker: divide the base between the ranks")
+    parser.add_argument("--model", default="builtin:tiny", help="of a worker: the base")
     options = parser.parse_args()
     if options.part == "worker":
-        work(options.backends[0], options.cases, options.steps, options.into)
+        work(options.backends[0], options.cases, options.steps, options.into, options.model, shard=options.shard)
         return
+    if options.part == "shard":
+        options.shard, options.backends, options.ranks = True, ["torch"], [2]
     if options.part == "paper":
         print_paper()
         return
     with tempfile.TemporaryDirectory() as kept:
         for backend in options.backends:
-            {"steps": compare_steps, "resume": compare_resumed, "kill": kill_ranks, "bytes": count_bytes}[options.part](
-                backend, Path(kept) / backend, options
-            )
+            PARTS[options.part](backend, Path(kept) / backend, options)
 
 
 def compare_steps(backend: str, folder: Path, options: argparse.Namespace) -> None:
@@ -119,10 +126,52 @@ def compare_steps(backend: str, folder: Path, options: argparse.Namespace) -> No
             print(f"{backend}, {size} ranks, {case}, {options.steps} steps: {compared}", flush=True)
 
 
+def compare_sharded(backend: str, folder: Path, options: argparse.Namespace) -> None:
+    """Print how far ranks that divide the base are from one, and the memory of a rank next to that of one process."""
+    compare_steps(backend, folder, options)
+    model = make_large_model(folder / "large")
+    options.model, options.cases, options.steps = str(model), ["sft"], 2
+    alone = run_workers(backend, 1, folder / "large-1", options)[0]["sft"]
+    ranks = [rank["sft"] for rank in run_workers(backend, 2, folder / "large-2", options)]
+    print(f"{backend}, a base of {alone['parameters'] / 1e6:.0f}M parameters, float32:", flush=True)
+    for kind in ("resident", "peak"):
+        most = max(rank[kind] for rank in ranks)
+        print(
+            f"  {kind} memory: {alone[kind] / 2**20:,.0f} MiB in one process, {most / 2**20:,.0f} MiB on a rank of 2 "
+            f"({most / alone[kind]:.2f})",
+            flush=True,
+        )
+        assert most / alone[kind] <= RESIDENT
+
+
+def make_large_model(folder: Path) -> Path:
+    """Write a Llama of half a billion random parameters, with the tokenizer of the built-in model."""
+    # Imported here: this process and most parts need no framework.
+    import torch  # noqa: PLC0415
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+
+    tiny = resolve_model(ModelConfig(name="builtin:tiny"), Path.cwd()).path
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    vocabulary = json.loads((tiny / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=39,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def compare_case(alone: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
     """Return how far several ranks are from one, and assert the bounds."""
     assert len({rank["digest"] for rank in ranks}) == 1, "the ranks have unlike adapters"
     first = ranks[0]
+    assert {rank["base"] for rank in ranks} == {alone["base"]}, "the base has another digest"
     gradient = np.linalg.norm(alone["gradient"] - first["gradient"]) / np.linalg.norm(alone["gradient"])
     losses = np.array(alone["losses"]), np.array(first["losses"])
     loss = float((np.abs(losses[0] - losses[1]) / (1 + losses[0])).max())
@@ -207,6 +256,7 @@ def run_workers(backend: str, size: int, folder: Path, options: argparse.Namespa
     """Run the cases on `size` ranks, and return the results of each rank by case."""
     folder.mkdir(parents=True)
     words = ["worker", "--backends", backend, "--steps", str(options.steps), "--into", str(folder)]
+    words += ["--model", options.model, *(["--shard"] if options.shard and size > 1 else [])]
     end(start_ranks(backend, size, [*words, "--cases", *options.cases], program=[sys.executable, __file__]))
     return read_results(folder, size)
 
@@ -223,7 +273,9 @@ def read_results(folder: Path, size: int) -> list[dict[str, Any]]:
     return results
 
 
-def work(name: str, cases: list[str], steps: int, into: Path) -> None:
+def work(
+    name: str, cases: list[str], steps: int, into: Path, model: str = "builtin:tiny", *, shard: bool = False
+) -> None:
     """Take the steps of every case as one rank, and write what came of them."""
     backend = load_backend(name)
     ranks = backend.ranks
@@ -233,9 +285,14 @@ def work(name: str, cases: list[str], steps: int, into: Path) -> None:
     for case in cases:
         stage, dropout = CASES[case]
         before = bytes_sent()
-        losses, gradient, adapter = take_steps(backend, stage, dropout, steps)
+        loaded = load_base(backend, model, shard=shard)
+        losses, gradient, adapter = take_steps(backend, loaded, stage, dropout, steps)
         digest = hashlib.sha256(adapter.tobytes()).hexdigest()
-        facts[case] = {"losses": losses, "digest": digest, "bytes": bytes_sent() - before}
+        facts[case] = {"losses": losses, "digest": digest, "bytes": bytes_sent() - before, **memory()}
+        facts[case] |= {"parameters": loaded.parameters, "base": backend.base_digest(loaded)}
+        # All ranks are here: a rank that were ahead would not lend its share of the base to the others.
+        ranks.gather(None)
+        backend.release(loaded)
         arrays |= {f"{case} gradient": gradient, f"{case} adapter": adapter}
     np.savez(into / f"{ranks.rank}.npz", **arrays)
     (into / f"{ranks.rank}.json").write_text(json.dumps(facts), encoding="utf-8")
@@ -243,13 +300,24 @@ def work(name: str, cases: list[str], steps: int, into: Path) -> None:
     ranks.gather(None)
 
 
+def load_base(backend: Backend, name: str, *, shard: bool) -> LoadedModel:
+    path = resolve_model(ModelConfig(name=name), Path.cwd()).path
+    return backend.load_model(ModelSpec(str(path), "cpu", "float32", shard=shard))
+
+
+def memory() -> dict[str, int]:
+    """Return the resident memory of this process, now and at most, in bytes, as Linux counts it."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    values = {name: int(value.split()[0]) * 1024 for name, _, value in (line.partition(":") for line in lines)
+              if name in ("VmRSS", "VmHWM")}  # fmt: skip
+    return {"resident": values["VmRSS"], "peak": values["VmHWM"]}
+
+
 def take_steps(
-    backend: Backend, stage: str, dropout: float, steps: int
+    backend: Backend, model: LoadedModel, stage: str, dropout: float, steps: int
 ) -> tuple[list[float], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Take `steps` steps on this rank's share. Return the losses, the first gradient and the last adapter."""
-    folder = resolve_model(ModelConfig(name="builtin:tiny"), Path.cwd())
-    tokenizer = load_tokenizer(folder.path)
-    model = backend.load_model(ModelSpec(str(folder.path), "cpu", "float32"))
+    tokenizer = load_tokenizer(resolve_model(ModelConfig(name="builtin:tiny"), Path.cwd()).path)
     sites = backend.adapter_sites(model)
     lora = LoraConfig(4, 8.0, resolve_targets(sites, "all-linear"), dropout)
     backend.inject_adapter(model, initial_adapter(sites, lora, seed=0))
@@ -409,6 +477,14 @@ def compare_runs(whole: Path, run: Path) -> str:
     assert adapter <= ADAPTER
     return f"losses {loss:.1e}, adapter {adapter:.1e}"
 
+
+PARTS = {
+    "steps": compare_steps,
+    "resume": compare_resumed,
+    "kill": kill_ranks,
+    "bytes": count_bytes,
+    "shard": compare_sharded,
+}
 
 if __name__ == "__main__":
     main()

@@ -25,6 +25,6 @@ class TestConformance(BackendConformance):
             "quantize",
             "experts",
         }
-        | {"ranks"}
+        | {"ranks", "shard"}
         | set(QUANTIZED_FORMATS)
     )

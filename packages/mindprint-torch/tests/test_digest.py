@@ -65,3 +65,14 @@ def test_chunking_does_not_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = digest.weights_digest(weights)
     monkeypatch.setattr(digest, "WORDS_AT_ONCE", 3)
     assert digest.weights_digest(weights) == whole
+
+
+def test_parts_add_up_to_the_whole_wherever_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks hold parts that start within a 64-bit word: 45 values of 2 bytes, divided at every place."""
+    monkeypatch.setattr(digest, "WORDS_AT_ONCE", 4)
+    weight = torch.arange(1, 46, dtype=torch.bfloat16)
+    factors = torch.arange(1, 2 * 12, 2)
+    whole = digest.part_checksum(weight, 0, factors)
+    for place in range(46):
+        parts = (weight[:place], 0), (weight[place:], 2 * place)
+        assert sum(digest.part_checksum(part, first, factors) for part, first in parts) == whole

@@ -65,6 +65,11 @@ class BackendConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Compute activations again instead of keeping them: less memory, more time, same numbers."
     )
+    shard: bool = Field(
+        False,
+        description="Divide the base's decoder layers among the ranks, so that a larger base fits: PyTorch, under "
+        "`mindprint launch` or `torchrun`.",
+    )
 
 
 class DataConfig(Section):

@@ -46,6 +46,7 @@ CAPABILITIES = frozenset(
         "quantize",
         "gguf",
         "ranks",
+        "shard",
         *QUANTIZED_FORMATS,
     }
 )
@@ -65,6 +66,7 @@ CAPABILITIES = frozenset(
 - `gguf`: a GGUF file of llama.cpp's in place of a folder as `ModelSpec.path`. It has no adapter sites.
 - `ranks`: several processes that train one adapter together, each on its share of the micro-batches. The backend states
   its place among them in `BackendInfo.world`, and implements `mindprint_gather`.
+- `shard`: a base whose weights are divided among the ranks, as `ModelSpec.shard` says.
 - `experts`: sites of the kind `experts` where a base has stacks of experts, and LoRA on them.
 """
 
@@ -144,6 +146,10 @@ class ModelSpec:
         quantize: How to pack the linear layers of a full-precision base while it is loaded. Core asks only backends
             that claim `quantize` for it. `nf4` is NF4 with double quantization, `4bit` and `8bit` are MLX's affine
             format in groups of 64. Embeddings, routers and the output layer stay in full precision.
+        shard: Whether each rank holds a part of the weights. Core asks only backends that claim `shard` for it. All
+            ranks load, inject, take steps and ask for the digest at the same moments. For log-probs and answers a rank
+            may be alone, with another number of rows, while the others wait in `mindprint_gather`. The backend makes
+            sure that it gets their parts of the weights.
     """
 
     path: str
@@ -151,6 +157,8 @@ class ModelSpec:
     dtype: Dtype
     quantization: str | None = None
     quantize: QuantizeMethod | None = None
+    # Added in version 2 with a default: only those who ask for it set it.
+    shard: bool = False
 
 
 @dataclass(frozen=True)

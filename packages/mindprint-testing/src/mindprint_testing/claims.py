@@ -25,6 +25,7 @@ NEEDS: Mapping[str, str] = {
     "quantize": "the linear layers of a full-precision base packed while they are loaded, by `ModelSpec.quantize`",
     "gguf": "a GGUF file in place of a folder, with the log-probs of the weights in it",
     "ranks": "`mindprint_gather`, steps that sum loss and gradient over ranks, and `Update.micro_batches` for dropout",
+    "shard": "a base of which each rank holds a part, as `ModelSpec.shard` says, with the numbers of a whole one",
     "experts": "sites of the kind `experts` on a Mixtral, with LoRA on them as PEFT defines it for `target_parameters`",
 }
 """For each capability of `mindprint.contract.CAPABILITIES`, the work that a backend must do before it may claim it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mindprint.contract import ModelSpec
+from mindprint.errors import ModelError
 from mindprint_testing.bench import Bench
 from mindprint_testing.claims import Claims
 
@@ -26,6 +28,15 @@ class Several(Claims):
             assert (rows.dtype, rows.shape) == (np.uint8, (1, len(values)))
             np.testing.assert_array_equal(rows[0], given)
             np.testing.assert_array_equal(values, given)
+
+    def test_a_single_rank_does_not_hold_a_part(self, bench: Bench) -> None:
+        """Asked for a part of a base without other ranks, the backend raises `ModelError`.
+
+        If it fails: the backend takes `ModelSpec.shard` for something that it may ignore. Look at `load_model`.
+        """
+        self.needs("shard")
+        with pytest.raises(ModelError):
+            bench.backend.load_model(ModelSpec(str(bench.folder), bench.device, "float32", shard=True))
 
     def test_a_step_is_the_sum_of_its_shares(self, bench: Bench) -> None:
         """Two micro-batches have the loss of the first one and of the second one, each with its index in the step.

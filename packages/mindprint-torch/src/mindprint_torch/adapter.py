@@ -18,6 +18,7 @@ from mindprint_torch import experts
 from mindprint_torch.gated import fuse_gated
 from mindprint_torch.lora import LoraLayer, attach
 from mindprint_torch.model import Adapter, TorchModel
+from mindprint_torch.sharding import gathered_layers
 
 
 def inject(model: TorchModel, adapter: AdapterState) -> AdapterFacts:
@@ -38,6 +39,8 @@ def inject(model: TorchModel, adapter: AdapterState) -> AdapterFacts:
     }
     write_factors(layers, adapter.tensors)
     fuse_gated(model.network)
+    for gathered in gathered_layers(model.network):
+        fuse_gated(gathered)
     model.adapter = Adapter(adapter.config, layers)
     model.kept.forget()
     model.adapter.optimizer.loss_scale = initial_loss_scale(model.dtype)

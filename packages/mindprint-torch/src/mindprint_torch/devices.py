@@ -38,7 +38,7 @@ def backend_info() -> BackendInfo:
                 "quantize",
                 "experts",
             }
-            | {"ranks"}
+            | {"ranks", "shard"}
             | set(QUANTIZED_FORMATS)
         ),
         libraries={name: _version(name) for name in LIBRARIES} | {"threads": str(torch.get_num_threads())},

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mindprint_torch.model import TorchModel
+from mindprint_torch.sharding import first_byte, held, summed_over_ranks
 
 WORDS_AT_ONCE = 1 << 20
 """64-bit words that are multiplied at once, which bounds temporary memory to 8 MiB."""
@@ -26,7 +28,15 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     hence invertible, so that a change of any single word always changes it.
     """
     factors = _factors(weights)
-    checksums = [_checksum(weight, factors[weight.device]) for weight in weights.values()]
+    checksums = [part_checksum(held(weight), first_byte(weight), factors[weight.device]) for weight in weights.values()]
+    # The checksum is a sum over words, so that it is one over the shares of all ranks.
+    shared = [isinstance(weight, DTensor) for weight in weights.values()]
+    if any(shared):
+        own = [checksum for checksum, is_share in zip(checksums, shared, strict=True) if is_share]
+        sums = iter(summed_over_ranks(torch.stack(own)))
+        checksums = [
+            next(sums) if is_share else checksum.cpu() for checksum, is_share in zip(checksums, shared, strict=True)
+        ]
     digest = hashlib.sha256()
     for (name, weight), checksum in zip(weights.items(), _to_host(checksums), strict=True):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {checksum}\n".encode())
@@ -46,24 +56,37 @@ def _factors(weights: Mapping[str, Tensor]) -> dict[torch.device, Tensor]:
     return {device: torch.arange(1, 2 * count, 2, dtype=torch.int64, device=device) for device, count in words.items()}
 
 
-def _checksum(weight: Tensor, factors: Tensor) -> Tensor:
-    total = torch.zeros((), dtype=torch.int64, device=weight.device)
-    for start, words in _words(weight):
+def part_checksum(part: Tensor, first: int, factors: Tensor) -> Tensor:
+    """Return what a part of a weight adds to the weight's checksum, int64.
+
+    Args:
+        part: Values that are next to each other in the weight.
+        first: The byte of the whole weight at which they start.
+        factors: The odd numbers from 1.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=part.device)
+    for start, words in _words(part, first):
         # Factors restart in every chunk: (2 (start + i) + 1) w = (2 i + 1) w + 2 start w.
         total += (words * factors[: len(words)]).sum() + 2 * start * words.sum()
     return total
 
 
-def _words(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield the weight's bytes as int64 words, with the index of each chunk's first word; the last is zero-filled."""
-    data = weight.detach().contiguous().view(-1).view(torch.uint8)
+def _words(part: Tensor, first: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield the bytes of a part as int64 words, with the index of each chunk's first word in the whole weight.
+
+    The first and the last word are filled with zeros.
+    """
+    data = part.detach().contiguous().view(-1).view(torch.uint8)
+    # Bytes that are not in this part are zeros, which add nothing to the sum.
+    if lead := first % 8:
+        data = torch.cat([data.new_zeros(lead), data])
     # A tensor within a mapped file need not start where a 64-bit word may.
-    if data.data_ptr() % 8:
+    elif data.data_ptr() % 8:
         data = data.clone()
     whole = len(data) // 8 * 8
     for start in range(0, whole, 8 * WORDS_AT_ONCE):
-        yield start // 8, data[start : min(start + 8 * WORDS_AT_ONCE, whole)].view(torch.int64)
+        yield (first + start) // 8, data[start : min(start + 8 * WORDS_AT_ONCE, whole)].view(torch.int64)
     if whole < len(data):
         last = torch.zeros(8, dtype=torch.uint8, device=data.device)
         last[: len(data) - whole] = data[whole:]
-        yield whole // 8, last.view(torch.int64)
+        yield (first + whole) // 8, last.view(torch.int64)

@@ -31,8 +31,11 @@ from mindprint_torch.optimizer import Optimizer
 from mindprint_torch.prompts import attends_without_mask, longest_shared
 from mindprint_torch.quantized import packed_elements, packed_tensors, read_quantized_base
 from mindprint_torch.quantizing import base_to_quantize
+from mindprint_torch.ranks import rest_before_exchanges
 from mindprint_torch.rope import read_rotary_limit
 from mindprint_torch.rotation import fuse_rotation
+from mindprint_torch.sharded_weights import read_sharded
+from mindprint_torch.sharding import gathered_layers, take_turns
 from mindprint_torch.sites import list_sites
 from mindprint_torch.towers import concrete_class, model_class
 
@@ -54,6 +57,9 @@ LOAD_FAILURES = (
 )
 """The errors that transformers and its model classes raise for folders that they cannot load."""
 
+
+REPORTED = ("unexpected_keys", "missing_keys", "mismatched_keys", "error_msgs")
+"""The parts of transformers' report on loading that are read here."""
 
 @dataclass
 class Adapter:
@@ -107,11 +113,19 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     network.eval().requires_grad_(False)
     # The folder's own sampling defaults must not leak into ours.
     network.generation_config = GenerationConfig()
+    if spec.shard:
+        take_turns(network)
     if triton_kernels(torch.device(spec.device)) is not None:
         fuse_norms(network)
+        for layer in gathered_layers(network):
+            fuse_norms(layer)
         fuse_rotation(network)
     with _naming(spec.path):
         head = read_head(network, read_rotary_limit(network))
+        if spec.shard and head.rotary_limit is not None:
+            raise ModelError(
+                "a base whose rotary embedding depends on the length of a row is not sharded: set backend.shard=false"
+            )
     model = TorchModel(
         network=network,
         head=head,
@@ -133,6 +147,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
 
 def release(model: TorchModel) -> None:
     """Drop everything the handle holds, and give cached device memory back."""
+    rest_before_exchanges(None)
     vars(model).clear()
     gc.collect()
     trim_heap()
@@ -189,7 +204,14 @@ def _read_weights(spec: ModelSpec, config: PreTrainedConfig) -> tuple[PreTrained
             f"{spec.path}: the base is quantized ({spec.quantization}), and its config.json does not say how"
         )
     with _loading(spec.path):
-        if stated is not None or spec.quantize is not None:
+        if spec.shard:
+            if stated is not None or spec.quantize is not None:
+                raise ModelError("a quantized base is not sharded: set backend.shard=false")
+            network, names = read_sharded(
+                Path(spec.path), config, TORCH_DTYPES[spec.dtype], torch.device(spec.device), attention
+            )
+            report: Mapping[str, Any] = {**dict.fromkeys(REPORTED, ()), "unexpected_keys": names}
+        elif stated is not None or spec.quantize is not None:
             network, report = _read_packed(spec, config, stated, settings)
             scheme = stated or spec.quantize
             notes += (f"the base is quantized ({scheme}), stays packed, and is computed with in {spec.dtype}",)

@@ -25,8 +25,9 @@ def gather(values: UInt8) -> UInt8:
     rows = torch.empty((size, len(values)), dtype=torch.uint8)
     if size == 1:
         return values[None].copy()
-    _join()
-    _exchanged(lambda: dist.all_gather(list(rows), torch.from_numpy(values.copy())))
+    join()
+    _rest()
+    exchanged(lambda: dist.all_gather(list(rows), torch.from_numpy(values.copy())))
     return rows.numpy()
 
 
@@ -37,16 +38,17 @@ def sum_over_ranks(gradients: Callable[[], Sequence[Tensor]], loss: Tensor) -> T
     """
     if torchrun_world()[1] == 1:
         return loss
-    _join()
+    join()
+    _rest()
     parts = gradients()
     flat = torch.cat([*(part.reshape(-1) for part in parts), loss.reshape(1).to(parts[0].device, torch.float32)])
     if flat.device.type == "cuda":
         # NCCL waits long for a process that has ended. Gloo, which all of them reach first, notices it at once.
-        _exchanged(lambda: dist.all_reduce(torch.zeros(1)))
-        _exchanged(lambda: dist.all_reduce(flat))
+        exchanged(lambda: dist.all_reduce(torch.zeros(1)))
+        exchanged(lambda: dist.all_reduce(flat))
     else:
         summed = flat.cpu()
-        _exchanged(lambda: dist.all_reduce(summed))
+        exchanged(lambda: dist.all_reduce(summed))
         flat = summed.to(flat.device)
     start = 0
     for part in parts:
@@ -55,8 +57,30 @@ def sum_over_ranks(gradients: Callable[[], Sequence[Tensor]], loss: Tensor) -> T
     return flat[-1]
 
 
+def announce(number: int) -> list[int]:
+    """Return the small numbers of all ranks, in their order."""
+    _, size = torchrun_world()
+    told = torch.empty((size, 1), dtype=torch.int64)
+    exchanged(lambda: dist.all_gather(list(told), torch.tensor([number])))
+    return told[:, 0].tolist()
+
+
+def rest_before_exchanges(rest: Callable[[], None] | None) -> None:
+    """Call `rest` before each exchange of gradients or bytes, in which a rank waits for the others; None: nothing."""
+    _resting[:] = [] if rest is None else [rest]
+
+
+_resting: list[Callable[[], None]] = []
+"""What a rank does while it waits for the others: with a sharded base, it lends its shares to them."""
+
+
+def _rest() -> None:
+    for rest in _resting:
+        rest()
+
+
 @cache
-def _join() -> None:
+def join() -> None:
     """Connect this process with the others, once."""
     backend = "gloo"
     if torch.cuda.is_available():
@@ -70,10 +94,11 @@ def _join() -> None:
         # "cuda" means this device from now on.
         torch.cuda.set_device(local)
     if not dist.is_initialized():
-        _exchanged(lambda: dist.init_process_group(backend, timeout=PATIENCE))
+        exchanged(lambda: dist.init_process_group(backend, timeout=PATIENCE))
 
 
-def _exchanged(call: Callable[[], object]) -> None:
+def exchanged(call: Callable[[], object]) -> None:
+    """Make a call that exchanges something. Raises `RankError` if another rank has ended."""
     try:
         call()
     except RuntimeError as error:

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,7 @@ class Placement:
     device: str
     dtype: Dtype
     reason: str | None = None
+    shard: bool = False
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -59,7 +60,7 @@ class Placement:
         }
 
     def __str__(self) -> str:
-        chosen = f"{self.backend.name} on {self.device}, {self.dtype}"
+        chosen = f"{self.backend.name} on {self.device}, {self.dtype}" + (", sharded" if self.shard else "")
         return f"{chosen} (chosen because {self.reason})" if self.reason else chosen
 
 
@@ -91,9 +92,15 @@ class Placements:
         return Placement(backend, device.name, backend.dtype(device, section.dtype), reason)
 
     def resolve_training(self, section: BackendConfig) -> Placement:
-        """Return the placement of a stage. Raises `BackendError` also for a backend that does not train."""
-        placement = self._resolve(section)
+        """Return the placement of a stage. Raises `BackendError` also for a backend that does not train, or shard."""
+        # Only training is sharded. A command that uses the adapter runs in one process, with the whole base.
+        placement = replace(self._resolve(section), shard=section.shard)
         placement.backend.require_training()
+        if section.shard and "shard" not in placement.backend.info.capabilities:
+            raise BackendError(
+                f"backend {placement.backend.name!r} does not divide a base among ranks (capability `shard`; "
+                "docs/scaling.md says why): set backend.shard=false, or take another backend (backend.type=torch)"
+            )
         self._require_launched(placement.backend)
         return placement
 
@@ -150,7 +157,13 @@ class Engine:
         self.release()
         stated, quantize = quantization(self._folder.path), self._folder.quantize
         check_quantize(placement.backend, self._folder, stated)
-        spec = ModelSpec(str(self._folder.path), placement.device, placement.dtype, stated, quantize)
+        if placement.shard and (scheme := quantize or stated):
+            raise ModelError(
+                f"{self._folder.path}: a quantized base ({scheme}) is not sharded: set backend.shard=false"
+            )
+        spec = ModelSpec(
+            str(self._folder.path), placement.device, placement.dtype, stated, quantize, shard=placement.shard
+        )
         self._placement = placement
         self._model = placement.backend.load_model(spec)
         check_vocabulary(placement.backend.name, self._model, self._folder.path)
@@ -203,7 +216,8 @@ class Engine:
     def start_stage(self, placement: Placement, state: TrainingState) -> None:
         """Have `state` in memory at `placement`, moving there if the model is elsewhere."""
         # Stages on one placement share the model in memory. Only a move releases and loads.
-        if self._placement is None or self._placement.key != placement.key:
+        held = self._placement
+        if held is None or (held.key, held.shard) != (placement.key, placement.shard):
             self.load(placement)
         if self._injected is None:
             self.inject(state.adapter)

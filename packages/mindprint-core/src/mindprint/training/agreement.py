@@ -14,7 +14,7 @@ import numpy as np
 from mindprint._version import __version__
 from mindprint.config import Config
 from mindprint.contract import StepMetrics
-from mindprint.errors import RankError
+from mindprint.errors import BackendError, RankError
 from mindprint.events import Notice
 from mindprint.models.engine import Placement, Placements
 from mindprint.plugins.launched import launched
@@ -53,9 +53,19 @@ def joined_ranks(config: Config, placements: Placements) -> Ranks:
 
 
 def check_ranks(prepared: Prepared, placements: Sequence[Placement]) -> None:
-    """Raise `RankError` if the ranks would train different things, or are more than there is work for."""
+    """Raise `RankError` if the ranks would train different things, or are more than there is work for.
+
+    Raises:
+        RankError: They would.
+        BackendError: A single process was to hold a part of the base.
+    """
     ranks = placements[0].backend.ranks
     if ranks.alone:
+        if any(placement.shard for placement in placements):
+            raise BackendError(
+                "backend.shard divides the base among several processes, and this is one: start them with "
+                "`mindprint launch -n 2`, or set backend.shard=false"
+            )
         return
     names = dict.fromkeys(placement.backend.name for placement in placements)
     if len(names) > 1:

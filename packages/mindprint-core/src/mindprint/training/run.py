@@ -186,8 +186,7 @@ class _Run:
             ) as self.ranks.asked_to_stop:
                 state = self._train_stages(start)
                 self._evaluate_end(state)
-            if self.ranks.first:
-                self._write_adapter(state.adapter)
+            self._write_adapter(state.adapter)
         finally:
             # A notebook keeps the process, which must not keep the model's memory.
             self.engine.release()
@@ -410,6 +409,14 @@ class _Run:
         )
 
     def _write_adapter(self, adapter: AdapterState) -> None:
+        """Let the first rank write the final adapter. All of them hold a sharded base until it is done."""
+        if self.placements[-1].shard:
+            self.engine.start_stage(self.placements[-1], TrainingState(adapter))
+            self.ranks.from_first(lambda: self._write_first_adapter(adapter))
+        elif self.ranks.first:
+            self._write_first_adapter(adapter)
+
+    def _write_first_adapter(self, adapter: AdapterState) -> None:
         """Write the final adapter with its fingerprint, taken where the last stage trained."""
         prepared, fingerprint = self.prepared, None
         try:

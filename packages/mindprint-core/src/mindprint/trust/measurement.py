@@ -46,7 +46,8 @@ def _measurements(
     parameters = engine.model.parameters
     yield measure(engine.backend, engine.model, probe)
     # In bfloat16 noise is as large as many adapters' effect. A float32 measurement is the one that proves something.
-    if placement.dtype == "float32" or not fits_in_float32(parameters):
+    # One rank cannot load a sharded base again by itself.
+    if placement.dtype == "float32" or placement.shard or not fits_in_float32(parameters):
         return
     try:
         engine.start_stage(replace(placement, dtype="float32"), TrainingState(adapter))
