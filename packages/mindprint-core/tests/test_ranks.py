@@ -7,18 +7,22 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from mindprint.cli import main
 from mindprint.cli.launch import mlx_command, torchrun_command
+from mindprint.config import BackendConfig
 from mindprint.contract import StepMetrics, UInt8
 from mindprint.errors import BackendError, DataError, RankError
+from mindprint.models.engine import Placement, Placements
+from mindprint.plugins.backend import load_backend
 from mindprint.plugins.launched import ALONE, launched, mlx_world, torchrun_world
 from mindprint.plugins.ranks import BLOCK, Ranks
-from mindprint.training.agreement import refuse_differences, shared_metrics
+from mindprint.training.agreement import check_ranks, refuse_differences, shared_metrics
+from mindprint.training.prepare import Prepared
 
 
 def run_ranks(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
@@ -148,6 +152,19 @@ def test_ranks_whose_gradients_differ_are_refused() -> None:
     first, second = run_ranks(2, lambda ranks: shared_metrics(ranks, StepMetrics(0.5, 1.0 + ranks.rank), []))
     assert "gradient norm 2.0 on rank 1" in str(first)
     assert str(second) == ""
+
+
+def test_a_single_process_does_not_hold_a_part_of_a_base(toy: str) -> None:
+    placement = Placement(load_backend(toy), "cpu", "float32", shard=True)
+    with pytest.raises(
+        BackendError, match="this is one: start them with `mindprint launch -n 2`, or set backend.shard"
+    ):
+        check_ranks(cast("Prepared", None), [placement])
+
+
+def test_a_backend_that_does_not_shard_is_refused(toy: str) -> None:
+    with pytest.raises(BackendError, match=r"'toy' does not divide a base among ranks .*: set backend.shard=false"):
+        Placements().resolve_training(BackendConfig(type=toy, shard=True))
 
 
 @pytest.mark.parametrize(
