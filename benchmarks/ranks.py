@@ -149,6 +149,7 @@ def make_large_model(folder: Path) -> Path:
     # Imported here: this process and most parts need no framework.
     import torch  # noqa: PLC0415
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+    from transformers.utils import logging  # noqa: PLC0415
 
     tiny = resolve_model(ModelConfig(name="builtin:tiny"), Path.cwd()).path
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
@@ -162,6 +163,7 @@ def make_large_model(folder: Path) -> Path:
         num_key_value_heads=16,
         tie_word_embeddings=True,
     )
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
@@ -203,13 +205,19 @@ def bytes_of_a_step(elements: int, size: int) -> float:
     return 2 * (size - 1) / size * 4 * (elements + 1)
 
 
+def adapter_elements(base: str) -> int:
+    """Return the elements of an adapter on all linear layers."""
+    layers, width, keys, inner = SHAPES[base]
+    # LoRA on a layer has rank * (in + out) elements: q and o, k and v, and the three of the feed-forward block.
+    return RANK * layers * (2 * (width + width) + 2 * (width + keys) + 3 * (width + inner))
+
+
 def print_paper() -> None:
     """Print the bytes and the times of a step for real bases and links."""
     print(f"| base | elements | ranks | bytes of a rank | {' | '.join(LINKS)} |")
     print(f"|{'---|' * (4 + len(LINKS))}")
-    for base, (layers, width, keys, inner) in SHAPES.items():
-        # LoRA on a layer has rank * (in + out) elements: q and o, k and v, and the three of the feed-forward block.
-        elements = RANK * layers * (2 * (width + width) + 2 * (width + keys) + 3 * (width + inner))
+    for base in SHAPES:
+        elements = adapter_elements(base)
         for size in (2, 4):
             sent = bytes_of_a_step(elements, size)
             times = " | ".join(f"{sent * 8 / rate / 1e6:.2f} ms" for rate in LINKS.values())
