@@ -61,6 +61,7 @@ LOAD_FAILURES = (
 REPORTED = ("unexpected_keys", "missing_keys", "mismatched_keys", "error_msgs")
 """The parts of transformers' report on loading that are read here."""
 
+
 @dataclass
 class Adapter:
     """The injected adapter: the layer of each site, in the order of `config.target_modules`, and its optimizer."""
