@@ -15,7 +15,7 @@ from mindprint.adapter.prompting import FILE_NAME, read_prompting, write_prompti
 from mindprint.api.chatting import Chat
 from mindprint.config import DataConfig
 from mindprint.errors import AdapterError, ConfigError, DataError
-from mindprint.runs.opened import OpenedAdapter
+from mindprint.runs.opened import PLAIN_TURNS, OpenedAdapter
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if loud %}aye {% endif %}"
 
@@ -41,6 +41,31 @@ def test_a_copied_adapter_is_asked_as_in_its_run(opened: OpenedAdapter, tmp_path
     (copy / FILE_NAME).unlink()
     with mindprint.open_adapter(copy, backend="toy", model=str(opened.base.path)) as alone:
         assert len(alone.render("sea 1?")) < len(in_run)
+
+
+@pytest.mark.parametrize("state", ["copied", "in its run", "plain text", "template"])
+def test_a_copied_adapter_says_how_messages_are_written(
+    state: str, toy_site: Path, toy_model: Path, opened: OpenedAdapter, tmp_path: Path
+) -> None:
+    """Its base has no chat template. In its run nothing is said again, and plain text has no messages."""
+    base, copy = tmp_path / "base", tmp_path / "copy"
+    shutil.copytree(opened.base.path, base)
+    shutil.copytree(opened.located.adapter, copy)
+    if state != "template":
+        (base / "chat_template.jinja").unlink()
+        settings = json.loads((base / "tokenizer_config.json").read_text())
+        settings.pop("chat_template", None)
+        (base / "tokenizer_config.json").write_text(json.dumps(settings))
+        (copy / FILE_NAME).unlink()
+    if state == "plain text":
+        write_prompting(copy, DataConfig(format="raw"))
+    heard: list[str] = []
+    path = opened.located.adapter if state == "in its run" else copy
+    with mindprint.open_adapter(
+        path, backend="toy", model=str(base), on_notice=lambda notice: heard.append(notice.message)
+    ):
+        pass
+    assert (PLAIN_TURNS in heard) == (state == "copied")
 
 
 def test_so_are_a_merged_model_and_a_converted_adapter(opened: OpenedAdapter, tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ from mindprint.models.token_ids import check_token_ids
 from mindprint.plugins.backend import Backend
 from mindprint.runs.folder import RunFolder, newest_run
 
+PLAIN_TURNS = "the tokenizer has no chat template: messages are written as `User: …` and `Assistant: …`, as in training"
+
 OnText = Callable[[int, str], bool | None]
 """Takes the index of a prompt and the next piece of its answer. False ends the answer."""
 
@@ -197,6 +199,9 @@ def _loaded(
     """
     config = file.config if file else Config() if folder is None else Config(data=read_prompting(folder))
     tokenizer = load_tokenizer(base.path, config.data.chat_template_kwargs)
+    # A run was told so when it was trained. `prepare`, which has no folder, tells it by itself.
+    if file is None and folder is not None and not tokenizer.has_template and config.data.format == "chat":
+        notice(PLAIN_TURNS)
     placement = Placements().resolve(backend or config.backend)
     engine = Engine(base, notice)
     try:
