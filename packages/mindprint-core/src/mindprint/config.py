@@ -26,6 +26,7 @@ from mindprint.yaml_files import parse_yaml, parse_yaml_value
 FILE_NAME = "mindprint.yaml"
 
 Positive = Annotated[int, Field(gt=0)]
+Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -54,6 +55,23 @@ class ModelConfig(Section):
     )
 
 
+def _count_or_auto(value: object) -> object:
+    """Refuse a wrong count in one line. Tried as types one by one, each of them would complain."""
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"is auto or a whole number from 1, found {value!r}")
+    return value
+
+
+def _flag_or_auto(value: object) -> object:
+    if value != "auto" and not isinstance(value, bool):
+        raise ValueError(f"is auto, true or false, found {value!r}")
+    return value
+
+
+CountOrAuto = Annotated[int | Auto, BeforeValidator(_count_or_auto)]
+FlagOrAuto = Annotated[bool | Auto, BeforeValidator(_flag_or_auto)]
+
+
 class BackendConfig(Section):
     """The place where training runs. Changing `type` is all that a move to another framework needs."""
 
@@ -62,14 +80,25 @@ class BackendConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Dtype of the base's weights; the adapter is float32 always."
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Compute activations again instead of keeping them: less memory, more time, same numbers."
+    gradient_checkpointing: FlagOrAuto = Field(
+        False,
+        description="Compute activations again instead of keeping them: less memory, more time, same numbers. `auto`: "
+        "only if the run does not fit otherwise.",
     )
     shard: bool = Field(
         False,
         description="Divide the base's decoder layers among the ranks, so that a larger base fits: PyTorch, under "
         "`mindprint launch` or `torchrun`.",
     )
+    memory_limit: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="GiB that a run may need, for `auto` and for `mindprint plan`. Default: all that is free."
+    )
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are computed again, once `auto` is decided."""
+        assert isinstance(self.gradient_checkpointing, bool), "auto is decided when a run is prepared"
+        return self.gradient_checkpointing
 
 
 class DataConfig(Section):
@@ -186,7 +215,11 @@ class StageConfig(Section):
     )
     steps_per_topic: Positive | None = Field(None, description="Optimizer steps on each topic; or `epochs_per_topic`.")
     learning_rate: Annotated[float, Field(gt=0)]
-    batch_size: Positive = Field(4, description="Rows (or pairs) in a micro-batch.")
+    batch_size: CountOrAuto = Field(
+        4,
+        description="Rows (or pairs) in a micro-batch. `auto`: as many as fit into memory, with as many micro-batches "
+        "as the same step then needs.",
+    )
     gradient_accumulation: Positive = Field(1, description="Micro-batches in an optimizer step.")
     schedule: Schedule = Field("constant", description="Learning rate over a stage: `constant`, `linear` or `cosine`.")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps over which the learning rate rises from 0.")
@@ -209,6 +242,12 @@ class StageConfig(Section):
         return self
 
     @property
+    def rows_at_once(self) -> int:
+        """The rows (or pairs) of a micro-batch, once `auto` is decided."""
+        assert isinstance(self.batch_size, int), "auto is decided when a run is prepared"
+        return self.batch_size
+
+    @property
     def optimizer(self) -> AdamW:
         return AdamW((self.betas[0], self.betas[1]), self.eps, self.weight_decay)
 
@@ -223,7 +262,7 @@ class DpoConfig(StageConfig):
     """Preference optimization. Default length: a hundred steps."""
 
     learning_rate: Annotated[float, Field(gt=0)] = Field(5e-6, description="AdamW's learning rate at its highest.")
-    batch_size: Positive = Field(2, description="Pairs in a micro-batch.")
+    batch_size: CountOrAuto = Field(2, description="Pairs in a micro-batch, or `auto`.")
     pairs: Literal["data", "on_policy"] = Field(
         "data",
         description="Rejected answers: `data` takes those of the rows; `on_policy` has the model in training answer "

@@ -10,6 +10,8 @@ from mindprint.api.results import Result, Table
 from mindprint.api.training import Configuration, Records, load_config, with_rows
 from mindprint.errors import DataError
 from mindprint.models.engine import Placements
+from mindprint.training.auto import has_auto
+from mindprint.training.choosing import estimated_choice
 from mindprint.training.memory import GIB, Proposal, RunMemory, StageMemory, estimate_memory
 from mindprint.training.prepare import prepare
 
@@ -113,13 +115,15 @@ def plan(config: Configuration, *, rows: Records | None = None, **overrides: Any
         True
     """
     file = load_config(config, **overrides)
-    prepared = prepare(file if rows is None else with_rows(file, rows))
+    file = file if rows is None else with_rows(file, rows)
+    prepared = prepare(file)
     if not prepared.plans:
         raise DataError("there is nothing to train: no stage that is enabled has rows")
     placements = Placements()
-    memory: RunMemory = estimate_memory(
-        prepared, [placements.resolve_training(each.backend) for each in prepared.plans]
-    )
+    resolved = [placements.resolve_training(each.backend) for each in prepared.plans]
+    if has_auto(file.config) and (choice := estimated_choice(file, prepared, resolved)):
+        prepared = prepare(choice.applied(file))
+    memory: RunMemory = estimate_memory(prepared, resolved)
     fits = all(stage.verdict == "fits" for stage in memory.stages)
     proposals = () if fits else memory.proposals()
     return PlanResult(prepared.model.name, memory.parameters, memory.trainable, memory.stages, proposals)

@@ -48,6 +48,9 @@ MARGIN = 1.15
 
 FOLDER = "model.name=FOLDER"
 
+NAMED_PARTS = ("weights", "adapter", "activations", "logits")
+"""The parts of a need that the line before a run names."""
+
 PACKED_BITS: Mapping[QuantizeMethod, float] = {"nf4": 4.13, "4bit": 4.5, "8bit": 8.5}
 """Bits of a weight with its share of the scales: 16 bits each for scale and bias of a group of 64, 8 with NF4."""
 
@@ -115,6 +118,16 @@ class Proposal:
     verdict: Verdict
 
 
+@dataclass(frozen=True)
+class HeaviestStep:
+    """The micro-batch of a stage that needs most memory: its rows, where it is computed, and the estimate for it."""
+
+    plan: StagePlan
+    placement: Placement
+    rows: tuple[int, ...]
+    memory: StageMemory
+
+
 class RunMemory:
     """The estimates of a prepared run, stage by stage, and of the same run with other settings."""
 
@@ -131,7 +144,7 @@ class RunMemory:
         self.sites = tuple(site for site in sites if site.name in set(self.adapter.target_modules))
         self._read = _largest(_read_batches(prepared))
         self._free = free_bytes()
-        self.stages = tuple(self._estimates(prepared.config_file))
+        self.stages = self.estimates(prepared.config_file)
 
     @property
     def greatest(self) -> StageMemory:
@@ -164,7 +177,8 @@ class RunMemory:
         capabilities = self.greatest.placement.backend.info.capabilities
         if self.base.packed_bytes or not capabilities & {"quantize", "affine"}:
             return
-        greatest = max(self._estimates(self._prepared.config_file, self._packed("4bit")), key=_share_of_free)
+        steps = self.heaviest_steps(self._prepared.config_file, self._packed("4bit"))
+        greatest = max((step.memory for step in steps), key=_share_of_free)
         setting = "model.quantize=4bit" if "quantize" in capabilities else FOLDER
         yield Proposal((setting,), "a base in 4 bits: coarser numbers", greatest.need.total, greatest.verdict)
 
@@ -174,12 +188,16 @@ class RunMemory:
             name, _, value = setting.partition("=")
             section, _, key = name.partition(".")
             changes.setdefault(section, {})[key] = int(value) if value.isdigit() else {"true": True}.get(value, value)
-        greatest = max(self._estimates(merged(self._prepared.config_file, changes)), key=_share_of_free)
+        greatest = max(self.estimates(merged(self._prepared.config_file, changes)), key=_share_of_free)
         return Proposal(settings, cost, greatest.need.total, greatest.verdict)
 
-    def _estimates(self, file: ConfigFile, base: BaseSizes | None = None) -> Iterator[StageMemory]:
-        """Yield the need of each stage and placement under the settings of `file`, where it is greatest."""
-        needs: dict[tuple[StageName, Placement], StageMemory] = {}
+    def estimates(self, file: ConfigFile) -> tuple[StageMemory, ...]:
+        """Return the need of each stage and placement under the settings of `file`, where it is greatest."""
+        return tuple(step.memory for step in self.heaviest_steps(file))
+
+    def heaviest_steps(self, file: ConfigFile, base: BaseSizes | None = None) -> tuple[HeaviestStep, ...]:
+        """Return the micro-batch of each stage and placement that needs most under the settings of `file`."""
+        steps: dict[tuple[StageName, Placement], HeaviestStep] = {}
         for planned, placed in self._plans:
             settings = getattr(file.config, planned.stage)
             section = settings.backend or file.config.backend
@@ -189,7 +207,7 @@ class RunMemory:
                 backend=section,
                 order=replace(
                     planned.order,
-                    batch_size=settings.batch_size,
+                    batch_size=settings.rows_at_once,
                     gradient_accumulation=settings.gradient_accumulation,
                 ),
             )
@@ -197,15 +215,15 @@ class RunMemory:
             for rows in _heaviest_rows(plan):
                 estimate = self._estimate(plan, placement, rows, base or self.base)
                 key = (plan.stage, placement)
-                if key not in needs or estimate.need.total > needs[key].need.total:
-                    needs[key] = estimate
-        yield from needs.values()
+                if key not in steps or estimate.need.total > steps[key].memory.need.total:
+                    steps[key] = HeaviestStep(plan, placement, tuple(rows), estimate)
+        return tuple(steps.values())
 
     def _estimate(self, plan: StagePlan, placement: Placement, rows: Sequence[int], base: BaseSizes) -> StageMemory:
         prepared, objective = self._prepared, OBJECTIVES[plan.stage]
         examples = [prepared.examples_of(plan)[row] for row in rows]
         batch = objective.batch(examples, prepared.tokenizer.pad_id, None)
-        update = Update(0.0, 0, gradient_checkpointing=plan.backend.gradient_checkpointing, share_prompts=False)
+        update = Update(0.0, 0, gradient_checkpointing=plan.backend.recomputes, share_prompts=False)
         path = prepared.model.path
         request = MemoryRequest(
             spec=ModelSpec(str(path), placement.device, placement.dtype, quantization(path), prepared.model.quantize),
@@ -224,7 +242,10 @@ class RunMemory:
             need_at_end = placement.backend.memory(last) or rough_need(last)
             if need_at_end.total > need.total:
                 need, at_end = need_at_end, True
-        free = self._free if need.free is None else need.free
+        bounds = [self._free if need.free is None else need.free]
+        if plan.backend.memory_limit is not None:
+            bounds.append(int(plan.backend.memory_limit * GIB))
+        free = min((bound for bound in bounds if bound is not None), default=None)
         longest = max(objective.longest_sequence(example) for example in examples)
         return StageMemory(plan.stage, plan.topic, placement, need, free, len(rows), longest, training is None, at_end)
 
@@ -313,10 +334,10 @@ def _cheaper(file: ConfigFile, stage: StageMemory) -> Iterator[tuple[tuple[str, 
     """Yield settings that need less memory for a stage, each with its price in words."""
     settings = getattr(file.config, stage.stage)
     section = f"{stage.stage}.backend" if settings.backend else "backend"
-    if not (settings.backend or file.config.backend).gradient_checkpointing and section == "backend":
+    if not (settings.backend or file.config.backend).recomputes and section == "backend":
         yield ("backend.gradient_checkpointing=true",), "a third more time, same numbers"
-    if settings.batch_size > 1:
-        rows = settings.batch_size * settings.gradient_accumulation
+    if settings.rows_at_once > 1:
+        rows = settings.rows_at_once * settings.gradient_accumulation
         smaller = (f"{stage.stage}.batch_size=1", f"{stage.stage}.gradient_accumulation={rows}")
         yield smaller, "some more time, same numbers"
     device = stage.placement.backend.info.device(stage.placement.device)
@@ -345,20 +366,19 @@ def memory_notices(prepared: Prepared, placements: Sequence[Placement]) -> Itera
     except MindprintError as error:
         yield Notice(f"the memory of this run is not estimated: {error}")
         return
-    need, free = stage.need, "" if stage.free is None else f" of {_size(stage.free)} that are free"
-    yield Notice(
-        f"memory: about {_size(need.total)}{free}, in {stage.moment} (weights {_size(need.weights)}, adapter "
-        f"{_size(need.adapter)}, activations {_size(need.activations)}, logits {_size(need.logits)})"
-    )
+    need, free = stage.need, "" if stage.free is None else f" of {readable_size(stage.free)} that are free"
+    parts = ", ".join(f"{part} {readable_size(getattr(need, part))}" for part in NAMED_PARTS)
+    yield Notice(f"memory: about {readable_size(need.total)}{free}, in {stage.moment} ({parts})")
     if stage.verdict == "does not fit":
         # Another base is a hint of the plan, and no setting to copy.
         settings = (proposal for proposal in proposals if FOLDER not in proposal.settings)
         best = min(settings, key=lambda proposal: proposal.total, default=None)
-        hint = f": {' '.join(best.settings)} needs {_size(best.total)}" if best else ""
+        hint = f": {' '.join(best.settings)} needs {readable_size(best.total)}" if best else ""
         yield Notice(
             f"the run may end without memory; mindprint plan lists settings that need less{hint}", warning=True
         )
 
 
-def _size(size: int) -> str:
+def readable_size(size: int) -> str:
+    """Return a number of bytes in MiB or GiB."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"

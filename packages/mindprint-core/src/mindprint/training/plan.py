@@ -88,7 +88,7 @@ def _stage_order(config: Config, objective: Objective[Any, Any], topic: str, len
         epochs, steps = objective.default_epochs, objective.default_steps
     return StageOrder(
         len(lengths),
-        settings.batch_size,
+        settings.rows_at_once,
         settings.gradient_accumulation,
         config.seed,
         topic,

@@ -39,6 +39,7 @@ from mindprint.models.engine import Placement
 from mindprint.models.positions import has_learned_positions, longest_sequence
 from mindprint.models.token_ids import check_padding, check_token_ids, held_out_ids, placed_ids
 from mindprint.runs.folder import RUN_FORMAT, RunFolder, portable
+from mindprint.training.auto import with_most_memory
 from mindprint.training.objectives import OBJECTIVES
 from mindprint.training.plan import RowLengths, StagePlan, plan_run
 from mindprint.trust.adapters import copy_findings
@@ -94,6 +95,10 @@ class Prepared:
             )
         return self.in_order(version)
 
+    def with_note(self, line: str) -> Prepared:
+        """Return a copy that says one line more as the run begins."""
+        return replace(self, notes=(*self.notes, Notice(line)))
+
     def in_order(self, version: int) -> Prepared:
         """Return a copy that reads rows in an order, by its version."""
         return replace(self, plans=tuple(plan.for_order(version) for plan in self.plans), order=version)
@@ -102,8 +107,10 @@ class Prepared:
 def prepare(file: ConfigFile, tell: Callable[[Notice], None] | None = None) -> Prepared:
     """Read model folder, tokenizer and data, and plan the stages. Raises a `MindprintError` for wrong input.
 
-    `tell` hears what takes long, while it does.
+    `tell` hears what takes long, while it does. Settings that are `auto` are taken as if memory were no limit.
     """
+    # With `auto`, the greatest need. `choose_settings` decides once the memory of that is known.
+    file = with_most_memory(file)
     config = file.config
     model = models.resolve_model(config.model, file.folder)
     rows = read_rows(file)

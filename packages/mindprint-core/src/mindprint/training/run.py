@@ -34,9 +34,10 @@ from mindprint.plugins.scoring import load_scorers
 from mindprint.plugins.watching import Trackers, load_trackers
 from mindprint.printing import short_path
 from mindprint.reports import write_reports
-from mindprint.runs.folder import Resume, RunFolder, open_run, portable, runs_folder
+from mindprint.runs.folder import Resume, RunFolder, newest_run, open_run, portable, runs_folder
 from mindprint.runs.results import RunResult, StageResult, Verdict, stage_results, verdicts
 from mindprint.training.agreement import check_ranks, idle_ranks, joined_ranks, refuse_differences
+from mindprint.training.auto import Choice, choice_of, has_auto
 from mindprint.training.checkpoints import (
     Checkpoint,
     CheckpointStore,
@@ -45,6 +46,7 @@ from mindprint.training.checkpoints import (
     checkpoint_from_bytes,
     checkpoint_to_bytes,
 )
+from mindprint.training.choosing import choose_settings
 from mindprint.training.course import Course, EvaluationStopped, Position
 from mindprint.training.final_adapter import write_final_adapter
 from mindprint.training.later_use import refused_uses
@@ -96,12 +98,18 @@ def train(
     placements = Placements(observers)
     ranks = joined_ranks(file.config, placements)
     try:
+        if mode and has_auto(file.config):
+            # A run continues with what it chose, whatever is free now. Only the first rank has its files.
+            file = _with_recorded_choice(file, run, ranks)
         # Everything that can be wrong is found here, before a backend is imported or a folder is made.
         prepared = ranks.together(lambda: prepare(file, on_event if ranks.first else None))
         trackers = Trackers(load_trackers(file.config.trackers) if ranks.first else ())
         resolved = tuple(placements.resolve_training(plan.backend) for plan in prepared.plans)
         ranks = resolved[0].backend.ranks
         check_ranks(prepared, resolved)
+        if has_auto(file.config):
+            choice, line = choose_settings(file, prepared, resolved, ranks)
+            prepared = ranks.together(lambda: prepare(choice.applied(file)).with_note(line))
         # From here on another process may not write to the run, and a failure removes a folder without a checkpoint.
         with _shared_folder(ranks, runs_folder(file), run, mode) as folder:
             if mode:
@@ -112,6 +120,20 @@ def train(
     except MindprintError as error:
         _name_rank(error, ranks)
         raise
+
+
+def _with_recorded_choice(file: ConfigFile, run: str | os.PathLike[str] | None, ranks: Ranks) -> ConfigFile:
+    """Return the configuration with what the run that continues chose for its settings that are `auto`."""
+
+    def recorded() -> dict[str, Any]:
+        path = Path(run) if run else newest_run(runs_folder(file))
+        if path is None or not RunFolder(path).config.is_file():
+            return {}
+        choice = choice_of(file, load_config(RunFolder(path).config).config)
+        return {"sizes": dict(choice.batch_sizes), "recompute": choice.recompute}
+
+    told = ranks.from_first(recorded)
+    return Choice(told["sizes"], told["recompute"]).applied(file) if told else file
 
 
 @contextmanager

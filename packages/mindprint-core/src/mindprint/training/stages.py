@@ -98,5 +98,5 @@ class Stage:
             max_grad_norm=settings.max_grad_norm,
             seed=seed,
             share_prompts=False,
-            gradient_checkpointing=plan.backend.gradient_checkpointing,
+            gradient_checkpointing=plan.backend.recomputes,
         )
