@@ -24,7 +24,7 @@ def free_bytes() -> int | None:
 
 
 def reset_peak() -> int | None:
-    """Begin to measure the most memory that this process has resident, and return what it has now, in bytes.
+    """Begin to measure the most memory that this process has resident, and return its present size in bytes.
 
     Returns None where the system does not tell: anywhere but on Linux.
     """

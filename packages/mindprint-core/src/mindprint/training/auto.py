@@ -1,7 +1,7 @@
 """Settings that are `auto`: the batch sizes and gradient checkpointing that fit into the memory of this machine.
 
-The rows of a step stay the same: a smaller micro-batch is made up for by more of them. So the memory decides how long a
-run takes, and not what it computes, up to rounding. The estimate of `memory.py` chooses, and one real step on the
+The rows of a step stay the same: a smaller micro-batch is made up for by more of them. So the memory decides the time
+of a run, and not its numbers, up to rounding. The estimate of `memory.py` chooses, and one real step on the
 heaviest rows tries the choice before the run begins. The run's folder holds the numbers, as if written by hand.
 """
 

@@ -99,7 +99,7 @@ def train(
     ranks = joined_ranks(file.config, placements)
     try:
         if mode and has_auto(file.config):
-            # A run continues with what it chose, whatever is free now. Only the first rank has its files.
+            # A run continues with its own choice, whatever is free now. Only the first rank has its files.
             file = _with_recorded_choice(file, run, ranks)
         # Everything that can be wrong is found here, before a backend is imported or a folder is made.
         prepared = ranks.together(lambda: prepare(file, on_event if ranks.first else None))
