@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mindprint.errors import ModelError
 from mindprint.models.folder import tensors
+from mindprint.models.free_memory import return_freed_arrays
 from mindprint.plugins.launched import torchrun_world
 from mindprint_torch import ranks
 from mindprint_torch.sharding import decoder_layers, row_range
@@ -47,6 +48,8 @@ def read_sharded(
     layers = decoder_layers(network)
     names = _file_names(network, folder)
     ranks.join()
+    # Layers come and go in each pass, and a rank was to hold only its part.
+    return_freed_arrays()
     mesh = init_device_mesh(device.type, (size,))
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)

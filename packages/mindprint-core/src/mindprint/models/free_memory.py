@@ -11,6 +11,8 @@ from pathlib import Path
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _PROCESS = Path("/proc/self")
+_MMAP_THRESHOLD = -3
+"""M_MMAP_THRESHOLD of glibc's malloc.h: larger blocks are mapped each for itself."""
 
 
 def free_bytes() -> int | None:
@@ -55,6 +57,19 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def return_freed_arrays() -> None:
+    """Let glibc give every freed array of 256 KiB or more back to the system at once. Elsewhere do nothing.
+
+    A program that allocates and frees whole layers between arrays that it keeps would leave gaps of their size.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        # Set once, the threshold no longer rises to the size of the largest array that was freed (mallopt(3)).
+        mallopt(_MMAP_THRESHOLD, 256 << 10)
 
 
 def _container_free() -> int | None:
