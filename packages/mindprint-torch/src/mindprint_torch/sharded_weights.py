@@ -7,7 +7,6 @@ files. So the files must have the class's own names and shapes: what transformer
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -117,19 +116,14 @@ def _fill(
     """Read this rank's rows of the sharded weights, and all of the others."""
     files = tensors(folder)
     placed: dict[int, Tensor] = {}
-    with ExitStack() as opened:
-        readers = {
-            file: opened.enter_context(safe_open(file, framework="pt"))
-            for file in {info.file for info in files.values()}
-        }
-        for name, weight in _weights(network):
-            if name in names:
-                stored = names[name]
-                part = readers[files[stored].file].get_slice(stored)
-                placed[id(weight)] = _placed(part, weight, mesh, dtype, device)
-        # Tied weights are one parameter under several names.
-        state = {name: placed[id(weight)] for name, weight in _weights(network)}
-        network.load_state_dict(state, assign=True)
+    for name, weight in _weights(network):
+        if name in names:
+            # Opened for each weight: as long as a file is open, all pages of it that were read count as memory.
+            with safe_open(files[names[name]].file, framework="pt") as opened:
+                placed[id(weight)] = _placed(opened.get_slice(names[name]), weight, mesh, dtype, device)
+    # Tied weights are one parameter under several names.
+    state = {name: placed[id(weight)] for name, weight in _weights(network)}
+    network.load_state_dict(state, assign=True)
 
 
 def _placed(part: Any, weight: Tensor, mesh: DeviceMesh, dtype: torch.dtype, device: torch.device) -> Tensor:
