@@ -12,6 +12,7 @@ import pytest
 from mindprint.cli import main
 from mindprint.config import ModelConfig
 from mindprint.models.folder import resolve_model
+from mindprint.reports.prepared import MEASURED
 
 ROWS = ("sft.jsonl", "preferences.jsonl", "heldout.jsonl", "curriculum.yaml", "report.html")
 OPTIONS = ("--passage-words", "16", "40", "--model", "builtin:tiny", "--mix", "answer=0.5", "--mix", "continue=0.5")
@@ -84,6 +85,8 @@ def test_a_killed_command_continues_to_the_same_bytes(backend: str, prepare: Pre
 
 def test_what_was_prepared_is_trained(prepare: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
     folder = prepare("voice", "torch")
+    report = (folder / "data" / "report.html").read_text(encoding="utf-8")
+    assert "What to expect" in report and all(figure in report for row in MEASURED for figure in row)
     settings = ("sft.steps_per_topic=2", "dpo.steps_per_topic=2", "evaluation.levels=[]")
     assert main(["train", str(folder), *settings]) == 0, capsys.readouterr().err
     rows = [json.loads(line) for line in (folder / "data" / "sft.jsonl").read_text().splitlines()]
