@@ -261,7 +261,7 @@ class Generation(Claims):
             turn(second[True], adapter=True)
 
     def test_tokens_are_told_while_an_answer_is_generated(self, bench: Bench) -> None:
-        """The first of 48 tokens is told in the first half of the time that all of them take, in the best of 3 tries.
+        """The first of 48 tokens is told in the first half of the time that all of them take, in most of 3 tries.
 
         If it fails: the answer is generated first and told afterwards. Do not claim `streaming` then, core does that.
         """
@@ -274,7 +274,7 @@ class Generation(Claims):
                 model, prompts, Sampling(48, ()), on_token=lambda *_, told=told: told.append(time.perf_counter())
             )
             shares.append((told[0] - start) / (time.perf_counter() - start))
-        assert min(shares) < 0.5
+        assert sorted(shares)[1] < 0.5
 
 
 def _prompts(bench: Bench) -> list[Int32]:
