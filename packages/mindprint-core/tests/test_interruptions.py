@@ -147,6 +147,7 @@ def test_a_closed_descriptor_does_not_become_a_file_of_the_run(project: Path, to
     assert (project / "precious").read_bytes() == b""
 
 
+@pytest.mark.usefixtures("hangup_heard")
 def test_a_terminal_that_closes_ends_a_run_with_a_checkpoint(project: Path, toy_site: Path) -> None:
     """A real one: its last descriptor is closed while the bar is on it, and the kernel sends SIGHUP."""
     code = (

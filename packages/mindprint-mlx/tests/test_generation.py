@@ -9,14 +9,21 @@ import numpy as np
 import pytest
 from mlx_samples import VOCABULARY, linear_sites, lora
 
-from mindprint.contract import LoadedModel, Sampling
-from mindprint_mlx import adapter
-from mindprint_mlx.generation import Row, generate
+from mindprint.contract import Generation, LoadedModel, OnToken, Sampling
+from mindprint_mlx import adapter, generation
+from mindprint_mlx.generation import Row
 from mindprint_mlx.model import MlxModel
 from mindprint_mlx.rows import ROWS
 from mindprint_mlx.state import restore, save
 
 GREEDY = Sampling(max_new_tokens=9, stop_token_ids=())
+
+
+def generate(
+    handle: MlxModel, rows: Sequence[np.ndarray], sampling: Sampling, *, adapter: bool, on_token: OnToken | None = None
+) -> tuple[Generation, ...]:
+    """Continue all prompts with the same settings."""
+    return generation.generate(handle, rows, sampling.of_each(len(rows)), adapter=adapter, on_token=on_token)
 
 
 def prompts(count: int = 5) -> list[np.ndarray]:
