@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,17 @@ def test_core_quantizes_as_mlx_does(bits: int) -> None:
         assert part.tobytes() == np.array(other).tobytes()
 
 
+def dequantized(bnb: Any, packed: torch.Tensor, state: Any) -> np.ndarray:
+    """Return bitsandbytes' numbers, with whole blocks as rows where the weight consists of whole blocks.
+
+    Blocks are those of the flat weight. With AVX512 the kernel of 0.50.2 takes wrong scales where rows end within one.
+    """
+    shape, count = state.shape, math.prod(state.shape)
+    if count % state.blocksize == 0:
+        state.shape = torch.Size((count // state.blocksize, state.blocksize))
+    return bnb.dequantize_4bit(packed, state).reshape(shape).numpy()
+
+
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("method", ["nf4", "fp4"])
 def test_4bit_weights_are_those_of_bitsandbytes(tmp_path: Path, method: str, double: bool) -> None:
@@ -123,7 +135,7 @@ def test_4bit_weights_are_those_of_bitsandbytes(tmp_path: Path, method: str, dou
         parts = {f"a.weight.{name}": part.clone() for name, part in state.as_dict(packed=True).items()}
         save_file({"a.weight": packed, **parts}, tmp_path / "model.safetensors")
         (found,) = quantized_weights(tmp_path).values()
-        expected = bnb.dequantize_4bit(packed, state).numpy()
+        expected = dequantized(bnb, packed, state)
         assert found.scheme == Scheme(method, 4, size, double) and found.shape == shape  # type: ignore[arg-type]
         # Adding 0 makes -0.0 a 0: the kernel for FP4 gives code 8 a sign, and the table in the file does not.
         assert (found.values() + 0).tobytes() == (expected + 0).tobytes()
