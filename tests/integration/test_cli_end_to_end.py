@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -71,8 +72,12 @@ def write_project(folder: Path) -> None:
     write_rows(data / "sft.jsonl", rows)
     write_rows(data / "preferences.jsonl", wanted)
     write_rows(data / "heldout.jsonl", [{**row, "prompt": f"what of the {row['topic']}?"} for row in wanted[::4]])
-    with (folder / "mindprint.yaml").open("a") as config:
-        config.write("\ngeneration: {max_new_tokens: 16}  # a random model never stops by itself\n")
+    config = folder / "mindprint.yaml"
+    written = config.read_text(encoding="utf-8")
+    # `init` writes a section for models that may repeat themselves.
+    written += "" if "\ngeneration:" in written else "\ngeneration:\n"
+    # A random model never stops by itself.
+    config.write_text(re.sub(r"(?m)^generation:.*$", r"\g<0>\n  max_new_tokens: 16", written), encoding="utf-8")
 
 
 Whole = Callable[..., Path]
