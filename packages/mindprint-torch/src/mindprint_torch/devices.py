@@ -37,8 +37,9 @@ def backend_info() -> BackendInfo:
                 "embedding",
                 "quantize",
                 "experts",
+                "ranks",
+                "shard",
             }
-            | {"ranks", "shard"}
             | set(QUANTIZED_FORMATS)
         ),
         libraries={name: _version(name) for name in LIBRARIES} | {"threads": str(torch.get_num_threads())},

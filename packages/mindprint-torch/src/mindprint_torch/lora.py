@@ -1,7 +1,7 @@
 """LoRA on linear layers and on the embedding: the base product, and the low-rank one added in place.
 
 The factors are a part of the layer that they adapt, which computes with them from then on. It stays what it was: its
-class, its attributes, its frozen weight and the names of its weights. PEFT puts a layer of its own around it instead,
+class, its attributes, its frozen weight and the names of its weights. PEFT wraps it in another layer instead,
 and computes in eight steps, most of which write an array of the output's size. Here the low-rank products go straight
 into the base's. The input and its product with A, `[tokens, r]`, are all that is kept for the backward pass.
 

@@ -78,8 +78,8 @@ def _made(gathered: Gathered, made: Made, counts: Mapping[str, int]) -> Iterator
 def _expected() -> Iterator[Block]:
     """Yield what an amount of writing has given, where it was measured."""
     yield Paragraph(
-        "More words move a voice further, and pairs move it most. This was measured with SmolLM2-135M-Instruct and one "
-        "work of Doyle, on another work of his. Perplexity is that of unseen text, compared with the base model's. The "
+        "More words move a voice further. This was measured with SmolLM2-135M-Instruct and one work of Doyle, on "
+        "another work of his. Perplexity is that of unseen text, compared with the base model's. The "
         "area under the curve is how often a scorer takes a trained answer for the person's rather than the base "
         "model's: 0.5 is chance, 1 is always."
     )
