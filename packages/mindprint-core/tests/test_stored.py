@@ -7,7 +7,11 @@ import gzip
 import hashlib
 import json
 import os
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -187,22 +191,64 @@ def test_a_file_that_is_cut_off_is_one_line_and_leaves_nothing(file: ConfigFile,
 
 
 @pytest.mark.usefixtures("on_disk")
-def test_two_runs_that_build_one_entry_at_once_read_the_same(file: ConfigFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    inner: list[Any] = []
-    parsed = rows._parsed_rows
+def test_of_two_runs_at_once_one_builds_and_the_other_reads(file: ConfigFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed, counted = rows._parsed_rows, [0]
+    building, may_end = threading.Event(), threading.Event()
 
-    def meanwhile(*arguments: Any) -> Iterator[Any]:
-        yield from parsed(*arguments)
-        # The other run ends while this one still writes.
-        if not inner:
-            inner.append(None)
-            inner[0] = read_rows(file).sft
+    def slow(*arguments: Any) -> Iterator[Any]:
+        for row in parsed(*arguments):
+            counted[0] += 1
+            yield row
+        building.set()
+        assert may_end.wait(10)
 
-    monkeypatch.setattr(rows, "_parsed_rows", meanwhile)
-    outer = read_rows(file).sft
-    assert isinstance(outer, Stored) and list(outer) == list(inner[0])
+    monkeypatch.setattr(rows, "_parsed_rows", slow)
+    only_texts = make_config({"data": {"path": "data"}, "dpo": {"enabled": False}}, file.folder)
+    with ThreadPoolExecutor(2) as runs:
+        first = runs.submit(read_rows, only_texts)
+        assert building.wait(10)
+        second = runs.submit(read_rows, only_texts)
+        # It waits, and the first one is still at work.
+        assert not wait([second], timeout=0.2).done
+        may_end.set()
+        texts = [run.result(10).sft for run in (first, second)]
+    assert isinstance(texts[1], Stored) and list(texts[0]) == list(texts[1])
+    # The second one read no more than it takes to see that there are many.
+    assert counted == [COUNT + 21]
     # A process that was killed leaves no more than a temporary folder, which the next write removes.
-    assert all(not path.name.endswith("partial") for path in cache_folder(file).iterdir())
+    assert all(not path.name.endswith(("partial", "lock")) for path in cache_folder(file).iterdir())
+
+
+def test_a_run_builds_what_another_one_failed_to_build(tmp_path: Path) -> None:
+    building, may_fail = threading.Event(), threading.Event()
+
+    def fail(_: StoreWriter) -> dict[str, Any]:
+        building.set()
+        assert may_fail.wait(10)
+        raise DataError("line 7 is broken")
+
+    with ThreadPoolExecutor(2) as runs:
+        first = runs.submit(stored.build_entry, tmp_path, "key", bytes, fail)
+        assert building.wait(10)
+        second = runs.submit(stored.build_entry, tmp_path, "key", bytes, lambda _: {"rows": 3})
+        may_fail.set()
+        with pytest.raises(DataError, match="^line 7 is broken$"):
+            first.result(10)
+        assert second.result(10).facts == {"rows": 3}
+
+
+def test_nobody_waits_for_a_process_that_was_killed(tmp_path: Path) -> None:
+    lock = (
+        "import sys, time; from pathlib import Path; from mindprint.data.stored import _sole_builder\n"
+        "with _sole_builder(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", lock, str(tmp_path / "key.lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as builder, ThreadPoolExecutor(1) as runs:
+        assert builder.stdout is not None and builder.stdout.readline() == b"locked\n"
+        run = runs.submit(stored.kept_arrays, tmp_path, "key", lambda: [np.arange(3)])
+        assert not wait([run], timeout=0.2).done
+        builder.kill()
+        assert run.result(10)[0].tolist() == [0, 1, 2]
 
 
 @pytest.mark.usefixtures("on_disk")

@@ -704,7 +704,8 @@ def _read_part(file: ConfigFile, part: Part, parse: Parse[Parsed], findings: Fin
         return asdict(own)
 
     stored: Stored[Any] = build_entry(cache_folder(file), key or _rows_key(file, part, sources), decode, build)
-    findings.add(own)
+    # Another process may have built the entry while this one waited.
+    findings.add(Findings(**stored.facts))
     return stored
 
 

@@ -8,6 +8,7 @@ the process until somebody else needs them, and after an epoch that would be the
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -17,7 +18,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, overload
@@ -275,22 +276,45 @@ def build_entry(
 ) -> Stored[Item]:
     """Write an entry and return it. `build` adds the items and returns the facts to keep with them.
 
-    Two processes that build the same entry at once write to different folders, and the later one's takes the place of
-    the other's, which is the same. Raises `DataError` in one line when the disk is full; then nothing is left.
+    Where another process is building the same entry, such as another rank on this machine, wait for it and return what
+    it wrote. If that process failed, this one builds the entry. Raises `DataError` in one line when the disk is full;
+    then nothing is left.
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
         if not (ignore := cache / ".gitignore").exists():
             ignore.write_text("*\n", encoding="ascii")
-        with atomic.new_folder(cache / key) as aside:
-            writer = StoreWriter(aside)
-            try:
-                writer.finish(build(writer))
-            finally:
-                writer.close()
+        with _sole_builder(cache / f"{key}.lock"):
+            if (built := find_entry(cache, key, decode)) is not None:
+                return built
+            with atomic.new_folder(cache / key) as aside:
+                writer = StoreWriter(aside)
+                try:
+                    writer.finish(build(writer))
+                finally:
+                    writer.close()
     except (RunError, OSError) as error:
         raise DataError(f"{error} ({_PLACE})") from error
     return Stored(_open_entry(cache / key), decode, key)
+
+
+@contextmanager
+def _sole_builder(file: Path) -> Iterator[None]:
+    """Wait until no other process builds what this lock file is named after, and hold the lock.
+
+    The kernel releases the lock of a process that ends, however it ends, so that nobody waits for a dead one. Without
+    the lock two processes would do the same work. The entry that the later one writes then replaces the other's.
+    """
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        # Not every file system has locks.
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        # Those that wait hold the removed file. They find the entry, or build it without excluding a new process.
+        file.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def _reopened(folder: Path, decode: Callable[[bytes], Item], key: str, places: Places | None) -> Stored[Item]:
@@ -298,19 +322,31 @@ def _reopened(folder: Path, decode: Callable[[bytes], Item], key: str, places: P
 
 
 def kept_arrays(cache: Path, key: str, make: Callable[[], Sequence[NDArray[Any]]]) -> list[NDArray[Any]]:
-    """Return arrays from the cache, or make them and keep them. Damaged ones are made again."""
+    """Return arrays from the cache, or make them and keep them. Damaged ones are made again.
+
+    Where another process is making the same arrays, wait for it and return what it kept.
+    """
     file = cache / f"{key}.npz"
+    if (kept := _read_arrays(file)) is not None:
+        return kept
+    try:
+        with _sole_builder(cache / f"{key}.lock"):
+            if (kept := _read_arrays(file)) is not None:
+                return kept
+            arrays = make()
+            content = io.BytesIO()
+            np.savez(content, *arrays)
+            atomic.write_bytes(file, content.getvalue())
+    except (RunError, OSError) as error:
+        raise DataError(f"{error} ({_PLACE})") from error
+    return list(arrays)
+
+
+def _read_arrays(file: Path) -> list[NDArray[Any]] | None:
     # A zip archive has a checksum of each of its parts.
     with suppress(OSError, zipfile.BadZipFile, zlib.error, *MALFORMED), np.load(file, allow_pickle=False) as kept:
         return [kept[name] for name in sorted(kept.files)]
-    arrays = make()
-    content = io.BytesIO()
-    np.savez(content, *arrays)
-    try:
-        atomic.write_bytes(file, content.getvalue())
-    except RunError as error:
-        raise DataError(f"{error} ({_PLACE})") from error
-    return list(arrays)
+    return None
 
 
 def _open_entry(folder: Path) -> _Entry:
