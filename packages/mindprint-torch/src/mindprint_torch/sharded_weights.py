@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mindprint.errors import ModelError
 from mindprint.models.folder import tensors
-from mindprint.models.free_memory import return_freed_arrays
+from mindprint.models.free_memory import return_freed_arrays, trim_heap
 from mindprint.plugins.launched import torchrun_world
 from mindprint_torch import ranks
 from mindprint_torch.sharding import decoder_layers, row_range
@@ -43,12 +43,14 @@ def read_sharded(
         raise ModelError("a single process does not shard a base: start several, or set backend.shard=false")
     if device.type not in ("cpu", "cuda"):
         raise ModelError(f"a base is not sharded on {device.type}: set backend.shard=false")
+    # Layers come and go in each pass, and a rank was to hold only its part. Before the network is made: its weights are
+    # allocated and freed, and would leave gaps of their size in the heap, whose pages stay resident once they are used.
+    return_freed_arrays()
     network = _empty_network(config, dtype, attention)
+    trim_heap()
     layers = decoder_layers(network)
     names = _file_names(network, folder)
     ranks.join()
-    # Layers come and go in each pass, and a rank was to hold only its part.
-    return_freed_arrays()
     mesh = init_device_mesh(device.type, (size,))
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
