@@ -58,6 +58,8 @@ def test_sizes_are_those_of_config_and_headers(tiny: Path) -> None:
     )
     assert sizes.norms == 2
     assert sizes.vocabulary == stated["vocab_size"]
+    # The embedding, which is also the output layer, and the last norm are in no layer.
+    assert sizes.elements - sizes.layer_elements == (sizes.vocabulary + 1) * sizes.hidden
 
 
 def test_sites_are_linear_layers_and_the_embedding(tiny: Path) -> None:
@@ -160,6 +162,29 @@ def test_a_backends_own_estimate_counts(config: dict[str, Any], monkeypatch: pyt
     assert (plan.stages[0].rough, plan.stages[0].free, plan.fits) == (False, GIB, False)
     widest = max(request.batch.tokens.size for request in asked)
     assert plan.stages[0].need.activations == widest
+
+
+def test_each_of_several_ranks_has_a_part_of_the_base_and_of_the_machine(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda: 12 * GIB)
+    prepared = prepare(with_rows(mindprint.load_config(config), ROWS))
+    placements = [replace(Placements().resolve(plan.backend), shard=True) for plan in prepared.plans]
+    whole, half, third = (memory.estimate_memory(prepared, placements, ranks) for ranks in (1, 2, 3))
+    saved = 4 * whole.base.layer_elements
+    assert half.stages[0].need.weights == whole.stages[0].need.weights - saved // 2
+    assert third.stages[0].need.activations == whole.stages[0].need.activations
+    assert [each.stages[0].free for each in (whole, half, third)] == [12 * GIB, 6 * GIB, 4 * GIB]
+    plan = mindprint.plan(config, rows=ROWS, ranks=3)
+    assert plan.to_dict()["ranks"] == 3 and "each of 3 ranks, which share the memory" in str(plan)
+
+
+def test_ranks_that_torchrun_started_share_the_machine(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda: 12 * GIB)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    prepared = prepare(with_rows(mindprint.load_config(config), ROWS))
+    placements = [Placements().resolve(plan.backend) for plan in prepared.plans]
+    assert memory.estimate_memory(prepared, placements).stages[0].free == 3 * GIB
 
 
 @pytest.mark.parametrize(("tokens", "at_end"), [(0, True), (GIB, False)])

@@ -5,13 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import mindprint
+from mindprint.config import ModelConfig
 from mindprint.contract import ModelSpec
-from mindprint.errors import ModelError
+from mindprint.errors import ConfigError, ModelError
+from mindprint.models.folder import resolve_model
+from mindprint.models.sizes import read_base_sizes
 from mindprint.plugins.backend import Backend
 from mindprint_torch.sharding import Turn, Turns, decoder_layers, row_range
 
@@ -78,6 +83,23 @@ def test_quantized_bases_are_not_sharded(backend: Backend, folders: Folders) -> 
     spec = ModelSpec(str(folders("llama")), "cpu", "float32", quantize="nf4", shard=True)
     with pytest.raises(ModelError, match="a quantized base is not sharded: set backend.shard=false"):
         backend.load_model(spec)
+
+
+def test_the_plan_counts_the_part_that_a_rank_holds() -> None:
+    config: dict[str, Any] = {
+        "model": {"name": "builtin:tiny"},
+        "backend": {"type": "torch", "device": "cpu", "dtype": "float32", "shard": True},
+        "data": {"path": None, "heldout_fraction": 0.0},
+        "dpo": {"enabled": False},
+    }
+    rows = [{"prompt": "a", "completion": "b"}]
+    sizes = read_base_sizes(resolve_model(ModelConfig(name="builtin:tiny"), Path()).path)
+    weights = {n: mindprint.plan(config, rows=rows, ranks=n).stages[0].need.weights for n in (2, 4)}
+    assert weights[2] - weights[4] == 4 * sizes.layer_elements // 4
+    gathered = 2 * sizes.layer_elements // sizes.layers
+    assert weights[2] == 4 * (sizes.elements - sizes.layer_elements // 2 + gathered)
+    with pytest.raises(ConfigError, match=r"several processes: name their number \(`mindprint plan --ranks 2`\)"):
+        mindprint.plan(config, rows=rows)
 
 
 def test_a_model_without_known_layers_is_not_sharded() -> None:

@@ -511,6 +511,7 @@ class BaseSizes:
         norms: The normalisations of hidden states in a layer.
         head_norms: Whether a layer also normalises queries and keys.
         config: The values of config.json, of its language model where it has several parts.
+        layer_elements: The part of `elements` that is in the layers, which the ranks divide where a base is sharded.
     """
 
     elements: int
@@ -527,6 +528,7 @@ class BaseSizes:
     norms: int
     head_norms: bool
     config: Mapping[str, Any]
+    layer_elements: int = 0
 
 
 @dataclass(frozen=True)
@@ -541,6 +543,7 @@ class MemoryRequest:
         batch: A micro-batch of a training step.
         update: The step's settings. Its learning rate and normalizers have no meaning here.
         read: The largest batch whose log-probs are taken without gradients, None if there is none.
+        ranks: The number of processes that train together. The need is that of one of them.
     """
 
     spec: ModelSpec
@@ -550,6 +553,7 @@ class MemoryRequest:
     batch: TokenBatch | PreferenceBatch
     update: Update
     read: TokenBatch | None = None
+    ranks: int = 1
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,9 @@ gives it: these shares were fitted to measured runs."""
 POOLS = 96 << 20
 """Threads, kernels and their buffers: of OpenMP and oneDNN on a CPU, of cuBLAS on a GPU."""
 
+GATHERED_LAYERS = 2
+"""Copies of a sharded layer that a rank holds while it computes: FSDP's buffer, and the weights copied out of it."""
+
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -66,13 +69,14 @@ def memory_need(request: MemoryRequest) -> MemoryNeed:
     """Return the parts of the run's greatest need, in bytes."""
     on_cpu = request.spec.device == "cpu"
     item = BYTES[request.spec.dtype]
-    elements, packed = request.base.elements, request.base.packed_bytes
+    elements, packed = _held_elements(request), request.base.packed_bytes
     factors = sum(request.adapter.rank(site.name) * (site.in_features + site.out_features) for site in request.sites)
     # A, B, their gradients and two moments, all float32. On a CPU core's copies are in the same memory.
     adapter = 4 * factors * (4 + (HOST_COPIES if on_cpu else 0))
     parts = list(_training_rows(request))
     kept = max(_activations(request, part) for part in parts)
-    if on_cpu:
+    # A rank that holds a part of the base gives every freed array back at once (`return_freed_arrays`).
+    if on_cpu and not request.spec.shard:
         share = RECOMPUTED_HEAP_SHARE if request.update.gradient_checkpointing else HEAP_SHARE
         kept += int(share * max(request.base.layers * part.tokens * _kept_per_token(request, part) for part in parts))
     free = None if on_cpu else _free(request.spec.device)
@@ -86,11 +90,21 @@ def memory_need(request: MemoryRequest) -> MemoryNeed:
         # nothing but the weights is left of a step.
         reading = need(elements * item, _reading_logits(request, request.read, request.spec.dtype))
         needs.append(reading if on_cpu else _without_step(reading))
-    if on_cpu and request.base.stored_dtype is not None and request.base.stored_dtype != request.spec.dtype:
-        stored = BYTES[request.base.stored_dtype]
+    stored = request.base.stored_dtype
+    # Ranks of a sharded base read one weight at a time.
+    if on_cpu and not request.spec.shard and stored is not None and stored != request.spec.dtype:
         # Files are mapped, and their pages stay until all weights are converted.
-        needs.append(MemoryNeed(elements * (item + stored) + packed, 0, 0, 0, POOLS, free))
+        needs.append(MemoryNeed(elements * (item + BYTES[stored]) + packed, 0, 0, 0, POOLS, free))
     return max(needs, key=lambda each: each.total)
+
+
+def _held_elements(request: MemoryRequest) -> int:
+    """Return the elements of the base that a rank holds at most: of a sharded one its part, and the layer in work."""
+    base = request.base
+    if not request.spec.shard:
+        return base.elements
+    whole = base.elements - base.layer_elements
+    return whole + base.layer_elements // request.ranks + GATHERED_LAYERS * base.layer_elements // max(base.layers, 1)
 
 
 def _without_step(need: MemoryNeed) -> MemoryNeed:

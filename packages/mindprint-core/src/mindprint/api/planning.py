@@ -8,7 +8,7 @@ from typing import Any
 
 from mindprint.api.results import Result, Table
 from mindprint.api.training import Configuration, Records, load_config, with_rows
-from mindprint.errors import DataError
+from mindprint.errors import ConfigError, DataError
 from mindprint.models.engine import Placements
 from mindprint.training.auto import has_auto
 from mindprint.training.choosing import estimated_choice
@@ -35,6 +35,7 @@ class PlanResult(Result):
         trainable: The number of elements that would be trained.
         stages: The need of each stage on each backend, where it is greatest.
         proposals: Settings that need less. Empty if everything fits.
+        ranks: The number of processes that would train together. All figures are those of one of them.
         fits: Whether every stage fits into the memory that is free.
     """
 
@@ -43,6 +44,7 @@ class PlanResult(Result):
     trainable: int
     stages: tuple[StageMemory, ...]
     proposals: tuple[Proposal, ...]
+    ranks: int = 1
 
     @property
     def fits(self) -> bool:
@@ -52,6 +54,8 @@ class PlanResult(Result):
     def blocks(self) -> Iterator[Table | str]:
         """Yield the table of parts, the verdict, and the proposals."""
         yield f"{self.model}: {self.parameters:,} parameters, of which LoRA trains {self.trainable:,} more"
+        if self.ranks > 1:
+            yield f"each of {self.ranks} ranks, which share the memory of this machine:"
         columns = [f"{stage.stage} on {stage.placement.backend.name}" for stage in self.stages]
         rows = [[name, *(_gib(getattr(stage.need, part)) for stage in self.stages)] for part, name in PARTS]
         rows.append(["in all", *(_gib(stage.need.total) for stage in self.stages)])
@@ -69,6 +73,7 @@ class PlanResult(Result):
             "model": self.model,
             "parameters": self.parameters,
             "trainable": self.trainable,
+            "ranks": self.ranks,
             "fits": self.fits,
             "stages": [
                 {
@@ -95,12 +100,13 @@ class PlanResult(Result):
         return str(self)
 
 
-def plan(config: Configuration, *, rows: Records | None = None, **overrides: Any) -> PlanResult:
+def plan(config: Configuration, *, rows: Records | None = None, ranks: int = 1, **overrides: Any) -> PlanResult:
     """State the memory that a run needs, and whether it fits into this device, before anything is loaded.
 
     Args:
         config: A folder with `mindprint.yaml`, a YAML file, the values themselves, or what `load_config` returned.
         rows: Training rows from memory, as `train` takes them.
+        ranks: The number of processes of this machine that would train together.
         **overrides: Sections or settings to merge in: `backend="mlx"`, `sft={"batch_size": 1}`.
 
     Returns:
@@ -121,12 +127,17 @@ def plan(config: Configuration, *, rows: Records | None = None, **overrides: Any
         raise DataError("there is nothing to train: no stage that is enabled has rows")
     placements = Placements()
     resolved = [placements.resolve_training(each.backend) for each in prepared.plans]
-    if has_auto(file.config) and (choice := estimated_choice(file, prepared, resolved)):
+    if ranks == 1 and any(placement.shard for placement in resolved):
+        raise ConfigError(
+            f"{file.source}: backend.shard divides the base among several processes: name their number "
+            "(`mindprint plan --ranks 2`), or set backend.shard=false"
+        )
+    if has_auto(file.config) and (choice := estimated_choice(file, prepared, resolved, ranks)):
         prepared = prepare(choice.applied(file))
-    memory: RunMemory = estimate_memory(prepared, resolved)
+    memory: RunMemory = estimate_memory(prepared, resolved, ranks)
     fits = all(stage.verdict == "fits" for stage in memory.stages)
     proposals = () if fits else memory.proposals()
-    return PlanResult(prepared.model.name, memory.parameters, memory.trainable, memory.stages, proposals)
+    return PlanResult(prepared.model.name, memory.parameters, memory.trainable, memory.stages, proposals, ranks)
 
 
 def _batch_line(stage: StageMemory) -> str:

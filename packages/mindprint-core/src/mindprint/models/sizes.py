@@ -73,6 +73,11 @@ def read_base_sizes(folder: Path) -> BaseSizes:
         norms=norms or _PLAIN_NORMS,
         head_norms=any("q_norm" in name for name in first_layer),
         config=config,
+        layer_elements=sum(
+            math.prod(weight.shape)
+            for name, weight in weights.items()
+            if _LAYER.search(name) and not isinstance(weight, QuantizedWeight)
+        ),
     )
 
 

@@ -78,6 +78,12 @@ def launched() -> tuple[World, str]:
     return ALONE, ""
 
 
+def launched_here() -> int:
+    """Return the number of ranks on this machine, as `torchrun` states it. Where nothing states it, this one alone."""
+    stated = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(int(stated), 1) if stated.isdigit() else 1
+
+
 def _counted_world(launcher: str, rank: str, size: str, needed: Sequence[str] = ()) -> World:
     """Return the world where one variable has the rank and another one the number of ranks."""
     if rank not in os.environ and size not in os.environ:

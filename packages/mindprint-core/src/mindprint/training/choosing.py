@@ -67,10 +67,12 @@ def choose_settings(
     return choice, f"auto: {' '.join(choice.settings(file))}, by the estimate, the smallest of {ranks.size} ranks"
 
 
-def estimated_choice(file: ConfigFile, prepared: Prepared, placements: Sequence[Placement]) -> Choice | None:
-    """Return the choice that fits by the estimate alone, None if there is none."""
+def estimated_choice(
+    file: ConfigFile, prepared: Prepared, placements: Sequence[Placement], ranks: int = 1
+) -> Choice | None:
+    """Return the choice that fits by the estimate alone, for each of `ranks` processes, None if there is none."""
     try:
-        return _fitting(file, estimate_memory(prepared, placements))
+        return _fitting(file, estimate_memory(prepared, placements, ranks))
     except ConfigError:
         return None
 

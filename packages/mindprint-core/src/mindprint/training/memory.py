@@ -37,6 +37,7 @@ from mindprint.models.folder import quantization
 from mindprint.models.free_memory import free_bytes
 from mindprint.models.likelihoods import BATCH_ROWS, batches_by_length
 from mindprint.models.sizes import is_packed, language_weights, read_base_sizes, read_sites
+from mindprint.plugins.launched import launched_here
 from mindprint.training.objectives import OBJECTIVES
 from mindprint.training.plan import StagePlan
 from mindprint.training.prepare import Prepared, lora_config
@@ -131,8 +132,9 @@ class HeaviestStep:
 class RunMemory:
     """The estimates of a prepared run, stage by stage, and of the same run with other settings."""
 
-    def __init__(self, prepared: Prepared, placements: Sequence[Placement]) -> None:
+    def __init__(self, prepared: Prepared, placements: Sequence[Placement], ranks: int | None = None) -> None:
         self._prepared = prepared
+        self.ranks = ranks or max((place.backend.ranks.size for place in placements), default=1)
         self._plans = tuple(zip(prepared.plans, placements, strict=True))
         self.base = read_base_sizes(prepared.model.path)
         self.parameters = sum(math.prod(weight.shape) for weight in language_weights(prepared.model.path).values())
@@ -143,7 +145,9 @@ class RunMemory:
         self.adapter = lora_config(prepared.config.adapter, sites)
         self.sites = tuple(site for site in sites if site.name in set(self.adapter.target_modules))
         self._read = _largest(_read_batches(prepared))
-        self._free = free_bytes()
+        free, here = free_bytes(), ranks or launched_here()
+        # The ranks of one machine divide its memory. A GPU is of one rank alone, and the backend reads its memory.
+        self._free = None if free is None else free // here
         self.stages = self.estimates(prepared.config_file)
 
     @property
@@ -226,17 +230,25 @@ class RunMemory:
         update = Update(0.0, 0, gradient_checkpointing=plan.backend.recomputes, share_prompts=False)
         path = prepared.model.path
         request = MemoryRequest(
-            spec=ModelSpec(str(path), placement.device, placement.dtype, quantization(path), prepared.model.quantize),
+            spec=ModelSpec(
+                str(path),
+                placement.device,
+                placement.dtype,
+                quantization(path),
+                prepared.model.quantize,
+                shard=placement.shard,
+            ),
             base=base,
             sites=self.sites,
             adapter=self.adapter,
             batch=batch,
             update=objective.complete_update(update, [batch], plan.settings),
             read=self._read,
+            ranks=self.ranks,
         )
         training = placement.backend.memory(request)
         need, at_end = training or rough_need(request), False
-        if placement.dtype != "float32" and fits_in_float32(self.parameters):
+        if placement.dtype != "float32" and not placement.shard and fits_in_float32(self.parameters):
             # The fingerprint of a base in a reduced dtype is measured in float32 as well. Nothing is trained then.
             last = self._fingerprint_request(request)
             need_at_end = placement.backend.memory(last) or rough_need(last)
@@ -278,8 +290,9 @@ def rough_need(request: MemoryRequest) -> MemoryNeed:
     per_token = item * (2 * (base.norms + 1) * base.hidden + 3 * queries + 2 * keys + 4 * base.inner)
     layers = 2 if request.update.gradient_checkpointing else base.layers
     factors = sum(request.adapter.rank(site.name) * (site.in_features + site.out_features) for site in request.sites)
+    elsewhere = base.layer_elements - base.layer_elements // request.ranks if request.spec.shard else 0
     return MemoryNeed(
-        weights=base.elements * item + base.packed_bytes,
+        weights=(base.elements - elsewhere) * item + base.packed_bytes,
         adapter=4 * 8 * factors,
         activations=tokens * (layers * per_token + base.layers * base.hidden * item),
         logits=2 * 4 * base.vocabulary * targets,
@@ -345,13 +358,15 @@ def _cheaper(file: ConfigFile, stage: StageMemory) -> Iterator[tuple[tuple[str, 
         yield ("backend.dtype=bfloat16",), "coarser numbers"
 
 
-def estimate_memory(prepared: Prepared, placements: Sequence[Placement]) -> RunMemory:
-    """Estimate the memory of a prepared run.
+def estimate_memory(prepared: Prepared, placements: Sequence[Placement], ranks: int | None = None) -> RunMemory:
+    """Estimate the memory of a prepared run, or of each rank where several processes train together.
+
+    `ranks` is their number where a launcher has not started them yet. They are then taken to share this machine.
 
     Raises:
         ModelError: The base's config.json does not state a size that is needed.
     """
-    return RunMemory(prepared, placements)
+    return RunMemory(prepared, placements, ranks)
 
 
 def memory_notices(prepared: Prepared, placements: Sequence[Placement]) -> Iterator[Notice]:
