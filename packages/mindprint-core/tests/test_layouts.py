@@ -138,6 +138,7 @@ def test_continued_prompts() -> None:
     np.testing.assert_array_equal(layout.prompts, [[1, 2, 3], [4, 7, 0]])
     np.testing.assert_array_equal(layout.prompt_lengths, [3, 1])
     np.testing.assert_array_equal(layout.completions, [[5, 0], [0, 0], [0, 0], [9, 10]])
+    np.testing.assert_array_equal(layout.completion_lengths, [1, 0, 0, 2])
     np.testing.assert_array_equal(layout.sources, [2, 6, 3, 2, 3, 13])
     np.testing.assert_array_equal(layout.targets, [5, 6, 7, 8, 9, 11])
     np.testing.assert_array_equal(layout.slots, [3, 4, 6, 13, 16, 18])

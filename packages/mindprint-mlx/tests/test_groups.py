@@ -15,10 +15,9 @@ from mlx_samples import linear_sites, lora, preference_batch, token_batch
 from mindprint import layouts
 from mindprint.contract import LoadedModel, StepMetrics, TrainingState, Update
 from mindprint.losses import PreferenceLoss
-from mindprint_mlx import adapter, blas, groups, logprobs, points, state, steps
+from mindprint_mlx import adapter, blas, division, groups, logprobs, points, state, steps
 
 Make = Callable[..., LoadedModel]
-LENGTHS = np.array([40, 7, 33, 8, 21, 39], np.int32)
 
 
 @pytest.fixture(params=[1, 2, 3], ids=lambda count: f"{count}-cores")
@@ -27,16 +26,10 @@ def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     monkeypatch.setattr(groups, "core_count", lambda _: request.param)
     monkeypatch.setattr(groups, "LEAST_TOKENS", 1)
     monkeypatch.setattr(groups, "LEAST_WORK", 1)
-    monkeypatch.setattr(groups, "GROUP_TOKENS", 20)
+    monkeypatch.setattr(groups, "READ_TOKENS", 2)
+    monkeypatch.setattr(groups, "READ_WORK", 1)
+    monkeypatch.setattr(division, "GROUP_TOKENS", 20)
     return int(request.param)
-
-
-def test_rows_are_dealt_once_each_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "GROUP_TOKENS", 50)
-    found = groups.groups_of_equal_work(LENGTHS, 2, least=32)
-    assert [list(LENGTHS[rows]) for rows in found] == [[7, 8, 21], [33], [39], [40]]
-    assert [list(rows) for rows in groups.groups_of_equal_work(LENGTHS, 1)] == [[0, 1, 2, 3, 4, 5]]
-    assert [list(rows) for rows in groups.groups_of_equal_work(LENGTHS[:2], 2, least=32)] == [[0, 1]]
 
 
 def step(loaded: LoadedModel, stage: str, checkpointing: bool = False) -> tuple[StepMetrics, TrainingState]:

@@ -68,6 +68,7 @@ class Continued:
         prompts: int32 `[pairs, P]`, padded on the right.
         prompt_lengths: int32 `[pairs]`.
         completions: int32 `[2 * pairs, C]`, padded on the right.
+        completion_lengths: int32 `[2 * pairs]`, how many tokens of each are read.
         sources: Flat positions in the hidden states of the prompts, followed by those of the completions.
         targets: As in `Layout`.
         slots: As in `Layout`.
@@ -77,6 +78,7 @@ class Continued:
     prompts: Int32
     prompt_lengths: Int32
     completions: Int32
+    completion_lengths: Int32
     sources: Int32
     targets: Int32
     slots: Int32
@@ -227,6 +229,7 @@ def continued(batch: TokenBatch) -> Continued:
         prompts=batch.tokens[:pairs, :longest],
         prompt_lengths=_int32(prompts),
         completions=completions,
+        completion_lengths=read,
         sources=_int32(np.where(within < 0, (rows % pairs) * longest + columns - 1, after)),
         targets=batch.tokens[rows, columns],
         slots=_int32(rows * batch.tokens.shape[1] + columns),

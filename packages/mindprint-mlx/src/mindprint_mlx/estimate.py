@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mindprint.contract import Dtype, Int32, MemoryNeed, MemoryRequest, PreferenceBatch, TokenBatch
-from mindprint.layouts import continued, pair_lengths, pairs_of, preference_sequences, token_rows
-from mindprint_mlx import cpu, devices, groups
+from mindprint.contract import Dtype, MemoryNeed, MemoryRequest, PreferenceBatch, TokenBatch
+from mindprint.layouts import continued, pairs_of, preference_sequences, token_rows
+from mindprint.loss_scale import initial_loss_scale
+from mindprint_mlx import cpu, devices, division, groups
+from mindprint_mlx.division import Work
 from mindprint_mlx.logprobs import LOGITS_BYTES
 
 BACKWARD_INNER = 4
@@ -72,20 +74,31 @@ def _free(device: mx.Device) -> int:
 
 
 def _training_rows(request: MemoryRequest) -> Iterator[_Rows]:
-    """Yield the parts of a micro-batch that a step differentiates by themselves (`groups.py`)."""
-    batch = request.batch
+    """Yield the parts of a micro-batch that a step differentiates by themselves (`division.py`)."""
+    batch, work = request.batch, _work(request)
     if not isinstance(batch, PreferenceBatch):
-        for rows in _groups(request, batch.lengths):
+        for rows in division.row_groups(batch, work):
             yield _sequences(token_rows(batch, rows))
         return
-    for pairs in _groups(request, pair_lengths(batch)):
-        sequences = preference_sequences(pairs_of(batch, pairs))
-        yield _continued(sequences) if request.update.share_prompts else _sequences(sequences)
+    share = request.update.share_prompts
+    completions = np.stack([batch.chosen_lengths, batch.rejected_lengths])
+    split = initial_loss_scale(request.spec.dtype) is None
+    for group in division.pair_groups(batch.prompt_lengths, completions, work, share=share, split=split):
+        sequences = preference_sequences(pairs_of(batch, group.pairs))
+        if group.apart:
+            for half in (0, 1):
+                yield _sequences(token_rows(replace(sequences, shared=None), np.array([half])))
+        else:
+            yield _continued(sequences, None if work is None else work.read) if share else _sequences(sequences)
 
 
-def _groups(request: MemoryRequest, lengths: Int32) -> list[groups.Rows]:
-    least = max(groups.LEAST_TOKENS, groups.LEAST_WORK // max(request.base.elements, 1))
-    return groups.groups_of_equal_work(lengths, groups.core_count(devices.device(request.spec.device)), least)
+def _work(request: MemoryRequest) -> Work | None:
+    base = request.base
+    head = base.vocabulary * base.hidden
+    # A head that is not tied is another table of that size.
+    tables = head if base.config.get("tie_word_embeddings", True) else 2 * head
+    elements = max(base.elements, 1)
+    return groups.work(devices.device(request.spec.device), elements, head / max(elements - tables, 1))
 
 
 def _sequences(batch: TokenBatch) -> _Rows:
@@ -93,11 +106,15 @@ def _sequences(batch: TokenBatch) -> _Rows:
     return _Rows(rows * width, rows * _causal(width), batch.loss_tokens)
 
 
-def _continued(batch: TokenBatch) -> _Rows:
+def _continued(batch: TokenBatch, read: int | None) -> _Rows:
     layout = continued(batch)
-    (pairs, prompt), (rows, completion) = layout.prompts.shape, layout.completions.shape
-    scores = pairs * _causal(prompt) + rows * completion * (prompt + completion)
-    return _Rows(pairs * prompt + rows * completion, scores, batch.loss_tokens)
+    pairs, prompt = layout.prompts.shape
+    tokens, scores = pairs * prompt, pairs * _causal(prompt)
+    for rows in division.completion_reads(layout.completion_lengths, read):
+        width = int(layout.completion_lengths[rows].max())
+        tokens += len(rows) * width
+        scores += len(rows) * width * (prompt + width)
+    return _Rows(tokens, scores, batch.loss_tokens)
 
 
 def _causal(width: int) -> int:

@@ -1,36 +1,37 @@
-"""A micro-batch cut for a CPU: groups of rows of like length, which its cores read at the same time.
+"""Groups of a micro-batch's rows, which the cores of a CPU read at the same time.
 
-MLX computes on one thread a stream, and only matrix products use more. So rows are dealt to as many threads as there
-are cores, each with its own stream, and products that take no other core. It also takes less padding, and fewer
-activations at once. Gradients are sums over rows, so that nothing changes but their rounding.
+MLX computes on one thread a stream, and only matrix products use more. So groups of rows (`division.py`) are taken from
+a queue by as many threads as there are cores, each with its own stream, and products that take no other core. It also
+takes less padding, and fewer activations at once. Gradients are sums over rows, so that nothing changes but their
+rounding. They are added in the order of the groups, whichever is done first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import cache
 from threading import Lock, local
 from typing import TypeVar
 
 import mlx.core as mx
-import numpy as np
-from numpy.typing import NDArray
 
-from mindprint.contract import Int32, PreferenceBatch, TokenBatch
-from mindprint.layouts import pair_lengths
-from mindprint_mlx import blas, points
+from mindprint import layouts
+from mindprint.contract import Int32, TokenBatch
+from mindprint_mlx import blas, division, points
+from mindprint_mlx.division import PairGroup, Rows, Work
 from mindprint_mlx.model import MlxModel
 
-Rows = NDArray[np.intp]
-
 MOST_THREADS = 8
-GROUP_TOKENS = 512
-"""About how many tokens a group has: enough for products to run at full speed, few enough for caches and memory."""
 
 LEAST_TOKENS = 64
 LEAST_WORK = 10**9
 """A batch with fewer tokens a core, or fewer times the model's parameters, is not worth a graph for each group."""
+
+READ_TOKENS = 32
+READ_WORK = 10**9
+"""A further read costs about as much as this many tokens, or as this number divided by the model's parameters."""
 
 BUILDING = Lock()
 """Held while a graph is made: the layers of a model then hold the arrays that gradients are traced through."""
@@ -50,10 +51,11 @@ def side_by_side(device: mx.Device, tasks: Sequence[Callable[[], T]]) -> Iterato
     """
     if not tasks:
         return
-    if len(tasks) == 1:
-        result = tasks[0]()
-        mx.eval(result)
-        yield result
+    if len(tasks) == 1 or core_count(device) == 1:
+        for task in tasks:
+            result = task()
+            mx.eval(result)
+            yield result
         return
     pool = _thread_pool(core_count(device))
     # Two threads whose products each take all cores would wait for each other.
@@ -92,38 +94,43 @@ def _thread_stream(device: mx.Device) -> mx.Stream:
     return stream
 
 
-def groups_of_equal_work(lengths: Int32, count: int, least: int = 1) -> list[Rows]:
-    """Return rows in groups of like length and about as many tokens, for `count` cores that work at the same time.
+def work_of(model: MlxModel) -> Work | None:
+    """Return the cores that read a micro-batch of this model and what reading costs, or None on a GPU."""
+    return work(model.device, model.parameters, model.head_tokens)
 
-    There is one group where a core would have less than `least` tokens. Core's `layouts.groups_of_like_length` is for
-    one reader that takes groups in turn: it minimises padding, and its groups may be as unequal as they like.
+
+def work(device: mx.Device, parameters: int, head_tokens: float) -> Work | None:
+    """Return the cores that read a micro-batch and what reading costs, or None on a GPU.
+
+    Args:
+        device: The device that computes.
+        parameters: The number of the model's parameters.
+        head_tokens: How many tokens the model's body reads in the time of one log-prob.
     """
-    total = int(lengths.sum())
-    if count == 1 or total < count * least:
-        return [np.arange(len(lengths))]
-    # A multiple of the cores, so that none waits for the last group of the others.
-    groups = count * -(-total // (count * GROUP_TOKENS))
-    order = np.argsort(lengths, kind="stable")
-    # A row goes to the group in whose share of all tokens its middle lies.
-    middles = np.cumsum(lengths[order]) - lengths[order] / 2
-    numbers = (middles * groups / total).astype(int)
-    return [order[numbers == number] for number in np.unique(numbers)]
+    if device != mx.Device(mx.cpu):
+        return None
+    least = max(LEAST_TOKENS, LEAST_WORK // max(parameters, 1))
+    read = max(READ_TOKENS, READ_WORK // max(parameters, 1))
+    return Work(core_count(device), read, head_tokens, least)
 
 
-def token_groups(model: MlxModel, batch: TokenBatch) -> list[Rows]:
-    """Return groups of a batch's rows, for `layouts.token_rows`. Rows that share a prompt stay together."""
+def token_groups(model: MlxModel, batch: TokenBatch) -> list[tuple[Rows, TokenBatch]]:
+    """Return groups of a batch's rows, and the rows themselves. Of two rows that share a prompt, both or one."""
     if batch.shared is None:
-        return _row_groups(model, batch.lengths)
-    half = len(batch.shared)
-    own = batch.lengths[:half] + batch.lengths[half:] - batch.shared
-    return [np.concatenate([pairs, pairs + half]) for pairs in _row_groups(model, own)]
+        return [(rows, layouts.token_rows(batch, rows)) for rows in division.row_groups(batch, work_of(model))]
+    pairs = len(batch.shared)
+    completions = batch.lengths.reshape(2, pairs) - batch.shared
+    groups = pair_groups(model, batch.shared, completions)
+    alone = replace(batch, shared=None)
+    return [
+        (rows, layouts.token_rows(alone if group.apart else batch, rows))
+        for group in groups
+        for rows in group.rows(pairs)
+    ]
 
 
-def pair_groups(model: MlxModel, batch: PreferenceBatch) -> list[Rows]:
-    """Return groups of a batch's pairs."""
-    return _row_groups(model, pair_lengths(batch))
-
-
-def _row_groups(model: MlxModel, lengths: Int32) -> list[Rows]:
-    least = max(LEAST_TOKENS, LEAST_WORK // max(model.parameters, 1))
-    return groups_of_equal_work(lengths, core_count(model.device), least)
+def pair_groups(model: MlxModel, prompts: Int32, completions: Int32, *, share_prompts: bool = True) -> list[PairGroup]:
+    """Return groups of pairs, by the lengths of prompts, `[pairs]`, and completions, `[2, pairs]`."""
+    # A loss scale keeps small gradients from vanishing only if it is in the loss that is differentiated.
+    share = share_prompts and int(prompts.max() + completions.max()) <= model.longest_shared
+    return division.pair_groups(prompts, completions, work_of(model), share=share, split=model.loss_scale is None)

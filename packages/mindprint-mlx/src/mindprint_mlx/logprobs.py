@@ -15,12 +15,12 @@ import mlx.core as mx
 import numpy as np
 
 from mindprint.contract import Float32, TokenBatch
-from mindprint.layouts import Continued, Layout, continued, sequences, sequences_apart, token_rows
+from mindprint.layouts import Continued, Layout, continued, sequences, sequences_apart
 from mindprint_mlx import adapter as adapters
 from mindprint_mlx import cpu, groups, points
 from mindprint_mlx.arrays import in_blocks, to_numpy
 from mindprint_mlx.model import MlxModel
-from mindprint_mlx.prompts import hidden_states
+from mindprint_mlx.prompts import asked_states
 from mindprint_mlx.recompute import recomputed
 
 LOGITS_BYTES = 64 * 2**20
@@ -31,9 +31,7 @@ def log_probs(model: MlxModel, batch: TokenBatch, *, adapter: bool) -> Float32:
     """Return log-probs under the mask, float32 `[rows, T]`, 0 elsewhere."""
     values = np.zeros(batch.tokens.shape, np.float32)
     read = [
-        (rows, layout)
-        for rows in groups.token_groups(model, batch)
-        for layout in batch_layouts(model, token_rows(batch, rows))
+        (rows, layout) for rows, group in groups.token_groups(model, batch) for layout in batch_layouts(model, group)
     ]
     with model.in_use(adapter=adapter):
         tasks = [partial(layout_log_probs, model, layout, {}) for _, layout in read]
@@ -75,7 +73,8 @@ def layout_log_probs(
         return mx.zeros(0)
     with cpu.in_place_of_mlx(model.module) if cpu.replaces(model.device) else nullcontext():
         with recomputed(model, factors) if gradient_checkpointing else nullcontext():
-            states = hidden_states(model.head, len(model.module.layers), layout)[mx.array(layout.sources)]
+            work = groups.work_of(model)
+            states = asked_states(model.head, len(model.module.layers), layout, None if work is None else work.read)
         targets = mx.array(layout.targets)
         chunk = chunk or max(1, LOGITS_BYTES // (4 * model.head.vocabulary))
         starts = range(0, len(layout), chunk)

@@ -99,10 +99,11 @@ class Adapter:
 class MlxModel:
     """A loaded base and, once injected, its adapter: everything about one model, so that two share nothing.
 
-    `continues_rows` says that rows of unlike
-    lengths can be continued together (`rows.py`). `longest_shared` is how long prompt and completion may be together,
-    each the longest of a batch, for a prompt to be read once for both of its completions (`prompts.py`). `kept` holds
-    the keys and values of conversations, by layer, each `[1, heads, tokens, dims]`.
+    `continues_rows` says that rows of unlike lengths can be continued together (`rows.py`). `head_tokens` is how many
+    tokens the body reads for as many products as the head takes for one log-prob. `longest_shared` is how long prompt
+    and completion may be together, each the longest of a batch, for a prompt to be read once for both of its
+    completions (`prompts.py`). `kept` holds the keys and values of conversations, by layer, each
+    `[1, heads, tokens, dims]`.
     """
 
     module: nn.Module
@@ -113,6 +114,7 @@ class MlxModel:
     continues_rows: bool = False
     longest_shared: int = 0
     parameters: int = 0
+    head_tokens: float = 0.0
     adapter: Adapter | None = None
     kept: KeptPrompts[tuple[tuple[mx.array, mx.array], ...]] = field(default_factory=KeptPrompts)
 
@@ -189,8 +191,20 @@ def _load(spec: ModelSpec, tower: Tower, architecture: architectures.Architectur
         model.continues_rows = can_continue_rows(module, model.new_cache())
         model.longest_shared = longest_shared(head, model.new_cache(), window)
     model.parameters = dense_elements(module)
+    model.head_tokens = _head_tokens(head, model.parameters)
     notes = (*architecture.notes, *packed.note(spec.dtype))
     return LoadedModel(model, spec.device, spec.dtype, model.parameters, head.vocabulary, notes)
+
+
+def _head_tokens(head: Head, parameters: int) -> float:
+    """Return the elements of the LM head for each element of the body's layers."""
+    if head.body is None:
+        return 0.0  # it sees every token
+    # MLX computes nothing for a shape.
+    elements = head.vocabulary * head.states(mx.zeros((1, 1), mx.int32)).shape[-1]
+    # A tied head is the table of token embeddings, by which nothing else is multiplied.
+    tables = 2 * elements if "lm_head" in head.module else elements
+    return elements / max(parameters - tables, 1)
 
 
 def _read_architecture(folder: Path, config: Mapping[str, Any]) -> tuple[Tower, architectures.Architecture]:

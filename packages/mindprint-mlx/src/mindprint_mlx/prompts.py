@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mindprint.layouts import Continued, Layout, continued, sequences, sharing_probe
+from mindprint_mlx.division import completion_reads
 from mindprint_mlx.head import Head
 from mindprint_mlx.imports import mlx_lm_module
 
@@ -38,21 +40,20 @@ class Kept:
 
 
 class Continuation:
-    """One layer's cache for completions `[2 * pairs, C]`: row k and row pairs + k continue prompt k.
+    """One layer's cache for completions `[rows, C]`, of which row k continues prompt `prompts[k]`.
 
-    `offset` are the prompts' lengths, int32 `[2 * pairs]`, where the completions' positions start.
+    `offset` are the prompts' lengths, int32 `[rows]`, where the completions' positions start.
     """
 
-    def __init__(self, prompts: Kept, lengths: mx.array) -> None:
-        self.offset = mx.concatenate([lengths, lengths])
-        self.keys = mx.concatenate([prompts.keys, prompts.keys])
-        self.values = mx.concatenate([prompts.values, prompts.values])
+    def __init__(self, kept: Kept, prompts: Sequence[int], offset: mx.array) -> None:
+        self.offset = offset
+        self.keys, self.values = (_chosen(values, prompts) for values in (kept.keys, kept.values))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         return mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
 
     def make_mask(self, tokens: int, **_: Any) -> mx.array:
-        """Return which tokens each sees: its prompt, and its row up to itself. Bool `[2 * pairs, 1, C, P + C]`."""
+        """Return which tokens each sees: its prompt, and its row up to itself. Bool `[rows, 1, C, P + C]`."""
         own = mx.arange(tokens)
         before = mx.arange(self.keys.shape[2]) < self.offset[:, None, None]
         after = mx.broadcast_to(own[:, None] >= own, (len(self.offset), tokens, tokens))
@@ -60,16 +61,43 @@ class Continuation:
         return mx.concatenate([before, after], axis=2)[:, None]
 
 
-def hidden_states(head: Head, layers: int, layout: Layout | Continued) -> mx.array:
-    """Return the hidden states of a layout's tokens, flat, in the order that its sources count: `[n, ...]`."""
+def _chosen(values: mx.array, rows: Sequence[int]) -> mx.array:
+    """Return some rows, each of which may be chosen again."""
+    everything = list(range(len(values)))
+    if list(rows) == everything:
+        return values
+    if list(rows) == everything * 2:
+        return mx.concatenate([values, values])
+    # By concatenation, whose gradient is added up in one order. That of an index is scattered, on GPUs in any order.
+    return mx.concatenate([values[row : row + 1] for row in rows])
+
+
+def asked_states(head: Head, layers: int, layout: Layout | Continued, read: int | None = None) -> mx.array:
+    """Return the hidden states from which a layout's targets are predicted, `[n, ...]`.
+
+    With the cost of a `read`, in tokens, completions of unlike lengths are read apart (`division.completion_reads`).
+    """
     if isinstance(layout, Layout):
-        return head.states(mx.array(layout.tokens))
+        return head.states(mx.array(layout.tokens))[mx.array(layout.sources)]
     kept = [Kept() for _ in range(layers)]
-    prompts = head.states(mx.array(layout.prompts), kept)
-    # Padding after a short prompt leaves keys too; `Continuation.make_mask` hides them by the prompts' lengths.
-    lengths = mx.array(layout.prompt_lengths)
-    completions = head.states(mx.array(layout.completions), [Continuation(layer, lengths) for layer in kept])
-    return mx.concatenate([prompts, completions])
+    states = [head.states(mx.array(layout.prompts), kept)]
+    pairs, width = len(layout.prompts), layout.completions.shape[1]
+    # The place among all states of each completion's first one.
+    starts, filled = np.zeros(2 * pairs, np.int32), layout.prompts.size
+    for rows in completion_reads(layout.completion_lengths, read):
+        longest = int(layout.completion_lengths[rows].max())
+        if not longest:
+            continue  # completions of one token, which the prompt predicts
+        starts[rows] = filled + np.arange(len(rows)) * longest
+        filled += len(rows) * longest
+        # Padding after a short prompt leaves keys too; `Continuation.make_mask` hides them by the prompts' lengths.
+        prompts = [int(row) % pairs for row in rows]
+        offset = mx.array(layout.prompt_lengths[prompts])
+        caches = [Continuation(layer, prompts, offset) for layer in kept]
+        states.append(head.states(mx.array(layout.completions[rows, :longest]), caches))
+    row, column = np.divmod(layout.sources - layout.prompts.size, width)
+    sources = np.where(layout.sources < layout.prompts.size, layout.sources, starts[row] + column)
+    return mx.concatenate(states)[mx.array(sources.astype(np.int32))]
 
 
 def longest_shared(head: Head, empty: Sequence[Any], window: int | None) -> int:
@@ -81,17 +109,12 @@ def longest_shared(head: Head, empty: Sequence[Any], window: int | None) -> int:
     if any(type(cache) is not mlx_lm_module("models.cache").KVCache for cache in empty):
         return 0
     batch = sharing_probe(head.vocabulary)
-    expected = _asked_states(head, len(empty), sequences(batch))
+    expected = asked_states(head, len(empty), sequences(batch))
     try:
-        states = _asked_states(head, len(empty), continued(batch))
+        states = asked_states(head, len(empty), continued(batch))
         difference = mx.abs(states - expected).max() / mx.abs(expected).max()
         same = bool((difference <= AGREEMENT.get(expected.dtype, COARSE_AGREEMENT)).item())
     except Exception:  # noqa: BLE001  a class that cannot take such a cache may fail in any way
         same = False
     limits = [] if head.rotary_limit is None else [head.rotary_limit.positions]
     return min([UNLIMITED if window is None else window, *limits]) if same else 0
-
-
-def _asked_states(head: Head, layers: int, layout: Layout | Continued) -> mx.array:
-    """Return the hidden states from which a layout's targets are predicted, `[n, ...]`."""
-    return hidden_states(head, layers, layout)[mx.array(layout.sources)]

@@ -7,7 +7,7 @@ micro-batch is evaluated before the next is built: memory is that of one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,6 +21,7 @@ from mindprint.losses import PairLogProbs, PreferenceLoss
 from mindprint_mlx import adapter as adapters
 from mindprint_mlx import groups, optimizer
 from mindprint_mlx.arrays import MLX, scalar, to_numpy
+from mindprint_mlx.division import PairGroup
 from mindprint_mlx.logprobs import batch_layouts, layout_log_probs, row_sums
 from mindprint_mlx.model import Adapter, MlxModel
 from mindprint_mlx.ranks import sum_over_ranks
@@ -29,6 +30,9 @@ Factors = Mapping[str, mx.array]
 Differentiable = Callable[[Factors], tuple[mx.array, tuple[mx.array, ...]]]
 """From factors to a share of the loss, and the arrays that are reported with it."""
 
+Result = tuple[mx.array, list[mx.array], Factors]
+"""A share of the loss, the arrays that are reported with it, and its gradients."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -36,6 +40,33 @@ class Piece:
 
     loss: Differentiable
     dropout: mx.array | None = None
+
+    @property
+    def parts(self) -> tuple[Differentiable, ...]:
+        return (self.loss,)
+
+    def joined(self, results: Sequence[Result]) -> Result:
+        """Return the loss, the reported arrays and the gradients, from those of each part."""
+        return results[0]
+
+
+@dataclass(frozen=True)
+class SplitPair:
+    """A pair whose completions are differentiated apart, each its sum of log-probs, so that two cores can share it.
+
+    The loss depends on a sum's factors through that sum alone: its gradient is the sum's, times one number.
+    """
+
+    parts: tuple[Differentiable, Differentiable]
+    loss: Callable[[mx.array, mx.array], mx.array]
+    dropout: mx.array | None = None
+
+    def joined(self, results: Sequence[Result]) -> Result:
+        """Return the loss, both sums and the gradients, from the sums and their gradients."""
+        (chosen, _, of_chosen), (rejected, _, of_rejected) = results
+        loss, slopes = mx.value_and_grad(self.loss, argnums=(0, 1))(chosen, rejected)
+        gradients = {name: slopes[0] * values + slopes[1] * of_rejected[name] for name, values in of_chosen.items()}
+        return loss, [chosen[None], rejected[None]], gradients
 
 
 def sft_step(model: MlxModel, batches: Sequence[TokenBatch], update: Update) -> StepMetrics:
@@ -49,15 +80,15 @@ def sft_step(model: MlxModel, batches: Sequence[TokenBatch], update: Update) -> 
 
 def dpo_step(model: MlxModel, batches: Sequence[PreferenceBatch], loss: PreferenceLoss, update: Update) -> StepMetrics:
     """Take one step on core's preference loss, without dropout; return the policy's sums from before the update."""
-    rows = [groups.pair_groups(model, batch) for batch in batches]
+    divided = [_pair_groups(model, batch, update) for batch in batches]
     parts = [
-        [Piece(_dpo_loss(model, layouts.pairs_of(batch, pairs), loss, update)) for pairs in batch_groups]
-        for batch, batch_groups in zip(batches, rows, strict=True)
+        [_pair_piece(model, batch, group, loss, update) for group in batch_groups]
+        for batch, batch_groups in zip(batches, divided, strict=True)
     ]
     metrics, reported = _take_step(model, parts, update)
-    # Groups hold pairs in the order of their lengths: `order` takes their sums back to the order of the batches.
+    # Groups hold pairs in the order of their costs: `order` takes their sums back to the order of the batches.
     starts = np.cumsum([0, *(batch.pairs for batch in batches)])
-    numbers = [start + pairs for start, batch_groups in zip(starts[:-1], rows, strict=True) for pairs in batch_groups]
+    numbers = [start + group.pairs for start, groups_ in zip(starts[:-1], divided, strict=True) for group in groups_]
     order = np.argsort(np.concatenate([np.zeros(0, np.intp), *numbers]))
     empty = np.zeros(0, np.float32)
     chosen, rejected = (np.concatenate([empty, *(sums[half] for sums in reported)])[order] for half in (0, 1))
@@ -70,13 +101,10 @@ def dropout_key(seed: int, micro_batch: int) -> mx.array:
 
 
 def _sft_pieces(model: MlxModel, batch: TokenBatch, update: Update, key: mx.array) -> list[Piece]:
-    row_groups = groups.token_groups(model, batch)
-    keys = [key] if len(row_groups) == 1 else list(mx.random.split(key, len(row_groups)))
+    parts = groups.token_groups(model, batch)
+    keys = [key] if len(parts) == 1 else list(mx.random.split(key, len(parts)))
     mx.eval(keys)  # here, since other threads use them and an array belongs to the stream that computes it
-    return [
-        Piece(_sft_loss(model, layouts.token_rows(batch, rows), update), key)
-        for rows, key in zip(row_groups, keys, strict=True)
-    ]
+    return [Piece(_sft_loss(model, part, update), key) for (_, part), key in zip(parts, keys, strict=True)]
 
 
 def _sft_loss(model: MlxModel, batch: TokenBatch, update: Update) -> Differentiable:
@@ -94,10 +122,48 @@ def _sft_loss(model: MlxModel, batch: TokenBatch, update: Update) -> Differentia
     return loss
 
 
-def _dpo_loss(model: MlxModel, batch: PreferenceBatch, preference: PreferenceLoss, update: Update) -> Differentiable:
-    read = batch_layouts(model, layouts.preference_sequences(batch), share_prompts=update.share_prompts)
+def _pair_groups(model: MlxModel, batch: PreferenceBatch, update: Update) -> list[PairGroup]:
+    completions = np.stack([batch.chosen_lengths, batch.rejected_lengths])
+    return groups.pair_groups(model, batch.prompt_lengths, completions, share_prompts=update.share_prompts)
 
-    def loss(factors: Factors) -> tuple[mx.array, tuple[mx.array, ...]]:
+
+def _pair_piece(
+    model: MlxModel, batch: PreferenceBatch, group: PairGroup, preference: PreferenceLoss, update: Update
+) -> Piece | SplitPair:
+    pairs = layouts.pairs_of(batch, group.pairs)
+    sequences = layouts.preference_sequences(pairs)
+
+    def loss(chosen: mx.array, rejected: mx.array) -> mx.array:
+        values = PairLogProbs(chosen, rejected, *_pair_constants(pairs))
+        total: mx.array = preference.total(MLX, values, pair_count=update.pairs, chosen_token_count=update.tokens)
+        return total
+
+    if group.apart:
+        rows = [layouts.token_rows(replace(sequences, shared=None), np.array([half])) for half in (0, 1)]
+        chosen, rejected = (_row_sum(model, row, update) for row in rows)
+        return SplitPair((chosen, rejected), lambda chosen, rejected: loss(chosen[None], rejected[None]))
+
+    sums = _sums(model, sequences, update)
+
+    def piece(factors: Factors) -> tuple[mx.array, tuple[mx.array, ...]]:
+        rows = sums(factors)
+        halves = rows[: pairs.pairs], rows[pairs.pairs :]
+        return loss(*halves), halves
+
+    return Piece(piece)
+
+
+def _row_sum(model: MlxModel, row: TokenBatch, update: Update) -> Differentiable:
+    """Return a function from factors to the sum of one row's log-probs."""
+    sums = _sums(model, row, update)
+    return lambda factors: (sums(factors)[0], ())
+
+
+def _sums(model: MlxModel, batch: TokenBatch, update: Update) -> Callable[[Factors], mx.array]:
+    """Return a function from factors to the sum of each row's log-probs, `[rows]`."""
+    read = batch_layouts(model, batch, share_prompts=update.share_prompts)
+
+    def sums(factors: Factors) -> mx.array:
         parts = [
             row_sums(
                 layout,
@@ -105,13 +171,9 @@ def _dpo_loss(model: MlxModel, batch: PreferenceBatch, preference: PreferenceLos
             )
             for layout in read
         ]
-        sums = sum(parts[1:], start=parts[0])
-        chosen, rejected = sums[: batch.pairs], sums[batch.pairs :]
-        pairs = PairLogProbs(chosen, rejected, *_pair_constants(batch))
-        total = preference.total(MLX, pairs, pair_count=update.pairs, chosen_token_count=update.tokens)
-        return total, (chosen, rejected)
+        return sum(parts[1:], start=parts[0])
 
-    return loss
+    return sums
 
 
 def _pair_constants(batch: PreferenceBatch) -> tuple[mx.array | None, ...]:
@@ -121,7 +183,7 @@ def _pair_constants(batch: PreferenceBatch) -> tuple[mx.array | None, ...]:
 
 
 def _take_step(
-    model: MlxModel, parts: Sequence[Sequence[Piece]], update: Update
+    model: MlxModel, parts: Sequence[Sequence[Piece | SplitPair]], update: Update
 ) -> tuple[StepMetrics, list[tuple[np.ndarray, ...]]]:
     """Accumulate, unscale, clip and update; return the metrics, and the arrays that each piece reports."""
     adapter = adapters.require_adapter(model)
@@ -143,15 +205,17 @@ def _take_step(
 
 
 def _accumulate(
-    model: MlxModel, adapter: Adapter, parts: Sequence[Sequence[Piece]], scale: float
+    model: MlxModel, adapter: Adapter, parts: Sequence[Sequence[Piece | SplitPair]], scale: float
 ) -> tuple[float, Factors, list[tuple[np.ndarray, ...]]]:
     """Return the step's loss, its gradients times `scale`, and the arrays that each piece reports."""
     total, reported = 0.0, []
     gradients: Factors = {}
     try:
         for pieces in parts:
-            tasks = [partial(_differentiate_piece, adapter, piece, scale) for piece in pieces]
-            for loss, extra, fresh in groups.side_by_side(model.device, tasks):
+            tasks = [
+                partial(_differentiate, adapter, part, piece.dropout, scale) for piece in pieces for part in piece.parts
+            ]
+            for loss, extra, fresh in _joined(pieces, groups.side_by_side(model.device, tasks)):
                 gradients = {name: gradients[name] + fresh[name] for name in fresh} if gradients else fresh
                 # Evaluated now, so that no graph holds the activations of earlier pieces.
                 mx.eval(gradients)
@@ -165,14 +229,26 @@ def _accumulate(
     return total, gradients or {name: mx.zeros_like(values) for name, values in adapter.factors.items()}, reported
 
 
-def _differentiate_piece(adapter: Adapter, piece: Piece, scale: float) -> tuple[mx.array, list[mx.array], Factors]:
-    """Return a piece's loss, the arrays that it reports, and its gradients times `scale`."""
+def _joined(pieces: Sequence[Piece | SplitPair], results: Iterator[Result]) -> Iterator[Result]:
+    """Yield the result of each piece, from those of all parts in order."""
+    waiting: list[Result] = []
+    remaining = iter(pieces)
+    piece = next(remaining, None)
+    for result in results:
+        waiting.append(result)
+        if piece is not None and len(waiting) == len(piece.parts):
+            yield piece.joined(waiting)
+            waiting, piece = [], next(remaining, None)
+
+
+def _differentiate(adapter: Adapter, part: Differentiable, dropout: mx.array | None, scale: float) -> Result:
+    """Return a part's loss, the arrays that it reports, and its gradients times `scale`."""
 
     def scaled(factors: Factors) -> tuple[mx.array, ...]:
-        loss, extra = piece.loss(factors)
+        loss, extra = part(factors)
         return (loss * scale, loss, *extra)
 
-    adapters.use_dropout(adapter, piece.dropout)
+    adapters.use_dropout(adapter, dropout)
     differentiated: Callable[[Factors], tuple[tuple[mx.array, ...], Factors]] = mx.value_and_grad(scaled)
     (_, loss, *extra), gradients = differentiated(adapter.factors)
     return loss, extra, gradients
