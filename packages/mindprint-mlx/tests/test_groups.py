@@ -13,7 +13,7 @@ import pytest
 from mlx_samples import linear_sites, lora, preference_batch, token_batch
 
 from mindprint import layouts
-from mindprint.contract import LoadedModel, StepMetrics, TrainingState, Update
+from mindprint.contract import LoadedModel, PreferenceBatch, StepMetrics, TrainingState, Update
 from mindprint.losses import PreferenceLoss
 from mindprint_mlx import adapter, blas, division, groups, logprobs, points, state, steps
 
@@ -69,15 +69,50 @@ def test_a_step_is_the_same(make: Make, family: str, stage: str, cores: int, mon
     assert_same(found, step(ready(make, family), stage))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pair_that_two_cores_share_is_the_same(
+    make: Make, cores: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each completion's gradient is multiplied by the loss's slope in its sum, after both are known."""
+    rng = np.random.default_rng(3)
+    parts = [
+        part
+        for width in (4, 30, 25)
+        for part in (rng.integers(0, mlx_samples.VOCABULARY, (1, width)).astype(np.int32), np.array([width], np.int32))
+    ]
+    one = PreferenceBatch(*parts, *np.array([[-60.0], [-70.0]], np.float32))
+
+    def pair_step() -> tuple[StepMetrics, TrainingState]:
+        loaded = ready(make)
+        update = Update(1e-3, tokens=30, pairs=1, max_grad_norm=None, gradient_checkpointing=checkpointing)
+        completions = np.stack([one.chosen_lengths, one.rejected_lengths])
+        apart.append(groups.pair_groups(loaded.handle, one.prompt_lengths, completions)[0].apart)
+        return steps.dpo_step(loaded.handle, [one], PreferenceLoss(sft_weight=0.3), update), state.save(loaded.handle)
+
+    apart: list[bool] = []
+    found = pair_step()
+    monkeypatch.setattr(groups, "core_count", lambda _: 1)
+    assert_same(found, pair_step())
+    assert apart == [cores > 1, False]
+
+
+def test_a_pair_whose_loss_is_scaled_is_not_split(make: Make, cores: int) -> None:
+    """In float16 small gradients vanish unless the loss that is differentiated is scaled."""
+    loaded = make("qwen2", "float16")
+    lengths = np.array([4], np.int32), np.array([[30], [25]], np.int32)
+    assert [group.apart for group in groups.pair_groups(loaded.handle, *lengths)] == [False]
+
+
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_gradient_checkpointing_is_the_same(make: Make, family: str, stage: str, cores: int) -> None:
     assert_same(step(ready(make, family), stage, checkpointing=True), step(ready(make, family), stage))
 
 
-def test_the_same_step_twice_to_the_last_bit(make: Make, cores: int) -> None:
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_the_same_step_twice_to_the_last_bit(make: Make, stage: str, cores: int) -> None:
     """Threads finish in any order; what they found is added in one."""
-    first, second = step(ready(make), "sft"), step(ready(make), "sft")
-    assert first[0] == second[0]
+    first, second = step(ready(make), stage), step(ready(make), stage)
+    assert (first[0].loss, first[0].grad_norm) == (second[0].loss, second[0].grad_norm)
     for site, factors in first[1].adapter.tensors.items():
         for mine, theirs in zip(factors, second[1].adapter.tensors[site], strict=True):
             np.testing.assert_array_equal(mine, theirs)
