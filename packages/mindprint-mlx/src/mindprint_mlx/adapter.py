@@ -20,6 +20,7 @@ from mindprint.contract import AdapterFacts, AdapterState, LoraConfig, LoraFacto
 from mindprint.errors import AdapterError
 from mindprint_mlx import points
 from mindprint_mlx.arrays import to_numpy
+from mindprint_mlx.asked import skip_unasked
 from mindprint_mlx.experts import StackLora, StackPlace
 from mindprint_mlx.imports import mlx_lm_module
 from mindprint_mlx.model import Adapter, MlxModel, Place
@@ -39,8 +40,13 @@ class KeyedDropout(nn.Module):
     def use(self, key: mx.array | None) -> None:
         self._key = key
 
+    @property
+    def draws(self) -> bool:
+        """Whether it has a mask, and so is not the identity."""
+        return self._key is not None and self._rate > 0
+
     def __call__(self, x: mx.array) -> mx.array:
-        if self._key is None or not self._rate:
+        if not self.draws:
             return x
         # Scaled up while training, so that nothing changes when dropout is off (inverted dropout, as in PyTorch).
         keep = 1 - self._rate
@@ -65,6 +71,8 @@ def inject(model: MlxModel, state: AdapterState) -> AdapterFacts:
     assign(model.adapter, factors)
     for place in chosen:
         place.put(layers[place.site])
+    with model.in_use():
+        skip_unasked(model.module, model.head)
     return AdapterFacts(state.config.target_modules, sum(values.size for values in factors.values()))
 
 

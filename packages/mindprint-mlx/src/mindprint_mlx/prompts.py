@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mindprint.layouts import Continued, Layout, continued, sequences, sharing_probe
+from mindprint_mlx.asked import asking, worth_asking
 from mindprint_mlx.division import completion_reads
 from mindprint_mlx.head import Head
 from mindprint_mlx.imports import mlx_lm_module
@@ -78,26 +79,32 @@ def asked_states(head: Head, layers: int, layout: Layout | Continued, read: int 
     With the cost of a `read`, in tokens, completions of unlike lengths are read apart (`division.completion_reads`).
     """
     if isinstance(layout, Layout):
-        return head.states(mx.array(layout.tokens))[mx.array(layout.sources)]
+        with asking(worth_asking(layout.sources, layout.tokens.size)):
+            return head.states(mx.array(layout.tokens))[mx.array(layout.sources)]
     kept = [Kept() for _ in range(layers)]
-    states = [head.states(mx.array(layout.prompts), kept)]
+    of_prompts = layout.sources < layout.prompts.size
+    with asking(worth_asking(layout.sources[of_prompts], layout.prompts.size)):
+        states = [head.states(mx.array(layout.prompts), kept)]
     pairs, width = len(layout.prompts), layout.completions.shape[1]
     # The place among all states of each completion's first one.
     starts, filled = np.zeros(2 * pairs, np.int32), layout.prompts.size
+    row, column = np.divmod(layout.sources - layout.prompts.size, width)
     for rows in completion_reads(layout.completion_lengths, read):
         longest = int(layout.completion_lengths[rows].max())
         if not longest:
             continue  # completions of one token, which the prompt predicts
         starts[rows] = filled + np.arange(len(rows)) * longest
-        filled += len(rows) * longest
         # Padding after a short prompt leaves keys too; `Continuation.make_mask` hides them by the prompts' lengths.
         prompts = [int(row) % pairs for row in rows]
         offset = mx.array(layout.prompt_lengths[prompts])
         caches = [Continuation(layer, prompts, offset) for layer in kept]
-        states.append(head.states(mx.array(layout.completions[rows, :longest]), caches))
-    row, column = np.divmod(layout.sources - layout.prompts.size, width)
-    sources = np.where(layout.sources < layout.prompts.size, layout.sources, starts[row] + column)
-    return mx.concatenate(states)[mx.array(sources.astype(np.int32))]
+        tokens = layout.completions[rows, :longest]
+        places = (starts[row] + column)[~of_prompts & np.isin(row, rows)] - filled
+        with asking(worth_asking(places, tokens.size)):
+            states.append(head.states(mx.array(tokens), caches))
+        filled += tokens.size
+    sources = np.where(of_prompts, layout.sources, starts[row] + column).astype(np.int32)
+    return mx.concatenate(states)[mx.array(sources)]
 
 
 def longest_shared(head: Head, empty: Sequence[Any], window: int | None) -> int:

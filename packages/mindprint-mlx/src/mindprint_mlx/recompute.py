@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mindprint_mlx import adapter as adapters
+from mindprint_mlx.asked import asked_now, asking
 from mindprint_mlx.model import Adapter, MlxModel
 from mindprint_mlx.prompts import Continuation, Kept
 
@@ -45,6 +46,7 @@ def _checkpointed(kind: Any, adapter: Adapter | None, own: Mapping[str, mx.array
         arrays = {at: value for at, value in enumerate(values) if isinstance(value, mx.array)}
         cache = next((value for value in values if isinstance(value, (Kept, Continuation))), None)
         ahead = [cache.keys, cache.values] if isinstance(cache, Continuation) else []
+        asked = asked_now()
 
         # All arrays are arguments, since gradients do not reach those that a closure holds.
         def layer(arrays: dict[int, mx.array], ahead: list[mx.array], own: Mapping[str, mx.array]) -> Any:
@@ -53,7 +55,9 @@ def _checkpointed(kind: Any, adapter: Adapter | None, own: Mapping[str, mx.array
             if isinstance(cache, Continuation):
                 cache.keys, cache.values = ahead
             given = [arrays.get(at, value) for at, value in enumerate(values)]
-            out = kind.__call__(self, *given[: len(args)], **dict(zip(named, given[len(args) :], strict=True)))
+            # The layer is computed again after the context that it was first computed in.
+            with asking(asked):
+                out = kind.__call__(self, *given[: len(args)], **dict(zip(named, given[len(args) :], strict=True)))
             return out, [cache.keys, cache.values] if isinstance(cache, Kept) else []
 
         out, kept = mx.checkpoint(layer)(arrays, ahead, own)
