@@ -63,11 +63,18 @@ def test_the_last_layer_reads_what_is_asked(make: Make, family: str, rows_of_dow
     assert rows_of_down == [tokens, int(batch.loss_mask.sum())]
 
 
+def test_without_its_adapter_a_model_is_the_base_to_the_last_bit(make: Make, family: str) -> None:
+    loaded, batch = make(family), last_tokens()
+    before = logprobs.log_probs(loaded.handle, batch, adapter=False)
+    adapter.inject(loaded.handle, lora(linear_sites(loaded)))
+    np.testing.assert_array_equal(logprobs.log_probs(loaded.handle, batch, adapter=False), before)
+
+
 def test_of_a_prompt_that_is_shared_the_last_layer_reads_its_last_token(make: Make, rows_of_down: list[int]) -> None:
     loaded, pairs = marked(ready(make)), preference_batch(pairs=3)
     layout = layouts.continued(layouts.preference_sequences(pairs))
     with loaded.handle.in_use():
-        mx.eval(prompts.asked_states(loaded.handle.head, 2, layout))
+        mx.eval(prompts.asked_states(loaded.handle.head, 2, layout, skip_unasked=True))
     prompt, completions = layout.prompts.size, layout.completions.size
     within = int(layout.completion_lengths.sum())
     assert rows_of_down == [prompt, 3, completions, within if within <= asked.WORTH * completions else completions]

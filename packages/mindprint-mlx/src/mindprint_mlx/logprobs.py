@@ -34,7 +34,8 @@ def log_probs(model: MlxModel, batch: TokenBatch, *, adapter: bool) -> Float32:
         (rows, layout) for rows, group in groups.token_groups(model, batch) for layout in batch_layouts(model, group)
     ]
     with model.in_use(adapter=adapter):
-        tasks = [partial(layout_log_probs, model, layout, {}) for _, layout in read]
+        # Without the adapter the base is computed as it was before there was one, to the last bit.
+        tasks = [partial(layout_log_probs, model, layout, {}, skip_unasked=adapter) for _, layout in read]
         for (rows, layout), answers in zip(read, groups.side_by_side(model.device, tasks), strict=True):
             row, column = np.divmod(layout.slots, layout.shape[1])
             values[rows[row], column] = to_numpy(answers)
@@ -63,10 +64,12 @@ def layout_log_probs(
     chunk: int | None = None,
     *,
     gradient_checkpointing: bool = False,
+    skip_unasked: bool = True,
 ) -> mx.array:
     """Return the log-prob of each of the layout's targets, float32 `[n]`, differentiable in `factors`, if any.
 
-    `chunk` is how many positions the head takes at once, by default as many as `LOGITS_BYTES` allows.
+    `chunk` is how many positions the head takes at once, by default as many as `LOGITS_BYTES` allows. `skip_unasked`
+    lets the last layer leave out what no target needs (`asked.py`).
     """
     _assign(model, factors)
     if not len(layout):
@@ -74,7 +77,8 @@ def layout_log_probs(
     with cpu.in_place_of_mlx(model.module) if cpu.replaces(model.device) else nullcontext():
         with recomputed(model, factors) if gradient_checkpointing else nullcontext():
             work = groups.work_of(model)
-            states = asked_states(model.head, len(model.module.layers), layout, None if work is None else work.read)
+            read = None if work is None else work.read
+            states = asked_states(model.head, len(model.module.layers), layout, read, skip_unasked=skip_unasked)
         targets = mx.array(layout.targets)
         chunk = chunk or max(1, LOGITS_BYTES // (4 * model.head.vocabulary))
         starts = range(0, len(layout), chunk)

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mindprint.contract import Int32
 from mindprint.layouts import Continued, Layout, continued, sequences, sharing_probe
 from mindprint_mlx.asked import asking, worth_asking
 from mindprint_mlx.division import completion_reads
@@ -73,17 +75,24 @@ def _chosen(values: mx.array, rows: Sequence[int]) -> mx.array:
     return mx.concatenate([values[row : row + 1] for row in rows])
 
 
-def asked_states(head: Head, layers: int, layout: Layout | Continued, read: int | None = None) -> mx.array:
+def asked_states(
+    head: Head, layers: int, layout: Layout | Continued, read: int | None = None, *, skip_unasked: bool = False
+) -> mx.array:
     """Return the hidden states from which a layout's targets are predicted, `[n, ...]`.
 
     With the cost of a `read`, in tokens, completions of unlike lengths are read apart (`division.completion_reads`).
+    `skip_unasked` lets the last layer leave out what they do not need (`asked.py`).
     """
+
+    def within(places: Int32, tokens: int) -> AbstractContextManager[None]:
+        return asking(worth_asking(places, tokens) if skip_unasked else None)
+
     if isinstance(layout, Layout):
-        with asking(worth_asking(layout.sources, layout.tokens.size)):
+        with within(layout.sources, layout.tokens.size):
             return head.states(mx.array(layout.tokens))[mx.array(layout.sources)]
     kept = [Kept() for _ in range(layers)]
     of_prompts = layout.sources < layout.prompts.size
-    with asking(worth_asking(layout.sources[of_prompts], layout.prompts.size)):
+    with within(layout.sources[of_prompts], layout.prompts.size):
         states = [head.states(mx.array(layout.prompts), kept)]
     pairs, width = len(layout.prompts), layout.completions.shape[1]
     # The place among all states of each completion's first one.
@@ -100,7 +109,7 @@ def asked_states(head: Head, layers: int, layout: Layout | Continued, read: int 
         caches = [Continuation(layer, prompts, offset) for layer in kept]
         tokens = layout.completions[rows, :longest]
         places = (starts[row] + column)[~of_prompts & np.isin(row, rows)] - filled
-        with asking(worth_asking(places, tokens.size)):
+        with within(places, tokens.size):
             states.append(head.states(mx.array(tokens), caches))
         filled += tokens.size
     sources = np.where(of_prompts, layout.sources, starts[row] + column).astype(np.int32)
