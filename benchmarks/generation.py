@@ -1,6 +1,7 @@
 """Greedy generation next to transformers and mlx-lm: tokens per second for 1 and 16 prompts.
 
     python benchmarks/generation.py MODEL [--backend torch] [--prompts 1 16] [--tokens 64] [--turns 3]
+    python benchmarks/generation.py MODEL --backend mlx --device metal --dtype bfloat16
 
 MODEL is the folder of a base model, such as SmolLM2-135M-Instruct. Prompts are random ids. Each backend is measured in
 its own process, in turns with its peer: `transformers.generate`, and mlx-lm's `generate_step` for one prompt and
@@ -62,6 +63,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens for each prompt")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="cpu, metal (MLX on a Mac), mps or cuda (PyTorch)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--measure", choices=PEERS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -91,7 +94,7 @@ def measured(options: argparse.Namespace) -> dict[str, dict[str, tuple[float, fl
 def ours(options: argparse.Namespace) -> dict[str, Run]:
     """Return a run of the base model and one with an adapter."""
     backend = load_backend(options.measure)
-    model = backend.load_model(ModelSpec(options.model, "cpu", "float32"))
+    model = backend.load_model(ModelSpec(options.model, options.device, options.dtype))
     sites = backend.adapter_sites(model)
     backend.inject_adapter(
         model, initial_adapter(sites, LoraConfig(16, 32.0, resolve_targets(sites, "all-linear")), seed=0)
@@ -110,11 +113,12 @@ def with_transformers(options: argparse.Namespace) -> Run:
     import torch  # noqa: PLC0415
     from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: PLC0415
 
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    model.to(options.device)
     config = GenerationConfig(max_new_tokens=options.tokens, do_sample=False, pad_token_id=0)
 
     def run(prompts: list[Int32]) -> int:
-        tokens = torch.from_numpy(np.stack(prompts).astype(np.int64))
+        tokens = torch.from_numpy(np.stack(prompts).astype(np.int64)).to(options.device)
         with torch.no_grad():
             out = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=config)
         return int(out[:, tokens.shape[1] :].numel())
@@ -127,9 +131,9 @@ def with_mlx_lm(options: argparse.Namespace) -> Run:
     from mlx_lm import batch_generate, load  # noqa: PLC0415
     from mlx_lm.generate import generate_step  # noqa: PLC0415
 
-    mx.set_default_device(mx.cpu)
+    mx.set_default_device(mx.cpu if options.device == "cpu" else mx.gpu)
     model, tokenizer = load(options.model)
-    model.set_dtype(mx.float32)
+    model.set_dtype(getattr(mx, options.dtype))
     # Every token is to be made, as ours is asked to.
     tokenizer._eos_token_ids = set()
 

@@ -5,6 +5,7 @@ Peers run their own trainers as their users would, asked for the same numbers: f
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -80,7 +81,11 @@ def loaded(backend_name: str, folder: Path, dtype: Literal["float32", "bfloat16"
     from mindprint.plugins.backend import load_backend
 
     backend = load_backend(backend_name)
-    model = backend.load_model(ModelSpec(str(folder), "cpu", dtype))
+    if backend_name == "mlx":
+        spec = ModelSpec(str(folder), os.environ.get(work.DEVICE, "cpu"), os.environ.get(work.DTYPE, dtype))
+    else:
+        spec = ModelSpec(str(folder), "cpu", dtype)
+    model = backend.load_model(spec)
     sites = backend.adapter_sites(model)
     config = LoraConfig(work.RANK, work.ALPHA, resolve_targets(sites, "all-linear"))
     backend.inject_adapter(model, initial_adapter(sites, config, seed=0))
@@ -229,8 +234,9 @@ def _mlx_model(folder: Path, *, adapter: bool = True) -> Any:
     from mindprint_mlx.blas import prepare
 
     prepare()
-    mx.set_default_device(mx.cpu)
+    mx.set_default_device(mx.cpu if os.environ.get(work.DEVICE, "cpu") == "cpu" else mx.gpu)
     model, _ = load_model(folder)
+    model.set_dtype(getattr(mx, os.environ.get(work.DTYPE, "float32")))
     model.freeze()
     if adapter:
         keys = {f"{part}.{name}" for part in ("self_attn", "mlp") for name in work.TARGETS}

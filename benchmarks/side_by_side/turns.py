@@ -23,6 +23,7 @@ from time import perf_counter, process_time
 from typing import IO, Any
 
 from side_by_side import contestants, work
+from side_by_side.work import DEVICE, DTYPE, MLX_DEVICES
 
 HERE = Path(__file__).parents[1]
 STEPS_A_TURN = 3
@@ -68,7 +69,12 @@ def compare(title: str, ours: str, *peers: str) -> None:
     parser.add_argument("--turns", type=int, default=5, choices=range(1, most + 1), metavar=f"1..{most}")
     parser.add_argument("--shapes", nargs="+", default=list(work.SHAPES), choices=list(work.SHAPES))
     parser.add_argument("--alone", action="store_true", help="all turns of one process, then all of the next")
+    if "mlx" in ours:
+        parser.add_argument("--device", default="cpu", choices=("cpu", "metal"), help="metal: the GPU of a Mac")
+        parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     options = parser.parse_args()
+    # Contestants are separate processes, which inherit this.
+    os.environ |= {DEVICE: vars(options).get("device", "cpu"), DTYPE: vars(options).get("dtype", "float32")}
     # Alone, a group has one process: nothing waits while it runs.
     groups = [[name] for name in (ours, *peers)] if options.alone else [[ours, *peers]]
     with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +126,7 @@ def report(timed: list[Contestant], shape: str) -> None:
         print(line, flush=True)
     if reference := [contestant for contestant in timed if contestant.name.endswith("-reference")]:
         end_to_end(ours, reference[0], [peer for peer in timed[1:] if peer is not reference[0]])
-    print(f"  useful work {rate:.1f} GFLOP/s; a product of two float32 matrices: {peak(ours.name):.1f}", flush=True)
+    print(f"  useful work {rate:.1f} GFLOP/s; a product of two matrices: {peak(ours.name):.1f}", flush=True)
 
 
 def end_to_end(ours: Contestant, reference: Contestant, peers: list[Contestant]) -> None:
@@ -132,12 +138,13 @@ def end_to_end(ours: Contestant, reference: Contestant, peers: list[Contestant])
 
 
 def peak(name: str) -> float:
-    """Return the GFLOP/s of a float32 matrix product in the contestant's framework, the best of many, now and here."""
+    """Return the GFLOP/s of a matrix product in the contestant's framework, the best of many, now and here."""
     code = (
         "import torch; a = torch.randn(2048, 2048); f = lambda: a @ a"
         if "torch" in name
         else "import mindprint_mlx\nfrom mindprint_mlx.blas import prepare\nprepare()\nimport mlx.core as mx\n"
-        "mx.set_default_device(mx.cpu); a = mx.random.normal((2048, 2048)); f = lambda: mx.eval(a @ a)"
+        f"mx.set_default_device({MLX_DEVICES[os.environ.get(DEVICE, 'cpu')]})\n"
+        f"a = mx.random.normal((2048, 2048)).astype(mx.{os.environ.get(DTYPE, 'float32')}); f = lambda: mx.eval(a @ a)"
     )
     # The best of many: a product that something else interrupted is not this machine's speed.
     timing = "\nimport timeit; print(2 * 2048**3 / min(timeit.repeat(f, number=1, repeat=15)) / 1e9)"
@@ -193,7 +200,10 @@ def _blas() -> str:
 
 
 def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # macOS counts bytes, Linux KiB. MLX counts buffers on a GPU, which may not be in the process's memory.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    mlx: Any = sys.modules.get("mlx.core")
+    return peak if mlx is None or os.environ.get(DEVICE, "cpu") == "cpu" else max(peak, mlx.get_peak_memory() / 2**20)
 
 
 if __name__ == "__main__":

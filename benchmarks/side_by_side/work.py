@@ -16,6 +16,12 @@ PAIRS, ROWS, STEPS = 4, 8, 18
 SHAPES = {"147+73": (147, 147, 73, 73), "32+200": (32, 32, 200, 200), "ragged": (12, 260, 8, 300)}
 """Shortest and longest prompt and completion in tokens. Lengths between them are even on a log scale."""
 
+DEVICE, DTYPE = "MINDPRINT_BENCH_DEVICE", "MINDPRINT_BENCH_DTYPE"
+"""Variables of the environment that tell MLX's contestants what to compute on, and in."""
+
+MLX_DEVICES = {"cpu": "mx.cpu", "metal": "mx.gpu"}
+"""MLX's names for the devices that our configurations name."""
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
