@@ -1,4 +1,4 @@
-"""The last layer computes what is asked for alone, and gives the numbers of computing everything."""
+"""The last layer computes only the places that are asked for, and gives the numbers of computing everything."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def asking(asked: Asked | None) -> Iterator[None]:
 
 
 def asked_now() -> Asked | None:
-    """Return what this context asks for."""
+    """Return the places that this context asks for."""
     return _asked.get()
 
 
@@ -68,7 +68,7 @@ def worth_asking(places: Int32, tokens: int) -> Asked | None:
 
 
 def skip_unasked(module: nn.Module, head: Head) -> int:
-    """Let parts of the last layer skip what is not asked for, where that is measured to hold; return their number."""
+    """Let parts of the last layer skip unasked places, where that is measured to hold; return their number."""
     if head.body is None:
         return 0
     tokens = mx.array(PROBE) % head.vocabulary
@@ -111,7 +111,7 @@ def _skipping(kind: Any) -> Any:
 
     def call(self: nn.Module, x: mx.array, *others: Any, **named: Any) -> Any:
         asked = asked_now()
-        # Masks of dropout are drawn for all positions, so that a seed's numbers do not depend on what is asked.
+        # Masks of dropout are drawn for all positions, so that a seed's numbers do not depend on the places.
         if asked is None or others or named or any(getattr(part, "draws", False) for part in self.modules()):
             return kind.__call__(self, x, *others, **named)
         places = mx.array(asked.places)

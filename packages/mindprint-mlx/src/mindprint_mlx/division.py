@@ -148,7 +148,7 @@ def _by_length(lengths: Int32, work: Work) -> Iterator[list[Rows]]:
 
 
 def _price(groups: Sequence[Sequence[float]], cores: int) -> float:
-    """Return what a division costs each core, if each takes the next part, in order, whenever it is free."""
+    """Return the cost of a division for each core, if each takes the next part, in order, whenever it is free."""
     ends = [0.0] * cores
     for parts in groups:
         for cost in parts:

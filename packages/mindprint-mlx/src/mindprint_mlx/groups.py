@@ -95,12 +95,12 @@ def _thread_stream(device: mx.Device) -> mx.Stream:
 
 
 def work_of(model: MlxModel) -> Work | None:
-    """Return the cores that read a micro-batch of this model and what reading costs, or None on a GPU."""
+    """Return the cores that read a micro-batch of this model and the costs of reading, or None on a GPU."""
     return work(model.device, model.parameters, model.head_tokens)
 
 
 def work(device: mx.Device, parameters: int, head_tokens: float) -> Work | None:
-    """Return the cores that read a micro-batch and what reading costs, or None on a GPU.
+    """Return the cores that read a micro-batch and the costs of reading, or None on a GPU.
 
     Args:
         device: The device that computes.

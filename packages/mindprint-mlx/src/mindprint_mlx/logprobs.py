@@ -69,7 +69,7 @@ def layout_log_probs(
     """Return the log-prob of each of the layout's targets, float32 `[n]`, differentiable in `factors`, if any.
 
     `chunk` is how many positions the head takes at once, by default as many as `LOGITS_BYTES` allows. `skip_unasked`
-    lets the last layer leave out what no target needs (`asked.py`).
+    lets the last layer leave out places that no target needs (`asked.py`).
     """
     _assign(model, factors)
     if not len(layout):

@@ -81,7 +81,7 @@ def asked_states(
     """Return the hidden states from which a layout's targets are predicted, `[n, ...]`.
 
     With the cost of a `read`, in tokens, completions of unlike lengths are read apart (`division.completion_reads`).
-    `skip_unasked` lets the last layer leave out what they do not need (`asked.py`).
+    `skip_unasked` lets the last layer leave out other places (`asked.py`).
     """
 
     def within(places: Int32, tokens: int) -> AbstractContextManager[None]:
