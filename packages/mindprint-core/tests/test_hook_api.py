@@ -66,6 +66,7 @@ def test_the_list_of_required_hooks_is_the_specifications() -> None:
     assert set(options) - set(REQUIRED_HOOKS) == {
         "mindprint_event",
         "mindprint_gather",
+        "mindprint_largest_weight",
         "mindprint_memory",
         "mindprint_read_documents",
         "mindprint_scorers",

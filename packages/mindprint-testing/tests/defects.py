@@ -45,6 +45,15 @@ def defect(name: str, caught_by: str, *edits: tuple[str, str], claims: tuple[str
     return Defect(name, f"test_{caught_by}", edits, claims)
 
 
+def with_largest_weight(name: str, of_one: str) -> Defect:
+    """Return a defect that adds the optional hook, which the example has not, with an expression of `weight`."""
+    end = "    return digest.hexdigest()\n"
+    hook = (
+        f"def mindprint_largest_weight(model):\n    return float(max({of_one} for weight in model.weights.values()))\n"
+    )
+    return defect(name, "the_largest_weight_is_that_of_the_folder", (end, f"{end}\n\n@hookimpl\n{hook}"))
+
+
 SFT_GRADIENT = "sft_gradients_by_finite_differences"
 DPO_GRADIENT = "preference_gradients_by_finite_differences"
 MERGED = "an_adapter_is_what_merging_it_would_be"
@@ -129,6 +138,8 @@ DEFECTS = (
         ('[AdapterSite(name, "linear", *model.weights[name].shape[::-1]) for', "[name for"),
     ),
     defect("no answer to a question", "the_digest_is_of_the_base_alone", ("    return digest.hexdigest()\n", "")),
+    with_largest_weight("a largest weight that passes over NaN", "np.nanmax(np.abs(weight))"),
+    with_largest_weight("a largest weight without negative ones", "weight.max()"),
     # Adapters.
     defect("alpha is taken for the scale", MERGED, ("adapter.config.scale(site) * (b", "adapter.config.alpha * (b")),
     defect(

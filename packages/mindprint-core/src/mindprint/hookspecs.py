@@ -300,6 +300,22 @@ def mindprint_memory(request: MemoryRequest) -> MemoryNeed:  # type: ignore[empt
 
 
 @hookspec(firstresult=True)
+def mindprint_largest_weight(model: Any) -> float | None:
+    """Return the largest magnitude among the base's weights as they are in memory. Optional.
+
+    Core asks before training. Where every weight is finite and of an ordinary size, it computes one short row to see
+    that the base works, and all rows of the fingerprint's probe otherwise, and always for a backend without this hook.
+
+    Args:
+        model: The handle.
+
+    Returns:
+        The magnitude, NaN if a weight is NaN. None where no magnitude tells all: of packed weights, and of a base that
+        is divided among ranks.
+    """
+
+
+@hookspec(firstresult=True)
 def mindprint_gather(values: UInt8) -> UInt8:  # type: ignore[empty-body]
     """Exchange bytes between the ranks that train one adapter. Optional: the capability `ranks` needs it.
 

@@ -1,4 +1,4 @@
-"""A cheap digest of the base's weights on the device that holds them, in one pass."""
+"""Facts of the base's weights on the device that holds them: a cheap digest, and the largest magnitude."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import mlx.core as mx
 import numpy as np
 
-from mindprint_mlx.arrays import parameters_of
+from mindprint_mlx.arrays import parameters_of, scalar
 from mindprint_mlx.model import MlxModel
 
 WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
@@ -27,6 +27,17 @@ def base_digest(model: MlxModel) -> str:
             facts = (name, values.shape, str(values.dtype), _sums(values))
             digest.update(repr(facts).encode())
     return digest.hexdigest()
+
+
+def largest_weight(model: MlxModel) -> float | None:
+    """Return the largest magnitude among the base's weights, NaN if one is NaN, None if they are packed."""
+    with model.in_use(adapter=False):
+        weights = [values for _, values in parameters_of(model.module) if values.size]
+        if not all(mx.issubdtype(values.dtype, mx.floating) for values in weights):
+            return None
+        # Both ends instead of `abs`, which would write an array of a weight's size. They pass NaN on.
+        ends = [end.astype(mx.float32) for values in weights for end in (mx.max(values), mx.min(values))]
+        return scalar(mx.max(mx.abs(mx.stack(ends))))
 
 
 def _sums(values: mx.array) -> tuple[int, ...]:

@@ -74,6 +74,13 @@ def mindprint_base_digest(model: MlxModel) -> str:
 
 
 @hookimpl
+def mindprint_largest_weight(model: MlxModel) -> float | None:
+    from mindprint_mlx.digest import largest_weight
+
+    return largest_weight(model)
+
+
+@hookimpl
 def mindprint_inject_adapter(model: MlxModel, adapter: AdapterState) -> AdapterFacts:
     from mindprint_mlx.adapter import inject
 

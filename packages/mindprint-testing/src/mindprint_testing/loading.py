@@ -100,6 +100,27 @@ class Loading(Claims):
         info.file.write_bytes(contents)
         assert bench.backend.base_digest(bench.load(folder=folder)) != bench.backend.base_digest(bench.load())
 
+    def test_the_largest_weight_is_that_of_the_folder(self, bench: Bench, tmp_path: Path) -> None:
+        """`mindprint_largest_weight`, an optional hook: the folder's largest magnitude, NaN if the embedding has one.
+
+        If it fails: a damaged base is found only after training, when no fingerprint can be taken. Look at which
+        tensors `mindprint_largest_weight` reads, and whether its maximum passes NaN on.
+        """
+        largest = bench.backend.largest_weight(bench.load())
+        if largest is None:
+            return
+        stored = {file: load_file(file) for file in {info.file for info in tensors(bench.folder).values()}}
+        assert largest == max(float(np.abs(values).max()) for part in stored.values() for values in part.values())
+        folder = Path(shutil.copytree(bench.folder, tmp_path / "damaged"))
+        info = next(info for name, info in tensors(folder).items() if "embed" in name)
+        contents = bytearray(info.file.read_bytes())
+        # The last token's last value, all bits set: NaN. Loading may compute with the first tokens.
+        contents[info.end - SIZES[info.dtype] : info.end] = b"\xff" * SIZES[info.dtype]
+        info.file.write_bytes(contents)
+        found = bench.backend.largest_weight(bench.load(folder=folder))
+        assert found is not None
+        assert np.isnan(found)
+
     def test_an_unknown_architecture_is_refused(self, bench: Bench, tmp_path: Path) -> None:
         """A `model_type` that the backend does not compute is a `ModelError`.
 

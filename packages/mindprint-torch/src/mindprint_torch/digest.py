@@ -1,4 +1,4 @@
-"""A cheap digest of weights on the device that holds them, in one pass."""
+"""Facts of weights on the device that holds them, in one pass: a cheap digest, and the largest magnitude."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ WORDS_AT_ONCE = 1 << 20
 def base_digest(model: TorchModel) -> str:
     """Return the digest of the base's weights as they are in memory."""
     return weights_digest(model.base)
+
+
+def largest_weight(model: TorchModel) -> float | None:
+    """Return the largest magnitude among the base's weights, NaN if one is NaN, None if they are packed or sharded."""
+    weights = model.base.values()
+    if any(isinstance(weight, DTensor) or not weight.is_floating_point() for weight in weights):
+        return None
+    # `aminmax` reads a weight once and writes nothing of its size. It passes NaN on.
+    ends = [end.float().abs().cpu() for weight in weights if weight.numel() for end in weight.aminmax()]
+    return float(torch.stack(ends).max())
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:

@@ -74,6 +74,13 @@ def mindprint_base_digest(model: TorchModel) -> str:
 
 
 @hookimpl
+def mindprint_largest_weight(model: TorchModel) -> float | None:
+    from mindprint_torch.digest import largest_weight
+
+    return largest_weight(model)
+
+
+@hookimpl
 def mindprint_inject_adapter(model: TorchModel, adapter: AdapterState) -> AdapterFacts:
     from mindprint_torch.adapter import inject
 

@@ -104,6 +104,12 @@ class Backend:
         """Return the digest of the base weights in memory."""
         return self._checked("mindprint_base_digest", str, self._call("mindprint_base_digest", model=model.handle))
 
+    def largest_weight(self, model: LoadedModel) -> float | None:
+        """Return the largest magnitude among the base weights in memory, None from a backend that does not know it."""
+        hook = "mindprint_largest_weight"
+        answer = self._call(hook, model=model.handle)
+        return None if answer is None else self._checked(hook, float, answer)
+
     def inject_adapter(self, model: LoadedModel, adapter: AdapterState) -> AdapterFacts:
         """Attach an adapter, trainable."""
         hook = "mindprint_inject_adapter"

@@ -60,7 +60,7 @@ from mindprint.training.prepare import SECTIONS_OF_IDENTITY, Prepared, initial_s
 from mindprint.training.reference import ReferenceCache
 from mindprint.training.stages import Stage
 from mindprint.trust.measurement import take_fingerprint
-from mindprint.trust.probe import score
+from mindprint.trust.probe import score_before_training
 
 OnEvent = Callable[[Event], None]
 
@@ -340,7 +340,7 @@ class _Run:
         The probe has tokens that no training text may have, and rows of a damaged base can be NaN one by one.
         """
         try:
-            score(self.engine.backend, self.engine.model, self.prepared.probe, adapter=False)
+            score_before_training(self.engine.backend, self.engine.model, self.prepared.probe)
         except NotFiniteError as error:
             raise ModelError(
                 f"{self.prepared.model.path}: the base model computes no finite log-probs for tokens of the "

@@ -39,6 +39,12 @@ LONGEST, MIDDLE, TURN = 192, 96, 24
 HELDOUT_ROWS = 8
 """The greatest number of held-out rows, where the configuration asks for them."""
 
+CHECKED_TOKENS = 32
+"""Tokens of the row that is computed before training, where weights tell the rest."""
+
+ORDINARY_WEIGHT = 65504.0
+"""The largest number of float16. Products of three such weights are still far below float32's largest number."""
+
 DECIMALS = 6
 """Of log-probs in a fingerprint: a tenth of the smallest tolerance."""
 
@@ -93,6 +99,22 @@ def score(backend: Backend, model: LoadedModel, probe: Probe, *, adapter: bool) 
     """Return log-probs of every token but each row's first, float32 `[probe.tokens]`. Each row is computed unpadded."""
     parts = [_scored(backend, model, [row], adapter=adapter) for row in probe.rows]
     return np.concatenate(parts).astype(np.float32)
+
+
+def score_before_training(backend: Backend, model: LoadedModel, probe: Probe) -> None:
+    """Compute as much of the probe with the bare base as tells that all of it has finite log-probs.
+
+    One short row does if every weight is finite and of an ordinary size, and activations have float32's exponents. Else
+    each row counts: a damaged token meets no other row, and float16 overflows with some tokens only.
+
+    Raises:
+        NotFiniteError: If a log-prob is not finite.
+    """
+    largest = backend.largest_weight(model)
+    # NaN is below nothing.
+    if model.dtype != "float16" and largest is not None and largest <= ORDINARY_WEIGHT:
+        probe = Probe((min(probe.rows, key=len)[:CHECKED_TOKENS],), probe.source)
+    score(backend, model, probe, adapter=False)
 
 
 def measure_noise(backend: Backend, model: LoadedModel, probe: Probe, alone: Float32, *, adapter: bool) -> Noise:
