@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mindprint.contract import LoadedModel, TokenBatch
+from mindprint.errors import ModelError
 from mindprint.plugins.backend import Backend
 from mindprint_torch import logprobs
 from mindprint_torch.head import Head, read_head
@@ -64,6 +65,27 @@ def test_a_cap_is_seen_where_ordinary_logits_pass_it_unchanged(load: Load) -> No
     network = load("gemma2", "bfloat16").handle.network
     network.config.final_logit_softcapping = 1024.0
     assert not read_head(network).plain
+
+
+def test_a_token_that_sees_those_behind_it_is_refused(load: Load) -> None:
+    network = load("llama").handle.network
+    network.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(ModelError, match="LlamaForCausalLM lets tokens see what follows them; only causal"):
+        read_head(network)
+
+
+def test_logits_that_the_last_hidden_states_do_not_decide_are_refused(load: Load) -> None:
+    network = load("llama").handle.network
+    forward = network.forward
+
+    def with_token_ids(input_ids: torch.Tensor, **shape: object) -> object:
+        output = forward(input_ids=input_ids, **shape)
+        output.logits = output.logits + input_ids[..., None]
+        return output
+
+    network.forward = with_token_ids
+    with pytest.raises(ModelError, match="LlamaForCausalLM is not a body followed by an output layer"):
+        read_head(network)
 
 
 def test_capped_attention_is_computed_eagerly_and_said(load: Load) -> None:

@@ -88,15 +88,21 @@ def read_head(model: PreTrainedModel, rotary_limit: RotaryLimit | None = None) -
     logits = model(input_ids=tokens, use_cache=False).logits[0]
     if not torch.isfinite(logits).all():
         raise ModelError(f"{name} computes logits that are not finite in {model.dtype}")
-    heads = (_split(model, body, tokens, logits, rotary_limit) for body in _possible_bodies(model))
-    head = next(filter(None, heads), None)
-    if head is None:
-        raise ModelError(f"{name} is not a body followed by an output layer; not supported")
-    # Padding on the right is only harmless if no token sees the tokens behind it.
     half = PROBE_TOKENS // 2
-    if not _same(head.hidden_states(tokens[:, :half]), head.hidden_states(tokens)[:, :half]):
+    # Read by itself, the first half has the same logits only if no token sees those behind it. Else padding on the
+    # right would do harm.
+    head = _find_head(model, tokens[:, :half], logits[:half], rotary_limit)
+    if head is None:
+        if _find_head(model, tokens, logits, rotary_limit) is None:
+            raise ModelError(f"{name} is not a body followed by an output layer; not supported")
         raise ModelError(f"{name} lets tokens see what follows them; only causal models can be trained")
     return head
+
+
+def _find_head(model: PreTrainedModel, tokens: Tensor, logits: Tensor, rotary_limit: RotaryLimit | None) -> Head | None:
+    """Return the model's head behind the first body with which these tokens `[1, n]` get these logits."""
+    heads = (_split(model, body, tokens, logits, rotary_limit) for body in _possible_bodies(model))
+    return next(filter(None, heads), None)
 
 
 def _possible_bodies(model: PreTrainedModel) -> list[nn.Module]:
