@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mindprint.collection import collection_paused
 from mindprint.contract import Int32
 from mindprint.data.rows import Message, template_variables
 from mindprint.errors import ConfigError, DataError, ModelError
@@ -331,6 +332,7 @@ class Tokenizer:
         return set(ids[:1]) & special
 
 
+@collection_paused()
 def load_tokenizer(folder: Path, variables: Mapping[str, Any] | None = None) -> Tokenizer:
     """Load the tokenizer of a model folder. `variables` are given to its chat template (`data.chat_template_kwargs`).
 

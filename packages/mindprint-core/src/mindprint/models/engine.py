@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mindprint.collection import collection_paused
 from mindprint.config import BackendConfig
 from mindprint.contract import (
     AdapterFacts,
@@ -152,6 +153,7 @@ class Engine:
         assert self._model is not None, "no model is loaded"
         return self._model
 
+    @collection_paused()
     def load(self, placement: Placement) -> None:
         """Load the bare base at `placement`, after releasing the model in memory."""
         self.release()
@@ -193,6 +195,7 @@ class Engine:
                 raise BackendError(f"backend {placement.backend.name!r} cannot adapt {names} of this base as others do")
         return sites
 
+    @collection_paused()
     def inject(self, adapter: AdapterState) -> None:
         """Attach the adapter and check that it, and only it, will be trained."""
         check_injection(adapter, self.backend.inject_adapter(self.model, adapter))

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 
+from mindprint.collection import collection_paused
 from mindprint.contract import (
     AdapterFacts,
     AdapterSite,
@@ -230,6 +231,7 @@ class Backend:
         self.require_training()
         self._call("mindprint_restore", model=model.handle, state=state)
 
+    @collection_paused()
     def memory(self, request: MemoryRequest) -> MemoryNeed | None:
         """Return the memory that a run would need, None from a backend that does not estimate it."""
         hook = "mindprint_memory"
@@ -349,6 +351,7 @@ def _require_embedded(model: LoadedModel, arrays: Iterable[Int32]) -> None:
             raise DataError(f"token {int(outside[0])} is not one of the model's {model.vocab_size} tokens")
 
 
+@collection_paused()
 def load_backend(name: str, observers: Iterable[object] = ()) -> Backend:
     """Load the installed backend called `name`.
 

@@ -20,6 +20,7 @@ from mindprint.adapter.formats import read_any_adapter, unmatched_note
 from mindprint.adapter.initial import initial_adapter, started_adapter
 from mindprint.adapter.peft_format import adapter_digest
 from mindprint.adapter.targets import resolve_targets
+from mindprint.collection import collection_paused
 from mindprint.config import AdapterConfig, Config, ConfigFile, dump_config
 from mindprint.contract import AdapterSite, AdapterState, LoraConfig, StageName, TrainingState
 from mindprint.curriculum.outline import Outline, read_outline
@@ -104,6 +105,7 @@ class Prepared:
         return replace(self, plans=tuple(plan.for_order(version) for plan in self.plans), order=version)
 
 
+@collection_paused()
 def prepare(file: ConfigFile, tell: Callable[[Notice], None] | None = None) -> Prepared:
     """Read model folder, tokenizer and data, and plan the stages. Raises a `MindprintError` for wrong input.
 
