@@ -49,10 +49,11 @@ def sum_over_ranks(gradients: Factors, loss: float) -> tuple[float, Factors]:
 
 def _exchanged(exchange: Callable[[mx.distributed.Group], mx.array]) -> mx.array:
     """Return the evaluated result of an exchange. Raises `RankError` if another rank has ended."""
+    group = _group()
     try:
         # Only NCCL communicates on a GPU, and `mlx.launch` sets this variable for it alone.
         with mx.stream(mx.gpu if "MLX_WORLD_SIZE" in os.environ else mx.cpu):
-            result = exchange(_group())
+            result = exchange(group)
             mx.eval(result)
     except RuntimeError as error:
         raise RankError(
@@ -64,5 +65,11 @@ def _exchanged(exchange: Callable[[mx.distributed.Group], mx.array]) -> mx.array
 
 @cache
 def _group() -> mx.distributed.Group:
-    """Connect this process with the others, once."""
-    return mx.distributed.init(strict=True)
+    """Connect this process with the others, once. Raises `RankError` if they do not answer."""
+    try:
+        return mx.distributed.init(strict=True)
+    except RuntimeError as error:
+        raise RankError(
+            f"cannot connect with the other ranks: one of them has ended or was not started, or is on a host that this "
+            f"one does not reach ({first_line(error)[:200]})"
+        ) from error

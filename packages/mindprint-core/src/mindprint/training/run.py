@@ -98,6 +98,8 @@ def train(
     placements = Placements(observers)
     ranks = joined_ranks(file.config, placements)
     try:
+        # Connected before the rows are read, which may take one rank minutes longer than MLX's ring waits.
+        ranks.gather(None)
         if mode and has_auto(file.config):
             # A run continues with its own choice, whatever is free now. Only the first rank has its files.
             file = _with_recorded_choice(file, run, ranks)
