@@ -15,6 +15,7 @@ from mindprint.contract import AdapterFacts, AdapterSite, AdapterState, Float32,
 from mindprint.errors import AdapterError
 from mindprint.loss_scale import initial_loss_scale
 from mindprint_torch import experts
+from mindprint_torch.asked import skip_unasked
 from mindprint_torch.gated import fuse_gated
 from mindprint_torch.lora import LoraLayer, attach
 from mindprint_torch.model import Adapter, TorchModel
@@ -41,6 +42,7 @@ def inject(model: TorchModel, adapter: AdapterState) -> AdapterFacts:
     fuse_gated(model.network)
     for gathered in gathered_layers(model.network):
         fuse_gated(gathered)
+    skip_unasked(model.head)
     model.adapter = Adapter(adapter.config, layers)
     model.kept.forget()
     model.adapter.optimizer.loss_scale = initial_loss_scale(model.dtype)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +19,7 @@ from mindprint.contract import Float32, TokenBatch
 from mindprint.layouts import Layout, forked, sequences, sequences_apart
 from mindprint_torch.adapter import adapter_enabled
 from mindprint_torch.arrays import on_device
+from mindprint_torch.asked import Asked, asking
 from mindprint_torch.head import Head
 from mindprint_torch.model import TorchModel
 from mindprint_torch.packed import multiply_back
@@ -72,7 +74,10 @@ def layout_log_probs(model: TorchModel, layout: Layout) -> Tensor:
     if not len(layout.sources):
         return torch.zeros(0, device=model.device)
     shape = row_shape(layout, model.device, model.network.dtype, masked=model.masks_forks)
-    hidden = model.head.hidden_states(on_device(model.device, layout.tokens), **shape)
+    # Two completions may ask for the same hidden state, that of their prompt's last token.
+    places = on_device(model.device, np.unique(layout.sources))
+    with asking(Asked(places)):
+        hidden = model.head.hidden_states(on_device(model.device, layout.tokens), **shape)
     selected = hidden.flatten(0, 1).index_select(0, on_device(model.device, layout.sources))
     return head_log_probs(model.head, selected, on_device(model.device, layout.targets))
 

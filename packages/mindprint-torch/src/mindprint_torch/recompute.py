@@ -7,12 +7,14 @@ stay in evaluation mode, and only the adapter's dropout, if any, is drawn again 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mindprint_torch.asked import asked_now, asking
 
 
 @contextmanager
@@ -21,9 +23,14 @@ def recomputed(network: nn.Module, *, enabled: bool) -> Iterator[None]:
     layers = [layer for layer in network.modules() if enabled and isinstance(layer, GradientCheckpointingLayer)]
     for layer in layers:
         # On the instance, as `lora.py` does, so that removing the attribute restores the class's.
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=_contexts)
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of a layer's two passes: what the first one is asked for, the second is too."""
+    return nullcontext(), asking(asked_now())

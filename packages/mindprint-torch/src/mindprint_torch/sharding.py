@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mindprint.errors import ModelError
 from mindprint_torch import ranks
+from mindprint_torch.asked import asking
 
 
 class Turn(IntEnum):
@@ -134,7 +135,8 @@ def take_turns(network: PreTrainedModel) -> None:
 def _lend_pass(network: PreTrainedModel, *, backward: bool) -> None:
     """Pass one token through the layers, and back if asked. The result is thrown away."""
     tokens = torch.zeros((1, 1), dtype=torch.long, device=network.device)
-    with torch.set_grad_enabled(backward):
+    # This rank may be within a pass that asks for places, which are not those of this token.
+    with torch.set_grad_enabled(backward), asking(None):
         logits = network(input_ids=tokens, use_cache=False).logits
     if logits.requires_grad:
         factors = [weight for weight in network.parameters() if weight.requires_grad]
