@@ -58,6 +58,10 @@ def normalise(
     kernels = triton_kernels(x.device)
     if kernels is not None:
         return kernels.normalise(x.contiguous(), weight, epsilon, plus_one=plus_one, rounds_first=rounds_first)  # type: ignore[no-any-return]
+    if x.dtype == torch.float32:
+        # In place, and with the mean square from a reduction that writes no array of squares.
+        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        return (x * inverse).mul_(weight + 1.0 if plus_one else weight), inverse.flatten()
     values = x.float()
     inverse = torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + epsilon)
     normalised = values * inverse
@@ -78,6 +82,11 @@ def normalise_back(
         )
     # With f = 1 / rms(x), n = f x and y = n w, and g = dL/dy: dL/dx = f (g w - n mean(g w n)).
     factor = inverse.view(*x.shape[:-1], 1)
+    if x.dtype == torch.float32:
+        by_normalised = gradient * (weight + 1.0 if plus_one else weight)
+        # f n mean(g w n) = x f^3 mean(g w x).
+        mean = torch.linalg.vecdot(by_normalised, x).unsqueeze_(-1).div_(x.shape[-1])
+        return by_normalised.mul_(factor).addcmul_(x, mean.mul_(factor**3), value=-1.0)
     normalised = x.float() * factor
     by_normalised = gradient.float() * (weight.float() + 1.0 if plus_one else weight.float())
     if rounds_first:

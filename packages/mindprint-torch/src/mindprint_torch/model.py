@@ -116,10 +116,13 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     network.generation_config = GenerationConfig()
     if spec.shard:
         take_turns(network)
-    if triton_kernels(torch.device(spec.device)) is not None:
+    fused = triton_kernels(torch.device(spec.device)) is not None
+    # On a CPU the few passes of `elementwise.normalise` are faster than transformers' in float32 alone.
+    if fused or (spec.device, spec.dtype) == ("cpu", "float32"):
         fuse_norms(network)
         for layer in gathered_layers(network):
             fuse_norms(layer)
+    if fused:
         fuse_rotation(network)
     with _naming(spec.path):
         head = read_head(network, read_rotary_limit(network))

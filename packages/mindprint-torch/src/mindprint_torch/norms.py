@@ -61,6 +61,8 @@ class Normalisation(torch.autograd.Function):
 
 
 def _forward(norm: Any, epsilon: float, variant: Variant, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return normalise(x, norm.weight, epsilon, **variant._asdict())[0]
     output: Tensor = Normalisation.apply(x, norm.weight, epsilon, variant)  # type: ignore[no-untyped-call]
     return output
 
