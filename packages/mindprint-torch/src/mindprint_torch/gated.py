@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mindprint_torch.elementwise import triton_kernels
-from mindprint_torch.lora import is_fusible
+from mindprint_torch.lora import is_fusible, narrow_product
 from mindprint_torch.packed import Weight, add_multiplied_back, multiply, multiply_back
 from mindprint_torch.packed_layers import frozen_weight
 
@@ -87,7 +87,7 @@ class GatedBlock(torch.autograd.Function):
         gate_w, up_w, down_w = weights
         gate_a, gate_b, up_a, up_b, down_a, down_b = (factor.to(x.dtype) for factor in factors)
         # Gate and up read the same input: one product with both of their A's behind one another.
-        low = rows @ torch.cat([gate_a, up_a]).T
+        low = narrow_product(rows, torch.cat([gate_a, up_a]))
         gate_low, up_low = low.split([len(gate_a), len(up_a)], dim=1)
         gate, up = (x.new_empty(len(rows), weight.shape[0]) for weight in (gate_w, up_w))
         multiply(rows, gate_w, None, gate)
@@ -95,7 +95,7 @@ class GatedBlock(torch.autograd.Function):
         multiply(rows, up_w, None, up)
         up.addmm_(up_low, up_b.T, alpha=scales[1])
         inner = _inner_product(gate, up)
-        down_low = inner @ down_a.T
+        down_low = narrow_product(inner, down_a)
         # Filled through a view, not returned as one: a model may change it in place (see `LoraProduct`).
         output = torch.empty_like(x, memory_format=torch.contiguous_format)
         flat = output.view(rows.shape)
@@ -113,13 +113,15 @@ class GatedBlock(torch.autograd.Function):
         gate_scale, up_scale, down_scale = ctx.scales
         gradient = outer[0].reshape(rows.shape)
         # Each of the three layers differentiates as in `LoraProduct`; `by_` names a gradient by the thing after it.
-        by_down_low = (gradient @ down_b).mul_(down_scale)
+        by_down_low = narrow_product(gradient, down_b.T).mul_(down_scale)
         by_inner = multiply_back(gradient, down_w).addmm_(by_down_low, down_a)
         by_down_b = (down_low.T @ gradient).mul_(down_scale).T
         by_gate, by_up, by_down_a = _inner_gradients(gate, up, by_inner, by_down_low)
         del by_inner
         ranks = [len(gate_a), len(up_a)]
-        by_low = torch.cat([(by_gate @ gate_b).mul_(gate_scale), (by_up @ up_b).mul_(up_scale)], dim=1)
+        by_gate_low = narrow_product(by_gate, gate_b.T).mul_(gate_scale)
+        by_up_low = narrow_product(by_up, up_b.T).mul_(up_scale)
+        by_low = torch.cat([by_gate_low, by_up_low], dim=1)
         both_a = torch.cat([gate_a, up_a])
         by_gate_a, by_up_a = (by_low.T @ rows).split(ranks)
         gate_low, up_low = low.split(ranks, dim=1)
