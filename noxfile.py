@@ -454,9 +454,9 @@ def train_pretrained(session: nox.Session, models: Sequence[str], steps: int) ->
     run_in_both(session, "pytest", "-s", "tests/real", env={**env, "MINDPRINT_REAL_STEPS": str(steps)})
 
 
-BENCHMARKS = ("sft_torch", "sft_mlx", "dpo_torch", "dpo_mlx", "bfloat16_torch", "linear_cost", "loop_overhead",
-              "memory_flat", "merge", "near_duplicates", "row_rounding", "rounding", "startup", "verify", "plan",
-              "quantized")  # fmt: skip
+BENCHMARKS = ("sft_torch", "sft_mlx", "dpo_torch", "dpo_mlx", "bfloat16_torch", "linear_cost", "step_savings",
+              "loop_overhead", "memory_flat", "merge", "near_duplicates", "row_rounding", "rounding", "startup",
+              "verify", "plan", "quantized")  # fmt: skip
 """Those that need no more than this repository."""
 
 

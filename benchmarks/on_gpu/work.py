@@ -32,10 +32,14 @@ class Shape:
     tied: bool
 
     @property
+    def key_weights(self) -> int:
+        """The elements of the weights that make a layer's keys and values."""
+        return 2 * self.hidden * (self.hidden // self.heads) * self.key_heads
+
+    @property
     def layer_weights(self) -> int:
         """The elements of a layer's linear weights."""
-        keys = self.hidden // self.heads * self.key_heads
-        return 2 * self.hidden * self.hidden + 2 * self.hidden * keys + 3 * self.hidden * self.inner
+        return 2 * self.hidden * self.hidden + self.key_weights + 3 * self.hidden * self.inner
 
 
 SHAPES = {
@@ -89,16 +93,19 @@ def useful_flops(rows: Sequence[Row], shape: Shape, *, preference: bool) -> floa
     gradient by its input. Its own gradient is not needed. That makes 4 operations a weight and token, compared with 6
     in full training. Attention has two products forward and four backward, all of which LoRA needs. Under the causal
     mask a token sees half of its sequence on average. The output layer reads completion tokens only, and a prompt
-    counts once for both completions. The low-rank products (1 to 2 %), recomputed layers and reference passes do not
-    count: they are no progress, so the share of the peak is lower where they are done.
+    counts once for both completions. Of the last layer, keys and values count for all tokens, and the rest for those
+    of completions. The low-rank products (1 to 2 %), recomputed layers and reference passes do not count: they are no
+    progress, so the share of the peak is lower where they are done.
     """
     total = 0.0
     for row in rows:
         completions = (row.chosen, row.rejected) if preference else (row.chosen,)
         prompt, own = len(row.prompt), [len(completion) for completion in completions]
-        seen = prompt**2 / 2 + sum(length * prompt + length**2 / 2 for length in own)
-        total += 4 * shape.layers * shape.layer_weights * (prompt + sum(own))
-        total += 3 * 4 * shape.layers * shape.hidden * seen
+        seen_by_own = sum(length * prompt + length**2 / 2 for length in own)
+        read, others = prompt + sum(own), shape.layers - 1
+        total += 4 * (others * shape.layer_weights + shape.key_weights) * read
+        total += 4 * (shape.layer_weights - shape.key_weights) * sum(own)
+        total += 3 * 4 * shape.hidden * (others * (prompt**2 / 2 + seen_by_own) + seen_by_own)
         total += 4 * shape.hidden * shape.vocabulary * sum(own)
     return total
 

@@ -33,6 +33,14 @@ def ours(
 
     The stage `reference` computes the reference of the pairs instead of taking the step on them.
     """
+    backend, model = loaded(backend_name, folder, dtype)
+    for step in steps_of(backend, model, stage, shape):
+        with turn():
+            step()
+
+
+def steps_of(backend: Any, model: Any, stage: str, shape: str) -> Iterator[Callable[[], object]]:
+    """Yield the steps on the work, collation included. References are computed before the first one."""
     from mindprint.contract import Update
     from mindprint.data.collate import preference_batch, sft_batch
     from mindprint.data.render import PreferenceExample, SftExample
@@ -40,7 +48,6 @@ def ours(
     from mindprint.losses import PreferenceLoss
     from mindprint.models.likelihoods import sum_pairs
 
-    backend, model = loaded(backend_name, folder, dtype)
     origin = Origin("rows", 1)
 
     def ids(values: list[int]) -> np.ndarray:
@@ -53,24 +60,24 @@ def ours(
         mask = np.arange(len(row.prompt) + len(row.chosen)) >= len(row.prompt)
         return SftExample("t", ids([*row.prompt, *row.chosen]), mask, origin)
 
+    def sft_step(rows: list[work.Row]) -> None:
+        tokens = sft_batch([single(row) for row in rows], work.PAD)
+        backend.sft_step(model, [tokens], Update(work.LEARNING_RATE, tokens.loss_tokens))
+
+    def dpo_step(pairs: list[PreferenceExample], reference: Any) -> None:
+        read = preference_batch(pairs, work.PAD, (reference.chosen, reference.rejected))
+        update = Update(work.LEARNING_RATE, int(read.chosen_lengths.sum()), read.pairs)
+        backend.dpo_step(model, [read], PreferenceLoss(beta=work.BETA), update)
+
     if stage == "sft":
-        for rows in batches(shape, stage):
-            with turn():
-                tokens = sft_batch([single(row) for row in rows], work.PAD)
-                backend.sft_step(model, [tokens], Update(work.LEARNING_RATE, tokens.loss_tokens))
+        yield from (partial(sft_step, rows) for rows in batches(shape, stage))
         return
     steps = [[pair(row) for row in rows] for rows in batches(shape, stage)]
     if stage == "reference":
-        for pairs in steps:
-            with turn():
-                sum_pairs(backend, model, pairs, work.PAD)
+        yield from (partial(sum_pairs, backend, model, pairs, work.PAD) for pairs in steps)
         return
     references = [sum_pairs(backend, model, pairs, work.PAD) for pairs in steps]
-    for pairs, reference in zip(steps, references, strict=True):
-        with turn():
-            read = preference_batch(pairs, work.PAD, (reference.chosen, reference.rejected))
-            update = Update(work.LEARNING_RATE, int(read.chosen_lengths.sum()), read.pairs)
-            backend.dpo_step(model, [read], PreferenceLoss(beta=work.BETA), update)
+    yield from (partial(dpo_step, pairs, reference) for pairs, reference in zip(steps, references, strict=True))
 
 
 def loaded(backend_name: str, folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> tuple[Any, Any]:

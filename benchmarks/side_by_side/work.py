@@ -79,19 +79,24 @@ def write_model(folder: Path) -> None:
 def useful_flops(batch: list[Row], *, preference: bool) -> float:
     """Return the operations that a step needs: base linears, attention and LM head, forward and backward.
 
-    Rows are not padded, and a prompt counts once. The gradient by activations costs as much as the forward pass, of
-    attention twice.
+    Rows are not padded, and a prompt counts once. Of the last layer only keys and values count for all tokens, and the
+    rest for tokens whose hidden state predicts one of a completion. The gradient by activations costs as much as the
+    forward pass, of attention twice.
     """
     head_dim = HIDDEN // HEADS
-    layer = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * KEY_HEADS * head_dim + 3 * HIDDEN * INNER
+    keys = 2 * HIDDEN * KEY_HEADS * head_dim
+    rest = 2 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER
     total = 0.0
     for row in batch:
         completions = (row.chosen, row.rejected) if preference else (row.chosen,)
         prompt, own = len(row.prompt), [len(completion) - 1 for completion in completions]
         # Under a causal mask a token sees half of its own part on average, and all of the prompt.
-        seen = prompt**2 / 2 + sum(length * prompt + length**2 / 2 for length in own)
+        seen_by_own = sum(length * prompt + length**2 / 2 for length in own)
+        # The prompt's last token predicts the first one of each completion.
+        asked, seen_by_asked = 1 + sum(own), prompt + seen_by_own
         # A multiplication and an addition each; forward, and by activations backward. Base weights have no gradient.
-        total += 2 * 2 * LAYERS * layer * (prompt + sum(own))
-        total += 3 * LAYERS * 4 * HIDDEN * seen
+        read = prompt + sum(own)
+        total += 2 * 2 * (LAYERS * keys * read + rest * ((LAYERS - 1) * read + asked))
+        total += 3 * 4 * HIDDEN * ((LAYERS - 1) * (prompt**2 / 2 + seen_by_own) + seen_by_asked)
         total += 2 * 2 * HIDDEN * VOCABULARY * sum(map(len, completions))
     return total

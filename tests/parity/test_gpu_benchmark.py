@@ -27,14 +27,17 @@ def test_the_parameters_are_those_of_the_llamas() -> None:
 
 
 def test_operations_of_one_row() -> None:
-    """By hand, for one layer of width 2 without key heads less than heads, inner size 3, vocabulary 5."""
-    shape = work.Shape(hidden=2, inner=3, layers=1, heads=1, key_heads=1, vocabulary=5, tied=True)
-    assert shape.layer_weights == 4 * 4 + 3 * 6
+    """By hand, for two layers of width 2 without key heads less than heads, inner size 3, vocabulary 5."""
+    shape = work.Shape(hidden=2, inner=3, layers=2, heads=1, key_heads=1, vocabulary=5, tied=True)
+    assert (shape.layer_weights, shape.key_weights) == (4 * 4 + 3 * 6, 2 * 4)
     row = work.Row([2, 3], [4, 0], [3, 4, 0])
     # Two prompt tokens and two of the completion: products, attention (2^2 / 2 + 2 * 2 + 2^2 / 2 pairs), output layer.
-    assert work.useful_flops([row], shape, preference=False) == 4 * 34 * 4 + 12 * 2 * 8 + 4 * 2 * 5 * 2
+    # In the last layer, keys and values of all four. Queries, output, block and attention of the completion's two.
+    expected = 4 * (34 * 4 + 8 * 4 + 26 * 2) + 12 * 2 * (8 + 6) + 4 * 2 * 5 * 2
+    assert work.useful_flops([row], shape, preference=False) == expected
     # The prompt once, both completions: 2 + 2 + 3 tokens; 2 + (4 + 2) + (6 + 4.5) pairs.
-    assert work.useful_flops([row], shape, preference=True) == 4 * 34 * 7 + 12 * 2 * 18.5 + 4 * 2 * 5 * 5
+    expected = 4 * (34 * 7 + 8 * 7 + 26 * 5) + 12 * 2 * (18.5 + 16.5) + 4 * 2 * 5 * 5
+    assert work.useful_flops([row], shape, preference=True) == expected
 
 
 @pytest.mark.parametrize(("stage", "prompt"), [("sft", 16), ("dpo", 32)])
