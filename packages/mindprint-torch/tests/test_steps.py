@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from mindprint.contract import (
@@ -342,3 +343,39 @@ def test_a_step_in_trl_terms(
         optimizer.zero_grad()
         assert metrics.loss == pytest.approx(loss.item(), abs=1e-5 * (1 + loss.item()))
         assert metrics.grad_norm == pytest.approx(norm.item(), rel=1e-3)
+
+
+class _Order(TorchDispatchMode):
+    """Records the update, and the operations that read a number from the device, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (name := func.overloadpacket.__name__) in ("_local_scalar_dense", "_fused_adamw_", "nonzero"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("stage", "reads_in_passes"), [("sft", 2), ("dpo", 0)])
+def test_numbers_are_read_after_the_update(
+    backend: Backend,
+    train: Load,
+    token_batch: MakeBatch,
+    preference_batch: MakePairs,
+    stage: str,
+    reads_in_passes: int,
+) -> None:
+    """To read a number waits for the device: norm and loss, when everything else is queued.
+
+    transformers reads one more in each forward pass without a mask, where it looks for packed rows.
+    """
+    model, order = train(), _Order()
+    with order:
+        if stage == "sft":
+            backend.sft_step(model, [token_batch(), token_batch()], Update(1e-3, 30))
+        else:
+            backend.dpo_step(model, [preference_batch()], PreferenceLoss(), Update(1e-3, 30, 3))
+    reads = ["_local_scalar_dense"]
+    assert order.names == [*reads * reads_in_passes, "_fused_adamw_", *reads * 2]
