@@ -63,7 +63,7 @@ def test_keys_and_values_grow_as_often_as_needed(backend: Backend, train: Load, 
 def test_rows_that_are_done_are_taken_out(
     backend: Backend, train: Load, prompts: list[Int32], architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six rows that end after 2 to 7 tokens. What is left of them is as before, of fewer and fewer rows."""
+    """Six rows that end after 2 to 7 tokens. The rest of them is as before, of fewer and fewer rows."""
     model, widths = train(architecture), []
     free = backend.generate(model, prompts, Sampling(8, ()))
     step = Decoder.step

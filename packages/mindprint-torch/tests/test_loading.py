@@ -1,4 +1,4 @@
-"""Loading a base: what it is then, and every way in which a folder can be wrong."""
+"""Loading a base: its state afterwards, and every way in which a folder can be wrong."""
 
 from __future__ import annotations
 

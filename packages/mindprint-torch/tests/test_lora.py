@@ -35,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def answers_and_gradients(forward: Callable[[Tensor], Tensor], x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
-    """What a layer answers, then the gradients of a weighted sum of it by `x` and by the factors."""
+    """The output of a layer, then the gradients of a weighted sum of it by `x` and by the factors."""
     answer = forward(x)
     weights = torch.linspace(-1, 1, answer.numel()).view(answer.shape).to(answer.dtype)
     return [answer, *torch.autograd.grad((weights * answer).sum(), [x, *factors])]

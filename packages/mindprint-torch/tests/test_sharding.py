@@ -1,4 +1,4 @@
-"""Sharded bases: whose turn it is, shares of rows, and what is refused. `tests/parity/test_ranks.py` trains on one."""
+"""Sharded bases: whose turn it is, shares of rows, and refusals. `tests/parity/test_ranks.py` trains on one."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def asked_now() -> Asked | None:
 
 @torch.no_grad()
 def skip_unasked(head: Head) -> int:
-    """Let parts of the last layer skip what is not asked for, where that is measured to hold; return their number."""
+    """Let parts of the last layer skip the other places, where that is measured to hold; return their number."""
     tokens = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=head.model.device).view(PROBE_SHAPE)
     tokens %= embedding_layer(head.model).num_embeddings
     places = torch.tensor(PROBE_PLACES, device=tokens.device)
@@ -85,7 +85,7 @@ def skip_unasked(head: Head) -> int:
 def _forward(module: nn.Module, everywhere: Callable[..., Tensor], *inputs: Any, **named: Any) -> Tensor:
     """Compute a module where it is asked, `[..., in]` to `[..., out]`."""
     asked = asked_now()
-    # A mask of dropout is drawn for all positions, so that the numbers of a seed do not depend on what is asked.
+    # A mask of dropout is drawn for all positions, so that the numbers of a seed do not depend on those asked for.
     if asked is None or any(isinstance(part, nn.Dropout) and part.training for part in module.modules()):
         return everywhere(*inputs, **named)
     (x,) = inputs

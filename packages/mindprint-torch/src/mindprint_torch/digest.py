@@ -67,7 +67,7 @@ def _factors(weights: Mapping[str, Tensor]) -> dict[torch.device, Tensor]:
 
 
 def part_checksum(part: Tensor, first: int, factors: Tensor) -> Tensor:
-    """Return what a part of a weight adds to the weight's checksum, int64.
+    """Return the number that a part of a weight adds to the weight's checksum, int64.
 
     Args:
         part: Values that are next to each other in the weight.

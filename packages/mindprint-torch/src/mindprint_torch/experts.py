@@ -65,7 +65,7 @@ def _is_plain_stack(stack: Any) -> bool:
 
 @torch.no_grad()
 def _computes_the_same(module: Any) -> bool:
-    """Return whether the functions here compute what a module of experts computes, measured on a few tokens."""
+    """Return whether the functions here compute the same as a module of experts, measured on a few tokens."""
     # A class may do more than its parameters say (a norm after the experts, another activation).
     first = module.gate_up_proj
     width = first.shape[1] if getattr(module, "is_transposed", False) else first.shape[2]

@@ -71,7 +71,7 @@ def rest_before_exchanges(rest: Callable[[], None] | None) -> None:
 
 
 _resting: list[Callable[[], None]] = []
-"""What a rank does while it waits for the others: with a sharded base, it lends its shares to them."""
+"""The work of a rank while it waits for the others: with a sharded base, it lends its shares to them."""
 
 
 def _rest() -> None:

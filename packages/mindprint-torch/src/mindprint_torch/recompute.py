@@ -32,5 +32,5 @@ def recomputed(network: nn.Module, *, enabled: bool) -> Iterator[None]:
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the contexts of a layer's two passes: what the first one is asked for, the second is too."""
+    """Return the contexts of a layer's two passes. The second is asked for the same places as the first."""
     return nullcontext(), asking(asked_now())
