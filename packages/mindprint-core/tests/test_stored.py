@@ -287,6 +287,19 @@ class KillYourself:
 
 
 @pytest.mark.usefixtures("on_disk")
+def test_the_rows_of_a_single_topic_take_no_memory_for_each(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"p{n}", "completion": "c"}) for n in range(100)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    read = read_rows(make_config({"data": {"sft": "rows.jsonl"}, "dpo": {"enabled": False}}, tmp_path)).sft
+    (rows_of_topic,) = by_topic(read).values()
+    assert isinstance(read, Stored)
+    assert isinstance(rows_of_topic, Stored)
+    assert list(rows_of_topic) == list(read)
+    assert np.shares_memory(rows_of_topic.sizes, read.sizes)
+    assert not np.shares_memory(read.select(np.arange(99)).sizes, read.sizes)
+
+
+@pytest.mark.usefixtures("on_disk")
 def test_topics_are_divided_whatever_their_number(tmp_path: Path) -> None:
     count = 4000
     lines = [json.dumps({"prompt": f"p{n}", "completion": "c", "topic": f"t{n * 7 % 1300}"}) for n in range(count)]

@@ -152,7 +152,12 @@ class Stored(Sequence[Item], Generic[Item]):
 
     def select(self, indices: NDArray[np.integer[Any]]) -> Stored[Item]:
         """Return some of the items, in the order of their indices."""
-        places = (indices if self._places is None else self._places[indices]).astype(np.int32)
+        places: Places | None
+        if len(indices) == len(self) and np.array_equal(indices, np.arange(len(self))):
+            # All of them, as if there is one topic. A million places and sizes would take 8 MB.
+            places = self._places
+        else:
+            places = (indices if self._places is None else self._places[indices]).astype(np.int32)
         digest = hashlib.blake2b(self.key.encode(), digest_size=16)
         digest.update(indices.astype(np.int64).tobytes())
         return Stored(self._entry, self._decode, digest.hexdigest(), places)
