@@ -98,10 +98,11 @@ def test_groups_are_transitive_and_named_by_their_first_text() -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("large", [near_duplicates.LARGE_BUCKET, 2])
-def test_as_comparing_every_pair(case: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buckets as they are, and each of them treated as a large one."""
+@pytest.mark.parametrize(("large", "grams"), [(near_duplicates.LARGE_BUCKET, 50), (2, near_duplicates.GRAMS_AT_ONCE)])
+def test_as_comparing_every_pair(case: str, large: int, grams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets as they are, with grams in many blocks, and each bucket treated as a large one."""
     monkeypatch.setattr(near_duplicates, "LARGE_BUCKET", large)
+    monkeypatch.setattr(near_duplicates, "GRAMS_AT_ONCE", grams)
     texts = CASES[case](300)
     assert near_duplicate_groups(texts).tolist() == by_sets(texts)
 
@@ -123,8 +124,10 @@ def test_the_search_says_how_far_it_is() -> None:
     assert told == [(done, 180) for done in range(1, 181)]
 
 
-def test_long_texts_are_found_by_a_sketch() -> None:
+@pytest.mark.parametrize("grams", [1000, near_duplicates.GRAMS_AT_ONCE])
+def test_long_texts_are_found_by_a_sketch(grams: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two texts of 800 words with 5 % of the words changed; another of the same words in another order is not near."""
+    monkeypatch.setattr(near_duplicates, "GRAMS_AT_ONCE", grams)
     rng = random.Random(1)
     words = rng.choices(drawn_words(3000, rng), k=800)
     changed = [word if index % 20 else "other" for index, word in enumerate(words)]

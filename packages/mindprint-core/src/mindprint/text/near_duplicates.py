@@ -20,7 +20,8 @@ from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,11 +65,16 @@ All pairs of it would make the time quadratic. Those that are missed have 89 fur
 SIGNED_AT_ONCE, CHECKED_AT_ONCE = 50_000, 20_000
 """Pairs whose signatures are compared, and that are compared exactly, at a time."""
 
+GRAMS_AT_ONCE = 2**21
+"""About how many grams are sorted, counted or ranked at a time: arrays of them are all that is large."""
+
 OnProgress = Callable[[int, int], None]
 """Receives how many bands have been searched, of how many."""
 
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
+Kinds = NDArray[np.int32]
+Signatures = NDArray[np.uint8]
 
 
 def normalised(text: str) -> str:
@@ -103,12 +109,12 @@ def near_duplicates(texts: Iterable[str], on_progress: OnProgress | None = None)
 class Candidates:
     """The candidates in some of the bands: texts that share their part of a signature, bucket by bucket, and sizes.
 
-    `signatures` uint32 `[texts, columns]` are the values of the texts' signatures that these bands made.
+    `signatures` uint8 `[texts, columns]` are bits of the values of the texts' signatures that these bands made.
     """
 
     bands: Mapping[int, tuple[NDArray[np.int32], NDArray[np.int32]]]
     columns: tuple[int, ...]
-    signatures: NDArray[np.uint32]
+    signatures: Signatures
 
 
 class PromptSearch:
@@ -129,21 +135,22 @@ class PromptSearch:
 
     def candidates(self, bands: Collection[int], on_progress: OnProgress = lambda _done, _total: None) -> Candidates:
         """Return the candidates in some of the bands."""
-        if len(self._first) < 2:
-            return Candidates({}, (), np.zeros((len(self._first), 0), dtype=np.uint32))
-        found = dict(self._search.bands(bands, on_progress))
         columns = tuple(place for place in range(SIGNATURE) if place // ROWS in bands)
-        return Candidates(found, columns, self._search.signatures[:, columns])
+        signatures = np.zeros((len(self._first), len(columns)), dtype=np.uint8)
+        if len(self._first) < 2:
+            return Candidates({}, columns, signatures)
+        return Candidates(dict(self._search.bands(bands, signatures, on_progress)), columns, signatures)
 
     def groups(self, candidates: Sequence[Candidates], on_progress: OnProgress | None = None) -> Ints:
         """Return the group of each text, from the candidates in all bands."""
         labels = np.arange(len(self._first), dtype=np.int64)
+        signatures = np.zeros((len(self._first), SIGNATURE), dtype=np.uint8)
         for part in candidates:
-            self._search.signatures[:, part.columns] = part.signatures
+            signatures[:, part.columns] = part.signatures
         every = {band: found for part in candidates for band, found in part.bands.items()}
         for band in sorted(every):
             members, sizes = every[band]
-            labels = self._search.joined_in_band(members.astype(np.int64), sizes.astype(np.int64), labels)
+            labels = self._search.joined_in_band(members.astype(np.int64), sizes.astype(np.int64), signatures, labels)
             if on_progress is not None:
                 on_progress(BANDS + band + 1, 2 * BANDS)
         return self._first[labels[self._places]]
@@ -184,37 +191,46 @@ def _numbers(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class _Grams:
-    """The set of grams of each text, one after another: `flat[starts[i]:starts[i + 1]]`, sorted, each once.
+    """The set of grams of each text, one after another: `kinds[starts[i]:starts[i + 1]]`, ascending, each once.
 
-    `numbers` int64 `[texts]` is the same for texts with the same numbers in the same order.
+    A kind is the index of a gram in `hashes`, which are ascending. `weights` int64 are those of the kinds. `numbers`
+    int64 `[texts]` is the same for texts with the same numbers in the same order.
     """
 
-    flat: Hashes
+    kinds: Kinds
+    hashes: Hashes
+    weights: Ints
     starts: Ints
     numbers: Ints
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> _Grams:
-        sets, ends, numbers = bytearray(), array("q", [0]), array("q")
+        lengths, numbers = array("q"), array("q")
         known: dict[tuple[str, ...], int] = {}
+        blocks: list[Hashes] = []
+        block: list[Hashes] = []
+        gathered = 0
         for text in texts:
-            sets += _gram_set(text).tobytes()
-            ends.append(len(sets) // 8)
+            block.append(_gram_set(text))
+            gathered += len(block[-1])
+            lengths.append(len(block[-1]))
             numbers.append(known.setdefault(_numbers(text), len(known)))
-        return cls(np.frombuffer(sets, np.uint64), np.array(ends), np.array(numbers))
-
-    @cached_property
-    def kinds(self) -> tuple[NDArray[np.int32], Ints]:
-        """Return which kind of gram each of `flat` is, int32, and the weight of each kind, int64."""
-        _, kind, counts = np.unique(self.flat, return_inverse=True, return_counts=True)
-        texts = len(self.starts) - 1
-        weights = LEAST_WEIGHT + np.log2((texts + PRIOR) / (counts + PRIOR))
-        return kind.astype(np.int32), np.rint(STEPS * weights).astype(np.int64)
-
-    def weights(self, places: Ints | slice) -> Ints:
-        """Return the weights of some of `flat`: those of all of them would take as much memory as `flat`."""
-        kind, weights = self.kinds
-        return weights[kind[places]]
+            if gathered >= GRAMS_AT_ONCE:
+                blocks.append(np.concatenate(block))
+                block, gathered = [], 0
+        blocks.append(np.concatenate([*block, np.zeros(0, dtype=np.uint64)]))
+        hashes = np.unique(np.concatenate([np.unique(part) for part in blocks]))
+        starts = np.concatenate([[0], np.cumsum(np.array(lengths, dtype=np.int64))])
+        kinds, counts = np.zeros(starts[-1], dtype=np.int32), np.zeros(len(hashes), dtype=np.int64)
+        end = len(kinds)
+        while blocks:
+            # A block of hashes is given back as soon as its kinds are known.
+            part = np.searchsorted(hashes, blocks.pop())
+            kinds[end - len(part) : end] = part
+            counts += np.bincount(part, minlength=len(hashes))
+            end -= len(part)
+        weights = LEAST_WEIGHT + np.log2((len(lengths) + PRIOR) / (counts + PRIOR))
+        return cls(kinds, hashes, np.rint(STEPS * weights).astype(np.int64), starts, np.array(numbers))
 
     @cached_property
     def lengths(self) -> Ints:
@@ -224,28 +240,47 @@ class _Grams:
     @cached_property
     def sizes(self) -> Ints:
         """Return the weight of each text's grams together."""
-        return np.add.reduceat(self.weights(slice(None)), self.starts[:-1])
+        return _reduced(np.add, self.weights, self.kinds, self.starts)
 
     def places(self, texts: Ints) -> tuple[Ints, Ints]:
-        """Return for each gram of `texts`, in order, which of `texts` has it, and its place in `flat`."""
+        """Return for each gram of `texts`, in order, which of `texts` has it, and its place in `kinds`."""
         lengths = self.lengths[texts]
         owner = np.repeat(np.arange(len(texts)), lengths)
         # The position in the whole, less the position at which the text starts, counts from 0 in each text.
         within = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return owner, self.starts[texts[owner]] + within
 
-    def sketch(self) -> tuple[NDArray[np.int32], Ints]:
-        """Return the kinds of at most `SKETCH` grams per text, and each text's start.
+    def sketch(self) -> tuple[Kinds, Ints]:
+        """Return the kinds of at most `SKETCH` grams per text, and where each text starts and the last one ends.
 
         The smallest hashes are a random choice.
         """
-        # Each set is sorted, so its first grams are those with the smallest hashes.
         if self.lengths.max() <= SKETCH:
-            return self.kinds[0], self.starts[:-1]
+            return self.kinds, self.starts
+        # Each set is sorted, so its first grams are those with the smallest hashes.
         kept = np.minimum(self.lengths, SKETCH)
-        starts = np.cumsum(kept) - kept
-        places = np.repeat(self.starts[:-1] - starts, kept) + np.arange(kept.sum())
-        return self.kinds[0][places], starts
+        parts = []
+        for first, end in _text_blocks(self.starts):
+            within = np.arange(kept[first:end].sum())
+            before = self.starts[first:end] - (np.cumsum(kept[first:end]) - kept[first:end])
+            parts.append(self.kinds[within + np.repeat(before, kept[first:end])])
+        return np.concatenate(parts), np.concatenate([[0], np.cumsum(kept)])
+
+
+def _text_blocks(starts: Ints) -> Iterator[tuple[int, int]]:
+    """Yield ranges of texts that have about `GRAMS_AT_ONCE` grams together. A text has grams up to the next start."""
+    limits = np.searchsorted(starts, np.arange(0, starts[-1], GRAMS_AT_ONCE))
+    yield from pairwise([*dict.fromkeys(limits.tolist()), len(starts) - 1])
+
+
+def _reduced(operation: np.ufunc, values: NDArray[Any], kinds: Kinds, starts: Ints) -> NDArray[Any]:
+    """Reduce the values of each text's kinds, `[kinds]` to `[texts]`, without an array of all texts' values."""
+    return np.concatenate(
+        [
+            operation.reduceat(values[kinds[starts[first] : starts[end]]], starts[first:end] - starts[first])
+            for first, end in _text_blocks(starts)
+        ]
+    )
 
 
 def _gram_set(text: str) -> Hashes:
@@ -264,15 +299,17 @@ class _Search:
 
     def __init__(self, grams: _Grams) -> None:
         self._grams = grams
-        # The first values of each text's signature, of which 32 bits tell as much as 64.
-        self.signatures = np.zeros((len(grams.lengths), SIGNATURE), dtype=np.uint32)
 
     def bands(
-        self, bands: Collection[int], on_progress: OnProgress
+        self, bands: Collection[int], signatures: Signatures, on_progress: OnProgress
     ) -> Iterator[tuple[int, tuple[NDArray[np.int32], NDArray[np.int32]]]]:
-        """Yield the texts of each band that share their part of the signature, bucket by bucket, and bucket sizes."""
+        """Yield the texts of each band that share their part of the signature, bucket by bucket, and bucket sizes.
+
+        `signatures` `[texts, columns]` receive bits of the values.
+        """
         kinds, starts = self._grams.sketch()
-        hashes, weights = np.unique(self._grams.flat), self._grams.kinds[1].astype(np.float64)
+        hashes, weights = self._grams.hashes, self._grams.weights.astype(np.float64)
+        column = 0
         # A fixed seed finds the same groups in the same data, so a split can be repeated.
         rng = np.random.default_rng(0)
         # All of them are drawn, so that a band is the same whoever searches it.
@@ -281,21 +318,23 @@ class _Search:
             # Texts with different numbers are never near-duplicates, so the numbers are part of the bucket's key.
             keys = mixed(self._grams.numbers.astype(np.uint64))
             for place in range(band * ROWS, (band + 1) * ROWS):
-                least = np.minimum.reduceat(_ranks(hashes, weights, *draws[place])[kinds], starts)
+                least = _reduced(np.minimum, _ranks(hashes, weights, *draws[place]), kinds, starts)
                 keys = mixed(keys + least.view(np.uint64))
                 if place < SIGNATURE:
-                    self.signatures[:, place] = mixed(least.view(np.uint64)) >> np.uint64(32)
+                    # Of unequal values one in 256 seems equal, so that a few more pairs are compared exactly.
+                    signatures[:, column] = mixed(least.view(np.uint64)) >> np.uint64(56)
+                    column += 1
             _, bucket, counts = np.unique(keys, return_inverse=True, return_counts=True)
             order = np.argsort(bucket, kind="stable")
             on_progress(number + 1, 2 * len(bands))
             shared = counts[bucket[order]] > 1
             yield band, (order[shared].astype(np.int32), counts[counts > 1].astype(np.int32))
 
-    def joined_in_band(self, members: Ints, sizes: Ints, labels: Ints) -> Ints:
+    def joined_in_band(self, members: Ints, sizes: Ints, signatures: Signatures, labels: Ints) -> Ints:
         """Join the groups of near-duplicates among the texts of each bucket of a band."""
         large = np.repeat(sizes >= LARGE_BUCKET, sizes)
         small = sizes[sizes < LARGE_BUCKET]
-        labels = self._joined_if_near(_pairs_within(members[~large], small), labels)
+        labels = self._joined_if_near(_pairs_within(members[~large], small), signatures, labels)
         # In a large bucket each text is compared with the bucket's first. Those that it joins are done with, and the
         # first of the others is compared next.
         rest, bucket = members[large], np.repeat(np.arange(len(sizes)), sizes)[large]
@@ -304,17 +343,17 @@ class _Search:
                 break
             _, first, which = np.unique(bucket, return_index=True, return_inverse=True)
             leaders = rest[first][which]
-            labels = self._joined_if_near(np.stack([leaders, rest], axis=1), labels)
+            labels = self._joined_if_near(np.stack([leaders, rest], axis=1), signatures, labels)
             apart = labels[rest] != labels[leaders]
             rest, bucket = rest[apart], bucket[apart]
         return labels
 
-    def _joined_if_near(self, pairs: Ints, labels: Ints) -> Ints:
+    def _joined_if_near(self, pairs: Ints, signatures: Signatures, labels: Ints) -> Ints:
         """Compare the pairs that are in different groups exactly, and join the groups of near-duplicates."""
         # Groups are transitive, so a pair that earlier portions put in one group need not be compared any more.
         while len(pairs := pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]):
             now, pairs = pairs[:SIGNED_AT_ONCE], pairs[SIGNED_AT_ONCE:]
-            first, second = self.signatures[now[:, 0]], self.signatures[now[:, 1]]
+            first, second = signatures[now[:, 0]], signatures[now[:, 1]]
             now = now[np.count_nonzero(first == second, axis=1) >= SIGNATURE_LEAST]
             for start in range(0, len(now), CHECKED_AT_ONCE):
                 part = now[start : start + CHECKED_AT_ONCE]
@@ -351,26 +390,27 @@ def _pairs_within(members: Ints, sizes: Ints) -> Ints:
 def _near(grams: _Grams, pairs: Ints) -> Bool:
     """Return which pairs are near-duplicates: bool `[pairs]`."""
     owner, places = grams.places(pairs[:, 0])
-    there = _contains(grams, pairs[owner, 1], grams.flat[places])
+    kinds = grams.kinds[places]
+    there = _contains(grams, pairs[owner, 1], kinds)
     # Sums of whole numbers far below 2^53 are exact in float64.
-    weights = grams.weights(places[there])
+    weights = grams.weights[kinds[there]]
     shared = np.bincount(owner[there], weights=weights, minlength=len(pairs)).astype(np.int64)
     (first, second), (number, other) = grams.sizes[pairs].T, grams.numbers[pairs].T
     near: Bool = _alike(shared, first, second) & (number == other)
     return near
 
 
-def _contains(grams: _Grams, texts: Ints, gram: Hashes) -> Bool:
-    """Return whether each gram is in its text's set, by a bisection of all of them at once."""
+def _contains(grams: _Grams, texts: Ints, kinds: Kinds) -> Bool:
+    """Return whether each kind of gram is in its text's set, by a bisection of all of them at once."""
     low, high = grams.starts[texts], grams.starts[texts + 1]
     end = high
     # A bisection of n grams ends within as many steps as n has bits. The largest set decides for all.
     for _ in range(int(grams.lengths.max()).bit_length()):
         middle = (low + high) // 2
         # A bisection that has ended can point past the last gram. Its index is clipped, and its value does not count.
-        below = (middle < high) & (grams.flat[np.minimum(middle, len(grams.flat) - 1)] < gram)
+        below = (middle < high) & (grams.kinds[np.minimum(middle, len(grams.kinds) - 1)] < kinds)
         low, high = np.where(below, middle + 1, low), np.where(below, high, middle)
-    there: Bool = (low < end) & (grams.flat[np.minimum(low, len(grams.flat) - 1)] == gram)
+    there: Bool = (low < end) & (grams.kinds[np.minimum(low, len(grams.kinds) - 1)] == kinds)
     return there
 
 
