@@ -2,7 +2,7 @@
 
     python benchmarks/ranks.py steps                     # 2 and 3 ranks, both backends, SFT and DPO, dropout on and off
     python benchmarks/ranks.py steps --backends torch --ranks 2 --steps 3
-    python benchmarks/ranks.py resume                    # a run of 2 ranks continues with 1, a run of 1 with 3
+    python benchmarks/ranks.py resume                    # 2 ranks, then 1; 1, then 3; sharded, then whole
     python benchmarks/ranks.py kill --kills 10           # kill -9 of one rank at ten moments
     python benchmarks/ranks.py shard                     # PyTorch's base divided between ranks: numbers, and memory
     python benchmarks/ranks.py bytes                     # bytes that a rank sends in a step, next to the formula
@@ -29,7 +29,7 @@ from contextlib import suppress
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -78,6 +78,28 @@ RANK = 8
 
 TCP_INFO, BYTES_ACKED = 11, 120
 """The option of a socket, and the place of a count in it: `tcpi_bytes_acked` of linux/tcp.h."""
+
+
+class World(NamedTuple):
+    """The ranks of a run, and whether they divide the base."""
+
+    size: int
+    shard: bool = False
+
+    @property
+    def settings(self) -> list[str]:
+        """The settings on the command line."""
+        return ["backend.shard=true"] if self.shard else []
+
+    def __str__(self) -> str:
+        return f"{self.size} ranks" + (" that divide the base" if self.shard else "")
+
+
+CHANGES = {
+    "torch": ((World(2), World(1)), (World(1), World(3)), (World(2, True), World(1)), (World(1), World(2, True))),
+    "mlx": ((World(2), World(1)), (World(1), World(3))),
+}
+"""The ranks that a run is started with, and those that it continues with, by backend."""
 
 PROJECT = """model: {name: "builtin:tiny"}
 backend: {device: cpu, dtype: float32}
@@ -229,15 +251,20 @@ def compare_resumed(backend: str, folder: Path, _: argparse.Namespace) -> None:
     project = make_project(folder)
     whole = folder / "whole"
     end(start_ranks(backend, 1, train(project, whole)))
-    for first, then in ((2, 1), (1, 3)):
-        run = folder / f"{first}-then-{then}"
-        processes = start_ranks(backend, first, train(project, run))
-        wait_for_checkpoint(run, 20)
-        for process in processes:
-            process.kill()
-        end(processes, expect_success=False)
-        end(start_ranks(backend, then, [*train(project, run), "--resume"]))
-        print(f"{backend}: {first} ranks, then {then}: {compare_runs(whole, run)}", flush=True)
+    for number, (first, then) in enumerate(CHANGES[backend]):
+        run = folder / str(number)
+        start_and_kill(backend, project, run, first, step=20)
+        end(start_ranks(backend, then.size, [*train(project, run), "--resume", *then.settings]))
+        print(f"{backend}: {first}, then {then}: {compare_runs(whole, run)}", flush=True)
+
+
+def start_and_kill(backend: str, project: Path, run: Path, world: World, step: int) -> None:
+    """Start a run on some ranks, and kill all of them as soon as the checkpoint of `step`, or a later one, is there."""
+    processes = start_ranks(backend, world.size, [*train(project, run), *world.settings])
+    wait_for_checkpoint(run, step)
+    for process in processes:
+        process.kill()
+    end(processes, expect_success=False)
 
 
 def kill_ranks(backend: str, folder: Path, options: argparse.Namespace) -> None:

@@ -11,9 +11,24 @@ from types import ModuleType
 
 import pytest
 
+import mindprint
+from mindprint.events import CheckpointWritten, Event
+
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "ranks.py"
 CASES = ["sft with dropout", "dpo"]
 STEPS = 2
+SHORT = (
+    "backend.type=torch",
+    "sft.steps_per_topic=4",
+    "sft.learning_rate=3e-4",
+    "dpo.steps_per_topic=4",
+    "checkpoints.every=1",
+)
+"""Settings of a run of eight steps, with a checkpoint at each of them.
+
+The first steps of AdamW are about as long as the learning rate, however small an element's gradient is. So an element
+whose gradient is little more than rounding differs in proportion to the rate. The bounds are those of the benchmark.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +74,34 @@ def test_two_ranks_are_one(
     ranks = benchmark.read_results(tmp_path / "2", 2)
     for case in CASES:
         assert "bit-equal" in benchmark.compare_case(alone[case], [rank[case] for rank in ranks])
+
+
+class StoppedError(Exception):
+    """A run ends here."""
+
+
+def test_a_run_continues_with_a_whole_base_and_with_a_sharded_one(benchmark: ModuleType, tmp_path: Path) -> None:
+    """Runs of one process are in this one, which has torch already."""
+    project = benchmark.make_project(tmp_path)
+    config = mindprint.load_config(project, SHORT)
+    whole, in_shards, at_first_whole = (tmp_path / name for name in ("whole", "in-shards", "at-first-whole"))
+    mindprint.train(config, run=whole, progress=False)
+    sharded = benchmark.World(2, shard=True)
+
+    processes = benchmark.start_ranks("torch", 2, [*benchmark.train(project, in_shards), *SHORT, *sharded.settings])
+    benchmark.wait_for_checkpoint(in_shards, 3)
+    for process in processes:
+        process.kill()
+    benchmark.end(processes, expect_success=False)
+    mindprint.train(config, run=in_shards, resume=True, progress=False)
+    assert benchmark.compare_runs(whole, in_shards)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, CheckpointWritten) and event.step >= 3:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        mindprint.train(config, run=at_first_whole, progress=False, on_event=stop)
+    words = [*benchmark.train(project, at_first_whole), "--resume", *SHORT, *sharded.settings]
+    benchmark.end(benchmark.start_ranks("torch", 2, words))
+    assert benchmark.compare_runs(whole, at_first_whole)
