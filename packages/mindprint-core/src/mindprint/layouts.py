@@ -8,7 +8,7 @@ arXiv 2410.20305), within one row (`Forked`) or ahead of them (`Continued`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -68,21 +68,21 @@ class Continued:
         prompts: int32 `[pairs, P]`, padded on the right.
         prompt_lengths: int32 `[pairs]`.
         completions: int32 `[2 * pairs, C]`, padded on the right.
-        completion_lengths: int32 `[2 * pairs]`, how many tokens of each are read.
         sources: Flat positions in the hidden states of the prompts, followed by those of the completions.
         targets: As in `Layout`.
         slots: As in `Layout`.
         shape: As in `Layout`.
+        completion_lengths: int32 `[2 * pairs]`, how many tokens of each completion are read.
     """
 
     prompts: Int32
     prompt_lengths: Int32
     completions: Int32
-    completion_lengths: Int32
     sources: Int32
     targets: Int32
     slots: Int32
     shape: tuple[int, int]
+    completion_lengths: Int32 = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -229,11 +229,11 @@ def continued(batch: TokenBatch) -> Continued:
         prompts=batch.tokens[:pairs, :longest],
         prompt_lengths=_int32(prompts),
         completions=completions,
-        completion_lengths=read,
         sources=_int32(np.where(within < 0, (rows % pairs) * longest + columns - 1, after)),
         targets=batch.tokens[rows, columns],
         slots=_int32(rows * batch.tokens.shape[1] + columns),
         shape=(batch.tokens.shape[0], batch.tokens.shape[1]),
+        completion_lengths=read,
     )
 
 
@@ -258,8 +258,8 @@ def groups_of_like_length(lengths: Int32, most_tokens: int, overhead: int) -> tu
     """Group the rows of a batch so that reading them group by group costs least.
 
     Losses are sums over rows, so any grouping gives the same step. This grouping suits one reader that takes the groups
-    in turn, as torch does on a CPU. MLX deals its groups to several readers at once, where equal shares of the work
-    count (`mindprint_mlx.groups`): the two have nothing in common but the sort.
+    in turn, as torch does on a CPU. MLX deals such groups to several readers at once, and chooses among a few divisions
+    the one after which they end soonest (`mindprint_mlx.division`).
 
     Args:
         lengths: int32 `[rows]`.
