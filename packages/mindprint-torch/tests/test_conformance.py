@@ -25,6 +25,6 @@ class TestConformance(BackendConformance):
             "quantize",
             "experts",
         }
-        | {"ranks", "shard"}
+        | {"ranks", "shard", "devices"}
         | set(QUANTIZED_FORMATS)
     )

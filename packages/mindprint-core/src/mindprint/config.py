@@ -77,6 +77,11 @@ class BackendConfig(Section):
 
     type: str = Field("auto", description="`auto`, `torch`, `mlx`, or any installed backend; `pytorch` means `torch`.")
     device: str = Field("auto", description="`auto`, or a device of the backend: `cpu`, `cuda`, `mps`, `metal`.")
+    devices: list[str] | None = Field(
+        None,
+        description="Devices among which one process divides the base's decoder layers, so that a larger base fits: "
+        "PyTorch, such as `[cuda:0, cuda:1]`. In place of `device`.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Dtype of the base's weights; the adapter is float32 always."
     )
@@ -93,6 +98,18 @@ class BackendConfig(Section):
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(
         None, description="GiB that a run may need, for `auto` and for `mindprint plan`. Default: all that is free."
     )
+
+    @model_validator(mode="after")
+    def _one_way_of_dividing(self) -> BackendConfig:
+        if self.devices is not None and len(self.devices) < 2:
+            raise ValueError(f"has devices {self.devices}, which takes two or more: write one as device")
+        if self.devices and self.device != "auto":
+            raise ValueError(f"has device {self.device!r} and devices: remove one of them")
+        if self.devices and self.shard:
+            raise ValueError(
+                "has devices, which divides the base in one process, and shard, which needs several: remove one of them"
+            )
+        return self
 
     @property
     def recomputes(self) -> bool:

@@ -47,6 +47,7 @@ CAPABILITIES = frozenset(
         "gguf",
         "ranks",
         "shard",
+        "devices",
         *QUANTIZED_FORMATS,
     }
 )
@@ -67,6 +68,7 @@ CAPABILITIES = frozenset(
 - `ranks`: several processes that train one adapter together, each on its share of the micro-batches. The backend states
   its place among them in `BackendInfo.world`, and implements `mindprint_gather`.
 - `shard`: a base whose weights are divided among the ranks, as `ModelSpec.shard` says.
+- `devices`: a base whose layers are on several devices of one process, as `ModelSpec.devices` says.
 - `experts`: sites of the kind `experts` where a base has stacks of experts, and LoRA on them.
 """
 
@@ -150,6 +152,9 @@ class ModelSpec:
             ranks load, inject, take steps and ask for the digest at the same moments. For log-probs and answers a rank
             may be alone, with another number of rows, while the others wait in `mindprint_gather`. The backend makes
             sure that it gets their parts of the weights.
+        devices: The devices of one process among which the layers are divided, in their order: each is `device`, a
+            colon and a number, or `device` alone. Empty for a base on one device. Core asks only backends that claim
+            `devices` for it. The numbers are those of one device.
     """
 
     path: str
@@ -159,6 +164,7 @@ class ModelSpec:
     quantize: QuantizeMethod | None = None
     # Added in version 2 with a default: only those who ask for it set it.
     shard: bool = False
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

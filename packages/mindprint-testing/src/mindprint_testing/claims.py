@@ -26,6 +26,7 @@ NEEDS: Mapping[str, str] = {
     "gguf": "a GGUF file in place of a folder, with the log-probs of the weights in it",
     "ranks": "`mindprint_gather`, steps that sum loss and gradient over ranks, and `Update.micro_batches` for dropout",
     "shard": "a base of which each rank holds a part, as `ModelSpec.shard` says, with the numbers of a whole one",
+    "devices": "a base whose layers are on several devices of one process, with the numbers of one device",
     "experts": "sites of the kind `experts` on a Mixtral, with LoRA on them as PEFT defines it for `target_parameters`",
 }
 """For each capability of `mindprint.contract.CAPABILITIES`, the work that a backend must do before it may claim it."""

@@ -1,4 +1,4 @@
-"""Dropout and reduced precision: the parts of the contract that a backend may leave out."""
+"""Dropout, reduced precision and several devices: the parts of the contract that a backend may leave out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mindprint.contract import Dtype
+from mindprint.contract import Dtype, ModelSpec
 from mindprint.loss_scale import initial_loss_scale, next_loss_scale
 from mindprint_testing import reference
 from mindprint_testing.bench import Bench
@@ -18,7 +18,27 @@ NEAR = {"bfloat16": 0.2, "float16": 0.03}
 
 
 class Optional(Claims):
-    """Capabilities `dropout`, `bfloat16` and `float16`."""
+    """Capabilities `dropout`, `bfloat16`, `float16` and `devices`."""
+
+    def test_several_devices_compute_what_one_computes(self, bench: Bench) -> None:
+        """A base on the tested device, named twice, has the digest, the log-probs and the steps of a base on it.
+
+        If it fails: weights are read otherwise, or an input of a layer is lost on its way. Look at `ModelSpec.devices`.
+        """
+        self.needs("devices")
+        name = bench.device if ":" in bench.device or bench.device == "cpu" else f"{bench.device}:0"
+        batch, outcomes = bench.token_batch(), []
+        for devices in ((), (name, name)):
+            model = bench.backend.load_model(ModelSpec(str(bench.folder), bench.device, "float32", devices=devices))
+            digest = bench.backend.base_digest(model)
+            bench.backend.inject_adapter(model, bench.adapter(bench.linear_sites(model)))
+            log_probs = bench.backend.log_probs(model, batch)
+            bench.sft_step(model, batch)
+            outcomes.append((digest, log_probs, reference.flat(bench.backend.save(model).first_moments)))
+        (digest, log_probs, moments), several = outcomes
+        assert several[0] == digest
+        np.testing.assert_allclose(several[1], log_probs, atol=1e-5)
+        assert reference.distance(several[2], moments) < 1e-4
 
     def test_dropout_is_a_function_of_seed_and_micro_batch(self, bench: Bench) -> None:
         """The same seed gives the same loss, another seed another; two micro-batches have different masks.

@@ -103,7 +103,8 @@ def dropout(model: TorchModel, *, seed: int, micro_batch: int) -> Iterator[None]
     if not adapter.config.dropout:
         yield
         return
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    devices = {factor.device for factor in adapter.parameters if factor.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
         torch.manual_seed(_mixed_seed(seed, micro_batch))
         for layer in adapter.layers.values():
             layer.dropout.train()

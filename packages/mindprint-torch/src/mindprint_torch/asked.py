@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mindprint_torch.head import Head, embedding_layer
+from mindprint_torch.head import Head, embedding_layer, input_device
 
 IN_ATTENTION = ("q_proj", "o_proj")
 """The classes' names for the layers of attention whose results no other position reads."""
@@ -61,7 +61,7 @@ def asked_now() -> Asked | None:
 @torch.no_grad()
 def skip_unasked(head: Head) -> int:
     """Let parts of the last layer skip the other places, where that is measured to hold; return their number."""
-    tokens = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=head.model.device).view(PROBE_SHAPE)
+    tokens = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=input_device(head.model)).view(PROBE_SHAPE)
     tokens %= embedding_layer(head.model).num_embeddings
     places = torch.tensor(PROBE_PLACES, device=tokens.device)
 
@@ -137,7 +137,9 @@ def _is_separable(module: Any, x: Any, output: Any, places: Tensor) -> bool:
         return False
     if x.shape[:-1] != output.shape[:-1] or x.shape[:-1].numel() != tokens:
         return False
-    return _is_same(lambda: module.forward(_rows_at(x, places)).flatten(0, -2), output.flatten(0, -2)[places])
+    # The last layer may be on another device than the tokens.
+    own = places.to(x.device)
+    return _is_same(lambda: module.forward(_rows_at(x, own)).flatten(0, -2), output.flatten(0, -2)[own])
 
 
 def _is_same(compute: Callable[[], Tensor], expected: Tensor) -> bool:

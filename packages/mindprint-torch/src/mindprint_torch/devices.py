@@ -39,6 +39,7 @@ def backend_info() -> BackendInfo:
                 "experts",
                 "ranks",
                 "shard",
+                "devices",
             }
             | set(QUANTIZED_FORMATS)
         ),

@@ -54,7 +54,11 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def _to_host(checksums: list[Tensor]) -> list[int]:
-    return torch.stack(checksums).tolist() if checksums else []
+    if not checksums:
+        return []
+    # A base may be on several devices.
+    first = checksums[0].device
+    return torch.stack([checksum.to(first) for checksum in checksums]).tolist()
 
 
 def _factors(weights: Mapping[str, Tensor]) -> dict[torch.device, Tensor]:

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -41,6 +42,11 @@ def _kernels() -> Any | None:
         )
         return None
     return kernels
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which Triton starts kernels on this device, as long as the arrays are on it."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def normalise(

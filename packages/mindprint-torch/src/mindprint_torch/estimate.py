@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mindprint.contract import Dtype, MemoryNeed, MemoryRequest, PreferenceBatch, TokenBatch
+from mindprint.contract import Dtype, MemoryNeed, MemoryRequest, ModelSpec, PreferenceBatch, TokenBatch
 from mindprint.layouts import forked, groups_of_like_length, pair_lengths, pairs_of, preference_sequences, token_rows
 from mindprint_torch.elementwise import triton_kernels
 from mindprint_torch.logprobs import (
@@ -79,7 +79,7 @@ def memory_need(request: MemoryRequest) -> MemoryNeed:
     if on_cpu and not request.spec.shard:
         share = RECOMPUTED_HEAP_SHARE if request.update.gradient_checkpointing else HEAP_SHARE
         kept += int(share * max(request.base.layers * part.tokens * _kept_per_token(request, part) for part in parts))
-    free = None if on_cpu else _free(request.spec.device)
+    free = None if on_cpu else _free(request.spec)
 
     def need(weights: int, logits: int) -> MemoryNeed:
         return MemoryNeed(weights + packed, adapter, kept, logits, POOLS, free)
@@ -111,8 +111,11 @@ def _without_step(need: MemoryNeed) -> MemoryNeed:
     return MemoryNeed(need.weights, need.adapter, 0, need.logits, need.other, need.free)
 
 
-def _free(device: str) -> int | None:
-    return int(torch.cuda.mem_get_info()[0]) if device == "cuda" and torch.cuda.is_available() else None
+def _free(spec: ModelSpec) -> int | None:
+    """Return the bytes that are free on the base's devices together."""
+    if spec.device != "cuda" or not torch.cuda.is_available():
+        return None
+    return sum(int(torch.cuda.mem_get_info(device)[0]) for device in spec.devices or (None,))
 
 
 def _training_rows(request: MemoryRequest) -> Iterator[_Rows]:

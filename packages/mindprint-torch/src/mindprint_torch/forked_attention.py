@@ -84,6 +84,17 @@ def unmasked(layout: Forked, device: torch.device, dtype: torch.dtype) -> Tensor
     return mask
 
 
+def mask_on(device: torch.device, tensor: Tensor) -> Tensor:
+    """Return a tensor on another device. A mask of `unmasked` keeps its shape without memory, and its places."""
+    places: Places | None = getattr(tensor, MARK, None)
+    if places is None:
+        return tensor.to(device)
+    mask = torch.zeros((), dtype=tensor.dtype, device=device).expand(tensor.shape)
+    indices = (value.to(device) for value in vars(places).values() if isinstance(value, Tensor))
+    setattr(mask, MARK, Places(places.pairs, places.width, *indices))
+    return mask
+
+
 def attention_forward(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:

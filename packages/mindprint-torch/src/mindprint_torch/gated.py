@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mindprint_torch.elementwise import triton_kernels
+from mindprint_torch.elementwise import launching_on, triton_kernels
 from mindprint_torch.lora import is_fusible, narrow_product
 from mindprint_torch.packed import Weight, add_multiplied_back, multiply, multiply_back
 from mindprint_torch.packed_layers import frozen_weight
@@ -26,7 +26,9 @@ PROBE_TOKENS = 4
 def fuse_gated(network: nn.Module) -> None:
     """Make every gated block whose three layers have plain LoRA compute in one piece."""
     for block in _candidates(network):
-        if _is_gated(block):
+        with launching_on(block.gate_proj.weight.device):
+            is_gated = _is_gated(block)
+        if is_gated:
             block.forward = partial(_forward, block)
 
 

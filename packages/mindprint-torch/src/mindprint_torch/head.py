@@ -76,6 +76,11 @@ def embedding_layer(model: PreTrainedModel) -> nn.Embedding:
     return layer  # type: ignore[no-any-return]
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return the device of the token embedding, which may have no parameter, and which is not that of each layer."""
+    return embedding_layer(model).weight.device
+
+
 @torch.no_grad()
 def read_head(model: PreTrainedModel, rotary_limit: RotaryLimit | None = None) -> Head:
     """Find the model's body and head, and check on a few tokens that together they make the model.
@@ -84,7 +89,7 @@ def read_head(model: PreTrainedModel, rotary_limit: RotaryLimit | None = None) -
         ModelError: If they do not, if the model lets a token see those after it, or if its logits are not finite.
     """
     name = type(model).__name__
-    tokens = torch.arange(PROBE_TOKENS, device=model.device)[None] % embedding_layer(model).num_embeddings
+    tokens = torch.arange(PROBE_TOKENS, device=input_device(model))[None] % embedding_layer(model).num_embeddings
     logits = model(input_ids=tokens, use_cache=False).logits[0]
     if not torch.isfinite(logits).all():
         raise ModelError(f"{name} computes logits that are not finite in {model.dtype}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from mindprint.kept_prompts import KeptPrompts
 from mindprint.models.folder import weight_files
 from mindprint.models.free_memory import trim_heap
 from mindprint.models.quantized import Quantization, quantized_weights, read_quantization
+from mindprint_torch.device_map import DeviceMap, device_of, make_device_map, move_at_borders, named_devices
 from mindprint_torch.elementwise import triton_kernels
 from mindprint_torch.head import Head, embedding_layer, read_head
 from mindprint_torch.lora import LoraLayer
@@ -110,15 +113,18 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         ModelError: With one line that names the folder, if it cannot be loaded or does not run.
     """
     config = _read_config(spec)
-    network, notes = _read_weights(spec, config)
+    devices = _devices(spec)
+    network, device_map, notes = _read_weights(spec, config, devices)
     network.eval().requires_grad_(False)
     # The folder's own sampling defaults must not leak into ours.
     network.generation_config = GenerationConfig()
     if spec.shard:
         take_turns(network)
-    fused = triton_kernels(torch.device(spec.device)) is not None
+    if spec.devices:
+        move_at_borders(network, device_map)
+    fused = triton_kernels(devices[0]) is not None
     # On a CPU the few passes of `elementwise.normalise` are faster than transformers' in float32 alone.
-    if fused or (spec.device, spec.dtype) == ("cpu", "float32"):
+    if fused or (devices[0].type, spec.dtype) == ("cpu", "float32"):
         fuse_norms(network)
         for layer in gathered_layers(network):
             fuse_norms(layer)
@@ -133,7 +139,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     model = TorchModel(
         network=network,
         head=head,
-        device=torch.device(spec.device),
+        device=devices[0],
         dtype=spec.dtype,
         sites=list_sites(network),
         base=_weights(network),
@@ -147,6 +153,13 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     vocabulary = embedding_layer(network).num_embeddings
     parameters = network.num_parameters() + packed_elements(network)
     return LoadedModel(model, spec.device, spec.dtype, parameters, vocabulary, notes)
+
+
+def _devices(spec: ModelSpec) -> tuple[torch.device, ...]:
+    if spec.devices and spec.shard:
+        raise ModelError("a base is not divided among ranks and among devices of one: set backend.shard=false")
+    with _loading(spec.path):
+        return named_devices(spec.devices) if spec.devices else (torch.device(spec.device),)
 
 
 def release(model: TorchModel) -> None:
@@ -186,7 +199,10 @@ def _refuse_own_code(folder: Path) -> None:
         )
 
 
-def _read_weights(spec: ModelSpec, config: PreTrainedConfig) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def _read_weights(
+    spec: ModelSpec, config: PreTrainedConfig, devices: Sequence[torch.device]
+) -> tuple[PreTrainedModel, DeviceMap, tuple[str, ...]]:
+    """Return the network, the device of each of its parts, and sentences for the user."""
     attention, notes = _attention(config)
     # transformers chooses the files by the same rule, but follows an index out of the folder and would take a pickle.
     weight_files(Path(spec.path))
@@ -194,12 +210,12 @@ def _read_weights(spec: ModelSpec, config: PreTrainedConfig) -> tuple[PreTrained
         "config": config,
         "dtype": TORCH_DTYPES[spec.dtype],
         "attn_implementation": attention,
-        "device_map": None if spec.device == "cpu" else {"": spec.device},
         "local_files_only": True,
         # Mismatches come back in the report, which names the weights; by itself transformers only says "above".
         "ignore_mismatched_sizes": True,
         "output_loading_info": True,
     }
+    device_map: DeviceMap = {"": devices[0]}
     stated = read_quantization(Path(spec.path))
     # This refuses packed tensors without a word in config.json, which would be read as numbers.
     quantized_weights(Path(spec.path))
@@ -216,25 +232,32 @@ def _read_weights(spec: ModelSpec, config: PreTrainedConfig) -> tuple[PreTrained
             )
             report: Mapping[str, Any] = {**dict.fromkeys(REPORTED, ()), "unexpected_keys": names}
         elif stated is not None or spec.quantize is not None:
-            network, report = _read_packed(spec, config, stated, settings)
+            network, device_map, report = _read_packed(spec, config, stated, devices, settings)
             scheme = stated or spec.quantize
             notes += (f"the base is quantized ({scheme}), stays packed, and is computed with in {spec.dtype}",)
         else:
-            loaded: Any = model_class(config).from_pretrained(spec.path, use_safetensors=True, **settings)
-            network, report = loaded
+            if spec.devices:
+                kind = concrete_class(config)
+                device_map = make_device_map(kind, config, TORCH_DTYPES[spec.dtype], devices, {})
+            kind = model_class(config)
+            network, report = _from_pretrained(kind, spec.path, device_map, use_safetensors=True, **settings)
     # Parts for images and sound are taken out of the class, and their weights stay in the files.
     left_out = getattr(network, "left_out", ())
     unused = sorted(name for name in report["unexpected_keys"] if not name.startswith(left_out))
     _check_complete(spec.path, report, unused)
     if unused:
         notes += (f"{len(unused)} weights in the files are not part of the model: {_listed(unused)}",)
-    return network, notes
+    return network, device_map, notes
 
 
 def _read_packed(
-    spec: ModelSpec, config: PreTrainedConfig, stated: Quantization | None, settings: Mapping[str, Any]
-) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """Return a network over packed weights, and transformers' report on the other weights."""
+    spec: ModelSpec,
+    config: PreTrainedConfig,
+    stated: Quantization | None,
+    devices: Sequence[torch.device],
+    settings: Mapping[str, Any],
+) -> tuple[PreTrainedModel, DeviceMap, Mapping[str, Any]]:
+    """Return a network over packed weights, the devices of its parts, and transformers' report on other weights."""
     # Seen by transformers, the section would make it load the weights in its own way.
     for part in (config, config.get_text_config()):
         for key in ("quantization", "quantization_config"):
@@ -245,10 +268,26 @@ def _read_packed(
         base = read_quantized_base(Path(spec.path), stated)
     else:
         base = base_to_quantize(Path(spec.path), kind, config, spec.quantize)
-    loaded: Any = base.class_with_places(kind).from_pretrained(None, state_dict=dict(base.dense), **settings)
-    network, report = loaded
-    base.fill(network, TORCH_DTYPES[spec.dtype], torch.device(spec.device))
-    report["unexpected_keys"] = {*report["unexpected_keys"], *base.unused(network)}
+    kind, dtype = base.class_with_places(kind), TORCH_DTYPES[spec.dtype]
+    device_map: DeviceMap = {"": devices[0]}
+    if spec.devices:
+        device_map = make_device_map(kind, config, dtype, devices, base.packed_bytes())
+    network, report = _from_pretrained(kind, None, device_map, state_dict=dict(base.dense), **settings)
+    base.fill(network, dtype, partial(device_of, device_map))
+    return network, device_map, {**report, "unexpected_keys": {*report["unexpected_keys"], *base.unused(network)}}
+
+
+def _from_pretrained(
+    kind: Any, path: str | None, device_map: DeviceMap, **settings: Any
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """Return a network whose weights are read onto their devices, and transformers' report."""
+    devices = {str(device) for device in device_map.values()}
+    # Weights stay mapped files where all of them are on the CPU.
+    chosen = None if devices == {"cpu"} else dict(device_map)
+    network, report = kind.from_pretrained(path, device_map=chosen, **settings)
+    if len(devices) > 1:
+        # accelerate's hooks, which `device_map.move_at_borders` does without.
+        importlib.import_module("accelerate.hooks").remove_hook_from_submodules(network)
     return network, report
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mindprint_torch.elementwise import normalise, normalise_back
+from mindprint_torch.elementwise import launching_on, normalise, normalise_back
 
 EPSILONS = ("variance_epsilon", "eps")
 """Classes' names for the number that they add to the mean square."""
@@ -37,7 +37,8 @@ def fuse_norms(network: nn.Module) -> int:
     """Make every normalisation that computes one of the variants compute in one piece; return their number."""
     fused = 0
     for norm, epsilon in _candidates(network):
-        variant = _variant(norm, epsilon)
+        with launching_on(norm.weight.device):
+            variant = _variant(norm, epsilon)
         if variant is not None:
             norm.forward = partial(_forward, norm, epsilon, variant)
             fused += 1

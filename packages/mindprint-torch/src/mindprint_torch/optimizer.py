@@ -40,7 +40,7 @@ class Optimizer:
     def step(self, update: Update) -> Applied:
         """Clip the accumulated gradients, apply one update, and clear them."""
         gradients = self._take_gradients()
-        norm = get_total_norm(gradients, error_if_nonfinite=False)
+        norm = _total_norm(gradients)
         # Only scaled gradients are expected to overflow. Without a scale, core sees the norm and stops the run.
         skipped = self.loss_scale is not None and not torch.isfinite(norm).item()
         if not skipped:
@@ -100,6 +100,17 @@ class Optimizer:
     def _step_device(self, parameter: Tensor) -> torch.device:
         # torch keeps the step count on the CPU, except for its fused kernel.
         return parameter.device if self._adamw.defaults["fused"] else torch.device("cpu")
+
+
+def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the norm of all gradients together, on the device of the first one."""
+    first = gradients[0].device
+    if all(gradient.device == first for gradient in gradients):
+        return get_total_norm(gradients, error_if_nonfinite=False)
+    # torch would add the devices' norms in any order. In the order of the factors, the sum is that of one device.
+    norms = torch.stack([torch.linalg.vector_norm(gradient).to(first) for gradient in gradients])
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total
 
 
 def _can_fuse(parameters: Sequence[Tensor]) -> bool:

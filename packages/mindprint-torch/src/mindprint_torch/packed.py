@@ -58,7 +58,7 @@ class PackedWeight(ABC):
             return unpacked
         if self.device.type != "cpu":
             return self.values(slice(start, stop)).to(self.dtype)
-        numbers = torch.empty((stop - start, self.shape[1]), dtype=self.dtype)
+        numbers = torch.empty((stop - start, self.shape[1]), dtype=self.dtype, device=self.device)
         together = max(ELEMENTS_IN_CACHE // self.shape[1], 1)
         for first in range(start, stop, together):
             last = min(first + together, stop)

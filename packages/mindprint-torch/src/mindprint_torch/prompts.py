@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mindprint.layouts import Forked, Layout, forked, sees, sequences, sharing_probe
 from mindprint_torch.arrays import on_device
 from mindprint_torch.forked_attention import unmasked
-from mindprint_torch.head import Head, embedding_layer
+from mindprint_torch.head import Head, embedding_layer, input_device
 
 WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "window_size", "attention_chunk_size")
 """Configurations' names for the number of tokens that a layer sees at most."""
@@ -76,7 +76,7 @@ def _shares(head: Head, *, masked: bool) -> bool:
 
 def _asked_states(head: Head, layout: Layout, *, masked: bool = True) -> Tensor:
     """Return the hidden states from which a layout's targets are predicted, `[n, hidden]`."""
-    device = head.model.device
+    device = input_device(head.model)
     shape = row_shape(layout, device, head.model.dtype, masked=masked)
     states = head.hidden_states(on_device(device, layout.tokens), **shape)
     return states.flatten(0, 1)[on_device(device, layout.sources)]

@@ -7,7 +7,7 @@ transformers reads the rest, and get their tensors afterwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -68,6 +68,9 @@ class ReadableWeight(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
+    @property
+    def packed_bytes(self) -> int: ...
+
     def read(self, dtype: torch.dtype, device: torch.device) -> PackedWeight: ...
 
 
@@ -88,17 +91,21 @@ class QuantizedBase:
         # transformers looks up facts by the class's name and module, which stay the same.
         return type(kind.__name__, (kind,), {"__init__": initialize, "__module__": kind.__module__})
 
-    def fill(self, network: Any, dtype: torch.dtype, device: torch.device) -> None:
-        """Read every packed weight into its layer."""
+    def fill(self, network: Any, dtype: torch.dtype, device_of: Callable[[str], torch.device]) -> None:
+        """Read every packed weight into its layer, on the device for the layer's path."""
         for path, layer in packed_layers(network):
             if path in self.packed:
-                weight = self.packed[path]
+                weight, device = self.packed[path], device_of(path)
                 if isinstance(weight, QuantizedWeight):
                     layer.packed = read_weight(weight, dtype, device)
                 else:
                     layer.packed = weight.read(dtype, device)
         for target, source in network.packed_ties.items():
             network.get_submodule(target).packed = network.get_submodule(source).packed
+
+    def packed_bytes(self) -> dict[str, int]:
+        """Return the bytes of each packed weight, by the path of its module."""
+        return {path: packed_size(weight) for path, weight in self.packed.items()}
 
     def unused(self, network: PreTrainedModel) -> list[str]:
         """Return the names of packed weights that the network has no layer for."""
@@ -167,6 +174,13 @@ def packed_elements(network: nn.Module) -> int:
     """Return the number of elements of all packed weights, shared ones once."""
     weights = {id(layer.packed): layer.packed for _, layer in packed_layers(network)}
     return sum(weight.shape.numel() for weight in weights.values())
+
+
+def packed_size(weight: QuantizedWeight | ReadableWeight) -> int:
+    """Return the bytes of a weight in packed form."""
+    if isinstance(weight, QuantizedWeight):
+        return sum(info.end - info.start for info in weight.parts.values())
+    return weight.packed_bytes
 
 
 def read_weight(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> PackedWeight:

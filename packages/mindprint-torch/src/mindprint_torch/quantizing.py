@@ -51,6 +51,13 @@ class WeightToQuantize:
     def shape(self) -> tuple[int, ...]:
         return self.info.shape
 
+    @property
+    def packed_bytes(self) -> int:
+        """The bytes of the packed weight. Each group has one scale or two, of two bytes."""
+        elements = self.shape[0] * self.shape[1]
+        bits = BITS.get(self.method, 4)
+        return elements * bits // 8 + elements // GROUP_SIZE * (1 if self.method == "nf4" else 4)
+
     def read(self, dtype: torch.dtype, device: torch.device) -> PackedWeight:
         """Read and pack the weight. From the stored values, so that it is the same base in every dtype."""
         shape, values = (self.shape[0], self.shape[1]), read_float32(self.info)

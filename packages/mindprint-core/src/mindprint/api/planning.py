@@ -142,7 +142,7 @@ def plan(config: Configuration, *, rows: Records | None = None, ranks: int = 1, 
 
 def _batch_line(stage: StageMemory) -> str:
     rows = "pairs" if stage.stage == "dpo" else "rows"
-    where = f"{stage.placement.device}, {stage.placement.dtype}"
+    where = f"{stage.placement.where}, {stage.placement.dtype}"
     rough = f"; a rough estimate, since backend {stage.placement.backend.name!r} makes none" if stage.rough else ""
     at_end = "; most at the end, when the fingerprint reads the base in float32" if stage.fingerprint else ""
     return f"{stage.stage}: {stage.rows} {rows} of at most {stage.longest:,} tokens at once, on {where}{at_end}{rough}"

@@ -17,6 +17,7 @@ from mindprint.contract import (
     AdapterFacts,
     AdapterSite,
     AdapterState,
+    DeviceInfo,
     Dtype,
     LoadedModel,
     LoraConfig,
@@ -45,10 +46,16 @@ class Placement:
     dtype: Dtype
     reason: str | None = None
     shard: bool = False
+    devices: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[str, str, str]:
         return self.backend.name, self.device, self.dtype
+
+    @property
+    def where(self) -> str:
+        """The device, or the devices, in words."""
+        return " and ".join(self.devices) or self.device
 
     def environment(self) -> dict[str, str]:
         """Return the facts that bit-for-bit resume depends on."""
@@ -61,7 +68,7 @@ class Placement:
         }
 
     def __str__(self) -> str:
-        chosen = f"{self.backend.name} on {self.device}, {self.dtype}" + (", sharded" if self.shard else "")
+        chosen = f"{self.backend.name} on {self.where}, {self.dtype}" + (", sharded" if self.shard else "")
         return f"{chosen} (chosen because {self.reason})" if self.reason else chosen
 
 
@@ -89,8 +96,9 @@ class Placements:
             choice = choose_backend(self._load)
             name, reason = choice.name, choice.reason
         backend = self._load(name)
-        device = backend.device(section.device)
-        return Placement(backend, device.name, backend.dtype(device, section.dtype), reason)
+        devices = tuple(section.devices or ())
+        device = _kind_of_devices(backend, devices) if devices else backend.device(section.device)
+        return Placement(backend, device.name, backend.dtype(device, section.dtype), reason, devices=devices)
 
     def resolve_training(self, section: BackendConfig) -> Placement:
         """Return the placement of a stage. Raises `BackendError` also for a backend that does not train, or shard."""
@@ -103,6 +111,11 @@ class Placements:
                 "docs/scaling.md says why): set backend.shard=false, or take another backend (backend.type=torch)"
             )
         self._require_launched(placement.backend)
+        if placement.devices and not placement.backend.ranks.alone:
+            raise BackendError(
+                f"backend.devices is for one process, and {placement.backend.ranks.size} were started: start one, or "
+                "remove it and set backend.shard=true"
+            )
         return placement
 
     def _require_launched(self, backend: Backend) -> None:
@@ -164,7 +177,13 @@ class Engine:
                 f"{self._folder.path}: a quantized base ({scheme}) is not sharded: set backend.shard=false"
             )
         spec = ModelSpec(
-            str(self._folder.path), placement.device, placement.dtype, stated, quantize, shard=placement.shard
+            str(self._folder.path),
+            placement.device,
+            placement.dtype,
+            stated,
+            quantize,
+            shard=placement.shard,
+            devices=placement.devices,
         )
         self._placement = placement
         self._model = placement.backend.load_model(spec)
@@ -220,7 +239,7 @@ class Engine:
         """Have `state` in memory at `placement`, moving there if the model is elsewhere."""
         # Stages on one placement share the model in memory. Only a move releases and loads.
         held = self._placement
-        if held is None or (held.key, held.shard) != (placement.key, placement.shard):
+        if held is None or replace(held, reason=None) != replace(placement, reason=None):
             self.load(placement)
         if self._injected is None:
             self.inject(state.adapter)
@@ -242,6 +261,27 @@ class Engine:
             self.backend.release(self._model)
         self._model = self._placement = self._injected = None
         self.compared_losses = set()
+
+
+def _kind_of_devices(backend: Backend, names: Sequence[str]) -> DeviceInfo:
+    """Return the kind of several devices, each of which has its kind's name, or that and a number (`cuda:1`).
+
+    Raises:
+        BackendError: They are of several kinds, the backend takes one alone, or cannot use it here.
+    """
+    if "devices" not in backend.info.capabilities:
+        raise BackendError(
+            f"backend {backend.name!r} does not divide a base among devices (capability `devices`): set "
+            "backend.device, or take another backend (backend.type=torch)"
+        )
+    kinds = dict.fromkeys(name.partition(":")[0] for name in names)
+    if len(kinds) > 1:
+        raise BackendError(f"backend.devices names several kinds of devices ({', '.join(kinds)}): name one kind")
+    for name in names:
+        kind, colon, number = name.partition(":")
+        if colon and not (number.isascii() and number.isdigit()):
+            raise BackendError(f"backend.devices names {name!r}: write a device and its number, such as {kind}:0")
+    return backend.device(next(iter(kinds)))
 
 
 def check_quantize(backend: Backend, folder: ModelFolder, stated: str | None) -> None:

@@ -237,6 +237,7 @@ class RunMemory:
                 quantization(path),
                 prepared.model.quantize,
                 shard=placement.shard,
+                devices=placement.devices,
             ),
             base=base,
             sites=self.sites,
