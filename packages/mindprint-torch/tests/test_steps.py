@@ -372,6 +372,8 @@ def test_numbers_are_read_after_the_update(
     transformers reads one more in each forward pass without a mask, where it looks for packed rows.
     """
     model, order = train(), _Order()
+    # Measured once for a model, when the first pairs are read: those of the reference, before the first step.
+    assert model.handle.longest_shared
     with order:
         if stage == "sft":
             backend.sft_step(model, [token_batch(), token_batch()], Update(1e-3, 30))

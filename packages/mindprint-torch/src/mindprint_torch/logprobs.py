@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mindprint.contract import Float32, TokenBatch
-from mindprint.layouts import Layout, forked, sequences, sequences_apart
+from mindprint.layouts import Forked, Layout, forked, sequences, sequences_apart
 from mindprint_torch.adapter import adapter_enabled
 from mindprint_torch.arrays import on_device
 from mindprint_torch.asked import Asked, asking
@@ -73,7 +73,9 @@ def layout_log_probs(model: TorchModel, layout: Layout) -> Tensor:
     """Return the log-prob of each of the layout's targets, float32 `[n]`, differentiable."""
     if not len(layout.sources):
         return torch.zeros(0, device=model.device)
-    shape = row_shape(layout, model.device, model.network.dtype, masked=model.masks_forks)
+    # Whether forked rows get a mask is measured when the first of them is read.
+    masked = not isinstance(layout, Forked) or model.masks_forks
+    shape = row_shape(layout, model.device, model.network.dtype, masked=masked)
     # Two completions may ask for the same hidden state, that of their prompt's last token.
     places = on_device(model.device, np.unique(layout.sources))
     with asking(Asked(places)):

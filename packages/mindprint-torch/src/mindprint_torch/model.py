@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,9 @@ class Adapter:
 class TorchModel:
     """A loaded base and, once injected, its adapter.
 
-    `base` are the base's weights, by their names at loading. `longest_shared` is the longest sequence whose prompt can
-    be read once for both of its completions (`prompts.py`). `masks_forks` says whether such rows get a mask, or are
-    read as plain rows by each layer's attention (`forked_attention.py`). `continues_rows` says whether prompts of
-    unlike lengths can be continued together, and is None until that is measured (`generation.py`). `kept` holds the
-    keys and values of conversations, by layer, each `[1, heads, tokens, dims]`.
+    `base` are the base's weights, by their names at loading. `continues_rows` says whether prompts of unlike lengths
+    can be continued together, and is None until that is measured (`generation.py`). `kept` holds the keys and values of
+    conversations, by layer, each `[1, heads, tokens, dims]`.
     """
 
     network: PreTrainedModel
@@ -99,11 +97,23 @@ class TorchModel:
     dtype: Dtype
     sites: tuple[AdapterSite, ...]
     base: Mapping[str, Tensor]
-    longest_shared: int
-    masks_forks: bool = True
     adapter: Adapter | None = None
     continues_rows: bool | None = None
     kept: KeptPrompts[tuple[tuple[Tensor, Tensor], ...]] = field(default_factory=KeptPrompts)
+
+    @cached_property
+    def longest_shared(self) -> int:
+        """The longest sequence whose prompt can be read once for both of its completions (`prompts.py`).
+
+        Measured when it is first asked for: only pairs of answers to one prompt need it.
+        """
+        return longest_shared(self.network, self.head)
+
+    @cached_property
+    def masks_forks(self) -> bool:
+        """Whether rows with a shared prompt get a mask, or are read as plain rows (`forked_attention.py`)."""
+        # A GPU's fast attention takes no mask. On a CPU a mask costs less than the copies.
+        return not (self.longest_shared and self.device.type == "cuda" and attends_without_mask(self.head))
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
@@ -143,11 +153,10 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         dtype=spec.dtype,
         sites=list_sites(network),
         base=_weights(network),
-        longest_shared=longest_shared(network, head),
     )
-    # A GPU's fast attention takes no mask. On a CPU a mask costs less than the copies.
-    if model.longest_shared and model.device.type == "cuda":
-        model.masks_forks = not attends_without_mask(head)
+    if spec.shard:
+        # The ranks measure it together: later, one of them may have no rows.
+        _ = model.masks_forks
     # Conversions of weights and the trial runs above leave tens of megabytes.
     trim_heap()
     vocabulary = embedding_layer(network).num_embeddings

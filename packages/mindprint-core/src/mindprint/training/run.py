@@ -33,7 +33,6 @@ from mindprint.plugins.ranks import Ranks
 from mindprint.plugins.scoring import load_scorers
 from mindprint.plugins.watching import Trackers, load_trackers
 from mindprint.printing import short_path
-from mindprint.reports import write_reports
 from mindprint.runs.folder import Resume, RunFolder, newest_run, open_run, portable, runs_folder
 from mindprint.runs.results import RunResult, StageResult, Verdict, stage_results, verdicts
 from mindprint.training.agreement import check_ranks, idle_ranks, joined_ranks, refuse_differences
@@ -456,6 +455,8 @@ class _Run:
 
     def _write_reports(self) -> None:
         """Write the reports. A report that fails does not undo the run: its adapter is whole."""
+        from mindprint.reports import write_reports  # noqa: PLC0415 (only a run that has ended needs it)
+
         try:
             write_reports(self.folder)
         except (MindprintError, OSError) as error:
