@@ -1,4 +1,5 @@
 """Where the seconds of `mindprint train` go that are no step: the start, the last evaluation, fingerprint and report.
+In addition, what `verify` and `merge` of the adapter take.
 
     python benchmarks/whole_command.py MODEL [--backend torch] [--steps 12] [--profile start]
 
@@ -7,7 +8,8 @@ answered at the end. Each measurement is a separate process. All seconds are tho
 Modules are compiled beforehand, as they are where pip has installed them.
 
 Must hold: the start takes at most 1.3 times what loading model and tokenizer alone take. All that follows the last
-step takes at most 60 steps' time. `--profile start` or `--profile end` prints the functions that take most of either.
+step takes at most 60 steps' time. `--parts` prints where the seconds of the start, of `verify` and of `merge` go.
+`--profile` prints the functions that take most of the start, the end, `verify` or `merge`.
 """
 
 # ruff: noqa: PLC0415 (the imports of each process are measured too)
@@ -23,11 +25,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import reduce, wraps
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 ROWS, HELDOUT, STEPS = 200, 16, 60
+PARTS = {
+    "tokenizer": ("mindprint.data.tokenizer", "load_tokenizer"),
+    "other preparation": ("mindprint.training.prepare", "prepare"),
+    "import of the framework": ("mindprint.plugins.backend", "make_backend"),
+    "estimate of memory": ("mindprint.plugins.backend", "Backend.memory"),
+    "load of the model": ("mindprint.plugins.backend", "Backend.load_model"),
+    "digest of the base": ("mindprint.plugins.backend", "Backend.base_digest"),
+    "largest weight": ("mindprint.plugins.backend", "Backend.largest_weight"),
+    "log-probs": ("mindprint.plugins.backend", "Backend.log_probs"),
+    "injection": ("mindprint.plugins.backend", "Backend.inject_adapter"),
+    "merge": ("mindprint.adapter.merging", "merged_folder"),
+    "comparison of the merged files": ("mindprint.trust.merged", "merge_findings"),
+}
+"""Functions whose processor time `--parts` prints, without that of others among them which they call."""
 START, END = 1.3, 60
 
 
@@ -37,7 +56,8 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--backend", default="torch", choices=("torch", "mlx"))
     parser.add_argument("--steps", type=int, default=12, help="steps whose mean is a step's time")
-    parser.add_argument("--profile", choices=("start", "end"))
+    parser.add_argument("--profile", choices=("start", "end", "verifying", "merging"))
+    parser.add_argument("--parts", action="store_true")
     parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     parser.add_argument("--project", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -53,6 +73,7 @@ def main() -> int:
             in_process(child, options)
         alone = in_process("loading", options)["loading"]
         marks = in_process("training", options)
+        later = {child: in_process(child, options)[child] for child in ("verifying", "merging")}
     step = (marks["last step"] - marks["first step"]) / options.steps
     start, end = marks["first step"] / alone, (marks["end"] - marks["last step"]) / step
     print(f"{options.backend}, {options.model.name}, float32, seconds of the processor")
@@ -65,6 +86,8 @@ def main() -> int:
         print(f"  {name:26s}    {marks[mark] - previous:7.2f}   {(marks[mark] - previous) / step:.1f} steps")
         previous = marks[mark]
     print(f"  all after the last step       {marks['end'] - marks['last step']:7.2f}   {end:.1f} steps (at most {END})")
+    for child, seconds in later.items():
+        print(f"  {child:26s}    {seconds:7.2f}   {seconds / alone:.2f} times model and tokenizer alone")
     return 0 if start <= START and end <= END else 1
 
 
@@ -93,9 +116,11 @@ def in_process(child: str, options: argparse.Namespace) -> dict[str, float]:
     """Return the last line that a new process printed. Its other lines are shown."""
     command = [sys.executable, __file__, str(options.model), "--child", child, "--backend", options.backend]
     command += ["--steps", str(options.steps), "--project", str(options.project)]
-    command += ["--profile", options.profile] if options.profile and child == "training" else []
+    measured = "training" if options.profile in ("start", "end") else options.profile
+    command += ["--profile", options.profile] if child == measured else []
+    command += ["--parts"] if options.parts and child in PARTED else []
     *shown, last = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-    print("\n".join(shown), end="\n" if shown else "")
+    print("\n".join([f"  {child}:", *shown]) if shown else "", end="\n" if shown else "")
     values: dict[str, float] = json.loads(last)
     return values
 
@@ -117,6 +142,52 @@ def loading(options: argparse.Namespace) -> dict[str, float]:
         model.update(tree_map(lambda weight: weight.astype(mx.float32), model.parameters()))
         mx.eval(model.parameters())
     return {"loading": time.process_time()}
+
+
+def parts() -> Callable[[], None]:
+    """Measure the functions of `PARTS` from now on. Return what prints their seconds, and the rest of the process's."""
+    seconds: dict[str, float] = {"imports of core": 0.0}
+    # The names of the parts that are under way, and the time from which the last one counts.
+    under_way, since = ["imports of core"], 0.0
+
+    def switch() -> None:
+        nonlocal since
+        now = time.process_time()
+        seconds[under_way[-1]] = seconds.get(under_way[-1], 0.0) + now - since
+        since = now
+
+    def measured(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*values: Any, **named: Any) -> Any:
+            switch()
+            under_way.append(part)
+            try:
+                return function(*values, **named)
+            finally:
+                switch()
+                under_way.pop()
+
+        return call
+
+    import mindprint.api.adapters
+    import mindprint.api.training  # noqa: F401 (imported here, to be counted as imports)
+
+    for part, (module, name) in PARTS.items():
+        *outer, last = name.split(".")
+        function = getattr(reduce(getattr, outer, sys.modules[module]), last)
+        # A function is also known by its name in the modules that import it.
+        for holder in [reduce(getattr, outer, sys.modules[module])] if outer else list(sys.modules.values()):
+            if getattr(holder, "__dict__", {}).get(last) is function:
+                setattr(holder, last, measured(part, function))
+    switch()
+    under_way[0] = "everything else"
+
+    def show() -> None:
+        switch()
+        for part, taken in sorted(seconds.items(), key=lambda entry: -entry[1]):
+            print(f"    {taken:6.2f}  {part}")
+
+    return show
 
 
 def starting(options: argparse.Namespace) -> dict[str, float]:
@@ -145,10 +216,12 @@ def training(options: argparse.Namespace) -> dict[str, float]:
     from mindprint.events import Evaluated, Event, StageStarted, StepDone
 
     marks: dict[str, float] = {}
+    show = parts() if options.parts else lambda: None
 
     def watch(event: Event) -> None:
         if isinstance(event, StageStarted):
             marks["first step"] = time.process_time()
+            show()
             profile.disable()
         elif isinstance(event, StepDone):
             marks["last step"] = time.process_time()
@@ -165,7 +238,49 @@ def training(options: argparse.Namespace) -> dict[str, float]:
     return marks
 
 
-CHILDREN = {"loading": loading, "starting": starting, "training": training}
+def verifying(options: argparse.Namespace) -> dict[str, float]:
+    """Verify the adapter of the run that was trained, in the same process as the imports."""
+    with profiled(options):
+        import mindprint
+
+        show = parts() if options.parts else lambda: None
+        if not mindprint.verify(options.project).ok:
+            raise SystemExit("the adapter does not verify")
+        show()
+    return {"verifying": time.process_time()}
+
+
+def merging(options: argparse.Namespace) -> dict[str, float]:
+    """Merge the adapter of the run that was trained, and verify the result."""
+    with profiled(options):
+        import mindprint
+
+        show = parts() if options.parts else lambda: None
+        mindprint.merge(options.project, options.project / "merged")
+        show()
+    return {"merging": time.process_time()}
+
+
+@contextmanager
+def profiled(options: argparse.Namespace) -> Iterator[None]:
+    """Print the functions that took most of the block, if that was asked for."""
+    profile = cProfile.Profile(time.process_time)
+    if options.profile:
+        profile.enable()
+    yield
+    profile.disable()
+    if options.profile:
+        pstats.Stats(profile, stream=sys.stdout).sort_stats("cumulative").print_stats(60)
+
+
+PARTED = ("training", "verifying", "merging")
+CHILDREN = {
+    "loading": loading,
+    "starting": starting,
+    "training": training,
+    "verifying": verifying,
+    "merging": merging,
+}
 
 if __name__ == "__main__":
     raise SystemExit(main())
