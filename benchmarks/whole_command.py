@@ -43,8 +43,8 @@ PARTS = {
     "largest weight": ("mindprint.plugins.backend", "Backend.largest_weight"),
     "log-probs": ("mindprint.plugins.backend", "Backend.log_probs"),
     "injection": ("mindprint.plugins.backend", "Backend.inject_adapter"),
-    "merge": ("mindprint.adapter.merging", "merged_folder"),
-    "comparison of the merged files": ("mindprint.trust.merged", "merge_findings"),
+    "merge": ("mindprint.adapter.merging", "_write_shard"),
+    "comparison of the merged weights": ("mindprint.trust.merged", "judge"),
 }
 """Functions whose processor time `--parts` prints, without that of others among them which they call."""
 START, END = 1.3, 60
