@@ -88,11 +88,11 @@ class World(NamedTuple):
 
     @property
     def settings(self) -> list[str]:
-        """The settings on the command line."""
-        return ["backend.shard=true"] if self.shard else []
+        """The settings on the command line. A run that continues would keep those that it began with."""
+        return [f"backend.shard={str(self.shard).lower()}"]
 
     def __str__(self) -> str:
-        return f"{self.size} ranks" + (" that divide the base" if self.shard else "")
+        return f"{self.size} rank{'s' if self.size > 1 else ''}" + (" that divide the base" if self.shard else "")
 
 
 CHANGES = {
@@ -105,10 +105,15 @@ PROJECT = """model: {name: "builtin:tiny"}
 backend: {device: cpu, dtype: float32}
 data: {path: data, max_length: 96}
 adapter: {r: 4, alpha: 8, dropout: 0.1}
-sft: {steps_per_topic: 14, batch_size: 2, gradient_accumulation: 3, learning_rate: 1e-3}
-dpo: {steps_per_topic: 14, batch_size: 2, gradient_accumulation: 2, learning_rate: 1e-4}
+sft: {steps_per_topic: 10, batch_size: 2, gradient_accumulation: 3, learning_rate: 3e-4}
+dpo: {steps_per_topic: 10, batch_size: 2, gradient_accumulation: 2, learning_rate: 1e-4}
 evaluation: {levels: []}
 checkpoints: {every: 5}
+"""
+"""A small run of 20 steps, as the bounds are meant.
+
+At the usual rates AdamW's first steps are as long as the rate, even along a gradient that is rounding. docs/scaling.md
+shows an element for which that is 2e-5 at a rate of 1e-3.
 """
 
 
@@ -253,7 +258,7 @@ def compare_resumed(backend: str, folder: Path, _: argparse.Namespace) -> None:
     end(start_ranks(backend, 1, train(project, whole)))
     for number, (first, then) in enumerate(CHANGES[backend]):
         run = folder / str(number)
-        start_and_kill(backend, project, run, first, step=20)
+        start_and_kill(backend, project, run, first, step=5)
         end(start_ranks(backend, then.size, [*train(project, run), "--resume", *then.settings]))
         print(f"{backend}: {first}, then {then}: {compare_runs(whole, run)}", flush=True)
 
@@ -277,8 +282,8 @@ def kill_ranks(backend: str, folder: Path, options: argparse.Namespace) -> None:
         run, victim = folder / f"kill-{kill}", kill % 2
         processes = start_ranks(backend, 2, train(project, run))
         wait_for_checkpoint(run, 0)
-        # The run takes 28 steps.
-        wait_for_steps(run, rng.randrange(1, 26))
+        # The run takes 20 steps.
+        wait_for_steps(run, rng.randrange(1, 18))
         processes[victim].kill()
         killed = time.monotonic()
         end(processes, expect_success=False, seconds=SECONDS_TO_END)
@@ -508,9 +513,10 @@ def compare_runs(whole: Path, run: Path) -> str:
     adapters = [load_file(path / "adapter" / "adapter_model.safetensors") for path in (whole, run)]
     loss = float((np.abs(losses[0] - losses[1]) / (1 + losses[0])).max())
     adapter = max(float(np.abs(adapters[0][name] - adapters[1][name]).max()) for name in adapters[0])
-    assert loss <= LOSS
-    assert adapter <= ADAPTER
-    return f"losses {loss:.1e}, adapter {adapter:.1e}"
+    figures = f"losses {loss:.1e}, adapter {adapter:.1e}"
+    assert loss <= LOSS, figures
+    assert adapter <= ADAPTER, figures
+    return figures
 
 
 PARTS = {
