@@ -57,6 +57,12 @@ MICRO_BATCHES, ROWS = 7, 2
 GRADIENT, LOSS, ADAPTER = 1e-6, 1e-6, 1e-5
 """Bounds: of the first gradient relative to its norm, of a loss times (1 + loss), of an element of the adapter."""
 
+RATE = 3e-4
+"""The learning rate of SFT in a new project. AdamW's first step for an element is as long, however small its gradient.
+
+docs/scaling.md shows an element whose gradient is rounding, for which that is 2e-5 at a rate of 1e-3.
+"""
+
 RESIDENT = 0.6
 """Bound: the resident memory of one of two ranks that divide a base, next to that of one process."""
 
@@ -110,11 +116,7 @@ dpo: {steps_per_topic: 10, batch_size: 2, gradient_accumulation: 2, learning_rat
 evaluation: {levels: []}
 checkpoints: {every: 5}
 """
-"""A small run of 20 steps, as the bounds are meant.
-
-At the usual rates AdamW's first steps are as long as the rate, even along a gradient that is rounding. docs/scaling.md
-shows an element for which that is 2e-5 at a rate of 1e-3.
-"""
+"""A small run of 20 steps, as the bounds are meant, at `RATE`."""
 
 
 def main() -> None:
@@ -367,7 +369,7 @@ def take_steps(
     places = () if ranks.alone else tuple(ranks.share(range(len(batches))))
     losses, gradient = [], np.zeros(0)
     for step in range(steps):
-        update = Update(1e-3, tokens=0, max_grad_norm=0.5, seed=step, micro_batches=places)
+        update = Update(RATE, tokens=0, max_grad_norm=0.5, seed=step, micro_batches=places)
         if stage == "sft":
             tokens = sum(batch.loss_tokens for batch in batches)
             metrics = backend.sft_step(model, share, replace(update, tokens=tokens))
