@@ -12,6 +12,7 @@ TORCH, MLX = (PACKAGES / f"mindprint-{name}" / "src" / f"mindprint_{name}" for n
 
 SHARED = {
     "adapter": {"inject", "require_adapter"},
+    "asked": {"skip_unasked"},
     "devices": {"backend_info"},
     "digest": {"base_digest"},
     "generation": {"generate"},

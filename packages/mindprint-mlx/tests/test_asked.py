@@ -13,10 +13,11 @@ from mlx import nn
 from mlx_samples import linear_sites, lora, preference_batch, token_batch
 
 from mindprint import layouts
+from mindprint.asked_places import Asked, asking
 from mindprint.contract import LoadedModel, StepMetrics, TokenBatch, TrainingState, Update
 from mindprint.losses import PreferenceLoss
 from mindprint_mlx import adapter, asked, logprobs, prompts, state, steps
-from mindprint_mlx.asked import Asked, asking, skip_unasked, worth_asking
+from mindprint_mlx.asked import skip_unasked, worth_asking
 
 Make = Callable[..., LoadedModel]
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mindprint.asked_places import Asked, asking
 from mindprint.contract import LoadedModel, PreferenceBatch, TokenBatch, Update
 from mindprint.layouts import forked, preference_sequences, sequences
 from mindprint.plugins.backend import Backend
 from mindprint_torch import sharding
-from mindprint_torch.asked import Asked, _forward, asking, skip_unasked
+from mindprint_torch.asked import _forward, skip_unasked
 from mindprint_torch.logprobs import head_log_probs, layout_log_probs
 from mindprint_torch.prompts import row_shape
 from mindprint_torch.recompute import recomputed

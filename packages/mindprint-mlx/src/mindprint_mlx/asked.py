@@ -9,14 +9,13 @@ asked for depends. Injecting an adapter measures it: not even NaN at the other p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
 
+from mindprint.asked_places import Asked, asked_now, asking
 from mindprint.contract import Int32
 from mindprint_mlx.experts import StackLora
 from mindprint_mlx.head import Head
@@ -36,32 +35,7 @@ COARSE_AGREEMENT = 5e-2
 """Greatest difference of hidden states, relative to the largest of them: rounding alone, by dtype."""
 
 
-class Asked(NamedTuple):
-    """Flat places in `[rows, width]` that are asked for, each once, and the value of a result at all others."""
-
-    places: Int32
-    elsewhere: float = 0.0
-
-
-_asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
-
-
-@contextmanager
-def asking(asked: Asked | None) -> Iterator[None]:
-    """Make graphs of this context compute the last layer's products only where it is asked, or everywhere for None."""
-    token = _asked.set(asked)
-    try:
-        yield
-    finally:
-        _asked.reset(token)
-
-
-def asked_now() -> Asked | None:
-    """Return the places that this context asks for."""
-    return _asked.get()
-
-
-def worth_asking(places: Int32, tokens: int) -> Asked | None:
+def worth_asking(places: Int32, tokens: int) -> Asked[Int32] | None:
     """Return these places, of which some may be named again, or None if they are nearly all of the `tokens`."""
     unique = np.unique(places).astype(np.int32)
     return Asked(unique) if 0 < len(unique) <= WORTH * tokens else None

@@ -16,9 +16,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mindprint.asked_places import asking
 from mindprint.contract import Int32
 from mindprint.layouts import Continued, Layout, continued, sequences, sharing_probe
-from mindprint_mlx.asked import asking, worth_asking
+from mindprint_mlx.asked import worth_asking
 from mindprint_mlx.division import completion_reads
 from mindprint_mlx.head import Head
 from mindprint_mlx.imports import mlx_lm_module

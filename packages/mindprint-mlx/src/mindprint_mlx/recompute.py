@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from mindprint.asked_places import asked_now, asking
 from mindprint_mlx import adapter as adapters
-from mindprint_mlx.asked import asked_now, asking
 from mindprint_mlx.model import Adapter, MlxModel
 from mindprint_mlx.prompts import Continuation, Kept
 

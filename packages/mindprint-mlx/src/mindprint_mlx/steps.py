@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import mlx.core as mx
 import numpy as np
@@ -231,14 +232,10 @@ def _accumulate(
 
 def _joined(pieces: Sequence[Piece | SplitPair], results: Iterator[Result]) -> Iterator[Result]:
     """Yield the result of each piece, from those of all parts in order."""
-    waiting: list[Result] = []
-    remaining = iter(pieces)
-    piece = next(remaining, None)
-    for result in results:
-        waiting.append(result)
-        if piece is not None and len(waiting) == len(piece.parts):
-            yield piece.joined(waiting)
-            waiting, piece = [], next(remaining, None)
+    for piece in pieces:
+        yield piece.joined(list(islice(results, len(piece.parts))))
+    # To its very end: there the threads that computed are waited for.
+    next(results, None)
 
 
 def _differentiate(adapter: Adapter, part: Differentiable, dropout: mx.array | None, scale: float) -> Result:

@@ -10,16 +10,15 @@ other places does not reach those that are asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mindprint.asked_places import Asked, asked_now, asking
 from mindprint_torch.head import Head, embedding_layer, input_device
 
 IN_ATTENTION = ("q_proj", "o_proj")
@@ -28,34 +27,6 @@ IN_ATTENTION = ("q_proj", "o_proj")
 PROBE_SHAPE = (2, 6)
 PROBE_PLACES = (1, 3, 4, 8, 11)
 """Places in the probe's rows, with other tokens before, between and behind them."""
-
-
-class Asked(NamedTuple):
-    """Places that are asked for, int64 `[asked]`, and the value of a module's result at all others."""
-
-    places: Tensor
-    elsewhere: float = 0.0
-
-
-_asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
-
-
-@contextmanager
-def asking(asked: Asked | None) -> Iterator[None]:
-    """Compute the last layer's products only where it is asked within this context, or everywhere for None.
-
-    Places are flat positions in `[rows, width]`, and each is named once.
-    """
-    token = _asked.set(asked)
-    try:
-        yield
-    finally:
-        _asked.reset(token)
-
-
-def asked_now() -> Asked | None:
-    """Return what this context asks for."""
-    return _asked.get()
 
 
 @torch.no_grad()

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mindprint.asked_places import Asked, asking
 from mindprint.contract import Float32, TokenBatch
 from mindprint.layouts import Forked, Layout, forked, sequences, sequences_apart
 from mindprint_torch.adapter import adapter_enabled
 from mindprint_torch.arrays import on_device
-from mindprint_torch.asked import Asked, asking
 from mindprint_torch.head import Head
 from mindprint_torch.model import TorchModel
 from mindprint_torch.packed import multiply_back

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mindprint_torch.asked import asked_now, asking
+from mindprint.asked_places import asked_now, asking
 
 
 @contextmanager

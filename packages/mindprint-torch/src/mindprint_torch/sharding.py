@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mindprint.asked_places import asking
 from mindprint.errors import ModelError
 from mindprint_torch import ranks
-from mindprint_torch.asked import asking
 
 
 class Turn(IntEnum):
