@@ -4,6 +4,7 @@
     python benchmarks/ranks.py steps --backends torch --ranks 2 --steps 3
     python benchmarks/ranks.py resume                    # 2 ranks, then 1; 1, then 3; sharded, then whole
     python benchmarks/ranks.py kill --kills 10           # kill -9 of one rank at ten moments
+    python benchmarks/ranks.py rounding                  # what AdamW makes of rounding, at a higher rate
     python benchmarks/ranks.py shard                     # PyTorch's base divided between ranks: numbers, and memory
     python benchmarks/ranks.py bytes                     # bytes that a rank sends in a step, next to the formula
     python benchmarks/ranks.py paper                     # the formula for real bases and links; nothing is run
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.resources import files
@@ -37,7 +39,7 @@ from safetensors.numpy import load_file
 from mindprint.adapter.initial import initial_adapter
 from mindprint.adapter.targets import resolve_targets
 from mindprint.config import DataConfig, ModelConfig
-from mindprint.contract import LoadedModel, LoraConfig, LoraFactors, ModelSpec, Update
+from mindprint.contract import LoadedModel, LoraConfig, LoraFactors, ModelSpec, TrainingState, Update
 from mindprint.data.collate import preference_batch, sft_batch
 from mindprint.data.render import render_preferences, render_sft
 from mindprint.data.row_files import Origin
@@ -57,10 +59,13 @@ MICRO_BATCHES, ROWS = 7, 2
 GRADIENT, LOSS, ADAPTER = 1e-6, 1e-6, 1e-5
 """Bounds: of the first gradient relative to its norm, of a loss times (1 + loss), of an element of the adapter."""
 
-RATE = 3e-4
-"""The learning rate of SFT in a new project. AdamW's first step for an element is as long, however small its gradient.
+NORM = 0.5
+"""The norm to which a step's gradient is clipped."""
 
-docs/scaling.md shows an element whose gradient is rounding, for which that is 2e-5 at a rate of 1e-3.
+RATE, HIGH_RATE = 3e-4, 1e-3
+"""Learning rates: that of SFT in a new project, and one at which rounding shows (`rounding`).
+
+AdamW's first step for an element is about as long as the rate, however small its gradient is.
 """
 
 RESIDENT = 0.6
@@ -121,20 +126,12 @@ checkpoints: {every: 5}
 
 def main() -> None:
     """Run one part."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("part", choices=("steps", "resume", "kill", "bytes", "paper", "shard", "worker"))
-    parser.add_argument("--backends", nargs="+", default=["torch", "mlx"])
-    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 3])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--into", type=Path, help="of a worker: the folder of its results")
-    parser.add_argument("--shard", action="store_true", help="of a worker: divide the base between the ranks")
-    parser.add_argument("--model", default="builtin:tiny", help="of a worker: the base")
-    options = parser.parse_args()
+    options = arguments()
     if options.part == "worker":
-        work(options.backends[0], options.cases, options.steps, options.into, options.model, shard=options.shard)
+        work(options)
         return
+    if options.part == "rounding":
+        options.cases, options.ranks, options.steps, options.rate = ["sft with dropout"], [2], 2, HIGH_RATE
     if options.part == "shard":
         options.shard, options.backends, options.ranks = True, ["torch"], [2]
     if options.part == "paper":
@@ -145,6 +142,22 @@ def main() -> None:
             PARTS[options.part](backend, Path(kept) / backend, options)
 
 
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of these words, or of the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("part", choices=("steps", "resume", "kill", "bytes", "paper", "rounding", "shard", "worker"))
+    parser.add_argument("--backends", nargs="+", default=["torch", "mlx"])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 3])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--rate", type=float, default=RATE, help="learning rate of the steps")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--into", type=Path, help="of a worker: the folder of its results")
+    parser.add_argument("--shard", action="store_true", help="of a worker: divide the base between the ranks")
+    parser.add_argument("--model", default="builtin:tiny", help="of a worker: the base")
+    return parser.parse_args(words)
+
+
 def compare_steps(backend: str, folder: Path, options: argparse.Namespace) -> None:
     """Print how far several ranks are from one, and assert the bounds."""
     alone = run_workers(backend, 1, folder / "1", options)[0]
@@ -153,6 +166,21 @@ def compare_steps(backend: str, folder: Path, options: argparse.Namespace) -> No
         for case in options.cases:
             compared = compare_case(alone[case], [rank[case] for rank in ranks])
             print(f"{backend}, {size} ranks, {case}, {options.steps} steps: {compared}", flush=True)
+
+
+def show_rounding(backend: str, folder: Path, options: argparse.Namespace) -> None:
+    """Print how far one and two ranks are apart after two steps at a high rate, and the gradient where it is most."""
+    alone, two = (run_workers(backend, size, folder / str(size), options)[0]["sft with dropout"] for size in (1, 2))
+    apart = np.abs(alone["adapter"] - two["adapter"])
+    worst = int(apart.argmax())
+    # B begins at 0. So A's first gradient is 0, and its first moment a tenth of the second one.
+    gradients = [10 * float(run["moments"][worst]) for run in (alone, two)]
+    print(
+        f"{backend}, rate {options.rate:g}: {int((apart > ADAPTER).sum())} of {apart.size:,} elements are more than "
+        f"{ADAPTER:g} apart, 99.9 % at most {np.quantile(apart, 0.999):.1e}, the greatest {apart[worst]:.1e}. "
+        f"There the gradient is {gradients[0]:.2e} and {gradients[1]:.2e}, of all elements a norm of {NORM:g}",
+        flush=True,
+    )
 
 
 def compare_sharded(backend: str, folder: Path, options: argparse.Namespace) -> None:
@@ -298,7 +326,8 @@ def run_workers(backend: str, size: int, folder: Path, options: argparse.Namespa
     """Run the cases on `size` ranks, and return the results of each rank by case."""
     folder.mkdir(parents=True)
     words = ["worker", "--backends", backend, "--steps", str(options.steps), "--into", str(folder)]
-    words += ["--model", options.model, *(["--shard"] if options.shard and size > 1 else [])]
+    words += ["--rate", str(options.rate), "--model", options.model]
+    words += ["--shard"] if options.shard and size > 1 else []
     end(start_ranks(backend, size, [*words, "--cases", *options.cases], program=[sys.executable, __file__]))
     return read_results(folder, size)
 
@@ -310,34 +339,33 @@ def read_results(folder: Path, size: int) -> list[dict[str, Any]]:
         facts = json.loads((folder / f"{rank}.json").read_text(encoding="utf-8"))
         arrays = np.load(folder / f"{rank}.npz")
         for case in facts:
-            facts[case] |= {name: arrays[f"{case} {name}"] for name in ("gradient", "adapter")}
+            facts[case] |= {name: arrays[f"{case} {name}"] for name in ("gradient", "moments", "adapter")}
         results.append(facts)
     return results
 
 
-def work(
-    name: str, cases: list[str], steps: int, into: Path, model: str = "builtin:tiny", *, shard: bool = False
-) -> None:
+def work(options: argparse.Namespace) -> None:
     """Take the steps of every case as one rank, and write what came of them."""
-    backend = load_backend(name)
+    backend = load_backend(options.backends[0])
     ranks = backend.ranks
     facts, arrays = {}, {}
     # Connected before the bytes are counted.
     ranks.gather(None)
-    for case in cases:
+    for case in options.cases:
         stage, dropout = CASES[case]
         before = bytes_sent()
-        loaded = load_base(backend, model, shard=shard)
-        losses, gradient, adapter = take_steps(backend, loaded, stage, dropout, steps)
+        loaded = load_base(backend, options.model, shard=options.shard)
+        losses, gradient, state = take_steps(backend, loaded, stage, dropout, options)
+        adapter, moments = flattened(state.adapter.tensors), flattened(state.first_moments)
         digest = hashlib.sha256(adapter.tobytes()).hexdigest()
         facts[case] = {"losses": losses, "digest": digest, "bytes": bytes_sent() - before, **memory()}
         facts[case] |= {"parameters": loaded.parameters, "base": backend.base_digest(loaded)}
         # All ranks are here: a rank that were ahead would not lend its share of the base to the others.
         ranks.gather(None)
         backend.release(loaded)
-        arrays |= {f"{case} gradient": gradient, f"{case} adapter": adapter}
-    np.savez(into / f"{ranks.rank}.npz", **arrays)
-    (into / f"{ranks.rank}.json").write_text(json.dumps(facts), encoding="utf-8")
+        arrays |= {f"{case} gradient": gradient, f"{case} moments": moments, f"{case} adapter": adapter}
+    np.savez(options.into / f"{ranks.rank}.npz", **arrays)
+    (options.into / f"{ranks.rank}.json").write_text(json.dumps(facts), encoding="utf-8")
     # A rank that ends takes the others with it, while they may still be at work.
     ranks.gather(None)
 
@@ -356,9 +384,9 @@ def memory() -> dict[str, int]:
 
 
 def take_steps(
-    backend: Backend, model: LoadedModel, stage: str, dropout: float, steps: int
-) -> tuple[list[float], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Take `steps` steps on this rank's share. Return the losses, the first gradient and the last adapter."""
+    backend: Backend, model: LoadedModel, stage: str, dropout: float, options: argparse.Namespace
+) -> tuple[list[float], np.ndarray[Any, Any], TrainingState]:
+    """Take steps on this rank's share. Return the losses, the first gradient and the last state."""
     tokenizer = load_tokenizer(resolve_model(ModelConfig(name="builtin:tiny"), Path.cwd()).path)
     sites = backend.adapter_sites(model)
     lora = LoraConfig(4, 8.0, resolve_targets(sites, "all-linear"), dropout)
@@ -368,8 +396,8 @@ def take_steps(
     share = ranks.share(batches)
     places = () if ranks.alone else tuple(ranks.share(range(len(batches))))
     losses, gradient = [], np.zeros(0)
-    for step in range(steps):
-        update = Update(RATE, tokens=0, max_grad_norm=0.5, seed=step, micro_batches=places)
+    for step in range(options.steps):
+        update = Update(options.rate, tokens=0, max_grad_norm=NORM, seed=step, micro_batches=places)
         if stage == "sft":
             tokens = sum(batch.loss_tokens for batch in batches)
             metrics = backend.sft_step(model, share, replace(update, tokens=tokens))
@@ -383,7 +411,7 @@ def take_steps(
         if step == 0:
             # The first moment is (1 - beta1) times the clipped gradient, whose scale cancels in a relative error.
             gradient = flattened(backend.save(model).first_moments)
-    return losses, gradient, flattened(backend.save(model).adapter.tensors)
+    return losses, gradient, backend.save(model)
 
 
 def flattened(factors: dict[str, LoraFactors] | Any) -> np.ndarray[Any, Any]:
@@ -526,6 +554,7 @@ PARTS = {
     "resume": compare_resumed,
     "kill": kill_ranks,
     "bytes": count_bytes,
+    "rounding": show_rounding,
     "shard": compare_sharded,
 }
 

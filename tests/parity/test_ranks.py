@@ -50,16 +50,16 @@ def test_two_ranks_are_one(
     """
     for name in ("1", "2"):
         (tmp_path / name).mkdir()
-    benchmark.work(backend, CASES, STEPS, tmp_path / "1")
+    words = ["worker", "--backends", backend, "--steps", str(STEPS), "--cases", *CASES, "--into"]
+    benchmark.work(benchmark.arguments([*words, str(tmp_path / "1")]))
     mine, its = benchmark.launcher_variables(backend, 2)
-    words = ["worker", "--backends", backend, "--steps", str(STEPS), "--into", str(tmp_path / "2"), "--cases", *CASES]
-    words += ["--shard"] if shard else []
+    words += [str(tmp_path / "2"), *(["--shard"] if shard else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **its}
     with subprocess.Popen([sys.executable, str(BENCHMARK), *words], env=environment) as second:
         for name, value in mine.items():
             monkeypatch.setenv(name, value)
         try:
-            benchmark.work(backend, CASES, STEPS, tmp_path / "2", shard=shard)
+            benchmark.work(benchmark.arguments(words))
             assert second.wait() == 0
         finally:
             second.kill()
